@@ -1,0 +1,28 @@
+"""hoptim: hyperparameters learned by gradient, inside the training loop that is already there."""
+
+from hoptim.hparams import HyperParameters
+from hoptim.hypergradient import Hypergradient, Implicit, hypergradient
+from hoptim.operators import Exact
+from hoptim.optimizer import BilevelOptimizer
+from hoptim.problem import Problem
+from hoptim.record import Record
+from hoptim.solvers.base import Solution, Solver, Status
+from hoptim.solvers.stationary import Identity, Neumann
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BilevelOptimizer",
+    "Exact",
+    "HyperParameters",
+    "Hypergradient",
+    "Identity",
+    "Implicit",
+    "Neumann",
+    "Problem",
+    "Record",
+    "Solution",
+    "Solver",
+    "Status",
+    "hypergradient",
+]

@@ -1,0 +1,76 @@
+"""Batches drawn from a re-iterable without end, with a position that a checkpoint can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+
+
+class Batches:
+    """The batches of a re-iterable, over and over.
+
+    A shuffling loader cannot be resumed from its position alone, so the position comes with the states of the random
+    generators from which the present pass was begun: the pass is begun again from them and walked to the position.
+
+    Args:
+        source: anything that can be iterated again and again: a ``DataLoader``, a list of batches.
+        name: what to call it in errors.
+
+    Raises:
+        TypeError: ``source`` can be iterated only once, or not at all.
+        ValueError: it is empty; at construction where its length is known, else at the first draw.
+
+    >>> batches = Batches(["a", "b"], "val_batches")
+    >>> [batches.draw() for _ in range(3)]
+    ['a', 'b', 'a']
+    """
+
+    def __init__(self, source: Iterable[Any], name: str) -> None:
+        if isinstance(source, (torch.Tensor, dict, str)) or not isinstance(source, Iterable):
+            raise TypeError(f"{name} is a {type(source).__name__}: give a DataLoader or a list of batches, such as [batch]")
+        if isinstance(source, Iterator):
+            raise TypeError(f"{name} is a one-shot iterator: give what makes it, such as the DataLoader or a list")
+        if isinstance(source, Sized) and len(source) == 0:
+            raise ValueError(f"{name} is empty: it must hold at least one batch")
+        self.source, self.name = source, name
+        self._iterator: Iterator[Any] | None = None
+        self._position = 0
+        self._begun: dict[str, torch.Tensor] = {}
+
+    def draw(self) -> Any:
+        """The next batch, from a new pass where the last one has ended."""
+        for _ in range(2):
+            if self._iterator is None:
+                self._begun, self._position = self._generators(), 0
+                self._iterator = iter(self.source)
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                self._iterator = None
+            else:
+                self._position += 1
+                return batch
+        raise ValueError(f"{self.name} is empty: it gave no batch")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the present pass, and the generators' states at its start."""
+        return {"position": self._position, "begun": dict(self._begun)} if self._iterator else {"position": 0, "begun": {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin the saved pass again and walk to its position; torch's global generator stays as it is."""
+        self._iterator, self._position, self._begun = None, 0, {}
+        if not state["position"]:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state["begun"]["torch"].cpu())
+            if (own := getattr(self.source, "generator", None)) is not None and "own" in state["begun"]:
+                own.set_state(state["begun"]["own"].cpu())
+            for _ in range(state["position"]):
+                self.draw()
+
+    def _generators(self) -> dict[str, torch.Tensor]:
+        states = {"torch": torch.get_rng_state()}
+        own = getattr(self.source, "generator", None)
+        return states if own is None else {**states, "own": own.get_state()}

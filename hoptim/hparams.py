@@ -1,0 +1,156 @@
+"""HyperParameters: named tensors with constraints, moved by an outer optimizer on their unconstrained leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import Transform, identity_transform
+
+
+class HyperParameters(nn.Module):
+    """Named hyperparameter tensors, each kept inside its constraint.
+
+    ``hparams["name"]`` is the natural value λ = t(θ); ``hparams.parameters()`` are the unconstrained leaves θ, which the
+    outer optimizer moves freely. The map t is ``torch.distributions.biject_to(constraint)``: ``exp`` for ``positive``,
+    the logistic function for ``unit_interval``, and so on. ``nonnegative`` alone is kept by projection: there the leaf is
+    the value itself, and :meth:`project_` clamps it at zero after each outer step.
+
+    Args:
+        values: initial natural values by name, any shapes, floating point. Names may hold dots, so that a hyperparameter
+            for a weight may be named as the weight. The tensors are copied.
+        constraints: a constraint of ``torch.distributions.constraints`` by name; ``real`` where none is given.
+
+    Raises:
+        TypeError: a value is no floating-point tensor, or a constraint is no ``Constraint``.
+        ValueError: there is no value, a constraint names no value, or a value lies outside its constraint.
+
+    Source: the exponential form is that of Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), section 5.
+
+    >>> from torch.distributions import constraints
+    >>> hparams = HyperParameters({"weight_decay": torch.full((2,), 0.5)}, {"weight_decay": constraints.positive})
+    >>> hparams["weight_decay"].detach()
+    tensor([0.5000, 0.5000])
+    >>> [(name, leaf.tolist()) for name, leaf in hparams.named_parameters()]
+    [('weight_decay', [-0.693..., -0.693...])]
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], constraints: Mapping[str, Constraint] | None = None) -> None:
+        super().__init__()
+        given = dict(constraints or {})
+        if not values:
+            raise ValueError("HyperParameters got no values: give at least one named tensor to learn")
+        if strangers := sorted(set(given) - set(values)):
+            raise ValueError(f"constraints name {strangers}, which are no values: the values are {sorted(values)}")
+        self._names = {name: _safe(name) for name in values}
+        self._transforms: dict[str, Transform] = {}
+        self._constraints: dict[str, Constraint] = {}
+        for name, value in values.items():
+            constraint, transform = _constraint(name, given.get(name))
+            leaf = _leaf(name, value, constraint, transform)
+            self._constraints[name], self._transforms[name] = constraint, transform
+            self.register_parameter(self._names[name], nn.Parameter(leaf))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(f"no hyperparameter {name!r}: the names are {sorted(self._names)}")
+        leaf = self._parameters[self._names[name]]
+        assert leaf is not None
+        transform = self._transforms[name]
+        return leaf if transform is identity_transform else transform(leaf)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def keys(self) -> list[str]:
+        """The names, in the order given. With ``hparams[name]`` it makes ``dict(hparams)`` the natural values."""
+        return list(self._names)
+
+    def extra_repr(self) -> str:
+        """One line for each hyperparameter: name, shape and constraint."""
+        shapes = {name: tuple(leaf.shape) for name, leaf in self.named_parameters()}
+        return "\n".join(f"({name}): {shapes[name]} {self._constraints[name]}" for name in self)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Clamp every ``nonnegative`` hyperparameter at zero. ``BilevelOptimizer`` calls it after each outer step."""
+        for name, leaf in self.named_parameters():
+            if _is_nonnegative(self._constraints[name]):
+                leaf.clamp_(min=0)
+
+    # Names with dots, or such as `training`, can't be attributes of a module. The leaves are stored under safe names,
+    # and the three methods by which the outside sees names give back the user's own.
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The unconstrained leaves, by the user's names."""
+        original = {safe: name for name, safe in self._names.items()}
+        for safe, leaf in super().named_parameters("", recurse, remove_duplicate):
+            yield (prefix + "." if prefix else "") + original.get(safe, safe), leaf
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, leaf in self.named_parameters():
+            destination[prefix + name] = leaf if keep_vars else leaf.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        ours = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        safe = {prefix + self._names[name]: value for name, value in ours.items() if name in self._names}
+        missing: list[str] = []
+        super()._load_from_state_dict(safe, prefix, local_metadata, strict, missing, [], error_msgs)
+        original = {prefix + safe: prefix + name for name, safe in self._names.items()}
+        missing_keys += [original[key] for key in missing]
+        unexpected_keys += [prefix + name for name in ours if strict and name not in self._names]
+
+
+def _safe(name: str) -> str:
+    return "leaf:" + name.replace("\\", "\\\\").replace(".", "\\")
+
+
+def _is_nonnegative(constraint: Constraint) -> bool:
+    return type(constraint) is type(constraints.nonnegative) and constraint.lower_bound == 0
+
+
+def _constraint(name: str, constraint: Constraint | None) -> tuple[Constraint, Transform]:
+    if constraint is None or constraint is constraints.real or _is_nonnegative(constraint):
+        return constraint or constraints.real, identity_transform
+    if not isinstance(constraint, Constraint):
+        raise TypeError(
+            f"the constraint of {name!r} is a {type(constraint).__name__}: take one from torch.distributions.constraints"
+        )
+    return constraint, biject_to(constraint)
+
+
+def _leaf(name: str, value: Tensor, constraint: Constraint, transform: Transform) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"hyperparameter {name!r} is {kind}: give a floating-point tensor, such as torch.tensor(0.1)")
+    value = value.detach().clone()
+    if not bool(constraint.check(value).all()):
+        raise ValueError(f"hyperparameter {name!r} starts outside {constraint}: min {value.min()}, max {value.max()}")
+    leaf = transform.inv(value).clone()
+    if not bool(leaf.isfinite().all()):
+        raise ValueError(
+            f"hyperparameter {name!r} starts on the edge of {constraint}, which no finite leaf reaches: start inside, "
+            "or take constraints.nonnegative, which is kept by projection"
+        )
+    return leaf

@@ -1,0 +1,184 @@
+"""The hypergradient dL_V/dλ = ∂L_V/∂λ − Bᵀx with Aᵀx = g: formula (1), read top to bottom."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoptim import trees
+from hoptim.operators import Exact, StationarityGraph
+from hoptim.problem import Problem
+from hoptim.solvers.base import Solution, Solver, Status
+from hoptim.solvers.stationary import Neumann
+from hoptim.trees import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypergradient:
+    """A hypergradient, its two terms and the solve behind it.
+
+    After a failed solve ``indirect`` and ``grads`` are NaN throughout, so that they cannot pass as an answer.
+
+    Attributes:
+        grads: dL_V/dλ = direct + indirect, by the names of ``hparams.named_parameters()``: with respect to the leaves.
+        direct: ∂L_V/∂λ.
+        indirect: −Bᵀx.
+        solution: x, its status and its residuals.
+        val_loss: L_V, a scalar on the device.
+        train_loss: L_T, a scalar on the device.
+    """
+
+    grads: Tree
+    direct: Tree
+    indirect: Tree
+    solution: Solution
+    val_loss: Tensor
+    train_loss: Tensor
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """Implicit differentiation of a stationary point of the training loss: dL_V/dλ = ∂L_V/∂λ − Bᵀx, (A + damping·I)ᵀx = g.
+
+    F = ∇_w L_T, A = ∂F/∂w, B = ∂F/∂λ, g = ∂L_V/∂w, all at the model's present weights.
+
+    Args:
+        solver: how far to go in solving for x; default ``Neumann()``.
+        curvature: which matrix stands for A; default ``Exact()``.
+        damping: added to A's diagonal, ≥ 0, default 0.
+
+    Raises:
+        ValueError: ``damping`` is negative or not finite; when called, a hyperparameter that neither loss touches.
+        TypeError: ``solver`` is no :class:`Solver`.
+
+    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), theorem 1 and algorithm 2.
+    """
+
+    solver: Solver = field(default_factory=Neumann)
+    _: KW_ONLY
+    curvature: Exact = field(default_factory=Exact)
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"solver is a {type(self.solver).__name__}: give a solver, such as hoptim.Neumann(terms=20)")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise ValueError(f"damping={self.damping!r}: give a finite number, 0 or more")
+
+    def __call__(self, problem: Problem, train_batch: Any, val_batch: Any, state: Tree | None = None) -> Hypergradient:
+        """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
+        with problem.untouched():
+            weights, leaves = _as_leaves(problem.weights()), _as_leaves(problem.leaves())
+            val_loss = problem.pure(problem.val_loss, weights, leaves, val_batch)
+            g, direct = _gradients(val_loss, weights, leaves)
+            graph = StationarityGraph(problem, weights, leaves, train_batch)
+            if graph.untouched_weights:
+                _warn_untouched(graph.untouched_weights)
+
+            A = self.curvature(graph) + self.damping
+            rhs = {name: _or_zero(g[name], weights[name]) for name in graph.weights}
+            solution = self.solver.solve(A, rhs, state)
+            mixed = graph.mixed(solution.value)
+
+        _check_touched(direct, mixed)
+        indirect = {name: -_or_zero(mixed[name], leaf) for name, leaf in leaves.items()}
+        whole = {name: _or_zero(direct[name], leaf) for name, leaf in leaves.items()}
+        return _judged(
+            Hypergradient(
+                grads={name: whole[name] + indirect[name] for name in leaves},
+                direct=whole,
+                indirect=indirect,
+                solution=solution,
+                val_loss=val_loss.detach(),
+                train_loss=graph.loss.detach(),
+            )
+        )
+
+
+def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Implicit | None = None) -> Hypergradient:
+    """One hypergradient dL_V/dλ at the model's present weights, for any loop; it touches nothing.
+
+    Args:
+        problem: the bilevel problem.
+        train_batch: the batch for the training loss.
+        val_batch: the batch for the validation loss.
+        method: how to compute it; default ``Implicit()``.
+
+    Returns:
+        The result; look at ``result.solution.status`` before using ``result.grads``.
+
+    Raises:
+        ValueError: a hyperparameter that neither loss touches, or a loss that is no scalar.
+
+    Ridge regression with one weight, in closed form: w = sxy / (sxx + λ), and dL_V/dλ = −(w − y_V)·w / (sxx + λ).
+
+    >>> from torch import nn
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> hparams = nn.ParameterDict({"decay": torch.tensor(1.0)})
+    >>> def train(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 4.0).square().sum() + 0.5 * hparams["decay"] * model.weight.square().sum()
+    >>> def val(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 1.0).square().sum()
+    >>> _ = model.weight.data.fill_(2.0)                             # stationary: 4 / (1 + 1)
+    >>> one = torch.ones(1, 1)
+    >>> result = hypergradient(Problem(model, hparams, train, val), one, one, Implicit(Neumann(terms=50)))
+    >>> round(result.grads["decay"].item(), 6), result.solution.status.name
+    (-1.0, 'FINISHED')
+    """
+    return (Implicit() if method is None else method)(problem, train_batch, val_batch)
+
+
+def _as_leaves(live: Tree) -> Tree:
+    """Fresh leaves on the same memory: nothing computed from them can reach the live parameters' ``.grad`` or hooks."""
+    return {name: value.detach().requires_grad_() for name, value in live.items()}
+
+
+def _gradients(loss: Tensor, weights: Tree, leaves: Tree) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """g = ∂loss/∂w and ∂loss/∂λ in one backward pass; ``None`` for what the loss does not touch."""
+    found = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
+    return (
+        dict(zip(weights, found[: len(weights)], strict=True)),
+        dict(zip(leaves, found[len(weights) :], strict=True)),
+    )
+
+
+def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if value is None else value
+
+
+def _warn_untouched(names: list[str]) -> None:
+    warnings.warn(
+        f"the training loss does not touch the weights {names}: they are left out of the hypergradient. Freeze them with "
+        "requires_grad_(False), or use them in the training loss",
+        stacklevel=4,
+    )
+
+
+def _check_touched(direct: dict[str, Tensor | None], mixed: dict[str, Tensor | None]) -> None:
+    if lost := [name for name in direct if direct[name] is None and mixed[name] is None]:
+        raise ValueError(
+            f"hyperparameters {lost} are touched by neither loss: the training loss's gradient and the validation loss do "
+            'not depend on them. Use hparams["name"] in a loss, without detach(), or drop them'
+        )
+
+
+def _judged(result: Hypergradient) -> Hypergradient:
+    """Look at the finished result once, and fill a failed one with NaN."""
+    tensors = [result.val_loss, result.train_loss, trees.norm(result.direct), trees.norm(result.indirect)]
+    val_loss, train_loss, direct, indirect = torch.stack([t.double() for t in tensors]).tolist()
+    solution = result.solution
+    for name, loss in (("validation", val_loss), ("training", train_loss)):
+        if not math.isfinite(loss):
+            solution = replace(solution, status=Status.NON_FINITE_LOSS, detail=f"the {name} loss is {loss}")
+    if solution.status.ok and not (math.isfinite(direct) and math.isfinite(indirect)):
+        term = "direct" if math.isfinite(indirect) else "indirect"
+        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail=f"in the {term} term")
+    if solution.status.ok:
+        return result
+    nan = {name: torch.full_like(value, math.nan) for name, value in result.direct.items()}
+    return replace(result, grads=nan, indirect=nan, solution=replace(solution, state={}))

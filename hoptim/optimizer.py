@@ -1,0 +1,306 @@
+"""BilevelOptimizer: the user's own optimizer, which now also moves the hyperparameters. The one place that mutates."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hoptim.batches import Batches
+from hoptim.hypergradient import Hypergradient, Implicit
+from hoptim.problem import Problem
+from hoptim.record import Record, natural_values
+from hoptim.solvers.base import Status
+from hoptim.trees import Tree
+
+VERSION = 1  # of what state_dict() adds under KEY
+KEY = "hoptim"
+
+
+@dataclass
+class _Progress:
+    """All that changes, in one object, so that whoever copies the optimizer's ``__dict__`` still shares it."""
+
+    inner_steps: int = 0
+    hyper_steps: int = 0
+    solver_state: Tree = field(default_factory=dict)
+    record: Record | None = None
+    last_batch: Any = None
+    seen_batch: bool = False
+    warned: set[Status] = field(default_factory=set)
+
+
+class BilevelOptimizer(Optimizer):
+    """An optimizer that trains the weights, and every few steps moves the hyperparameters down the validation loss.
+
+    It **is** a ``torch.optim.Optimizer``: ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, so
+    schedulers, gradient clipping and checkpoints work on it as on the inner one.
+
+    Args:
+        inner: the optimizer of the model's weights.
+        outer: the optimizer of ``hparams.parameters()``.
+        problem: the model, the hyperparameters and the two losses.
+        val_batches: validation batches: any re-iterable, cycled, one batch a hyperstep.
+        hypergradient: how to compute it; default ``Implicit()``.
+        every: inner steps between hypersteps, default 100; ``None`` for never.
+        warmup: inner steps before the first hyperstep, default 0.
+        train_batches: where a hyperstep takes its training batch; ``None``, the default: the batch last seen by ``loss``.
+        hooks: functions of the :class:`Record`, called after each hyperstep.
+
+    Raises:
+        TypeError: an argument of the wrong kind, or batches that can be iterated only once.
+        ValueError: ``every`` or ``warmup`` out of range, an optimizer that holds the wrong tensors, empty batches.
+
+    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), algorithm 1.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model, hparams = nn.Linear(1, 1, bias=False), nn.ParameterDict({"decay": torch.tensor(1.0)})
+    >>> _ = model.weight.data.fill_(2.0)
+    >>> def train(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 4.0).square().sum() + 0.5 * hparams["decay"] * model.weight.square().sum()
+    >>> def val(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 1.0).square().sum()
+    >>> inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> outer = torch.optim.SGD(hparams.parameters(), lr=0.1)
+    >>> problem, one = Problem(model, hparams, train, val), torch.ones(1, 1)
+    >>> optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[one], every=1)
+    >>> optimizer.zero_grad()
+    >>> optimizer.loss(one).backward()
+    >>> optimizer.step()
+    >>> optimizer.record.status.name, round(hparams["decay"].item(), 3)
+    ('FINISHED', 1.1)
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        outer: Optimizer,
+        problem: Problem,
+        *,
+        val_batches: Iterable[Any],
+        hypergradient: Implicit | None = None,
+        every: int | None = 100,
+        warmup: int = 0,
+        train_batches: Iterable[Any] | None = None,
+        hooks: Sequence[Callable[[Record], None]] = (),
+    ) -> None:
+        _check_optimizers(inner, outer, problem)
+        _check_schedule(every, warmup)
+        if hypergradient is not None and not callable(hypergradient):
+            raise TypeError(f"hypergradient is a {type(hypergradient).__name__}: give a method, such as hoptim.Implicit()")
+        if bad := [hook for hook in hooks if not callable(hook)]:
+            raise TypeError(f"hook {bad[0]!r} can't be called: give functions of the record")
+        self.inner, self.outer, self.problem = inner, outer, problem
+        self.hypergradient = Implicit() if hypergradient is None else hypergradient
+        self.every, self.warmup, self.hooks = every, warmup, tuple(hooks)
+        self.val_batches = Batches(val_batches, "val_batches")
+        self.train_batches = None if train_batches is None else Batches(train_batches, "train_batches")
+        self._progress = _Progress()
+        super().__setstate__({})  # makes the hooks; Optimizer.__init__ would also write param_groups, which are the inner's
+        self.register_state_dict_post_hook(_add_state)
+        self.register_load_state_dict_pre_hook(_take_state)
+
+    def loss(self, batch: Any) -> Tensor:
+        """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``."""
+        self._progress.last_batch, self._progress.seen_batch = batch, True
+        return self.problem.loss(batch)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the inner optimizer, and a hyperstep where one is due."""
+        result = self.inner.step() if closure is None else self.inner.step(closure)
+        self._progress.inner_steps += 1
+        steps = self._progress.inner_steps
+        if self.every is not None and steps >= self.warmup and steps % self.every == 0:
+            self.hyperstep()
+        return result
+
+    def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
+        """Move the hyperparameters once, now; batches that are not given are drawn. Returns the record.
+
+        After a failed solve they do not move; the record and a warning say why.
+
+        Raises:
+            ValueError: there is no training batch: none given, none seen by ``loss``, no ``train_batches``.
+        """
+        begun = time.perf_counter()
+        train_batch = self._train_batch() if train_batch is None else train_batch
+        val_batch = self.val_batches.draw() if val_batch is None else val_batch
+        progress = self._progress
+        result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state)
+        progress.solver_state = result.solution.state
+        progress.hyper_steps += 1
+        moved = result.solution.status.ok
+        if moved:
+            self._move(result.grads)
+        else:
+            self._warn(result)
+        progress.record = Record(
+            inner_step=progress.inner_steps,
+            hyper_step=progress.hyper_steps,
+            moved=moved,
+            result=result,
+            hyperparameters=natural_values(self.problem),
+            seconds=time.perf_counter() - begun,
+        )
+        for hook in self.hooks:
+            hook(progress.record)
+        return progress.record
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the weights."""
+        self.inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add weights to the inner optimizer."""
+        self.inner.add_param_group(param_group)
+
+    @property
+    def record(self) -> Record | None:
+        """The record of the last hyperstep, if there was one."""
+        return self._progress.record
+
+    @property
+    def inner_steps(self) -> int:
+        """Inner steps taken so far."""
+        return self._progress.inner_steps
+
+    @property
+    def hyper_steps(self) -> int:
+        """Hypersteps taken so far, failed ones included."""
+        return self._progress.hyper_steps
+
+    def _move(self, grads: Tree) -> None:
+        for name, leaf in self.problem.leaves().items():
+            leaf.grad = grads[name].clone()
+        self.outer.step()
+        self.outer.zero_grad()
+        project = getattr(self.problem.hparams, "project_", None)
+        if project is not None:
+            project()
+
+    def _train_batch(self) -> Any:
+        if self.train_batches is not None:
+            return self.train_batches.draw()
+        if not self._progress.seen_batch:
+            raise ValueError(
+                "a hyperstep needs a training batch and none has been seen: compute the loss with optimizer.loss(batch), "
+                "or give train_batches"
+            )
+        return self._progress.last_batch
+
+    def _warn(self, result: Hypergradient) -> None:
+        status = result.solution.status
+        if status in self._progress.warned:
+            return
+        self._progress.warned.add(status)
+        warnings.warn(
+            f"hyperstep {self._progress.hyper_steps} failed and moved nothing: {status.name}: {status.message} "
+            f"({result.solution.detail or 'no detail'}). Later ones of this kind are only recorded",
+            stacklevel=4,
+        )
+
+    # An Optimizer in the eyes of all that accept one: what they read is the inner optimizer's, never a second copy.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's groups."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state."""
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults."""
+        return self.inner.defaults
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        inner: dict[str, Any] = {key: state.pop(key) for key in ("state", "param_groups") if key in state}
+        super().__setstate__(state)
+        if inner:
+            self.inner.__setstate__(inner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __repr__(self) -> str:
+        parts = f"every={self.every}, hypergradient={self.hypergradient},\ninner={self.inner},\nouter={self.outer}"
+        return f"BilevelOptimizer({parts})"
+
+
+def _check_schedule(every: int | None, warmup: int) -> None:
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(f"every={every!r}: give a whole number of inner steps, 1 or more, or None for never")
+    if not isinstance(warmup, int) or warmup < 0:
+        raise ValueError(f"warmup={warmup!r}: give a whole number of inner steps, 0 or more")
+
+
+def _check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> None:
+    for name, optimizer in (("inner", inner), ("outer", outer)):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{name} is a {type(optimizer).__name__}: give a torch.optim.Optimizer")
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+    weights = {id(p): name for name, p in problem.model.named_parameters()}
+    leaves = {id(p): name for name, p in problem.hparams.named_parameters()}
+    for name, optimizer, own, other, remedy in (
+        ("inner", inner, weights, leaves, "model.parameters()"),
+        ("outer", outer, leaves, weights, "hparams.parameters()"),
+    ):
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        kind = {"inner": ("weight of the model", "hyperparameter"), "outer": ("hyperparameter", "weight of the model")}[name]
+        if wrong := [other[p] for p in held if p in other]:
+            raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {kind[1]}: build it on {remedy}")
+        if not any(p in own for p in held):
+            raise ValueError(f"the {name} optimizer holds no {kind[0]} of the problem: build it on {remedy}")
+
+
+def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """After ``state_dict()``: add what the inner optimizer does not know, as tensors and plain values only."""
+    assert isinstance(optimizer, BilevelOptimizer)
+    progress, train = optimizer._progress, optimizer.train_batches
+    state_dict[KEY] = {
+        "version": VERSION,
+        "outer": optimizer.outer.state_dict(),
+        "hparams": dict(optimizer.problem.hparams.state_dict()),
+        "inner_steps": progress.inner_steps,
+        "hyper_steps": progress.hyper_steps,
+        "solver_state": dict(progress.solver_state),
+        "val_batches": optimizer.val_batches.state_dict(),
+        "train_batches": None if train is None else train.state_dict(),
+    }
+
+
+def _take_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Before ``load_state_dict()``: take it out again, and leave the rest to torch."""
+    assert isinstance(optimizer, BilevelOptimizer)
+    if KEY not in state_dict:
+        raise ValueError(
+            f"this state_dict has no {KEY!r} entry: it is a bare optimizer's. Load it with optimizer.inner.load_state_dict()"
+        )
+    saved = state_dict[KEY]
+    if saved["version"] > VERSION:
+        raise ValueError(f"this state_dict is of version {saved['version']}, newer than {VERSION}: upgrade hoptim")
+    optimizer.outer.load_state_dict(saved["outer"])
+    optimizer.problem.hparams.load_state_dict(saved["hparams"])
+    progress = optimizer._progress
+    progress.inner_steps, progress.hyper_steps = saved["inner_steps"], saved["hyper_steps"]
+    devices = {name: weight.device for name, weight in optimizer.problem.weights().items()}
+    progress.solver_state = {name: v.to(devices[name]) for name, v in saved["solver_state"].items() if name in devices}
+    optimizer.val_batches.load_state_dict(saved["val_batches"])
+    if optimizer.train_batches is not None and saved["train_batches"] is not None:
+        optimizer.train_batches.load_state_dict(saved["train_batches"])
+    return {key: value for key, value in state_dict.items() if key != KEY}

@@ -1,0 +1,142 @@
+"""Problem: a model, hyperparameters and two ordinary losses, as pure functions of (weights, hyperparameters, batch)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hoptim.trees import Tree
+
+Loss = Callable[[Any, Any, Any], Tensor]
+
+
+class _Joint(nn.Module):
+    """One module that holds both, so that one ``functional_call`` replaces the tensors of both."""
+
+    def __init__(self, model: nn.Module, hparams: nn.Module) -> None:
+        super().__init__()
+        self.model, self.hparams = model, hparams
+
+    def forward(self, loss: Loss, batch: Any) -> Tensor:
+        return loss(self.model, self.hparams, batch)
+
+
+class Problem:
+    """A bilevel problem: min over λ of L_V(λ, w*(λ)), where w*(λ) minimises L_T(w, λ).
+
+    Args:
+        model: any ``nn.Module``; its weights w are those with ``requires_grad``. Tied weights count once.
+        hparams: the hyperparameters λ: a :class:`HyperParameters`, or any other ``nn.Module``.
+        train_loss: L_T as ``train_loss(model, hparams, batch) -> scalar``: ordinary PyTorch, ``model(x)``,
+            ``model.named_parameters()``, ``hparams["weight_decay"]``.
+        val_loss: L_V, likewise. It may call ``model.eval()``: the mode is restored after each call.
+
+    Raises:
+        TypeError: ``model`` or ``hparams`` is no module, or a loss can't be called.
+        ValueError: there is no weight or no hyperparameter to learn, or a tensor is both.
+
+    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), section 2.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> hparams = nn.ParameterDict({"decay": torch.tensor(0.1)})
+    >>> def train_loss(model, hparams, batch):
+    ...     return (model(batch) ** 2).mean() + hparams["decay"] * (model.weight**2).sum()
+    >>> problem = Problem(model, hparams, train_loss, lambda model, hparams, batch: (model(batch) ** 2).mean())
+    >>> list(problem.weights()), list(problem.leaves())
+    (['weight'], ['decay'])
+    """
+
+    def __init__(self, model: nn.Module, hparams: nn.Module, train_loss: Loss, val_loss: Loss) -> None:
+        for name, module in (("model", model), ("hparams", hparams)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} is a {type(module).__name__}: give an nn.Module")
+        for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
+            if not callable(loss):
+                raise TypeError(f"{name} is a {type(loss).__name__}: give a function of (model, hparams, batch)")
+        self.model, self.hparams, self.train_loss, self.val_loss = model, hparams, train_loss, val_loss
+        self._joint = _Joint(model, hparams)
+        if not self.weights():
+            raise ValueError("no weight of the model requires a gradient: nothing is trained")
+        if not self.leaves():
+            raise ValueError("no parameter of hparams requires a gradient: there is nothing to learn")
+        weights = {id(p): name for name, p in model.named_parameters()}
+        if both := [(weights[id(p)], name) for name, p in hparams.named_parameters() if id(p) in weights]:
+            raise ValueError(f"weight {both[0][0]!r} and hyperparameter {both[0][1]!r} are the same tensor: part them")
+        self._twin = _detached_twin(hparams)
+
+    def weights(self) -> Tree:
+        """The live weights w that require a gradient, by the model's names."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def leaves(self) -> Tree:
+        """The live unconstrained hyperparameters that require a gradient, by the names of ``hparams``."""
+        return {name: p for name, p in self.hparams.named_parameters() if p.requires_grad}
+
+    def loss(self, batch: Any) -> Tensor:
+        """L_T on the live model, for the inner step: hyperparameters are constants here, and pay nothing.
+
+        They reach the loss through a persistent twin of ``hparams`` whose leaves are detached views of the same memory:
+        switching ``requires_grad`` instead would break activation checkpointing, which runs the loss a second time.
+        """
+        if not _in_step(self.hparams, self._twin):
+            self._twin = _detached_twin(self.hparams)
+        return scalar("train_loss", self.train_loss(self.model, self._twin, batch))
+
+    def pure(self, loss: Loss, weights: Tree, leaves: Tree, batch: Any) -> Tensor:
+        """``loss`` as a pure function of the tensors given: buffers are cloned, and the modes are put back."""
+        path = {id(p): path for path, p in self._joint.named_parameters()}
+        given = {path[id(p)]: weights[name] for name, p in self.model.named_parameters() if name in weights}
+        given |= {path[id(p)]: leaves[name] for name, p in self.hparams.named_parameters() if name in leaves}
+        given |= {name: buffer.clone() for name, buffer in self._joint.named_buffers()}
+        name = "val_loss" if loss is self.val_loss else "train_loss"
+        with _modes_restored(self._joint):
+            return scalar(name, functional_call(self._joint, given, (loss, batch), tie_weights=True))
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """What runs inside draws its random numbers from a copy of the generators' states, with gradients enabled."""
+        devices = {t.device for t in (*self.weights().values(), *self.leaves().values()) if t.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.enable_grad():
+            yield
+
+
+def scalar(name: str, value: Tensor) -> Tensor:
+    """Return ``value`` if it is a scalar with a gradient; raise and say what to do if not."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} returned a {type(value).__name__}: return a scalar tensor")
+    if value.ndim:
+        raise ValueError(f"{name} returned a tensor of shape {tuple(value.shape)}: return a scalar, such as its mean()")
+    if not value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} returned a loss without a gradient: is it computed under no_grad() or detach()ed?")
+    return value
+
+
+def _detached_twin(hparams: nn.Module) -> nn.Module:
+    """A copy whose parameters are views of the same memory that require no gradient, and whose buffers are the same."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in hparams.parameters()}
+    memo |= {id(buffer): buffer for buffer in hparams.buffers()}
+    return copy.deepcopy(hparams, memo)
+
+
+def _in_step(hparams: nn.Module, twin: nn.Module) -> bool:
+    """Give the twin the modes of ``hparams``; say whether its parameters still are the same memory."""
+    for module, other in zip(hparams.modules(), twin.modules(), strict=True):
+        other.training = module.training
+    pairs = zip(hparams.parameters(), twin.parameters(), strict=True)
+    return all(p.data_ptr() == q.data_ptr() and p.dtype == q.dtype for p, q in pairs)
+
+
+@contextmanager
+def _modes_restored(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

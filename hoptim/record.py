@@ -1,0 +1,67 @@
+"""What one hyperstep did, as a value: for the caller, for hooks and for logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hoptim import trees
+from hoptim.hypergradient import Hypergradient
+from hoptim.problem import Problem
+from hoptim.solvers.base import Status
+from hoptim.trees import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What one hyperstep did.
+
+    Attributes:
+        inner_step: inner steps taken before it.
+        hyper_step: its number, from 1; failed ones count.
+        moved: whether the outer optimizer moved the hyperparameters: true unless the solve failed.
+        result: the hypergradient, with the solution behind it.
+        hyperparameters: their natural values after the step, detached, by name.
+        seconds: wall-clock time of the hyperstep.
+    """
+
+    inner_step: int
+    hyper_step: int
+    moved: bool
+    result: Hypergradient
+    hyperparameters: Tree
+    seconds: float
+
+    @property
+    def status(self) -> Status:
+        """How the solve ended."""
+        return self.result.solution.status
+
+    def row(self) -> dict[str, Any]:
+        """The figures as plain numbers and strings, for a log."""
+        solution = self.result.solution
+        return {
+            "inner_step": self.inner_step,
+            "hyper_step": self.hyper_step,
+            "moved": self.moved,
+            "status": solution.status.name,
+            "detail": solution.detail,
+            "residual": float(solution.residuals[-1].amax()) if len(solution.residuals) else None,
+            "step_size": solution.step_size,
+            "products": solution.products,
+            "val_loss": float(self.result.val_loss),
+            "train_loss": float(self.result.train_loss),
+            "hypergradient_norm": float(trees.norm(self.result.grads)),
+            "hyper_seconds": self.seconds,
+        }
+
+
+def natural_values(problem: Problem) -> Tree:
+    """The natural values of a :class:`HyperParameters`, and the parameters of any other module; copies."""
+    hparams: Any = problem.hparams
+    with torch.no_grad():
+        if hasattr(hparams, "keys") and hasattr(hparams, "__getitem__"):
+            return {name: hparams[name].detach().clone() for name in hparams.keys()}  # noqa: SIM118 (a module, no dict)
+        return trees.clone({name: leaf.detach() for name, leaf in problem.leaves().items()})

@@ -1,0 +1,199 @@
+"""Solvers that repeat one fixed step: the identity and the Neumann series."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hoptim import trees
+from hoptim.operators import Operator
+from hoptim.solvers.base import Solution, Solver, Status
+from hoptim.spectral import spectral_norm, start_vector
+from hoptim.trees import Tree
+
+GROWTH_LIMIT = 10.0  # a series whose vectors outgrow ‖g‖ by this factor has failed
+READ_EVERY = 16  # products between two looks of the host at the device's norms
+FIRST_PRODUCTS, LATER_PRODUCTS = 10, 2  # of the power iteration: from a fresh vector, and from a carried one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Solver):
+    """The identity in place of the inverse curvature: x = g, without a product (T1–T2).
+
+    Source: Luketina et al. 2016 (arXiv 1511.06727).
+
+    >>> from hoptim.operators import Symmetric
+    >>> A = Symmetric(lambda v: v, like={"w": torch.ones(1)})
+    >>> Identity().solve(A, {"w": torch.ones(1)}).value
+    {'w': tensor([1.])}
+    """
+
+    def solve(self, A: Operator, g: Tree, state: Tree | None = None) -> Solution:
+        """Return g itself; the residual is not known, since no product was spent."""
+        start = trees.norm(g, batched=A.is_batched(g))
+        finite = bool(start.isfinite().all())
+        return Solution(
+            value=trees.clone(g),
+            status=Status.FINISHED if finite else Status.NON_FINITE_GRADIENT,
+            residuals=start.new_empty((0, *start.shape)),
+            products=0,
+            state={},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neumann(Solver):
+    """The Neumann series for the inverse: x_K = α Σ_{j=0..K} (I − αAᵀ)^j g.
+
+    It converges to A⁻ᵀg when every eigenvalue of αA lies in (0, 2). K terms cost K products and sum K+1 vectors; ``terms=0``
+    gives αg. With plain SGD of learning rate α, x_K is what differentiating through the last K+1 steps would give.
+
+    The vector after j products, (I − αAᵀ)^j g, is the residual of x_{j−1}: it costs nothing, so that is what ``residuals``
+    holds, and the last one is that of x_{K−1}. A series whose vectors outgrow 10·‖g‖ has failed, and stops.
+
+    Args:
+        terms: K ≥ 0, default 20.
+        step_size: α > 0; ``None``, the default, takes 1/‖A‖₂, estimated by power iteration: 10 products at first, then 2
+            each time, from the vector carried over from the last solve.
+
+    Raises:
+        ValueError: ``terms`` is negative or ``step_size`` is not positive.
+
+    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), section 4, algorithm 3, with the sign corrected.
+
+    >>> from hoptim.operators import Symmetric
+    >>> A = Symmetric(lambda v: {"w": 2 * v["w"]}, like={"w": torch.ones(1)})
+    >>> solution = Neumann(terms=2, step_size=0.25).solve(A, {"w": torch.ones(1)})
+    >>> solution.value, solution.residuals, solution.status.ok
+    ({'w': tensor([0.4375])}, tensor([0.5000, 0.2500]), True)
+    """
+
+    terms: int = 20
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.terms, int) or self.terms < 0:
+            raise ValueError(f"terms={self.terms!r}: give a whole number of products, 0 or more")
+        if self.step_size is not None and not (math.isfinite(self.step_size) and self.step_size > 0):
+            raise ValueError(f"step_size={self.step_size!r}: give a positive number, or None to choose it")
+
+    def solve(self, A: Operator, g: Tree, state: Tree | None = None) -> Solution:
+        """Sum the series; a step chosen too large, which a poor start of the power iteration allows, is chosen again."""
+        if self.step_size is not None:
+            return _series(A, g, self.terms, self.step_size)
+        spent, state = 0, state if state and _fits(state, A) else Tree()
+        for products in (LATER_PRODUCTS if state else FIRST_PRODUCTS, FIRST_PRODUCTS, FIRST_PRODUCTS):
+            norm, carried = spectral_norm(A, state or _start(A, g), products)
+            spent += products
+            length, bound = torch.stack([trees.norm(g), norm]).tolist()
+            if not (math.isfinite(length) and math.isfinite(bound) and bound > 0):
+                return _without_step(A, g, length, bound, spent)
+            solution = _series(A, g, self.terms, 1.0 / bound)
+            spent += solution.products
+            state = solution.state or carried
+            if solution.status is not Status.STEP_TOO_LARGE:
+                break
+        return replace(solution, products=spent, state=state)
+
+
+def _series(A: Operator, g: Tree, terms: int, step: float) -> Solution:
+    """α Σ_{j=0..K} (I − αAᵀ)^j g, stopped where it has failed."""
+    batched = A.is_batched(g)
+    vector, total = trees.clone(g), trees.clone(g)
+    norms = [trees.norm(g, batched=batched)]
+    curvature = torch.zeros_like(norms[0])
+    for term in range(1, terms + 1):
+        product = A.T @ vector
+        if term == terms:
+            curvature = _rayleigh(vector, product, batched)
+        trees.add_(vector, product, alpha=-step)
+        trees.add_(total, vector)
+        norms.append(trees.norm(vector, batched=batched))
+        if term % READ_EVERY == 0 and term < terms and _first_bad(torch.stack(norms)) is not None:
+            break
+    history = torch.stack(norms)
+    bad, state = _first_bad(history), Tree()
+    if bad is None:
+        status, detail = _remark(history, curvature, step)
+    else:
+        status, detail, state = _diagnose(A, g, step, history, bad)
+    return Solution(
+        value=trees.scale_(total, step),
+        status=status,
+        detail=detail,
+        residuals=history[1:] / torch.where(history[0] > 0, history[0], 1.0),
+        products=len(norms) - 1 + (bad or 0),
+        step_size=step,
+        state=state,
+    )
+
+
+def _first_bad(history: Tensor) -> int | None:
+    """The first row with a norm that is not finite or over the limit, or ``None``. One look of the host at the device."""
+    fine = (history <= GROWTH_LIMIT * history[0]) & history.isfinite()
+    rows = fine.reshape(len(history), -1).all(1).tolist()
+    return rows.index(False) if False in rows else None
+
+
+def _remark(history: Tensor, curvature: Tensor, step: float) -> tuple[Status, str]:
+    """What a bounded series tells: its vectors shrink steadily where every eigenvalue of αA lies in [0, 1]."""
+    grew = (history[1:] > history[:-1] * (1 + 1e-5)).any().to(curvature.dtype)
+    low, high, growth = torch.stack([curvature.amin(), curvature.amax(), grew]).tolist()
+    if low * step < -1e-6:
+        return Status.NEGATIVE_CURVATURE, f"the curvature along the last term is {low:.3g}"
+    if growth and high * step > 1:
+        return Status.GROWING, f"step size {step:.3g}, curvature along the last term {high:.3g}"
+    if growth:
+        return Status.NEGATIVE_CURVATURE, "a term is longer than the one before it, though the step is small enough"
+    return Status.FINISHED, ""
+
+
+def _diagnose(A: Operator, g: Tree, step: float, history: Tensor, bad: int) -> tuple[Status, str, Tree]:
+    """Walk to the bad term again with vectors kept at unit length, to see which curvature the series grew along."""
+    if bad == 0:
+        return Status.NON_FINITE_GRADIENT, "the right-hand side of the system is not finite", {}
+    if A.is_batched(g):
+        worst = int(history[bad].nan_to_num(math.inf, math.inf).argmax())
+        g, history = trees.map_tree(lambda value: value[worst], g), history[:, worst]
+    vector, curvature = trees.clone(g), 0.0
+    for _ in range(bad):
+        vector = trees.unit(vector)
+        product = A.T @ vector
+        curvature = float(_rayleigh(vector, product, batched=False))
+        if not math.isfinite(curvature):
+            return Status.NON_FINITE_PRODUCT, f"at term {bad}", {}
+        trees.add_(vector, product, alpha=-step)
+    grown = f"the series grew to {float(history[bad] / history[0]):.3g} times its start at term {bad}"
+    if step * curvature > 1:
+        advice = f"step size {step:.3g} against a curvature of {curvature:.3g}, which allows less than {2 / curvature:.3g}"
+        return Status.STEP_TOO_LARGE, f"{grown}: {advice}", trees.unit(vector)
+    return Status.CURVATURE_TOO_NEGATIVE, f"{grown}, along a curvature of {curvature:.3g}", {}
+
+
+def _without_step(A: Operator, g: Tree, length: float, bound: float, spent: int) -> Solution:
+    """The end of a solve for which no step could be chosen; x = 0 is right where g is zero."""
+    if not math.isfinite(length):
+        status = Status.NON_FINITE_GRADIENT
+    elif not math.isfinite(bound):
+        status = Status.NON_FINITE_PRODUCT
+    else:
+        status = Status.FINISHED if length == 0 else Status.NO_CURVATURE
+    residuals = trees.norm(g, batched=A.is_batched(g)).new_empty(0)
+    return Solution(value=trees.zeros_like(g), status=status, residuals=residuals, products=spent, state={})
+
+
+def _rayleigh(v: Tree, product: Tree, batched: bool) -> Tensor:
+    """⟨v, A v⟩ / ⟨v, v⟩: the curvature along v; zero where v is zero."""
+    square = trees.dot(v, v, batched=batched)
+    return trees.dot(v, product, batched=batched) / torch.where(square == 0, 1.0, square)
+
+
+def _fits(state: Tree, A: Operator) -> bool:
+    return {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in A.like.items()}
+
+
+def _start(A: Operator, g: Tree) -> Tree:
+    return start_vector(A.like, trees.map_tree(lambda value: value.sum(0), g) if A.is_batched(g) else g)

@@ -1,0 +1,91 @@
+"""Arithmetic on vectors kept as ``dict[str, Tensor]``, one entry a parameter, never flattened.
+
+A vector may carry a leading axis of R right-hand sides in every entry; ``batched=True`` says so where it matters, and a
+scalar then becomes a tensor of shape (R,). Functions that end in an underscore write into their first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+def map_tree(function: Callable[[Tensor], Tensor], x: Tree) -> Tree:
+    """Apply ``function`` to each tensor.
+
+    >>> map_tree(torch.neg, {"w": torch.ones(2)})
+    {'w': tensor([-1., -1.])}
+    """
+    return {name: function(value) for name, value in x.items()}
+
+
+def clone(x: Tree) -> Tree:
+    """Copy, so that in-place arithmetic on the copy leaves ``x`` alone."""
+    return map_tree(torch.clone, x)
+
+
+def zeros_like(x: Tree) -> Tree:
+    """The zero vector of the same names and shapes."""
+    return map_tree(torch.zeros_like, x)
+
+
+def add_(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
+    """x ← x + alpha·y, in place, over the names of ``x``; returns ``x``.
+
+    >>> add_({"w": torch.zeros(2)}, {"w": torch.ones(2)}, alpha=-2)
+    {'w': tensor([-2., -2.])}
+    """
+    torch._foreach_add_(list(x.values()), [y[name] for name in x], alpha=alpha)
+    return x
+
+
+def scale_(x: Tree, alpha: float) -> Tree:
+    """x ← alpha·x, in place; returns ``x``."""
+    torch._foreach_mul_(list(x.values()), alpha)
+    return x
+
+
+def dot(x: Tree, y: Tree, *, batched: bool = False) -> Tensor:
+    """⟨x, y⟩ over all entries: a scalar, or shape (R,) for R right-hand sides at once.
+
+    >>> dot({"w": torch.ones(3), "b": torch.ones(1)}, {"w": torch.full((3,), 2.0), "b": torch.ones(1)})
+    tensor(7.)
+    """
+    if batched:
+        return torch.stack([(x[name] * y[name]).flatten(1).sum(1) for name in x]).sum(0)
+    return torch.stack([torch.dot(x[name].flatten(), y[name].flatten()) for name in x]).sum()
+
+
+def norm(x: Tree, *, batched: bool = False) -> Tensor:
+    """‖x‖₂ over all entries: a scalar, or shape (R,) for R right-hand sides at once.
+
+    >>> norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
+    if batched:
+        parts = [torch.linalg.vector_norm(value.flatten(1), dim=1) for value in x.values()]
+        return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x.values()))))
+
+
+def unit(x: Tree) -> Tree:
+    """x / ‖x‖₂, a copy; zero where x is zero.
+
+    >>> unit({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    {'w': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+    length = norm(x)
+    return map_tree(lambda value: value / torch.where(length > 0, length, 1.0), x)
+
+
+def size(x: Tree) -> int:
+    """The number of scalars in the vector.
+
+    >>> size({"w": torch.ones(3, 2), "b": torch.ones(1)})
+    7
+    """
+    return sum(value.numel() for value in x.values())
