@@ -202,7 +202,7 @@ class BilevelOptimizer(Optimizer):
         warnings.warn(
             f"hyperstep {self._progress.hyper_steps} failed and moved nothing: {status.name}: {status.message} "
             f"({result.solution.detail or 'no detail'}). Later ones of this kind are only recorded",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     # An Optimizer in the eyes of all that accept one: what they read is the inner optimizer's, never a second copy.

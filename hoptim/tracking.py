@@ -1,0 +1,155 @@
+"""Trackers: hooks on the hyperstep that write to Weights & Biases, to the terminal or to a file of JSON lines.
+
+A tracker is a function of the :class:`Record`: ``BilevelOptimizer(..., hooks=[WandB(project="mine")])``. W&B and rich are
+imported when a tracker is first used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hoptim.record import Record
+from hoptim.trees import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonLines:
+    r"""One JSON object a hyperstep, appended to a file: the figures of ``Record.row()``.
+
+    Args:
+        path: the file; its folder is made if need be.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    >>> JsonLines(path=path).log({"hyper_step": 1, "val_loss": 0.5})
+    >>> path.read_text()
+    '{"hyper_step": 1, "val_loss": 0.5}\n'
+    """
+
+    path: str | os.PathLike[str]
+
+    def __call__(self, record: Record) -> None:
+        """Append the record's row."""
+        self.log(record.row())
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row."""
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Console:
+    """One line a hyperstep on the terminal: losses, status, residual; failed ones in red, with what to do."""
+
+    def __call__(self, record: Record) -> None:
+        """Print the record's line."""
+        from rich.console import Console as RichConsole
+        from rich.markup import escape
+
+        row = record.row()
+        residual = "" if row["residual"] is None else f"residual {row['residual']:.2g}  "
+        line = f"step {row['inner_step']}  val {row['val_loss']:.4f}  {residual}{row['products']} products  {row['status']}"
+        colour = {"ok": "green", "remark": "yellow", "failed": "red"}[record.status.kind]
+        advice = "" if record.moved else f": {record.status.message} ({row['detail']})"
+        RichConsole().print(f"[{colour}]{escape(line + advice)}[/]", highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandB:
+    """Weights & Biases: figures against inner and outer steps, and a histogram of each hyperparameter, each hyperstep.
+
+    It logs to the run that is open, or opens one: offline unless ``mode`` or ``WANDB_MODE`` says otherwise. Where W&B has
+    no account or no network it warns, and goes on offline; it never stops a training.
+
+    Args:
+        project: the W&B project, default ``hoptim``.
+        name: the run's name; ``None`` lets W&B choose.
+        group: the group of runs that it belongs to, such as a sweep.
+        id: the id of a run to continue; ``None`` for a new one.
+        directory: where W&B keeps its files; ``None`` for its own default.
+        mode: ``online``, ``offline`` or ``disabled``; ``None``: ``WANDB_MODE``, else ``offline``.
+        histograms: log a histogram of every hyperparameter tensor, default true.
+    """
+
+    project: str = "hoptim"
+    name: str | None = None
+    group: str | None = None
+    id: str | None = None
+    directory: str | os.PathLike[str] | None = None
+    mode: str | None = None
+    histograms: bool = True
+
+    def __call__(self, record: Record) -> None:
+        """Log the record's figures and histograms."""
+        self.log(record.row(), record.hyperparameters)
+
+    def start(self, config: Mapping[str, Any] | None = None) -> Any:
+        """The open run, or a new one with ``config``; axes for inner and outer steps are defined."""
+        import wandb
+
+        if wandb.run is not None:
+            return wandb.run
+        mode = self.mode or os.environ.get("WANDB_MODE", "offline")
+        settings = {
+            "project": self.project, "name": self.name, "group": self.group, "id": self.id,
+            "dir": self.directory, "resume": "allow" if self.id else None, "config": dict(config or {}),
+        }  # fmt: skip
+        run = _init(settings, mode)
+        run.define_metric("inner_step", hidden=True)
+        run.define_metric("outer_step", hidden=True)
+        run.define_metric("inner/*", step_metric="inner_step")
+        run.define_metric("outer/*", step_metric="outer_step")
+        run.define_metric("hyperparameters/*", step_metric="outer_step")
+        return run
+
+    def log(self, row: Mapping[str, Any], hyperparameters: Tree | None = None) -> None:
+        """Log a row's numbers twice, as ``inner/…`` and ``outer/…``: once against each axis of steps."""
+        import wandb
+
+        outer_step = row.get("outer_step", row.get("hyper_step"))
+        figures = {key: value for key, value in row.items() if isinstance(value, (int, float, str)) and "step" not in key}
+        figures |= {key: row[key] for key in ("step_size",) if row.get(key) is not None}
+        values: dict[str, Any] = {"inner_step": row["inner_step"], "outer_step": outer_step}
+        values |= {f"{axis}/{key}": value for key, value in figures.items() for axis in ("inner", "outer")}
+        if self.histograms and hyperparameters:
+            for name, value in hyperparameters.items():
+                finite = value.detach().float().cpu().flatten()
+                values[f"hyperparameters/{name}"] = wandb.Histogram(finite[finite.isfinite()].tolist())
+        self.start().log(values)
+
+    def finish(self, summary: Mapping[str, Any] | None = None, images: Mapping[str, Path] | None = None) -> None:
+        """Log the last pictures, write the summary and close the run."""
+        import wandb
+
+        run = self.start()
+        if images:
+            run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+        run.summary.update(dict(summary or {}))
+        run.finish()
+
+    def abandon(self) -> None:
+        """Close the run that is open, if any, as failed: after an error, so that no later training logs into it."""
+        if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+            wandb.run.finish(exit_code=1)
+
+
+def _init(settings: dict[str, Any], mode: str) -> Any:
+    """Open a run; offline where it can't be had online, and disabled where even that fails: W&B never stops a training."""
+    import wandb
+
+    attempts: dict[Any, None] = dict.fromkeys((mode, "offline", "disabled"))
+    for attempt in attempts:
+        try:
+            return wandb.init(**settings, mode=attempt, settings=wandb.Settings(silent=True, console="off"))
+        except (wandb.errors.Error, OSError) as error:
+            warnings.warn(f"W&B could not start in mode {attempt!r}: {error}; training goes on without it", stacklevel=3)
+    raise RuntimeError("W&B failed to start even in mode 'disabled'")

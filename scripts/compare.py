@@ -1,0 +1,142 @@
+"""Put the runs of a sweep side by side, in one picture and one table: ``python scripts/compare.py runs``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from rich.console import Console
+from rich.table import Table
+
+FIGURES = ("train_loss", "val_loss", "test_loss", "test_accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run as its files tell it."""
+
+    group: str
+    name: str
+    seed: str
+    result: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def cost(self) -> float:
+        """Seconds in all over seconds in inner steps: what learning costs, in trainings."""
+        inner, hyper = (sum(row[f"{kind}_seconds"] for row in self.rows) for kind in ("inner", "hyper"))
+        return (inner + hyper) / inner
+
+
+def read(root: Path) -> list[Run]:
+    """Every run below ``root``; a run's group is its folder less the seed."""
+    runs = []
+    for path in sorted(root.rglob("result.json")):
+        folder = path.parent
+        metrics = folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        group = folder.parent.relative_to(root).as_posix()
+        runs.append(
+            Run(group=group, name=group.split("/")[0], seed=folder.name, result=json.loads(path.read_text()), rows=rows)
+        )
+    return runs
+
+
+def summary(runs: Sequence[Run]) -> dict[str, Any]:
+    """Mean and standard error of each figure over the finished runs."""
+    done = [run for run in runs if run.result["status"] == "finished"]
+    entry: dict[str, Any] = {"runs": len(done), "failed": len(runs) - len(done)}
+    if done:
+        entry |= {figure: mean_error([run.result[figure] for run in done]) for figure in FIGURES}
+        entry["trainings"] = statistics.mean(run.cost for run in done)
+        entry["moved"] = [sum(run.result[key] for run in done) for key in ("moved", "hypersteps")]
+    return entry
+
+
+def chosen(runs: Sequence[Run]) -> list[Run]:
+    """For each seed the run with the least validation loss: what a search over these groups would have picked."""
+    by_seed = defaultdict(list)
+    for run in runs:
+        if run.result["status"] == "finished":
+            by_seed[run.seed].append(run)
+    return [min(candidates, key=lambda run: run.result["val_loss"]) for candidates in by_seed.values()]
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean; the error of one value is NaN."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def compare(root: Path) -> dict[str, Any]:
+    """Write ``compare.json`` and ``compare.png`` below ``root``, print the table, return it."""
+    runs = read(root)
+    if not runs:
+        raise FileNotFoundError(f"no result.json below {root}: run a sweep first, such as scripts/train.py -m study=iris")
+    groups, names = defaultdict(list), defaultdict(list)
+    for run in runs:
+        groups[run.group].append(run)
+        names[run.name].append(run)
+    entries = {group: summary(members) for group, members in groups.items()}
+    for name, members in names.items():
+        if (searched := len({run.group for run in members})) > 1:
+            best = chosen(members)
+            label = f"{name}: best of {searched} by validation"
+            entries[label] = {**summary(best), "trainings": searched * statistics.mean(run.cost for run in best)}
+            groups[label] = best
+    (root / "compare.json").write_text(json.dumps(entries, indent=2) + "\n")
+    draw(groups, root / "compare.png")
+    show(entries)
+    return entries
+
+
+def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """The blog's figure: the groups' curves in one picture; of a search only the choice is drawn."""
+    import plots
+
+    searched = {label.split(":")[0] for label in groups if ": best of" in label}
+    curves = {
+        label: [run.rows for run in members if run.result["status"] == "finished"]
+        for label, members in groups.items()
+        if members and (members[0].name not in searched or ": best of" in label)
+    }
+    plots.compared({label: rows for label, rows in curves.items() if rows}, path)
+
+
+def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """The table, on the terminal."""
+    table = Table("runs of", "n", *(figure.replace("_", " ") for figure in FIGURES), "trainings", "moved", box=None)
+    for label, entry in entries.items():
+        count = f"{entry['runs']}" + (f" (+{entry['failed']} failed)" if entry["failed"] else "")
+        cells = [f"{entry[figure][0]:.3f} ± {entry[figure][1]:.3f}" if figure in entry else "" for figure in FIGURES]
+        moved = "/".join(map(str, entry["moved"])) if entry.get("moved", [0, 0])[1] else ""
+        table.add_row(label, count, *cells, f"{entry['trainings']:.2f}" if "trainings" in entry else "", moved)
+    console = Console()
+    Console(width=console.width if console.is_terminal else 180).print(table)
+
+
+class CompareRuns(Callback):
+    """Hydra calls this at the end of a sweep."""
+
+    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
+        root = Path(config.hydra.sweep.dir)
+        compare(root)
+        print(f"wrote {root / 'compare.png'} and {root / 'compare.json'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="the folder of the runs (default: runs)")
+    compare(parser.parse_args().root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The pictures of a run and of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+PARTS = {"train": "train", "val": "validation", "test": "test"}
+Rows = Sequence[Mapping[str, Any]]
+
+
+def curves(rows: Rows, title: str, path: Path) -> None:
+    """One run's cross-entropy on train, validation and test against outer steps, as the blog draws them."""
+    compared({title: [rows]}, path)
+
+
+def compared(groups: Mapping[str, Sequence[Rows]], path: Path, dashed: Sequence[str] = ()) -> None:
+    """Cross-entropy of several groups of runs: mean over a group's runs, with a band of one standard error."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), sharex=True, sharey=len(groups) > 1, layout="constrained")
+    colours = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
+    for (label, runs), colour in zip(groups.items(), colours * 3, strict=False):
+        steps = [row["outer_step"] for row in min(runs, key=len)]
+        for axis, part in zip(axes, PARTS, strict=True):
+            losses = np.array([[row[f"{part}_loss"] for row in rows[: len(steps)]] for rows in runs])
+            mean = losses.mean(0)
+            style = "--" if label in dashed else "-"
+            axis.plot(steps, mean, style, color=colour, label=label, linewidth=1.6)
+            if len(runs) > 1:
+                error = losses.std(0, ddof=1) / np.sqrt(len(runs))
+                axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+    for axis, part in zip(axes, PARTS.values(), strict=True):
+        axis.set(title=part, xlabel="outer step")
+        axis.grid(alpha=0.25)
+        if len(groups) > 1:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes[0].set_ylabel("cross-entropy")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(groups)), frameon=False)
+    _save(figure, path)
+
+
+def hyperparameters(rows: Rows, quantiles: Sequence[float], path: Path) -> None:
+    """The distribution of each hyperparameter over time: the median, and bands between quantiles."""
+    names = list(rows[0]["hyperparameters"])
+    figure, axes = plt.subplots(1, len(names), figsize=(1.5 + 4.5 * len(names), 4), squeeze=False, layout="constrained")
+    steps = [row["outer_step"] for row in rows]
+    for axis, name in zip(axes[0], names, strict=True):
+        values = np.array([row["hyperparameters"][name]["quantiles"] for row in rows]).T
+        count = len(quantiles) // 2
+        for low in range(count):
+            label = f"{quantiles[low]:.0%} to {quantiles[-1 - low]:.0%}"
+            axis.fill_between(
+                steps, values[low], values[-1 - low], color="C0", alpha=0.15 + 0.1 * low, linewidth=0, label=label
+            )
+        axis.plot(steps, values[count], color="C0", label="median")
+        axis.set(title=name, xlabel="outer step")
+        if (values > 0).all():
+            axis.set_yscale("log")
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("value")
+    axes[0][0].legend(frameon=False, loc="best")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""The tasks of hoptim's own experiments: data, model, losses and hyperparameters."""

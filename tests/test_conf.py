@@ -1,0 +1,67 @@
+"""Every file of conf/ is used: experiments run, and every strategy is made from its own file."""
+
+import math
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from jobs import ROOT, result, train
+
+import hoptim
+from hoptim import tracking
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs_for_a_few_steps(tmp_path, experiment):
+    train(
+        f"experiment={experiment}",
+        f"hydra.run.dir={tmp_path}",
+        "outer_steps=2",
+        "inner_steps=5",
+        "hoptim/tracker=[]",
+        "plots=false",
+    )
+    final = result(tmp_path)
+    assert final["name"] == experiment
+    assert final["inner_steps"] == 10
+    assert math.isfinite(final["test_loss"])
+
+
+def made(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", [*overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "method"),
+    [
+        ([], hoptim.Implicit(hoptim.Neumann(terms=20))),
+        (["hoptim.solver.terms=5", "hoptim.solver.step_size=0.1"], hoptim.Implicit(hoptim.Neumann(terms=5, step_size=0.1))),
+        (["hoptim/solver=identity", "hoptim.method.damping=0.5"], hoptim.Implicit(hoptim.Identity(), damping=0.5)),
+        (["experiment=iris_blog"], hoptim.Implicit(hoptim.Neumann(terms=5, step_size=0.1))),
+    ],
+)
+def test_the_config_makes_the_method_it_names(overrides, method):
+    assert instantiate(made(*overrides).hoptim.method) == method
+
+
+def test_the_config_makes_every_tracker():
+    trackers = made("hoptim/tracker=[wandb,console,jsonl]").hoptim.tracker
+    kinds = [type(instantiate(options)) for options in trackers.values()]
+    assert kinds == [tracking.WandB, tracking.Console, tracking.JsonLines]
+
+
+def test_a_wrong_number_fails_at_construction_with_the_remedy():
+    with pytest.raises(Exception, match="terms=-1: give a whole number"):
+        instantiate(made("hoptim.solver.terms=-1").hoptim.method)
+
+
+def test_every_group_of_strategies_is_a_public_name():
+    for path in (ROOT / "conf" / "hoptim").glob("*/*.yaml"):
+        lines = [line.split("_target_:")[1].strip() for line in path.read_text().splitlines() if "_target_:" in line]
+        assert lines, path
+        for target in lines:
+            module, _, name = target.rpartition(".")
+            assert name in (hoptim.__all__ if module == "hoptim" else dir(tracking)), target

@@ -1,0 +1,79 @@
+"""Trackers as hooks of a plain training loop."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from wandb_file import read
+
+import hoptim
+from hoptim.tracking import Console, JsonLines, WandB
+
+
+def ridge(hook, every=1, decay=0.5, solver=None):
+    """One weight, one decay: 0.5·(w − 4)² + 0.5·decay·w², validated at 1."""
+    model, hparams = nn.Linear(1, 1, bias=False), hoptim.HyperParameters({"decay": torch.tensor([decay])})
+    nn.init.constant_(model.weight, 1.0)
+    problem = hoptim.Problem(
+        model,
+        hparams,
+        lambda m, h, x: 0.5 * (m(x) - 4).square().sum() + 0.5 * (h["decay"] * m.weight.square()).sum(),
+        lambda m, h, x: 0.5 * (m(x) - 1).square().sum(),
+    )
+    inner, outer = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(hparams.parameters(), lr=0.1)
+    return hoptim.BilevelOptimizer(
+        inner, outer, problem, val_batches=[torch.ones(1, 1)], every=every, hooks=[hook],
+        hypergradient=hoptim.Implicit(solver or hoptim.Neumann()),
+    )  # fmt: skip
+
+
+def steps(optimizer, count):
+    for _ in range(count):
+        optimizer.zero_grad()
+        optimizer.loss(torch.ones(1, 1)).backward()
+        optimizer.step()
+
+
+def test_json_lines_hold_the_records(tmp_path):
+    path, seen = tmp_path / "deep" / "metrics.jsonl", []
+    optimizer = ridge(JsonLines(path=path))
+    optimizer.hooks += (lambda record: seen.append(record.row()),)
+    steps(optimizer, 3)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == seen
+    assert [row["hyper_step"] for row in seen] == [1, 2, 3]
+
+
+def test_console_prints_one_line_and_what_to_do_after_a_failure(capsys):
+    steps(ridge(Console()), 1)
+    assert "FINISHED" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="STEP_TOO_LARGE"):
+        steps(ridge(Console(), solver=hoptim.Neumann(terms=50, step_size=5.0)), 1)
+    assert "Take a smaller step_size" in " ".join(capsys.readouterr().out.split())
+
+
+def test_wandb_hook_logs_each_hyperstep_against_both_axes(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracker = WandB(project="mine", directory=tmp_path)
+    optimizer = ridge(tracker, every=2)
+    steps(optimizer, 6)
+    tracker.finish({"answer": 42})
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    run = read(path)
+    assert (run["project"], run["summary"]["answer"], run["exit"]) == ("mine", 42, 0)
+    assert [row["inner_step"] for row in run["history"]] == [2, 4, 6]
+    assert [row["outer_step"] for row in run["history"]] == [1, 2, 3]
+    assert run["history"][-1]["outer/val_loss"] == float(optimizer.record.result.val_loss)
+    assert sum(run["history"][-1]["hyperparameters/decay/values"]) == 1
+
+
+def test_an_abandoned_run_is_marked_failed_and_the_next_is_another(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracker = WandB(directory=tmp_path)
+    first = tracker.start().id
+    tracker.abandon()
+    assert tracker.start().id != first
+    tracker.finish()
+    exits = {run["id"]: run["exit"] for run in map(read, tmp_path.glob("wandb/offline-run-*/*.wandb"))}
+    assert exits.pop(first) == 1
+    assert set(exits.values()) == {0}

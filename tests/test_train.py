@@ -1,0 +1,157 @@
+"""The seed experiment as a user runs it: its files, its sweeps, its W&B run, and a kill in the middle."""
+
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+import torch
+from jobs import ROOT, command, env, result, rows, train
+from safetensors.torch import load_file
+from wandb_file import read
+
+SHORT = ("outer_steps=4", "inner_steps=20", "task.hidden=16")
+QUIET = ("plots=false", "hoptim/tracker=[]")
+
+
+def test_a_run_writes_all_its_files_and_they_agree(tmp_path):
+    train(f"hydra.run.dir={tmp_path}", *SHORT)
+    lines, final = rows(tmp_path), result(tmp_path)
+    assert [row["outer_step"] for row in lines] == [1, 2, 3, 4]
+    assert [row["inner_step"] for row in lines] == [20, 40, 60, 80]
+    assert final["hypersteps"] == 4
+    assert final["weights"] == final["hyperparameters"] == 16 * (4 + 16 + 3)
+    assert final["products"] == sum(row["products"] for row in lines) >= 30 + 3 * 22
+    assert final["test_loss"] == lines[-1]["test_loss"]
+    needed = {"status", "residual", "step_size", "inner_seconds", "hyper_seconds", "hypergradient_norm", "train_accuracy"}
+    assert needed <= set(lines[0])
+    values = load_file(tmp_path / "hyperparameters.safetensors")
+    for name, spread in lines[-1]["hyperparameters"].items():
+        assert values[name].mean().item() == pytest.approx(spread["mean"])
+        assert [values[name].min().item(), values[name].max().item()] == pytest.approx([spread["min"], spread["max"]])
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("curves.png", "hyperparameters.png"))
+    assert "hidden: 16" in (tmp_path / "config.yaml").read_text()
+
+
+def test_the_wandb_run_reads_back(tmp_path):
+    train(f"hydra.run.dir={tmp_path}", *SHORT)
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    run, lines = read(path), rows(tmp_path)
+    assert (run["name"], run["project"], run["exit"]) == ("iris/seed=0", "hoptim", 0)
+    assert run["config"]["task"]["hidden"] == 16
+    steps = [row for row in run["history"] if "outer_step" in row]
+    assert [row["outer_step"] for row in steps] == [1, 2, 3, 4]
+    assert [row["inner_step"] for row in steps] == [20, 40, 60, 80]
+    for row, line in zip(steps, lines, strict=True):
+        for axis in ("inner", "outer"):
+            assert row[f"{axis}/test_loss"] == line["test_loss"]
+            assert row[f"{axis}/residual"] == line["residual"]
+    assert {glob: run["axes"][glob] for glob in ("inner/*", "outer/*", "hyperparameters/*")} == {
+        "inner/*": "inner_step",
+        "outer/*": "outer_step",
+        "hyperparameters/*": "outer_step",
+    }
+    assert sum(steps[-1]["hyperparameters/3.weight/values"]) == 16 * 16
+    assert run["summary"]["test_loss"] == result(tmp_path)["test_loss"]
+    images = {key for row in run["history"] for key in row if key.endswith("_type") and row[key] == "image-file"}
+    assert images == {"plots/curves/_type", "plots/hyperparameters/_type"}
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_wandb_without_account_or_network_never_stops_a_run(tmp_path, mode):
+    train(f"hydra.run.dir={tmp_path}", *SHORT, "plots=false", WANDB_MODE=mode, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert result(tmp_path)["status"] == "finished"
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == (mode != "disabled")
+
+
+@pytest.mark.parametrize("rows_before_the_kill", [1, 5, 8])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, rows_before_the_kill):
+    options = ("outer_steps=12", "inner_steps=100", "task.hidden=32", "checkpoint_every=3", "plots=false")
+    train(f"hydra.run.dir={tmp_path / 'whole'}", "hoptim/tracker=[]", *options)
+
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(f"hydra.run.dir={folder}", *options), cwd=ROOT, env=env(), start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    while (
+        not (folder / "metrics.jsonl").exists()
+        or len((folder / "metrics.jsonl").read_text().splitlines()) < rows_before_the_kill
+    ):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists()
+
+    train(f"hydra.run.dir={folder}", "resume=true", *options)
+    assert result(folder) == result(tmp_path / "whole")
+    timeless = [
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in rows(where)]
+        for where in (folder, tmp_path / "whole")
+    ]
+    assert timeless[0] == timeless[1]
+    if rows_before_the_kill > 3:
+        ids = {read(path)["id"] for path in folder.glob("wandb/offline-run-*/*.wandb")}
+        assert len(ids) == 1, "the resumed run has another W&B id"
+
+
+def test_resume_refuses_the_checkpoint_of_another_run(tmp_path):
+    train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET)
+    process = train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET, "resume=true", "inner.lr=0.5", check=False)
+    assert process.returncode == 1
+    assert "of another run" in process.stderr
+
+
+def test_a_sweep_reports_the_job_that_fails_and_finishes_the_others(tmp_path):
+    process = train("-m", f"root={tmp_path}", *SHORT, *QUIET, "task.decay=0.01,-1,0.1", check=False)
+    assert process.returncode == 1
+    assert "decay=-1" in process.stderr
+    outcomes = {path.parent.parent.name: result(path.parent) for path in tmp_path.rglob("result.json")}
+    assert Counter(outcome["status"] for outcome in outcomes.values()) == {"finished": 2, "failed": 1}
+    (failed,) = [name for name, outcome in outcomes.items() if outcome["status"] == "failed"]
+    assert "task.decay=-1" in failed
+    assert "positive start" in outcomes[failed]["error"]
+
+
+def test_a_sweep_with_joblib_is_compared_at_its_end(tmp_path):
+    import json
+
+    overrides = ("experiment=iris,iris_uniform", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    process = train("-m", f"root={tmp_path}", *SHORT, *QUIET, *overrides)
+    table = json.loads((tmp_path / "compare.json").read_text())
+    assert {entry["runs"] for entry in table.values()} == {2}
+    for group, entry in table.items():
+        losses = torch.tensor(
+            [result(tmp_path / group / f"seed={seed}")["test_loss"] for seed in (0, 1)], dtype=torch.double
+        )
+        assert entry["test_loss"] == pytest.approx([losses.mean().item(), losses.std().item() / 2**0.5])
+    assert "iris_uniform" in process.stdout
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_a_search_is_judged_by_what_validation_would_have_chosen(tmp_path):
+    import json
+
+    train("-m", f"root={tmp_path}", *SHORT, *QUIET, "experiment=iris_uniform", "task.decay=0.001,0.3", "seed=0,1")
+    table = json.loads((tmp_path / "compare.json").read_text())
+    (best,) = [entry for label, entry in table.items() if "best of 2 by validation" in label]
+    chosen = []
+    for seed in (0, 1):
+        runs = [result(path.parent) for path in tmp_path.rglob(f"seed={seed}/result.json")]
+        chosen.append(min(runs, key=lambda run: run["val_loss"])["test_loss"])
+    assert best["test_loss"][0] == pytest.approx(sum(chosen) / 2)
+    assert best["trainings"] == pytest.approx(2)
+
+
+def test_help_helps():
+    text = train("--help").stdout
+    for words in ("resume=true", "hoptim.solver.terms=5", "task.hidden=1024", "experiment:", "inner_steps: 100"):
+        assert words in text
+
+
+def test_a_training_that_ends_in_nan_fails_and_says_so(tmp_path):
+    process = train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET, "inner.lr=1e6", check=False)
+    assert process.returncode == 1
+    assert "lower inner.lr" in result(tmp_path)["error"]
