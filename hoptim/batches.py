@@ -32,7 +32,7 @@ class Batches:
             raise TypeError(f"{name} is a {type(source).__name__}: give a DataLoader or a list of batches, such as [batch]")
         if isinstance(source, Iterator):
             raise TypeError(f"{name} is a one-shot iterator: give what makes it, such as the DataLoader or a list")
-        if isinstance(source, Sized) and len(source) == 0:
+        if _length(source) == 0:
             raise ValueError(f"{name} is empty: it must hold at least one batch")
         self.source, self.name = source, name
         self._iterator: Iterator[Any] | None = None
@@ -56,7 +56,11 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the present pass, and the generators' states at its start."""
-        return {"position": self._position, "begun": dict(self._begun)} if self._iterator else {"position": 0, "begun": {}}
+        return (
+            {"position": self._position, "begun": dict(self._begun)}
+            if self._iterator is not None
+            else {"position": 0, "begun": {}}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin the saved pass again and walk to its position; torch's global generator stays as it is."""
@@ -64,13 +68,34 @@ class Batches:
         if not state["position"]:
             return
         with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(state["begun"]["torch"].cpu())
-            if (own := getattr(self.source, "generator", None)) is not None and "own" in state["begun"]:
-                own.set_state(state["begun"]["own"].cpu())
+            torch.set_rng_state(state["begun"][""].cpu())
+            for name, generator in _own_generators(self.source).items():
+                if name in state["begun"]:
+                    generator.set_state(state["begun"][name].cpu())
             for _ in range(state["position"]):
                 self.draw()
 
     def _generators(self) -> dict[str, torch.Tensor]:
-        states = {"torch": torch.get_rng_state()}
-        own = getattr(self.source, "generator", None)
-        return states if own is None else {**states, "own": own.get_state()}
+        """The states of torch's global generator and of the loader's and its samplers' own, by where they are."""
+        return {"": torch.get_rng_state()} | {path: own.get_state() for path, own in _own_generators(self.source).items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "name": self.name, "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.source, self.name = state["source"], state["name"]
+        self.load_state_dict(state["state"])
+
+
+def _length(source: Iterable[Any]) -> int | None:
+    try:
+        return len(source) if isinstance(source, Sized) else None
+    except TypeError:  # a DataLoader of an iterable data set has __len__, and no length
+        return None
+
+
+def _own_generators(source: Any) -> dict[str, torch.Generator]:
+    places = {"generator": source, "sampler": getattr(source, "sampler", None)}
+    places["batch_sampler"] = getattr(getattr(source, "batch_sampler", None), "sampler", None)
+    found = {name: getattr(place, "generator", None) for name, place in places.items()}
+    return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}

@@ -26,8 +26,8 @@ class HyperParameters(nn.Module):
         constraints: a constraint of ``torch.distributions.constraints`` by name; ``real`` where none is given.
 
     Raises:
-        TypeError: a value is no floating-point tensor, or a constraint is no ``Constraint``.
-        ValueError: there is no value, a constraint names no value, or a value lies outside its constraint.
+        TypeError: a value is no floating-point tensor, a name no ``str``, or a constraint no ``Constraint``.
+        ValueError: there is no value, a constraint names no value, or a value lies outside its constraint or on its edge.
 
     Source: the exponential form is that of Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), section 5.
 
@@ -116,14 +116,20 @@ class HyperParameters(nn.Module):
         ours = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         safe = {prefix + self._names[name]: value for name, value in ours.items() if name in self._names}
         missing: list[str] = []
-        super()._load_from_state_dict(safe, prefix, local_metadata, strict, missing, [], error_msgs)
+        errors: list[str] = []
+        super()._load_from_state_dict(safe, prefix, local_metadata, strict, missing, [], errors)
         original = {prefix + safe: prefix + name for name, safe in self._names.items()}
         missing_keys += [original[key] for key in missing]
+        for message in errors:
+            (key,) = [key for key in original if f"{key}:" in message] or [""]
+            error_msgs.append(message.replace(key, original[key]) if key else message)
         unexpected_keys += [prefix + name for name in ours if strict and name not in self._names]
 
 
 def _safe(name: str) -> str:
-    return "leaf:" + name.replace("\\", "\\\\").replace(".", "\\")
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} is a {type(name).__name__}: name a hyperparameter by a str")
+    return "leaf:" + name.replace("%", "%25").replace(".", "%2E")
 
 
 def _is_nonnegative(constraint: Constraint) -> bool:
@@ -137,7 +143,10 @@ def _constraint(name: str, constraint: Constraint | None) -> tuple[Constraint, T
         raise TypeError(
             f"the constraint of {name!r} is a {type(constraint).__name__}: take one from torch.distributions.constraints"
         )
-    return constraint, biject_to(constraint)
+    try:
+        return constraint, biject_to(constraint)
+    except NotImplementedError:
+        raise ValueError(f"{name!r}: torch has no bijection onto {constraint}; take another constraint") from None
 
 
 def _leaf(name: str, value: Tensor, constraint: Constraint, transform: Transform) -> Tensor:
@@ -148,7 +157,9 @@ def _leaf(name: str, value: Tensor, constraint: Constraint, transform: Transform
     if not bool(constraint.check(value).all()):
         raise ValueError(f"hyperparameter {name!r} starts outside {constraint}: min {value.min()}, max {value.max()}")
     leaf = transform.inv(value).clone()
-    if not bool(leaf.isfinite().all()):
+    edges = [getattr(constraint, edge, None) for edge in ("lower_bound", "upper_bound")]
+    on_edge = transform is not identity_transform and any(bool((value == e).any()) for e in edges if e is not None)
+    if on_edge or not bool(leaf.isfinite().all()):
         raise ValueError(
             f"hyperparameter {name!r} starts on the edge of {constraint}, which no finite leaf reaches: start inside, "
             "or take constraints.nonnegative, which is kept by projection"

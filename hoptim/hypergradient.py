@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hoptim import trees
-from hoptim.operators import Exact, StationarityGraph
+from hoptim.operators import Curvature, Exact, StationarityGraph
 from hoptim.problem import Problem
 from hoptim.solvers.base import Solution, Solver, Status
 from hoptim.solvers.stationary import Neumann
@@ -31,6 +32,7 @@ class Hypergradient:
         solution: x, its status and its residuals.
         val_loss: L_V, a scalar on the device.
         train_loss: L_T, a scalar on the device.
+        gradient_norm: ‖∇_w L_T‖, a scalar on the device: zero at a stationary point, where the formula is exact.
     """
 
     grads: Tree
@@ -39,10 +41,19 @@ class Hypergradient:
     solution: Solution
     val_loss: Tensor
     train_loss: Tensor
+    gradient_norm: Tensor
+
+
+class Method(ABC):
+    """A strategy for the hypergradient: a frozen dataclass that owns its options and keeps no state."""
+
+    @abstractmethod
+    def __call__(self, problem: Problem, train_batch: Any, val_batch: Any, state: Tree | None = None) -> Hypergradient:
+        """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(Method):
     """Implicit differentiation of a stationary point of the training loss: dL_V/dλ = ∂L_V/∂λ − Bᵀx, (A + damping·I)ᵀx = g.
 
     F = ∇_w L_T, A = ∂F/∂w, B = ∂F/∂λ, g = ∂L_V/∂w, all at the model's present weights.
@@ -54,19 +65,21 @@ class Implicit:
 
     Raises:
         ValueError: ``damping`` is negative or not finite; when called, a hyperparameter that neither loss touches.
-        TypeError: ``solver`` is no :class:`Solver`.
+        TypeError: ``solver`` is no :class:`Solver`, or ``curvature`` no ``Curvature``.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), theorem 1 and algorithm 2.
     """
 
     solver: Solver = field(default_factory=Neumann)
     _: KW_ONLY
-    curvature: Exact = field(default_factory=Exact)
+    curvature: Curvature = field(default_factory=Exact)
     damping: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver is a {type(self.solver).__name__}: give a solver, such as hoptim.Neumann(terms=20)")
+        if not isinstance(self.curvature, Curvature):
+            raise TypeError(f"curvature is a {type(self.curvature).__name__}: give a curvature, such as hoptim.Exact()")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping={self.damping!r}: give a finite number, 0 or more")
 
@@ -77,8 +90,7 @@ class Implicit:
             val_loss = problem.pure(problem.val_loss, weights, leaves, val_batch)
             g, direct = _gradients(val_loss, weights, leaves)
             graph = StationarityGraph(problem, weights, leaves, train_batch)
-            if graph.untouched_weights:
-                _warn_untouched(graph.untouched_weights)
+            _check_weights(graph)
 
             A = self.curvature(graph) + self.damping
             rhs = {name: _or_zero(g[name], weights[name]) for name in graph.weights}
@@ -96,11 +108,12 @@ class Implicit:
                 solution=solution,
                 val_loss=val_loss.detach(),
                 train_loss=graph.loss.detach(),
+                gradient_norm=trees.norm(graph.value).detach(),
             )
         )
 
 
-def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Implicit | None = None) -> Hypergradient:
+def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Method | None = None) -> Hypergradient:
     """One hypergradient dL_V/dλ at the model's present weights, for any loop; it touches nothing.
 
     Args:
@@ -113,7 +126,9 @@ def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Im
         The result; look at ``result.solution.status`` before using ``result.grads``.
 
     Raises:
-        ValueError: a hyperparameter that neither loss touches, or a loss that is no scalar.
+        TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method.
+        ValueError: a hyperparameter that neither loss touches, no weight that the training loss touches, or a loss that is
+            no scalar.
 
     Ridge regression with one weight, in closed form: w = sxy / (sxx + λ), and dL_V/dλ = −(w − y_V)·w / (sxx + λ).
 
@@ -130,6 +145,10 @@ def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Im
     >>> round(result.grads["decay"].item(), 6), result.solution.status.name
     (-1.0, 'FINISHED')
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+    if method is not None and not isinstance(method, Method):
+        raise TypeError(f"method is a {type(method).__name__}: give a method, such as hoptim.Implicit(solver)")
     return (Implicit() if method is None else method)(problem, train_batch, val_batch)
 
 
@@ -151,12 +170,16 @@ def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if value is None else value
 
 
-def _warn_untouched(names: list[str]) -> None:
-    warnings.warn(
-        f"the training loss does not touch the weights {names}: they are left out of the hypergradient. Freeze them with "
-        "requires_grad_(False), or use them in the training loss",
-        stacklevel=4,
-    )
+def _check_weights(graph: StationarityGraph) -> None:
+    names = graph.untouched_weights
+    if not graph.weights:
+        raise ValueError(f"the training loss touches none of the weights {names}: compute it with the model it is given")
+    if names:
+        warnings.warn(
+            f"the training loss does not touch the weights {names}: they are left out of the hypergradient. Freeze them with "
+            "requires_grad_(False), or use them in the training loss",
+            stacklevel=4,
+        )
 
 
 def _check_touched(direct: dict[str, Tensor | None], mixed: dict[str, Tensor | None]) -> None:
@@ -169,9 +192,17 @@ def _check_touched(direct: dict[str, Tensor | None], mixed: dict[str, Tensor | N
 
 def _judged(result: Hypergradient) -> Hypergradient:
     """Look at the finished result once, and fill a failed one with NaN."""
-    tensors = [result.val_loss, result.train_loss, trees.norm(result.direct), trees.norm(result.indirect)]
-    val_loss, train_loss, direct, indirect = torch.stack([t.double() for t in tensors]).tolist()
+    tensors = [
+        result.val_loss,
+        result.train_loss,
+        result.gradient_norm,
+        trees.norm(result.direct),
+        trees.norm(result.indirect),
+    ]
+    val_loss, train_loss, gradient, direct, indirect = torch.stack([t.double() for t in tensors]).tolist()
     solution = result.solution
+    if not math.isfinite(gradient):
+        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail="of the training loss")
     for name, loss in (("validation", val_loss), ("training", train_loss)):
         if not math.isfinite(loss):
             solution = replace(solution, status=Status.NON_FINITE_LOSS, detail=f"the {name} loss is {loss}")

@@ -70,7 +70,7 @@ class _Shifted(Operator):
         self.base, self.sigma = base, sigma
 
     def __matmul__(self, v: Tree) -> Tree:
-        return trees.add_(self.base @ v, v, alpha=self.sigma)
+        return trees.add(self.base @ v, v, alpha=self.sigma)
 
     @property
     def T(self) -> Operator:  # noqa: N802
@@ -118,20 +118,28 @@ class StationarityGraph:
         """A = ∂F/∂w = the Hessian of L_T: symmetric, so that vᵀA is A v."""
         like = {name: value.detach() for name, value in self.weights.items()}
 
-        def product(v: Tree) -> Tree:
-            found = self.vjp(v, self.weights, batched=hessian.is_batched(v))
+        def product(v: Tree) -> Tree:  # it names no operator: a cycle would keep the graph until a garbage collection
+            name, value = next(iter(v.items()))
+            found = self.vjp(v, self.weights, batched=value.ndim > like[name].ndim)
             return {name: torch.zeros_like(v[name]) if part is None else part for name, part in found.items()}
 
-        hessian = Symmetric(product, like)
-        return hessian
+        return Symmetric(product, like)
 
     def mixed(self, x: Tree) -> dict[str, Tensor | None]:
         """Bᵀx, shaped as λ; ``None`` for a hyperparameter that F does not depend on."""
         return self.vjp(x, self.leaves)
 
 
+class Curvature(ABC):
+    """A strategy for A: a frozen dataclass that makes the operator from the graph of F."""
+
+    @abstractmethod
+    def __call__(self, graph: StationarityGraph) -> Operator:
+        """The curvature at the point where ``graph`` was built."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Exact:
+class Exact(Curvature):
     """The exact curvature: A = ∂F/∂w by double backward through one cached graph.
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".

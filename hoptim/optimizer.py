@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.batches import Batches
-from hoptim.hypergradient import Hypergradient, Implicit
+from hoptim.checks import check_added, check_optimizers, check_schedule, check_strategies
+from hoptim.hypergradient import Hypergradient, Implicit, Method
 from hoptim.problem import Problem
 from hoptim.record import Record, natural_values
 from hoptim.solvers.base import Status
@@ -84,18 +85,15 @@ class BilevelOptimizer(Optimizer):
         problem: Problem,
         *,
         val_batches: Iterable[Any],
-        hypergradient: Implicit | None = None,
+        hypergradient: Method | None = None,
         every: int | None = 100,
         warmup: int = 0,
         train_batches: Iterable[Any] | None = None,
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
-        _check_optimizers(inner, outer, problem)
-        _check_schedule(every, warmup)
-        if hypergradient is not None and not callable(hypergradient):
-            raise TypeError(f"hypergradient is a {type(hypergradient).__name__}: give a method, such as hoptim.Implicit()")
-        if bad := [hook for hook in hooks if not callable(hook)]:
-            raise TypeError(f"hook {bad[0]!r} can't be called: give functions of the record")
+        check_optimizers(inner, outer, problem)
+        check_schedule(every, warmup)
+        check_strategies(hypergradient, hooks)
         self.inner, self.outer, self.problem = inner, outer, problem
         self.hypergradient = Implicit() if hypergradient is None else hypergradient
         self.every, self.warmup, self.hooks = every, warmup, tuple(hooks)
@@ -104,7 +102,6 @@ class BilevelOptimizer(Optimizer):
         self._progress = _Progress()
         super().__setstate__({})  # makes the hooks; Optimizer.__init__ would also write param_groups, which are the inner's
         self.register_state_dict_post_hook(_add_state)
-        self.register_load_state_dict_pre_hook(_take_state)
 
     def loss(self, batch: Any) -> Tensor:
         """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``."""
@@ -157,8 +154,33 @@ class BilevelOptimizer(Optimizer):
         self.inner.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add weights to the inner optimizer."""
+        """Add weights to the inner optimizer.
+
+        Raises:
+            ValueError: a tensor of the group is a hyperparameter.
+        """
+        if isinstance(param_group["params"], Iterator):
+            param_group = {**param_group, "params": list(param_group["params"])}
+        check_added(param_group["params"], self.problem)
         self.inner.add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
+
+        Raises:
+            ValueError: the state is a bare optimizer's, of a newer version, or does not fit the groups.
+        """
+        if KEY not in state_dict:
+            raise ValueError(
+                f"this state_dict has no {KEY!r} entry: it is a bare optimizer's. Load it with "
+                "optimizer.inner.load_state_dict()"
+            )
+        if state_dict[KEY]["version"] > VERSION:
+            raise ValueError(
+                f"this state_dict is of version {state_dict[KEY]['version']}, newer than {VERSION}: upgrade hoptim"
+            )
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        _restore(self, state_dict[KEY])
 
     @property
     def record(self) -> Record | None:
@@ -234,38 +256,13 @@ class BilevelOptimizer(Optimizer):
             self.inner.__setstate__(inner)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        return {
+            key: value for key, value in self.__dict__.items() if key != "step"
+        }  # a scheduler's patch, bound to this one
 
     def __repr__(self) -> str:
         parts = f"every={self.every}, hypergradient={self.hypergradient},\ninner={self.inner},\nouter={self.outer}"
         return f"BilevelOptimizer({parts})"
-
-
-def _check_schedule(every: int | None, warmup: int) -> None:
-    if every is not None and (not isinstance(every, int) or every < 1):
-        raise ValueError(f"every={every!r}: give a whole number of inner steps, 1 or more, or None for never")
-    if not isinstance(warmup, int) or warmup < 0:
-        raise ValueError(f"warmup={warmup!r}: give a whole number of inner steps, 0 or more")
-
-
-def _check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> None:
-    for name, optimizer in (("inner", inner), ("outer", outer)):
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{name} is a {type(optimizer).__name__}: give a torch.optim.Optimizer")
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
-    weights = {id(p): name for name, p in problem.model.named_parameters()}
-    leaves = {id(p): name for name, p in problem.hparams.named_parameters()}
-    for name, optimizer, own, other, remedy in (
-        ("inner", inner, weights, leaves, "model.parameters()"),
-        ("outer", outer, leaves, weights, "hparams.parameters()"),
-    ):
-        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        kind = {"inner": ("weight of the model", "hyperparameter"), "outer": ("hyperparameter", "weight of the model")}[name]
-        if wrong := [other[p] for p in held if p in other]:
-            raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {kind[1]}: build it on {remedy}")
-        if not any(p in own for p in held):
-            raise ValueError(f"the {name} optimizer holds no {kind[0]} of the problem: build it on {remedy}")
 
 
 def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -284,16 +281,8 @@ def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     }
 
 
-def _take_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Before ``load_state_dict()``: take it out again, and leave the rest to torch."""
-    assert isinstance(optimizer, BilevelOptimizer)
-    if KEY not in state_dict:
-        raise ValueError(
-            f"this state_dict has no {KEY!r} entry: it is a bare optimizer's. Load it with optimizer.inner.load_state_dict()"
-        )
-    saved = state_dict[KEY]
-    if saved["version"] > VERSION:
-        raise ValueError(f"this state_dict is of version {saved['version']}, newer than {VERSION}: upgrade hoptim")
+def _restore(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
+    """The other half of :func:`_add_state`."""
     optimizer.outer.load_state_dict(saved["outer"])
     optimizer.problem.hparams.load_state_dict(saved["hparams"])
     progress = optimizer._progress
@@ -303,4 +292,3 @@ def _take_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
     optimizer.val_batches.load_state_dict(saved["val_batches"])
     if optimizer.train_batches is not None and saved["train_batches"] is not None:
         optimizer.train_batches.load_state_dict(saved["train_batches"])
-    return {key: value for key, value in state_dict.items() if key != KEY}

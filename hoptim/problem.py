@@ -128,8 +128,11 @@ def _in_step(hparams: nn.Module, twin: nn.Module) -> bool:
     """Give the twin the modes of ``hparams``; say whether its parameters still are the same memory."""
     for module, other in zip(hparams.modules(), twin.modules(), strict=True):
         other.training = module.training
-    pairs = zip(hparams.parameters(), twin.parameters(), strict=True)
-    return all(p.data_ptr() == q.data_ptr() and p.dtype == q.dtype for p, q in pairs)
+        for name, p in module._parameters.items():
+            q = other._parameters.get(name)
+            if p is not None and (q is None or p.data_ptr() != q.data_ptr() or p.dtype != q.dtype):
+                return False
+    return True
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hoptim import trees
+from hoptim.hparams import HyperParameters
 from hoptim.hypergradient import Hypergradient
 from hoptim.problem import Problem
 from hoptim.solvers.base import Status
@@ -53,6 +54,7 @@ class Record:
             "products": solution.products,
             "val_loss": float(self.result.val_loss),
             "train_loss": float(self.result.train_loss),
+            "train_gradient_norm": float(self.result.gradient_norm),
             "hypergradient_norm": float(trees.norm(self.result.grads)),
             "hyper_seconds": self.seconds,
         }
@@ -60,8 +62,8 @@ class Record:
 
 def natural_values(problem: Problem) -> Tree:
     """The natural values of a :class:`HyperParameters`, and the parameters of any other module; copies."""
-    hparams: Any = problem.hparams
+    hparams = problem.hparams
     with torch.no_grad():
-        if hasattr(hparams, "keys") and hasattr(hparams, "__getitem__"):
-            return {name: hparams[name].detach().clone() for name in hparams.keys()}  # noqa: SIM118 (a module, no dict)
+        if isinstance(hparams, HyperParameters):
+            return {name: hparams[name].detach().clone() for name in hparams}
         return trees.clone({name: leaf.detach() for name, leaf in problem.leaves().items()})

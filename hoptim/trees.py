@@ -43,6 +43,11 @@ def add_(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
     return x
 
 
+def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
+    """x + alpha·y, a new vector, over the names of ``x``."""
+    return dict(zip(x, torch._foreach_add(list(x.values()), [y[name] for name in x], alpha=alpha), strict=True))
+
+
 def scale_(x: Tree, alpha: float) -> Tree:
     """x ← alpha·x, in place; returns ``x``."""
     torch._foreach_mul_(list(x.values()), alpha)
@@ -56,7 +61,7 @@ def dot(x: Tree, y: Tree, *, batched: bool = False) -> Tensor:
     tensor(7.)
     """
     if batched:
-        return torch.stack([(x[name] * y[name]).flatten(1).sum(1) for name in x]).sum(0)
+        return torch.stack([(x[name] * y[name]).reshape(len(x[name]), -1).sum(1) for name in x]).sum(0)
     return torch.stack([torch.dot(x[name].flatten(), y[name].flatten()) for name in x]).sum()
 
 
@@ -67,7 +72,7 @@ def norm(x: Tree, *, batched: bool = False) -> Tensor:
     tensor(5.)
     """
     if batched:
-        parts = [torch.linalg.vector_norm(value.flatten(1), dim=1) for value in x.values()]
+        parts = [torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) for value in x.values()]
         return torch.linalg.vector_norm(torch.stack(parts), dim=0)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x.values()))))
 

@@ -192,7 +192,9 @@ def _rayleigh(v: Tree, product: Tree, batched: bool) -> Tensor:
 
 
 def _fits(state: Tree, A: Operator) -> bool:
-    return {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in A.like.items()}
+    """Whether a carried vector is one of this operator's: the model may have changed since."""
+    kinds = [{name: (v.shape, v.dtype, v.device) for name, v in tree.items()} for tree in (state, A.like)]
+    return kinds[0] == kinds[1]
 
 
 def _start(A: Operator, g: Tree) -> Tree:

@@ -1,0 +1,62 @@
+"""What BilevelOptimizer is given, checked before anything runs: each error names the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hoptim.hypergradient import Method
+from hoptim.problem import Problem
+
+
+def check_schedule(every: int | None, warmup: int) -> None:
+    """``every`` is a positive number of steps or None, ``warmup`` a number of steps."""
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(f"every={every!r}: give a whole number of inner steps, 1 or more, or None for never")
+    if not isinstance(warmup, int) or warmup < 0:
+        raise ValueError(f"warmup={warmup!r}: give a whole number of inner steps, 0 or more")
+
+
+def check_strategies(hypergradient: Method | None, hooks: Sequence[Any]) -> None:
+    """The method is one, and the hooks are functions."""
+    if hypergradient is not None and not isinstance(hypergradient, Method):
+        raise TypeError(f"hypergradient is a {type(hypergradient).__name__}: give a method, such as hoptim.Implicit()")
+    if not isinstance(hooks, Sequence):
+        raise TypeError(f"hooks is a {type(hooks).__name__}: give a list of functions of the record")
+    if bad := [hook for hook in hooks if not callable(hook)]:
+        raise TypeError(f"hook {bad[0]!r} can't be called: give functions of the record")
+
+
+def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> None:
+    """The inner optimizer holds weights and no hyperparameter; the outer one the other way round."""
+    for name, optimizer in (("inner", inner), ("outer", outer)):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{name} is a {type(optimizer).__name__}: give a torch.optim.Optimizer")
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+    weights, leaves = _names(problem)
+    for name, optimizer, own, other, kinds, remedy in (
+        ("inner", inner, weights, leaves, ("weight of the model", "hyperparameter"), "model.parameters()"),
+        ("outer", outer, leaves, weights, ("hyperparameter", "weight of the model"), "hparams.parameters()"),
+    ):
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if wrong := [other[p] for p in held if p in other]:
+            raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {kinds[1]}: build it on {remedy}")
+        if not any(p in own for p in held):
+            raise ValueError(f"the {name} optimizer holds no {kinds[0]} of the problem: build it on {remedy}")
+
+
+def check_added(params: Tensor | Iterable[Tensor], problem: Problem) -> None:
+    """A group that is added to the inner optimizer holds no hyperparameter."""
+    leaves = _names(problem)[1]
+    if wrong := [leaves[id(p)] for p in ([params] if isinstance(params, Tensor) else params) if id(p) in leaves]:
+        raise ValueError(f"the added group holds {wrong[0]!r}, a hyperparameter: add it to the outer optimizer")
+
+
+def _names(problem: Problem) -> tuple[dict[int, str], dict[int, str]]:
+    weights = {id(p): name for name, p in problem.model.named_parameters()}
+    leaves = {id(p): name for name, p in problem.hparams.named_parameters()}
+    return weights, leaves
