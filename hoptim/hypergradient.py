@@ -176,8 +176,8 @@ def _check_weights(graph: StationarityGraph) -> None:
         raise ValueError(f"the training loss touches none of the weights {names}: compute it with the model it is given")
     if names:
         warnings.warn(
-            f"the training loss does not touch the weights {names}: they are left out of the hypergradient. Freeze them with "
-            "requires_grad_(False), or use them in the training loss",
+            f"the training loss does not touch the weights {names}: they are left out of the hypergradient. Freeze them "
+            "with requires_grad_(False), or use them in the training loss",
             stacklevel=4,
         )
 

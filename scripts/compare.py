@@ -80,7 +80,7 @@ def compare(root: Path) -> dict[str, Any]:
     """Write ``compare.json`` and ``compare.png`` below ``root``, print the table, return it."""
     runs = read(root)
     if not runs:
-        raise FileNotFoundError(f"no result.json below {root}: run a sweep first, such as scripts/train.py -m study=iris")
+        raise FileNotFoundError(f"no result.json below {root}: run a sweep first, such as scripts/train.py -m seed=0,1")
     groups, names = defaultdict(list), defaultdict(list)
     for run in runs:
         groups[run.group].append(run)
