@@ -121,7 +121,7 @@ class HyperParameters(nn.Module):
         original = {prefix + safe: prefix + name for name, safe in self._names.items()}
         missing_keys += [original[key] for key in missing]
         for message in errors:
-            (key,) = [key for key in original if f"{key}:" in message] or [""]
+            key = next((key for key in original if f"{key}:" in message), "")
             error_msgs.append(message.replace(key, original[key]) if key else message)
         unexpected_keys += [prefix + name for name in ours if strict and name not in self._names]
 

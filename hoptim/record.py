@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +42,9 @@ class Record:
         return self.result.solution.status
 
     def row(self) -> dict[str, Any]:
-        """The figures as plain numbers and strings, for a log."""
+        """The figures as plain numbers and strings, for a log; ``None`` for what is not known or not finite."""
         solution = self.result.solution
-        return {
+        row = {
             "inner_step": self.inner_step,
             "hyper_step": self.hyper_step,
             "moved": self.moved,
@@ -58,6 +59,7 @@ class Record:
             "hypergradient_norm": float(trees.norm(self.result.grads)),
             "hyper_seconds": self.seconds,
         }
+        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def natural_values(problem: Problem) -> Tree:

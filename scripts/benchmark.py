@@ -23,6 +23,7 @@ import copy
 import gc
 import json
 import platform
+import subprocess
 import time
 import weakref
 from collections.abc import Callable
@@ -302,7 +303,22 @@ def wrapper(rounds: int) -> list[Row]:
     return rows
 
 
-SECTIONS: dict[str, Callable[[int], list[Row]]] = {"cost": cost, "memory": memory, "growth": growth, "wrapper": wrapper}
+def imports(rounds: int) -> list[Row]:
+    """What `import hoptim` adds to `import torch`: percent of torch's own seconds, the median over fresh processes."""
+    code = (
+        "from time import perf_counter as t; a = t(); import torch; b = t(); import hoptim; print(100 * (t() - b) / (b - a))"
+    )
+    found = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(rounds)]
+    return [Row("import hoptim", {"% over import torch": median(found)}, {"% over import torch": 5.0})]
+
+
+SECTIONS: dict[str, Callable[[int], list[Row]]] = {
+    "cost": cost,
+    "memory": memory,
+    "growth": growth,
+    "wrapper": wrapper,
+    "imports": imports,
+}
 
 
 def table(rows: list[Row]) -> Table:

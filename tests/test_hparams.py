@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from hoptim import HyperParameters, Implicit, Neumann, Problem, hypergradient
+
+AWKWARD = ["layer.0.weight", "training", "half", "forward", "T_destination", "a\\b", "keys", "leaf:x", "_names", "", "a b"]
+
+CONSTRAINTS: dict[str, tuple[Any, Tensor, Tensor]] = {  # constraint, natural value, leaf
+    "real": (constraints.real, torch.tensor([-2.0, 3.0]), torch.tensor([-2.0, 3.0])),
+    "positive": (constraints.positive, torch.tensor([1.0, 0.25]), torch.tensor([1.0, 0.25]).double().log()),
+    "unit_interval": (constraints.unit_interval, torch.tensor([0.5, 0.9]), torch.tensor([0.5, 0.9]).double().logit()),
+    "interval": (constraints.interval(-1.0, 3.0), torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.25]).double().logit()),
+    "nonnegative": (constraints.nonnegative, torch.tensor([0.0, 2.0]), torch.tensor([0.0, 2.0])),
+}
+
+
+def awkward() -> HyperParameters:
+    return HyperParameters({name: torch.tensor([float(i), 1.0]) for i, name in enumerate(AWKWARD)})
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_value_and_leaf_are_joined_by_the_constraint(name: str) -> None:
+    constraint, value, leaf = CONSTRAINTS[name]
+    hparams = HyperParameters({"x": value.double()}, {"x": constraint})
+    torch.testing.assert_close(hparams["x"].detach(), value.double(), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(dict(hparams.named_parameters())["x"].detach(), leaf.double(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_value_stays_inside_wherever_the_leaf_goes(name: str) -> None:
+    constraint, value, _ = CONSTRAINTS[name]
+    hparams = HyperParameters({"x": value.double()}, {"x": constraint})
+    for move in (-5.0, 5.0, 5.0):
+        with torch.no_grad():
+            next(hparams.parameters()).add_(move)
+        hparams.project_()
+        assert constraint.check(hparams["x"]).all()
+
+
+def test_simplex_keeps_its_sum() -> None:
+    value = torch.tensor([0.2, 0.3, 0.5])
+    hparams = HyperParameters({"mix": value}, {"mix": constraints.simplex})
+    torch.testing.assert_close(hparams["mix"].detach(), value)
+    with torch.no_grad():
+        next(hparams.parameters()).add_(torch.tensor([1.0, -2.0]))
+    assert hparams["mix"].sum().item() == pytest.approx(1.0)
+    assert (hparams["mix"] > 0).all()
+
+
+def test_projection_clamps_the_nonnegative_ones_only() -> None:
+    values = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0, 2.0])}
+    hparams = HyperParameters(values, {"a": constraints.nonnegative})
+    with torch.no_grad():
+        for leaf in hparams.parameters():
+            leaf.sub_(1.5)
+    hparams.project_()
+    assert hparams["a"].tolist() == [0.0, 0.5]
+    assert hparams["b"].tolist() == [-0.5, 0.5]
+
+
+def test_values_given_are_copied() -> None:
+    value = torch.tensor([1.0])
+    hparams = HyperParameters({"x": value})
+    value.fill_(9.0)
+    assert hparams["x"].item() == 1.0
+
+
+def test_awkward_names_are_the_users_everywhere() -> None:
+    hparams = awkward()
+    assert list(hparams) == hparams.keys() == list(dict(hparams)) == AWKWARD
+    assert [name for name, _ in hparams.named_parameters()] == list(hparams.state_dict()) == AWKWARD
+    assert [name for name, _ in hparams.named_parameters(prefix="p")] == ["p." + name for name in AWKWARD]
+    assert [hparams[name][0].item() for name in AWKWARD] == [float(i) for i in range(len(AWKWARD))]
+    assert len(hparams) == len(AWKWARD)
+    assert "training" in hparams
+    assert "weight" not in hparams
+
+
+def test_names_that_differ_are_kept_apart() -> None:
+    names = ["a..b", "a\\b", "a.b", "a\\.b", "a.\\b"]
+    hparams = HyperParameters({name: torch.tensor(float(i)) for i, name in enumerate(names)})
+    assert [hparams[name].item() for name in names] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_unknown_name_is_an_error_that_lists_the_names() -> None:
+    with pytest.raises(KeyError, match=r"no hyperparameter 'decay'.*'weight_decay'"):
+        HyperParameters({"weight_decay": torch.tensor(1.0)})["decay"]
+
+
+def test_state_dict_round_trip_is_strict() -> None:
+    hparams, other = awkward(), awkward()
+    with torch.no_grad():
+        for leaf in hparams.parameters():
+            leaf.add_(0.5)
+    other.load_state_dict(hparams.state_dict(), strict=True)
+    assert all(torch.equal(other[name], hparams[name]) for name in AWKWARD)
+
+
+def test_state_dict_inside_another_module() -> None:
+    def parent() -> nn.Module:
+        return nn.ModuleDict({"hp": awkward(), "net": nn.Linear(1, 1)})
+
+    state = parent().state_dict()
+    assert [key for key in state if key.startswith("hp.")] == ["hp." + name for name in AWKWARD]
+    other = parent()
+    other.load_state_dict(state, strict=True)
+    assert same_keys(other.state_dict(), state)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "hp\.new\.one"'):
+        other.load_state_dict({**state, "hp.new.one": torch.ones(1)})
+
+
+def same_keys(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_missing_unexpected_and_misshapen_keys_are_reported_by_the_users_names() -> None:
+    hparams = HyperParameters({"layer.weight": torch.ones(2), "training": torch.ones(1)})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "layer\.weight"'):
+        hparams.load_state_dict({"training": torch.ones(1)})
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "layer\.bias"'):
+        hparams.load_state_dict({**hparams.state_dict(), "layer.bias": torch.ones(1)})
+    with pytest.raises(RuntimeError, match=r"size mismatch for layer\.weight"):
+        hparams.load_state_dict({"layer.weight": torch.ones(3), "training": torch.ones(1)})
+    found = hparams.load_state_dict({"layer.bias": torch.ones(1)}, strict=False)
+    assert found.missing_keys == ["layer.weight", "training"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_the_values_the_constraints_and_memory_of_their_own(duplicate: Callable[[Any], Any]) -> None:
+    values = {f"{name}.x": value.double() for name, (_, value, _) in CONSTRAINTS.items()}
+    given = {f"{name}.x": constraint for name, (constraint, _, _) in CONSTRAINTS.items()}
+    hparams = HyperParameters({**values, "mix": torch.tensor([0.3, 0.7])}, {**given, "mix": constraints.simplex})
+    other = duplicate(hparams)
+    assert dict(other).keys() == dict(hparams).keys()
+    assert all(torch.equal(other[name], hparams[name]) for name in hparams)
+    with torch.no_grad():
+        for leaf in other.parameters():
+            leaf.sub_(1.0)
+    other.project_()
+    assert other["nonnegative.x"].tolist() == [0.0, 1.0]
+    assert all(not torch.equal(other[name], hparams[name]) for name in hparams)
+
+
+def test_awkward_names_go_through_a_problem() -> None:
+    hparams = HyperParameters({name: torch.tensor(1.0) for name in AWKWARD})
+    model = nn.ParameterDict({"w": torch.zeros(len(AWKWARD))})
+
+    def train(m: Any, h: Any, b: Any) -> Tensor:
+        return 0.5 * (m["w"] - torch.stack([h[name] for name in AWKWARD])).square().sum()
+
+    problem = Problem(model, hparams, train, lambda m, h, b: (m["w"] * torch.arange(1.0, 12.0)).sum())
+    grads = hypergradient(problem, None, None, Implicit(Neumann(terms=50))).grads
+    assert {name: grad.item() for name, grad in grads.items()} == pytest.approx(
+        {name: i + 1.0 for i, name in enumerate(AWKWARD)}
+    )
+
+
+def test_dtype_moves_with_the_module() -> None:
+    hparams = HyperParameters({"x": torch.tensor(0.5)}, {"x": constraints.positive}).to(torch.float32)
+    assert hparams["x"].dtype == torch.float32
+    assert hparams["x"].item() == pytest.approx(0.5)
+
+
+def test_repr_names_shape_and_constraint() -> None:
+    assert "(layer.weight): (2, 3) GreaterThan" in repr(
+        HyperParameters({"layer.weight": torch.ones(2, 3)}, {"layer.weight": constraints.positive})
+    )

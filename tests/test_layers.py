@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hoptim
+
+PACKAGE = Path(hoptim.__file__).parent
+ORDER = [
+    "trees",
+    "hparams",
+    "problem",
+    "operators",
+    "spectral",
+    "solvers",
+    "solvers.base",
+    "solvers.stationary",
+    "hypergradient",
+    "batches",
+    "checks",
+    "record",
+    "optimizer",
+    "tracking",
+    "config",
+]
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of hoptim that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            base = node.module or ""
+            submodules = {f"{base}.{alias.name}" for alias in node.names}
+            known = {name for name in submodules if name.removeprefix("hoptim.") in FILES}
+            found |= known or {base}
+    return {name.removeprefix("hoptim").lstrip(".") for name in found if name.split(".")[0] == "hoptim"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
+def test_file_imports_only_from_files_above_it(name: str) -> None:
+    assert name in ORDER, "a new file needs its place in ORDER"
+    above = ORDER[: ORDER.index(name)]
+    assert imports(FILES[name]) <= set(above)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_is_short(name: str) -> None:
+    assert len(FILES[name].read_text().splitlines()) <= 320
+
+
+def test_public_names_are_all_there_and_nothing_else_is_made_in_the_init() -> None:
+    tree = ast.parse(FILES["__init__"].read_text())
+    assert all(isinstance(node, (ast.ImportFrom, ast.Assign, ast.Expr)) for node in tree.body)
+    assert all(hasattr(hoptim, name) for name in hoptim.__all__)
+    assert list(hoptim.__all__) == sorted(hoptim.__all__)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, hoptim; print([m for m in ('wandb', 'matplotlib', 'hydra', 'rich', 'sklearn') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert output.stdout.strip() == "[]"

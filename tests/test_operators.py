@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import OPERATORS, SIZE, Counted, Trained, classes, flat, like, noisy_problem, unflat
+from torch import Tensor, nn
+
+from hoptim import Exact, HyperParameters, Problem
+from hoptim.operators import StationarityGraph, Symmetric
+
+V = torch.linspace(-1, 2, SIZE, dtype=torch.float64)
+
+
+def graph_of(problem: Problem, batch: Any = None) -> StationarityGraph:
+    weights = {name: p.detach().requires_grad_() for name, p in problem.weights().items()}
+    leaves = {name: p.detach().requires_grad_() for name, p in problem.leaves().items()}
+    return StationarityGraph(problem, weights, leaves, batch)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_products_of_an_operator_its_transpose_and_its_shift(name: str) -> None:
+    A = Counted(OPERATORS[name]())
+    v = unflat(V, A.like)
+    for operator, dense in ((A, A.matrix), (A.T, A.matrix), ((A + 2.5), A.matrix + 2.5 * torch.eye(SIZE))):
+        torch.testing.assert_close(flat(operator @ v), dense @ V)
+        torch.testing.assert_close(flat(operator.T @ v), dense @ V)
+    assert (A + 0.0) is A
+
+
+def test_shift_of_a_batched_product() -> None:
+    A = Counted(OPERATORS["spd"]())
+    rows = torch.stack([V, V.flip(0)])
+    product = (A + 2.5) @ unflat(rows, A.like)
+    torch.testing.assert_close(flat(product, (2,)), rows @ A.matrix + 2.5 * rows)
+
+
+def test_shift_leaves_the_vector_alone_though_the_product_is_the_vector_itself() -> None:
+    v = unflat(V.clone(), like())
+    product = (Symmetric(lambda v: v, like()) + 2.0) @ v
+    assert torch.equal(flat(v), V)
+    torch.testing.assert_close(flat(product), 3 * V)
+
+
+def test_shift_of_a_product_that_is_an_expanded_view() -> None:
+    A = Symmetric(lambda v: {"w": v["w"].sum().expand(3)}, {"w": torch.ones(3)})
+    assert ((A + 2.0) @ {"w": torch.ones(3)})["w"].tolist() == [5.0, 5.0, 5.0]
+
+
+def test_batched_vectors_are_known_by_their_leading_axis() -> None:
+    A = Counted(OPERATORS["spd"]())
+    assert not A.is_batched(unflat(V, A.like))
+    assert A.is_batched(unflat(V[None], A.like))
+
+
+def test_products_with_the_hessian_and_the_mixed_derivative_of_a_real_model() -> None:
+    trained = Trained()
+    graph = graph_of(trained.problem())
+    theta = flat({name: leaf.detach() for name, leaf in trained.hparams.named_parameters()})
+    w = trained.minimum + 0.1  # not at the minimum: these are derivatives at any weights
+    trained.write(w)
+    graph = graph_of(trained.problem())
+    H = torch.func.hessian(trained.objective)(w, theta)
+    B = torch.func.jacrev(torch.func.grad(trained.objective), argnums=1)(w, theta)
+    v = torch.randn(len(w))
+    A = Exact()(graph)
+    torch.testing.assert_close(flat(A @ unflat(v, trained.shapes)), H @ v, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(flat(graph.mixed(unflat(v, trained.shapes))), B.T @ v, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(flat(graph.value), torch.func.grad(trained.objective)(w, theta), rtol=1e-10, atol=1e-12)
+    assert graph.loss.item() == pytest.approx(trained.objective(w, theta).item())
+
+
+def test_batched_product_is_a_loop_of_products_on_a_real_model() -> None:
+    A = graph_of(noisy_problem(), classes(8, 0)).jacobian()
+    rows = {name: torch.randn(5, *value.shape) for name, value in A.like.items()}
+    together = A @ rows
+    for i in range(5):
+        alone = A @ {name: value[i] for name, value in rows.items()}
+        for name in rows:
+            torch.testing.assert_close(together[name][i], alone[name], rtol=1e-10, atol=1e-13)
+
+
+def test_one_dropout_mask_serves_all_products() -> None:
+    A = graph_of(noisy_problem(), classes(8, 0)).jacobian()
+    v = {name: torch.randn_like(value) for name, value in A.like.items()}
+    first, second = A @ v, A @ v
+    assert all(torch.equal(first[name], second[name]) for name in v)
+
+
+def test_weights_without_curvature_get_zeros() -> None:
+    def train(m: nn.Linear, h: Any, b: Any) -> Tensor:
+        return m.weight.square().sum() + h["a"] * m.bias.sum()
+
+    model = nn.Linear(2, 1)
+    A = graph_of(Problem(model, HyperParameters({"a": torch.tensor(1.0)}), train, train)).jacobian()
+    for lead in ((), (3,)):
+        product = A @ {"weight": torch.ones(*lead, 1, 2), "bias": torch.ones(*lead, 1)}
+        assert torch.equal(product["weight"], torch.full((*lead, 1, 2), 2.0))
+        assert torch.equal(product["bias"], torch.zeros(*lead, 1))

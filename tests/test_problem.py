@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import classes, noisy_problem, same, snapshot
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hoptim import HyperParameters, Problem
+
+
+def mean_square(model: Any, hparams: Any, batch: Any) -> Tensor:
+    return model(batch).square().mean() + hparams["a"] * sum(p.square().sum() for p in model.parameters())
+
+
+def linear_problem() -> Problem:
+    return Problem(nn.Linear(2, 1), HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
+
+
+def test_pure_loss_is_that_of_the_tensors_given() -> None:
+    problem, x = linear_problem(), torch.randn(5, 2)
+    weights = {"weight": torch.randn(1, 2, requires_grad=True), "bias": torch.randn(1, requires_grad=True)}
+    leaves = {"a": torch.tensor(3.0, requires_grad=True)}
+    loss = problem.pure(problem.train_loss, weights, leaves, x)
+    penalty = 3.0 * (weights["weight"].square().sum() + weights["bias"].square().sum())
+    torch.testing.assert_close(loss, (x @ weights["weight"].T + weights["bias"]).square().mean() + penalty)
+
+
+def test_weights_and_leaves_are_the_live_ones_that_require_a_gradient() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    model[0].bias.requires_grad_(False)
+    problem = Problem(model, HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
+    assert list(problem.weights()) == ["0.weight", "1.bias"]
+    assert problem.weights()["0.weight"] is model[0].weight
+    assert list(problem.leaves()) == ["a"]
+    model[0].bias.requires_grad_(True)
+    assert list(problem.weights()) == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_tied_weights_are_replaced_together() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    problem = Problem(model, HyperParameters({"a": torch.tensor(0.0)}), mean_square, mean_square)
+    w, x = torch.randn(2, 2, requires_grad=True), torch.randn(3, 2)
+    loss = problem.pure(mean_square, {"0.weight": w}, {"a": torch.tensor(0.0)}, x)
+    torch.testing.assert_close(loss, (x @ w.T @ w.T).square().mean())
+
+
+def test_pure_loss_leaves_no_trace() -> None:
+    problem = noisy_problem()
+    before = snapshot(problem)
+    with problem.untouched():
+        for loss in (problem.train_loss, problem.val_loss):
+            problem.pure(loss, problem.weights(), problem.leaves(), classes(8, 0))
+    assert same(snapshot(problem), before)
+
+
+def test_live_loss_is_the_training_loss_and_moves_buffers_as_training_does() -> None:
+    problem, plain = noisy_problem(), noisy_problem()
+    plain.model.load_state_dict(problem.model.state_dict())
+    torch.manual_seed(1)
+    ours = problem.loss(classes(8, 0))
+    torch.manual_seed(1)
+    theirs = plain.train_loss(plain.model, plain.hparams, classes(8, 0))
+    assert torch.equal(ours, theirs)
+    assert same(dict(problem.model.state_dict()), dict(plain.model.state_dict()))
+
+
+def test_live_loss_gives_the_weights_their_gradient_under_checkpointing_too() -> None:
+    problem, plain, x = linear_problem(), linear_problem(), torch.randn(5, 2)
+    plain.model.load_state_dict(problem.model.state_dict())
+
+    def checkpointed(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return checkpoint(lambda: mean_square(model, hparams, batch), use_reentrant=False)
+
+    problem.train_loss = checkpointed
+    problem.loss(x).backward()
+    mean_square(plain.model, plain.hparams, x).backward()
+    assert all(
+        torch.equal(p.grad, q.grad) for p, q in zip(problem.model.parameters(), plain.model.parameters(), strict=True)
+    )
+    assert [p.grad for p in problem.hparams.parameters()] == [None]
+    assert all(p.requires_grad for p in problem.hparams.parameters())
+
+
+def test_loss_sees_values_written_in_place_and_values_put_in_place_of_the_old() -> None:
+    problem, x = linear_problem(), torch.zeros(1, 2)
+    nn.init.ones_(problem.model.weight)
+    nn.init.zeros_(problem.model.bias)
+    (leaf,) = problem.hparams.parameters()
+    for write in (lambda: leaf.data.fill_(2.0), lambda: setattr(leaf, "data", torch.tensor(3.0))):
+        write()
+        assert problem.loss(x).item() == 2 * leaf.item()
+
+
+def test_loss_pays_for_no_copy_of_the_hyperparameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, x = linear_problem(), torch.randn(5, 2)
+    copies: list[Any] = []
+    monkeypatch.setattr("copy.deepcopy", lambda *given: copies.append(given))
+    for _ in range(3):
+        problem.loss(x).backward()
+    assert copies == []
+
+
+def test_loss_gives_a_module_of_hyperparameters_its_mode_and_its_buffers() -> None:
+    hparams = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
+
+    def train(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return model(hparams(batch)).square().mean()
+
+    problem, x = Problem(nn.Linear(2, 1), hparams, train, train), torch.randn(6, 2)
+    torch.manual_seed(1)
+    ours = problem.loss(x)
+    torch.manual_seed(1)
+    assert torch.equal(ours, train(problem.model, hparams, x))
+    assert hparams[1].num_batches_tracked.item() == 2
+    hparams.eval()
+    assert torch.equal(problem.loss(x), train(problem.model, hparams, x))
+    assert hparams[1].num_batches_tracked.item() == 2
+
+
+@pytest.mark.parametrize("which", ["train_loss", "val_loss"])
+def test_errors_name_the_loss(which: str) -> None:
+    problem = linear_problem()
+    setattr(problem, which, lambda m, h, b: m(b).flatten())
+    with pytest.raises(ValueError, match=rf"{which} returned a tensor of shape \(5,\): return a scalar"):
+        problem.pure(getattr(problem, which), problem.weights(), problem.leaves(), torch.randn(5, 2))
