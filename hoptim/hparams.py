@@ -37,6 +37,9 @@ class HyperParameters(nn.Module):
     tensor([0.5000, 0.5000])
     >>> [(name, leaf.tolist()) for name, leaf in hparams.named_parameters()]
     [('weight_decay', [-0.693..., -0.693...])]
+    >>> hparams["weight_decay"] = torch.ones(2)                      # writes the leaf in place
+    >>> next(hparams.parameters()).tolist()
+    [0.0, 0.0]
     """
 
     def __init__(self, values: Mapping[str, Tensor], constraints: Mapping[str, Constraint] | None = None) -> None:
@@ -62,6 +65,14 @@ class HyperParameters(nn.Module):
         assert leaf is not None
         transform = self._transforms[name]
         return leaf if transform is identity_transform else transform(leaf)
+
+    @torch.no_grad()
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        old = self[name]
+        new = _leaf(name, value, self._constraints[name], self._transforms[name])
+        if value.shape != old.shape:
+            raise ValueError(f"hyperparameter {name!r} has shape {tuple(old.shape)}, the value {tuple(value.shape)}")
+        self.get_parameter(self._names[name]).copy_(new)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +27,17 @@ from hoptim.tracking import JsonLines, WandB
 
 log = logging.getLogger("hoptim.train")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-IDENTITY = ("name", "seed", "task", "inner", "outer", "inner_steps", "learn", "threads")  # what a resumed run must share
+IDENTITY = (
+    "name",
+    "seed",
+    "task",
+    "inner",
+    "outer",
+    "inner_steps",
+    "learn",
+    "hyperparameters",
+    "threads",
+)  # what a resumed run must share
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -50,6 +60,9 @@ def train(cfg: DictConfig, folder: Path) -> float:
     torch.manual_seed(cfg.seed)
     task = instantiate(cfg.task)
     data, problem = task.data(cfg.seed), task.problem()
+    if cfg.hyperparameters:
+        for name, value in load_file(cfg.hyperparameters).items():
+            problem.hparams[name] = value
     trackers = [instantiate(options) for options in (cfg.hoptim.get("tracker") or {}).values()]
     optimizer = hoptim.BilevelOptimizer(
         instantiate(cfg.inner)(problem.model.parameters()),

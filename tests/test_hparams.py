@@ -174,3 +174,17 @@ def test_repr_names_shape_and_constraint() -> None:
     assert "(layer.weight): (2, 3) GreaterThan" in repr(
         HyperParameters({"layer.weight": torch.ones(2, 3)}, {"layer.weight": constraints.positive})
     )
+
+
+def test_a_value_is_set_in_place_through_its_constraint() -> None:
+    hparams = HyperParameters({"a.b": torch.ones(2)}, {"a.b": constraints.positive})
+    (leaf,) = hparams.parameters()
+    hparams["a.b"] = torch.tensor([0.5, 2.0])
+    assert hparams["a.b"].tolist() == pytest.approx([0.5, 2.0])
+    assert next(hparams.parameters()) is leaf
+    with pytest.raises(ValueError, match=r"'a\.b' has shape \(2,\), the value \(3,\)"):
+        hparams["a.b"] = torch.ones(3)
+    with pytest.raises(ValueError, match="starts outside"):
+        hparams["a.b"] = -torch.ones(2)
+    with pytest.raises(KeyError, match="no hyperparameter 'c'"):
+        hparams["c"] = torch.ones(2)
