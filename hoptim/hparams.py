@@ -29,7 +29,7 @@ class HyperParameters(nn.Module):
         TypeError: a value is no floating-point tensor, a name no ``str``, or a constraint no ``Constraint``.
         ValueError: there is no value, a constraint names no value, or a value lies outside its constraint or on its edge.
 
-    Source: the exponential form is that of Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), section 5.
+    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590) learn a decay a weight in its exponential form.
 
     >>> from torch.distributions import constraints
     >>> hparams = HyperParameters({"weight_decay": torch.full((2,), 0.5)}, {"weight_decay": constraints.positive})

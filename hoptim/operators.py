@@ -97,11 +97,12 @@ class StationarityGraph:
         self.value: Tree = {name: gradient for name, gradient in found.items() if gradient is not None}
         self.weights = {name: weights[name] for name in self.value}
         self.leaves = leaves
+        self._outputs = {name: value for name, value in self.value.items() if value.requires_grad}
         self.untouched_weights = [name for name, gradient in found.items() if gradient is None]
 
     def vjp(self, v: Tree, inputs: Tree, *, batched: bool = False) -> dict[str, Tensor | None]:
         """vᵀ ∂F/∂inputs; ``None`` for an input that F does not depend on. ``batched``: R products in one vmapped pass."""
-        outputs = {name: value for name, value in self.value.items() if value.requires_grad}
+        outputs = self._outputs
         if not outputs or not inputs:
             return dict.fromkeys(inputs)
         products = torch.autograd.grad(

@@ -41,7 +41,7 @@ class Problem:
         TypeError: ``model`` or ``hparams`` is no module, or a loss can't be called.
         ValueError: there is no weight or no hyperparameter to learn, or a tensor is both.
 
-    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), section 2.
+    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590).
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> hparams = nn.ParameterDict({"decay": torch.tensor(0.1)})

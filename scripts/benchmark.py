@@ -357,6 +357,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     console, facts, found = Console(), machine(), {}
+    console = console if console.is_terminal else Console(width=140)
     console.print(", ".join(f"{key} {value}" for key, value in facts.items() if key != "malloc"))
     for name in options.only:
         torch.manual_seed(0)

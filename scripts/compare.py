@@ -70,14 +70,24 @@ def chosen(runs: Sequence[Run]) -> list[Run]:
     return [min(candidates, key=lambda run: run.result["val_loss"]) for candidates in by_seed.values()]
 
 
+def difference(runs: Sequence[Run], others: Sequence[Run]) -> tuple[float, float] | None:
+    """Mean and standard error of the test loss less the other's, over the seeds that both have finished."""
+    losses = [{r.seed: r.result["test_loss"] for r in part if r.result["status"] == "finished"} for part in (runs, others)]
+    common = losses[0].keys() & losses[1].keys()
+    return mean_error([losses[0][seed] - losses[1][seed] for seed in sorted(common)]) if common else None
+
+
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the mean; the error of one value is NaN."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.mean(values), error
 
 
-def compare(root: Path) -> dict[str, Any]:
-    """Write ``compare.json`` and ``compare.png`` below ``root``, print the table, return it."""
+def compare(root: Path, against: str | None = None) -> dict[str, Any]:
+    """Write ``compare.json``, ``compare.png`` and a picture of each search below ``root``; print the table and return it.
+
+    ``against`` names a row: then each row has its test loss less that one's, seed by seed, with the error of the mean.
+    """
     runs = read(root)
     if not runs:
         raise FileNotFoundError(f"no result.json below {root}: run a sweep first, such as scripts/train.py -m seed=0,1")
@@ -92,35 +102,42 @@ def compare(root: Path) -> dict[str, Any]:
             label = f"{name}: best of {searched} by validation"
             entries[label] = {**summary(best), "trainings": searched * statistics.mean(run.cost for run in best)}
             groups[label] = best
+            draw({run.group: groups[run.group] for run in members}, root / f"compare_{name}.png")
+    if against is not None:
+        if against not in groups:
+            raise ValueError(f"against={against!r} is no row: the rows are {sorted(groups)}")
+        for label, members in groups.items():
+            entries[label]["less"] = difference(members, groups[against])
     (root / "compare.json").write_text(json.dumps(entries, indent=2) + "\n")
-    draw(groups, root / "compare.png")
+    searched = {name for name, members in names.items() if len({run.group for run in members}) > 1}
+    shown = {label: runs for label, runs in groups.items() if runs[0].name not in searched or ": best of" in label}
+    draw(shown, root / "compare.png")
     show(entries)
     return entries
 
 
 def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """The blog's figure: the groups' curves in one picture; of a search only the choice is drawn."""
+    """The blog's figure: the groups' curves in one picture."""
     import plots
 
-    searched = {label.split(":")[0] for label in groups if ": best of" in label}
-    curves = {
-        label: [run.rows for run in members if run.result["status"] == "finished"]
-        for label, members in groups.items()
-        if members and (members[0].name not in searched or ": best of" in label)
-    }
+    curves = {label: [run.rows for run in runs if run.result["status"] == "finished"] for label, runs in groups.items()}
     plots.compared({label: rows for label, rows in curves.items() if rows}, path)
 
 
 def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
     """The table, on the terminal."""
-    table = Table("runs of", "n", *(figure.replace("_", " ") for figure in FIGURES), "trainings", "moved", box=None)
+    paired = any(entry.get("less") for entry in entries.values())
+    columns = [*(figure.replace("_", " ") for figure in FIGURES), "trainings", "moved", *(["paired difference"] * paired)]
+    table = Table("runs of", "n", *columns, box=None)
     for label, entry in entries.items():
         count = f"{entry['runs']}" + (f" (+{entry['failed']} failed)" if entry["failed"] else "")
         cells = [f"{entry[figure][0]:.3f} ± {entry[figure][1]:.3f}" if figure in entry else "" for figure in FIGURES]
         moved = "/".join(map(str, entry["moved"])) if entry.get("moved", [0, 0])[1] else ""
-        table.add_row(label, count, *cells, f"{entry['trainings']:.2f}" if "trainings" in entry else "", moved)
+        cells += [f"{entry['trainings']:.2f}" if "trainings" in entry else "", moved]
+        cells += ["{:+.3f} ± {:.3f}".format(*entry["less"]) if entry.get("less") else ""] * paired
+        table.add_row(label, count, *cells)
     console = Console()
-    Console(width=console.width if console.is_terminal else 180).print(table)
+    Console(width=console.width if console.is_terminal else 200).print(table)
 
 
 class CompareRuns(Callback):
@@ -135,7 +152,9 @@ class CompareRuns(Callback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="the folder of the runs (default: runs)")
-    compare(parser.parse_args().root)
+    parser.add_argument("--against", metavar="ROW", help="a row of the table: subtract its test loss, seed by seed")
+    options = parser.parse_args()
+    compare(options.root, options.against)
 
 
 if __name__ == "__main__":

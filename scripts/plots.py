@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import ticker
 
 PARTS = {"train": "train", "val": "validation", "test": "test"}
 Rows = Sequence[Mapping[str, Any]]
@@ -21,32 +23,48 @@ def curves(rows: Rows, title: str, path: Path) -> None:
     compared({title: [rows]}, path)
 
 
-def compared(groups: Mapping[str, Sequence[Rows]], path: Path, dashed: Sequence[str] = ()) -> None:
-    """Cross-entropy of several groups of runs: mean over a group's runs, with a band of one standard error."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), sharex=True, sharey=len(groups) > 1, layout="constrained")
+def compared(groups: Mapping[str, Sequence[Rows]], path: Path) -> None:
+    """Cross-entropy of several groups of runs: mean over a group's runs, with a band of one standard error.
+
+    A panel ends at three times the best last loss in it: a group that overfits leaves it instead of flattening the rest.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharex=True, layout="constrained")
     colours = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
-    for (label, runs), colour in zip(groups.items(), colours * 3, strict=False):
-        steps = [row["outer_step"] for row in min(runs, key=len)]
-        for axis, part in zip(axes, PARTS, strict=True):
-            losses = np.array([[row[f"{part}_loss"] for row in rows[: len(steps)]] for rows in runs])
+    for axis, part in zip(axes, PARTS, strict=True):
+        last, highest = [], 0.0
+        for (label, runs), colour in zip(groups.items(), colours * 3, strict=False):
+            count = min(map(len, runs))
+            steps = [row["outer_step"] for row in runs[0][:count]]
+            losses = np.array([[row[f"{part}_loss"] for row in rows[:count]] for rows in runs])
             mean = losses.mean(0)
-            style = "--" if label in dashed else "-"
-            axis.plot(steps, mean, style, color=colour, label=label, linewidth=1.6)
+            axis.plot(steps, mean, color=colour, label=_short(label), linewidth=1.6)
             if len(runs) > 1:
                 error = losses.std(0, ddof=1) / np.sqrt(len(runs))
-                axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
-    for axis, part in zip(axes, PARTS.values(), strict=True):
-        axis.set(title=part, xlabel="outer step")
-        axis.grid(alpha=0.25)
-        if len(groups) > 1:
+                axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.12, linewidth=0)
+            last.append(mean[-1])
+            highest = max(highest, mean.max())
+        axis.set(title=PARTS[part], xlabel="outer step")
+        axis.grid(alpha=0.25, which="both" if part == "train" else "major")
+        if len(groups) > 1 and part == "train":
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
-            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+        elif highest > 3 * min(last):
+            axis.set_ylim(top=3 * min(last), bottom=0.8 * min(last))
     axes[0].set_ylabel("cross-entropy")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(groups)), frameon=False)
+    if len(groups) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        columns = max(1, min(len(labels), 150 // (max(map(len, labels)) + 8)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    else:
+        figure.suptitle(next(iter(groups)))
     _save(figure, path)
+
+
+def _short(label: str) -> str:
+    """``hoptim.solver.terms=5`` is ``terms=5`` in a legend; ``outer.lr`` and ``inner.lr`` stay apart."""
+    return re.sub(r"(?:hoptim\.\w+|task)\.(\w+=)", r"\1", label)
 
 
 def hyperparameters(rows: Rows, quantiles: Sequence[float], path: Path) -> None:

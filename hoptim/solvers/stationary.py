@@ -62,7 +62,7 @@ class Neumann(Solver):
     Raises:
         ValueError: ``terms`` is negative or ``step_size`` is not positive.
 
-    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), section 4, algorithm 3, with the sign corrected.
+    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), algorithm 3, with the sign corrected.
 
     >>> from hoptim.operators import Symmetric
     >>> A = Symmetric(lambda v: {"w": 2 * v["w"]}, like={"w": torch.ones(1)})
