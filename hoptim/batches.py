@@ -55,12 +55,10 @@ class Batches:
         raise ValueError(f"{self.name} is empty: it gave no batch")
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the present pass, and the generators' states at its start."""
-        return (
-            {"position": self._position, "begun": dict(self._begun)}
-            if self._iterator is not None
-            else {"position": 0, "begun": {}}
-        )
+        """The position in the present pass, and the generators' states at its start and now."""
+        if self._iterator is None:
+            return {"position": 0, "begun": {}, "now": {}}
+        return {"position": self._position, "begun": dict(self._begun), "now": self._generators()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin the saved pass again and walk to its position; torch's global generator stays as it is."""
@@ -74,6 +72,9 @@ class Batches:
                     generator.set_state(state["begun"][name].cpu())
             for _ in range(state["position"]):
                 self.draw()
+            for name, generator in _own_generators(self.source).items():  # others may draw from it too
+                if name in state["now"]:
+                    generator.set_state(state["now"][name].cpu())
 
     def _generators(self) -> dict[str, torch.Tensor]:
         """The states of torch's global generator and of the loader's and its samplers' own, by where they are."""

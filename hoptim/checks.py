@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from hoptim.hypergradient import Method
 from hoptim.problem import Problem
+from hoptim.trees import is_whole
 
 
 def check_schedule(every: int | None, warmup: int) -> None:
     """``every`` is a positive number of steps or None, ``warmup`` a number of steps."""
-    if every is not None and (not isinstance(every, int) or every < 1):
+    if every is not None and not (is_whole(every) and every >= 1):
         raise ValueError(f"every={every!r}: give a whole number of inner steps, 1 or more, or None for never")
-    if not isinstance(warmup, int) or warmup < 0:
+    if not (is_whole(warmup) and warmup >= 0):
         raise ValueError(f"warmup={warmup!r}: give a whole number of inner steps, 0 or more")
 
 
@@ -37,16 +39,25 @@ def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> No
             raise TypeError(f"{name} is a {type(optimizer).__name__}: give a torch.optim.Optimizer")
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+    if isinstance(outer, LBFGS):
+        raise ValueError("outer is an LBFGS, which needs a closure that a hyperstep has not: take SGD or Adam")
     weights, leaves = _names(problem)
+    learned = {id(p) for p in (*problem.weights().values(), *problem.leaves().values())}
     for name, optimizer, own, other, kinds, remedy in (
         ("inner", inner, weights, leaves, ("weight of the model", "hyperparameter"), "model.parameters()"),
         ("outer", outer, leaves, weights, ("hyperparameter", "weight of the model"), "hparams.parameters()"),
     ):
-        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        held = {id(p): None for group in optimizer.param_groups for p in group["params"]}
         if wrong := [other[p] for p in held if p in other]:
             raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {kinds[1]}: build it on {remedy}")
         if not any(p in own for p in held):
             raise ValueError(f"the {name} optimizer holds no {kinds[0]} of the problem: build it on {remedy}")
+        if left := [own[p] for p in own if p not in held and p in learned]:
+            warnings.warn(
+                f"the {name} optimizer does not hold {left}, though they require a gradient: the hypergradient takes them "
+                "as learned. Add them, or freeze them with requires_grad_(False)",
+                stacklevel=4,
+            )
 
 
 def check_added(params: Tensor | Iterable[Tensor], problem: Problem) -> None:

@@ -14,13 +14,12 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 def conf_dir() -> Path:
-    """The folder of hoptim's configs: ``conf/`` of the checkout where there is one, else the copy inside the package."""
+    """The folder of hoptim's configs: the copy inside the package, which a wheel has, else ``conf/`` of the checkout."""
     spec = find_spec("hoptim")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("hoptim is not installed, though its Hydra plugin is: pip install hoptim again")
     package = Path(spec.origin).parent
-    checkout = package.parent
-    return checkout / "conf" if (checkout / "pyproject.toml").is_file() else package / "conf"
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 class HoptimSearchPath(SearchPathPlugin):

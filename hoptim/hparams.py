@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import Transform, identity_transform
+from torch.distributions.transforms import ComposeTransform, Transform, identity_transform
 
 
 class HyperParameters(nn.Module):
@@ -29,8 +29,6 @@ class HyperParameters(nn.Module):
         TypeError: a value is no floating-point tensor, a name no ``str``, or a constraint no ``Constraint``.
         ValueError: there is no value, a constraint names no value, or a value lies outside its constraint or on its edge.
 
-    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590) learn a decay a weight in its exponential form.
-
     >>> from torch.distributions import constraints
     >>> hparams = HyperParameters({"weight_decay": torch.full((2,), 0.5)}, {"weight_decay": constraints.positive})
     >>> hparams["weight_decay"].detach()
@@ -44,6 +42,8 @@ class HyperParameters(nn.Module):
 
     def __init__(self, values: Mapping[str, Tensor], constraints: Mapping[str, Constraint] | None = None) -> None:
         super().__init__()
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values is a {type(values).__name__}: give a dict of named tensors")
         given = dict(constraints or {})
         if not values:
             raise ValueError("HyperParameters got no values: give at least one named tensor to learn")
@@ -64,7 +64,7 @@ class HyperParameters(nn.Module):
         leaf = self._parameters[self._names[name]]
         assert leaf is not None
         transform = self._transforms[name]
-        return leaf if transform is identity_transform else transform(leaf)
+        return leaf if _is_identity(transform) else transform(leaf)
 
     @torch.no_grad()
     def __setitem__(self, name: str, value: Tensor) -> None:
@@ -95,9 +95,9 @@ class HyperParameters(nn.Module):
     @torch.no_grad()
     def project_(self) -> None:
         """Clamp every ``nonnegative`` hyperparameter at zero. ``BilevelOptimizer`` calls it after each outer step."""
-        for name, leaf in self.named_parameters():
-            if _is_nonnegative(self._constraints[name]):
-                leaf.clamp_(min=0)
+        for name, constraint in self._constraints.items():
+            if _is_nonnegative(constraint):
+                self.get_parameter(self._names[name]).clamp_(min=0)
 
     # Names with dots, or such as `training`, can't be attributes of a module. The leaves are stored under safe names,
     # and the three methods by which the outside sees names give back the user's own.
@@ -111,8 +111,9 @@ class HyperParameters(nn.Module):
             yield (prefix + "." if prefix else "") + original.get(safe, safe), leaf
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, leaf in self.named_parameters():
-            destination[prefix + name] = leaf if keep_vars else leaf.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, safe in self._names.items():
+            destination[prefix + name] = destination.pop(prefix + safe)
 
     def _load_from_state_dict(
         self,
@@ -125,16 +126,18 @@ class HyperParameters(nn.Module):
         error_msgs: list[str],
     ) -> None:
         ours = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        safe = {prefix + self._names[name]: value for name, value in ours.items() if name in self._names}
+        safe = {prefix + self._names.get(name, name): value for name, value in ours.items()}
         missing: list[str] = []
         errors: list[str] = []
         super()._load_from_state_dict(safe, prefix, local_metadata, strict, missing, [], errors)
         original = {prefix + safe: prefix + name for name, safe in self._names.items()}
-        missing_keys += [original[key] for key in missing]
+        missing_keys += [original.get(key, key) for key in missing]
         for message in errors:
             key = next((key for key in original if f"{key}:" in message), "")
             error_msgs.append(message.replace(key, original[key]) if key else message)
-        unexpected_keys += [prefix + name for name in ours if strict and name not in self._names]
+        own = {*self._names, *self._buffers}
+        strangers = [name for name in ours if name not in own and name.split(".")[0] not in self._modules]
+        unexpected_keys += [prefix + name for name in strangers if strict]
 
 
 def _safe(name: str) -> str:
@@ -144,7 +147,13 @@ def _safe(name: str) -> str:
 
 
 def _is_nonnegative(constraint: Constraint) -> bool:
-    return type(constraint) is type(constraints.nonnegative) and constraint.lower_bound == 0
+    bound = getattr(constraint, "lower_bound", None)
+    return type(constraint) is type(constraints.nonnegative) and not isinstance(bound, Tensor) and bound == 0
+
+
+def _is_identity(transform: Transform) -> bool:
+    """Also of a copy of ``identity_transform``, which is no longer the same object."""
+    return isinstance(transform, ComposeTransform) and not transform.parts
 
 
 def _constraint(name: str, constraint: Constraint | None) -> tuple[Constraint, Transform]:
@@ -169,7 +178,7 @@ def _leaf(name: str, value: Tensor, constraint: Constraint, transform: Transform
         raise ValueError(f"hyperparameter {name!r} starts outside {constraint}: min {value.min()}, max {value.max()}")
     leaf = transform.inv(value).clone()
     edges = [getattr(constraint, edge, None) for edge in ("lower_bound", "upper_bound")]
-    on_edge = transform is not identity_transform and any(bool((value == e).any()) for e in edges if e is not None)
+    on_edge = not _is_identity(transform) and any(bool((value == e).any()) for e in edges if e is not None)
     if on_edge or not bool(leaf.isfinite().all()):
         raise ValueError(
             f"hyperparameter {name!r} starts on the edge of {constraint}, which no finite leaf reaches: start inside, "

@@ -18,6 +18,8 @@ from hoptim.solvers.base import Solution, Solver, Status
 from hoptim.solvers.stationary import Neumann
 from hoptim.trees import Tree
 
+Parts = dict[str, Tensor | None]  # by name; None for what a loss does not touch
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hypergradient:
@@ -33,6 +35,7 @@ class Hypergradient:
         val_loss: L_V, a scalar on the device.
         train_loss: L_T, a scalar on the device.
         gradient_norm: ‖∇_w L_T‖, a scalar on the device: zero at a stationary point, where the formula is exact.
+        untouched: the hyperparameters that neither loss depends on with these batches; their gradient is zero.
     """
 
     grads: Tree
@@ -42,6 +45,15 @@ class Hypergradient:
     val_loss: Tensor
     train_loss: Tensor
     gradient_norm: Tensor
+    untouched: tuple[str, ...] = ()
+
+    def check_touched(self) -> None:
+        """Raise where a hyperparameter is touched by neither loss."""
+        if self.untouched:
+            raise ValueError(
+                f"hyperparameters {list(self.untouched)} are touched by neither loss: the training loss's gradient and the "
+                'validation loss do not depend on them. Use hparams["name"] in a loss, without detach(), or drop them'
+            )
 
 
 class Method(ABC):
@@ -64,7 +76,7 @@ class Implicit(Method):
         damping: added to A's diagonal, ≥ 0, default 0.
 
     Raises:
-        ValueError: ``damping`` is negative or not finite; when called, a hyperparameter that neither loss touches.
+        ValueError: ``damping`` is negative or not finite; when called, a training loss that touches no weight.
         TypeError: ``solver`` is no :class:`Solver`, or ``curvature`` no ``Curvature``.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), theorem 1 and algorithm 2.
@@ -80,37 +92,27 @@ class Implicit(Method):
             raise TypeError(f"solver is a {type(self.solver).__name__}: give a solver, such as hoptim.Neumann(terms=20)")
         if not isinstance(self.curvature, Curvature):
             raise TypeError(f"curvature is a {type(self.curvature).__name__}: give a curvature, such as hoptim.Exact()")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
+        if not (trees.is_finite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping={self.damping!r}: give a finite number, 0 or more")
 
     def __call__(self, problem: Problem, train_batch: Any, val_batch: Any, state: Tree | None = None) -> Hypergradient:
         """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
-        with problem.untouched():
-            weights, leaves = _as_leaves(problem.weights()), _as_leaves(problem.leaves())
-            val_loss = problem.pure(problem.val_loss, weights, leaves, val_batch)
-            g, direct = _gradients(val_loss, weights, leaves)
-            graph = StationarityGraph(problem, weights, leaves, train_batch)
-            _check_weights(graph)
+        weights, leaves = _as_leaves(problem.weights()), _as_leaves(problem.leaves())
 
+        def validate(loss: Tensor) -> tuple[Tensor, Parts, Parts]:
+            return loss.detach(), *_gradients(loss, weights, leaves)
+
+        def implicit(loss: Tensor) -> Hypergradient:
+            graph = StationarityGraph(loss, weights, leaves)
+            _check_weights(graph)
             A = self.curvature(graph) + self.damping
             rhs = {name: _or_zero(g[name], weights[name]) for name in graph.weights}
             solution = self.solver.solve(A, rhs, state)
-            mixed = graph.mixed(solution.value)
+            return _assembled(val_loss, direct, graph, solution, graph.mixed(solution.value))
 
-        _check_touched(direct, mixed)
-        indirect = {name: -_or_zero(mixed[name], leaf) for name, leaf in leaves.items()}
-        whole = {name: _or_zero(direct[name], leaf) for name, leaf in leaves.items()}
-        return _judged(
-            Hypergradient(
-                grads={name: whole[name] + indirect[name] for name in leaves},
-                direct=whole,
-                indirect=indirect,
-                solution=solution,
-                val_loss=val_loss.detach(),
-                train_loss=graph.loss.detach(),
-                gradient_norm=trees.norm(graph.value).detach(),
-            )
-        )
+        with problem.untouched():
+            val_loss, g, direct = problem.pure("val_loss", weights, leaves, val_batch, validate)
+            return _judged(problem.pure("train_loss", weights, leaves, train_batch, implicit))
 
 
 def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Method | None = None) -> Hypergradient:
@@ -149,7 +151,9 @@ def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Me
         raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method is a {type(method).__name__}: give a method, such as hoptim.Implicit(solver)")
-    return (Implicit() if method is None else method)(problem, train_batch, val_batch)
+    result = (Implicit() if method is None else method)(problem, train_batch, val_batch)
+    result.check_touched()
+    return result
 
 
 def _as_leaves(live: Tree) -> Tree:
@@ -157,7 +161,7 @@ def _as_leaves(live: Tree) -> Tree:
     return {name: value.detach().requires_grad_() for name, value in live.items()}
 
 
-def _gradients(loss: Tensor, weights: Tree, leaves: Tree) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+def _gradients(loss: Tensor, weights: Tree, leaves: Tree) -> tuple[Parts, Parts]:
     """g = ∂loss/∂w and ∂loss/∂λ in one backward pass; ``None`` for what the loss does not touch."""
     found = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
     return (
@@ -182,12 +186,21 @@ def _check_weights(graph: StationarityGraph) -> None:
         )
 
 
-def _check_touched(direct: dict[str, Tensor | None], mixed: dict[str, Tensor | None]) -> None:
-    if lost := [name for name in direct if direct[name] is None and mixed[name] is None]:
-        raise ValueError(
-            f"hyperparameters {lost} are touched by neither loss: the training loss's gradient and the validation loss do "
-            'not depend on them. Use hparams["name"] in a loss, without detach(), or drop them'
-        )
+def _assembled(val_loss: Tensor, direct: Parts, graph: StationarityGraph, solution: Solution, mixed: Parts) -> Hypergradient:
+    """∂L_V/∂λ − Bᵀx, with zeros for what was not touched."""
+    leaves = graph.leaves
+    indirect = {name: -_or_zero(mixed[name], leaf) for name, leaf in leaves.items()}
+    whole = {name: _or_zero(direct[name], leaf) for name, leaf in leaves.items()}
+    return Hypergradient(
+        grads={name: whole[name] + indirect[name] for name in leaves},
+        direct=whole,
+        indirect=indirect,
+        solution=solution,
+        val_loss=val_loss,
+        train_loss=graph.loss.detach(),
+        gradient_norm=trees.norm(graph.value).detach(),
+        untouched=tuple(name for name in leaves if direct[name] is None and mixed[name] is None),
+    )
 
 
 def _judged(result: Hypergradient) -> Hypergradient:
@@ -199,7 +212,8 @@ def _judged(result: Hypergradient) -> Hypergradient:
         trees.norm(result.direct),
         trees.norm(result.indirect),
     ]
-    val_loss, train_loss, gradient, direct, indirect = torch.stack([t.double() for t in tensors]).tolist()
+    device = tensors[0].device  # hyperparameters may live on another one
+    val_loss, train_loss, gradient, direct, indirect = torch.stack([t.float().to(device) for t in tensors]).tolist()
     solution = result.solution
     if not math.isfinite(gradient):
         solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail="of the training loss")

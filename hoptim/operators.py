@@ -5,13 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hoptim import trees
-from hoptim.problem import Problem
 from hoptim.trees import Tree
 
 
@@ -84,16 +82,20 @@ class StationarityGraph:
     masks are part of the graph: one mask for a whole solve.
 
     Args:
-        problem: the bilevel problem.
+        loss: L_T, computed from the two that follow.
         weights: w, leaves that require a gradient.
         leaves: λ, likewise.
-        batch: the training batch.
+
+    Raises:
+        TypeError: a weight has a sparse gradient.
     """
 
-    def __init__(self, problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> None:
-        self.loss = problem.pure(problem.train_loss, weights, leaves, batch)
-        gradients = torch.autograd.grad(self.loss, list(weights.values()), create_graph=True, allow_unused=True)
+    def __init__(self, loss: Tensor, weights: Tree, leaves: Tree) -> None:
+        self.loss = loss
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
         found = dict(zip(weights, gradients, strict=True))
+        if sparse := [name for name, gradient in found.items() if gradient is not None and gradient.is_sparse]:
+            raise TypeError(f"the weights {sparse} have sparse gradients: build their layers with sparse=False")
         self.value: Tree = {name: gradient for name, gradient in found.items() if gradient is not None}
         self.weights = {name: weights[name] for name in self.value}
         self.leaves = leaves

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.batches import Batches
 from hoptim.checks import check_added, check_optimizers, check_schedule, check_strategies
+from hoptim.hparams import HyperParameters
 from hoptim.hypergradient import Hypergradient, Implicit, Method
 from hoptim.problem import Problem
 from hoptim.record import Record, natural_values
@@ -105,7 +108,8 @@ class BilevelOptimizer(Optimizer):
 
     def loss(self, batch: Any) -> Tensor:
         """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``."""
-        self._progress.last_batch, self._progress.seen_batch = batch, True
+        if torch.is_grad_enabled():  # a loss that is only looked at is no training batch
+            self._progress.last_batch, self._progress.seen_batch = batch, True
         return self.problem.loss(batch)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -130,6 +134,8 @@ class BilevelOptimizer(Optimizer):
         val_batch = self.val_batches.draw() if val_batch is None else val_batch
         progress = self._progress
         result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state)
+        if not progress.hyper_steps:
+            result.check_touched()
         progress.solver_state = result.solution.state
         progress.hyper_steps += 1
         moved = result.solution.status.ok
@@ -179,7 +185,21 @@ class BilevelOptimizer(Optimizer):
             raise ValueError(
                 f"this state_dict is of version {state_dict[KEY]['version']}, newer than {VERSION}: upgrade hoptim"
             )
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._load(state_dict)
+        except Exception:
+            self._load(before)
+            raise
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """By the inner optimizer's own method: it may keep its state in a form of its own."""
+        bare = {key: value for key, value in state_dict.items() if key != KEY}
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            bare = hook(self, bare) or bare
+        self.inner.load_state_dict(bare)
         _restore(self, state_dict[KEY])
 
     @property
@@ -200,11 +220,14 @@ class BilevelOptimizer(Optimizer):
     def _move(self, grads: Tree) -> None:
         for name, leaf in self.problem.leaves().items():
             leaf.grad = grads[name].clone()
-        self.outer.step()
-        self.outer.zero_grad()
-        project = getattr(self.problem.hparams, "project_", None)
-        if project is not None:
-            project()
+        try:
+            self.outer.step()
+        finally:
+            for leaf in self.problem.leaves().values():
+                leaf.grad = None
+        for module in self.problem.hparams.modules():
+            if isinstance(module, HyperParameters):
+                module.project_()
 
     def _train_batch(self) -> Any:
         if self.train_batches is not None:
@@ -269,6 +292,7 @@ def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """After ``state_dict()``: add what the inner optimizer does not know, as tensors and plain values only."""
     assert isinstance(optimizer, BilevelOptimizer)
     progress, train = optimizer._progress, optimizer.train_batches
+    state_dict.update(optimizer.inner.state_dict())
     state_dict[KEY] = {
         "version": VERSION,
         "outer": optimizer.outer.state_dict(),

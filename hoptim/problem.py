@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hoptim.trees import Tree
 
 Loss = Callable[[Any, Any, Any], Tensor]
+LossName = Literal["train_loss", "val_loss"]
+R = TypeVar("R")
 
 
 class _Joint(nn.Module):
@@ -23,8 +26,8 @@ class _Joint(nn.Module):
         super().__init__()
         self.model, self.hparams = model, hparams
 
-    def forward(self, loss: Loss, batch: Any) -> Tensor:
-        return loss(self.model, self.hparams, batch)
+    def forward(self, run: Callable[[nn.Module, nn.Module, Any], R], batch: Any) -> R:
+        return run(self.model, self.hparams, batch)
 
 
 class Problem:
@@ -88,21 +91,34 @@ class Problem:
             self._twin = _detached_twin(self.hparams)
         return scalar("train_loss", self.train_loss(self.model, self._twin, batch))
 
-    def pure(self, loss: Loss, weights: Tree, leaves: Tree, batch: Any) -> Tensor:
-        """``loss`` as a pure function of the tensors given: buffers are cloned, and the modes are put back."""
+    def pure(self, name: LossName, weights: Tree, leaves: Tree, batch: Any, then: Callable[[Tensor], R]) -> R:
+        """``then`` of the named loss as a pure function of the tensors given.
+
+        Buffers are clones, and the modes are put back. Backward passes belong inside ``then``: activation checkpointing
+        runs the model again during one, and has to find the same tensors, buffers and modes.
+        """
+        loss: Loss = getattr(self, name)
+
+        def run(model: nn.Module, hparams: nn.Module, batch: Any) -> R:
+            return then(scalar(name, loss(model, hparams, batch)))
+
         path = {id(p): path for path, p in self._joint.named_parameters()}
-        given = {path[id(p)]: weights[name] for name, p in self.model.named_parameters() if name in weights}
-        given |= {path[id(p)]: leaves[name] for name, p in self.hparams.named_parameters() if name in leaves}
-        given |= {name: buffer.clone() for name, buffer in self._joint.named_buffers()}
-        name = "val_loss" if loss is self.val_loss else "train_loss"
+        given = {path[id(p)]: weights[key] for key, p in self.model.named_parameters() if key in weights}
+        given |= {path[id(p)]: leaves[key] for key, p in self.hparams.named_parameters() if key in leaves}
+        given |= {key: buffer.clone() for key, buffer in self._joint.named_buffers()}
         with _modes_restored(self._joint):
-            return scalar(name, functional_call(self._joint, given, (loss, batch), tie_weights=True))
+            return functional_call(self._joint, given, (run, batch), tie_weights=True)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """What runs inside draws its random numbers from a copy of the generators' states, with gradients enabled."""
+        """What runs inside draws from a copy of the generators' states, with gradients enabled and attention unfused.
+
+        So the masks of a hyperstep's training loss are those of the next training step. Fused attention has no double
+        backward: the plain kernel serves inside, the user's own choice outside.
+        """
         devices = {t.device for t in (*self.weights().values(), *self.leaves().values()) if t.device.type == "cuda"}
-        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.enable_grad():
+        forked = torch.random.fork_rng(devices=sorted(devices, key=str))
+        with forked, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
 
 
@@ -125,9 +141,13 @@ def _detached_twin(hparams: nn.Module) -> nn.Module:
 
 
 def _in_step(hparams: nn.Module, twin: nn.Module) -> bool:
-    """Give the twin the modes of ``hparams``; say whether its parameters still are the same memory."""
+    """Give the twin the modes, buffers and plain attributes of ``hparams``; say whether it still is its image."""
+    if [name for name, _ in hparams.named_modules()] != [name for name, _ in twin.named_modules()]:
+        return False
     for module, other in zip(hparams.modules(), twin.modules(), strict=True):
-        other.training = module.training
+        other._buffers = module._buffers
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, Tensor))}
+        other.__dict__.update(plain)
         for name, p in module._parameters.items():
             q = other._parameters.get(name)
             if p is not None and (q is None or p.data_ptr() != q.data_ptr() or p.dtype != q.dtype):

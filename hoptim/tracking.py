@@ -10,10 +10,13 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hoptim.record import Record
 from hoptim.trees import Tree
@@ -57,7 +60,8 @@ class Console:
 
         row = record.row()
         residual = "" if row["residual"] is None else f"residual {row['residual']:.2g}  "
-        line = f"step {row['inner_step']}  val {row['val_loss']:.4f}  {residual}{row['products']} products  {row['status']}"
+        val_loss = float(record.result.val_loss)
+        line = f"step {row['inner_step']}  val {val_loss:.4f}  {residual}{row['products']} products  {row['status']}"
         colour = {"ok": "green", "remark": "yellow", "failed": "red"}[record.status.kind]
         advice = "" if record.moved else f": {record.status.message} ({row['detail']})"
         RichConsole().print(f"[{colour}]{escape(line + advice)}[/]", highlight=False)
@@ -78,6 +82,9 @@ class WandB:
         directory: where W&B keeps its files; ``None`` for its own default.
         mode: ``online``, ``offline`` or ``disabled``; ``None``: ``WANDB_MODE``, else ``offline``.
         histograms: log a histogram of every hyperparameter tensor, default true.
+
+    Raises:
+        ValueError: ``mode`` is none of these.
     """
 
     project: str = "hoptim"
@@ -88,6 +95,10 @@ class WandB:
     mode: str | None = None
     histograms: bool = True
 
+    def __post_init__(self) -> None:
+        if self.mode not in (None, "online", "offline", "disabled", "shared"):
+            raise ValueError(f"mode={self.mode!r}: give online, offline, disabled, or None for WANDB_MODE, else offline")
+
     def __call__(self, record: Record) -> None:
         """Log the record's figures and histograms."""
         self.log(record.row(), record.hyperparameters)
@@ -97,19 +108,13 @@ class WandB:
         import wandb
 
         if wandb.run is not None:
-            return wandb.run
-        mode = self.mode or os.environ.get("WANDB_MODE", "offline")
+            return _with_axes(wandb.run)
+        mode = self.mode or os.environ.get("WANDB_MODE") or "offline"
         settings = {
             "project": self.project, "name": self.name, "group": self.group, "id": self.id,
             "dir": self.directory, "resume": "allow" if self.id else None, "config": dict(config or {}),
         }  # fmt: skip
-        run = _init(settings, mode)
-        run.define_metric("inner_step", hidden=True)
-        run.define_metric("outer_step", hidden=True)
-        run.define_metric("inner/*", step_metric="inner_step")
-        run.define_metric("outer/*", step_metric="outer_step")
-        run.define_metric("hyperparameters/*", step_metric="outer_step")
-        return run
+        return _with_axes(_init(settings, mode))
 
     def log(self, row: Mapping[str, Any], hyperparameters: Tree | None = None) -> None:
         """Log a row's numbers twice, as ``inner/…`` and ``outer/…``: once against each axis of steps."""
@@ -122,24 +127,53 @@ class WandB:
         values |= {f"{axis}/{key}": value for key, value in figures.items() for axis in ("inner", "outer")}
         if self.histograms and hyperparameters:
             for name, value in hyperparameters.items():
-                finite = value.detach().float().cpu().flatten()
-                values[f"hyperparameters/{name}"] = wandb.Histogram(finite[finite.isfinite()].tolist())
-        self.start().log(values)
+                flat = value.detach().float().cpu().flatten()
+                counts = np.histogram(flat[flat.isfinite()].numpy(), bins=64)
+                values[f"hyperparameters/{name}"] = wandb.Histogram(np_histogram=counts)
+        run = self.start()
+        with _never_stopped():
+            run.log(values)
 
     def finish(self, summary: Mapping[str, Any] | None = None, images: Mapping[str, Path] | None = None) -> None:
         """Log the last pictures, write the summary and close the run."""
         import wandb
 
         run = self.start()
-        if images:
-            run.log({name: wandb.Image(str(path)) for name, path in images.items()})
-        run.summary.update(dict(summary or {}))
-        run.finish()
+        with _never_stopped():
+            if images:
+                run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+            run.summary.update(dict(summary or {}))
+            run.finish()
 
     def abandon(self) -> None:
         """Close the run that is open, if any, as failed: after an error, so that no later training logs into it."""
         if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
             wandb.run.finish(exit_code=1)
+
+
+@contextmanager
+def _never_stopped() -> Iterator[None]:
+    """W&B's process or its disk may fail in mid-run: the training goes on, and the figures are in its own files."""
+    import wandb
+
+    try:
+        yield
+    except (wandb.errors.Error, OSError) as error:
+        warnings.warn(f"W&B failed: {type(error).__name__}: {error}; training goes on without it", stacklevel=3)
+
+
+_with_axes_defined: set[str] = set()
+
+
+def _with_axes(run: Any) -> Any:
+    """The run, its axes defined once: figures against inner and outer steps, whoever opened it."""
+    if run.id not in _with_axes_defined:
+        _with_axes_defined.add(run.id)
+        run.define_metric("inner_step", hidden=True)
+        run.define_metric("outer_step", hidden=True)
+        for figures, axis in (("inner/*", "inner_step"), ("outer/*", "outer_step"), ("hyperparameters/*", "outer_step")):
+            run.define_metric(figures, step_metric=axis)
+    return run
 
 
 def _init(settings: dict[str, Any], mode: str) -> Any:
@@ -150,6 +184,6 @@ def _init(settings: dict[str, Any], mode: str) -> Any:
     for attempt in attempts:
         try:
             return wandb.init(**settings, mode=attempt, settings=wandb.Settings(silent=True, console="off"))
-        except (wandb.errors.Error, OSError) as error:
+        except (wandb.errors.Error, OSError, ValueError) as error:  # pydantic's errors are ValueErrors
             warnings.warn(f"W&B could not start in mode {attempt!r}: {error}; training goes on without it", stacklevel=3)
     raise RuntimeError("W&B failed to start even in mode 'disabled'")

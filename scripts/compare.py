@@ -33,7 +33,7 @@ class Run:
     def cost(self) -> float:
         """Seconds in all over seconds in inner steps: what learning costs, in trainings."""
         inner, hyper = (sum(row[f"{kind}_seconds"] for row in self.rows) for kind in ("inner", "hyper"))
-        return (inner + hyper) / inner
+        return (inner + hyper) / inner if inner else math.nan
 
 
 def read(root: Path) -> list[Run]:
@@ -42,11 +42,12 @@ def read(root: Path) -> list[Run]:
     for path in sorted(root.rglob("result.json")):
         folder = path.parent
         metrics = folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        group = folder.parent.relative_to(root).as_posix()
-        runs.append(
-            Run(group=group, name=group.split("/")[0], seed=folder.name, result=json.loads(path.read_text()), rows=rows)
-        )
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        result = json.loads(path.read_text())
+        inside = folder.name.startswith("seed=") and folder != root
+        group = (folder.parent if inside else folder).relative_to(root).as_posix()
+        runs.append(Run(group=group, name=result["name"], seed=str(result["seed"]), result=result, rows=rows))
     return runs
 
 
@@ -70,16 +71,16 @@ def chosen(runs: Sequence[Run]) -> list[Run]:
     return [min(candidates, key=lambda run: run.result["val_loss"]) for candidates in by_seed.values()]
 
 
-def difference(runs: Sequence[Run], others: Sequence[Run]) -> tuple[float, float] | None:
+def difference(runs: Sequence[Run], others: Sequence[Run]) -> tuple[float, float | None] | None:
     """Mean and standard error of the test loss less the other's, over the seeds that both have finished."""
     losses = [{r.seed: r.result["test_loss"] for r in part if r.result["status"] == "finished"} for part in (runs, others)]
     common = losses[0].keys() & losses[1].keys()
     return mean_error([losses[0][seed] - losses[1][seed] for seed in sorted(common)]) if common else None
 
 
-def mean_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean; the error of one value is NaN."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard error of the mean, which one value has not."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.mean(values), error
 
 
@@ -100,7 +101,10 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
         if (searched := len({run.group for run in members})) > 1:
             best = chosen(members)
             label = f"{name}: best of {searched} by validation"
-            entries[label] = {**summary(best), "trainings": searched * statistics.mean(run.cost for run in best)}
+            entries[label] = summary(best)
+            if not best:
+                continue
+            entries[label]["trainings"] *= searched
             groups[label] = best
             draw({run.group: groups[run.group] for run in members}, root / f"compare_{name}.png")
     if against is not None:
@@ -121,7 +125,16 @@ def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
     import plots
 
     curves = {label: [run.rows for run in runs if run.result["status"] == "finished"] for label, runs in groups.items()}
-    plots.compared({label: rows for label, rows in curves.items() if rows}, path)
+    if any(curves.values()):
+        plots.compared({label: rows for label, rows in curves.items() if rows}, path)
+
+
+def pair(figure: tuple[float, float | None] | None, form: str) -> str:
+    """A mean with its error, as far as they are known."""
+    if figure is None:
+        return ""
+    mean, error = figure
+    return form.format(mean) + ("" if error is None else f" ± {error:.3f}")
 
 
 def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -131,10 +144,10 @@ def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table("runs of", "n", *columns, box=None)
     for label, entry in entries.items():
         count = f"{entry['runs']}" + (f" (+{entry['failed']} failed)" if entry["failed"] else "")
-        cells = [f"{entry[figure][0]:.3f} ± {entry[figure][1]:.3f}" if figure in entry else "" for figure in FIGURES]
+        cells = [pair(entry.get(figure), "{:.3f}") for figure in FIGURES]
         moved = "/".join(map(str, entry["moved"])) if entry.get("moved", [0, 0])[1] else ""
         cells += [f"{entry['trainings']:.2f}" if "trainings" in entry else "", moved]
-        cells += ["{:+.3f} ± {:.3f}".format(*entry["less"]) if entry.get("less") else ""] * paired
+        cells += [pair(entry.get("less"), "{:+.3f}")] * paired
         table.add_row(label, count, *cells)
     console = Console()
     Console(width=console.width if console.is_terminal else 200).print(table)

@@ -40,14 +40,20 @@ IDENTITY = (
 )  # what a resumed run must share
 
 
+class OtherRunError(ValueError):
+    """The checkpoint in the folder is another run's: nothing there is touched."""
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float:
     """Run one job; a sweep calls this once for each."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         return train(cfg, folder)
+    except OtherRunError:
+        raise
     except BaseException as error:
-        failure = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        failure = {"status": "failed", "name": cfg.name, "seed": cfg.seed, "error": f"{type(error).__name__}: {error}"}
         write_atomically(folder / "result.json", json.dumps(failure) + "\n")
         WandB().abandon()
         raise
@@ -56,6 +62,8 @@ def main(cfg: DictConfig) -> float:
 def train(cfg: DictConfig, folder: Path) -> float:
     """One run, from its config to the files in ``folder``; returns the last validation loss."""
     folder.mkdir(parents=True, exist_ok=True)
+    if cfg.plots:
+        import plots  # noqa: F401 (a missing matplotlib is said before the training, not after it)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     task = instantiate(cfg.task)
@@ -73,6 +81,9 @@ def train(cfg: DictConfig, folder: Path) -> float:
         every=cfg.inner_steps if cfg.learn else None,
         hooks=[tracker for tracker in trackers if not isinstance(tracker, WandB)],
     )
+    if not cfg.resume:
+        for name in ("checkpoint.pt", "result.json", "metrics.jsonl"):
+            (folder / name).unlink(missing_ok=True)
     saved = load_checkpoint(folder / "checkpoint.pt", cfg, problem, optimizer) if cfg.resume else None
     begun = saved["outer_step"] if saved else 0
     metrics = JsonLines(path=folder / "metrics.jsonl")
@@ -86,7 +97,11 @@ def train(cfg: DictConfig, folder: Path) -> float:
             seconds = inner_loop(optimizer, data["train"], cfg.inner_steps)
             row = {"outer_step": outer_step, **measure(problem, data), **describe(problem, optimizer, seconds)}
             if not all(torch.isfinite(torch.tensor(row[f"{part}_loss"])) for part in data):
-                raise FloatingPointError(f"a loss is not finite after outer step {outer_step}: {row}; lower inner.lr")
+                largest = max(spread["max"] for spread in row["hyperparameters"].values())
+                raise FloatingPointError(
+                    f"a loss is not finite after outer step {outer_step}, the largest hyperparameter {largest:.3g}: lower "
+                    "inner.lr, or outer.lr if the hyperparameters ran away"
+                )
             metrics.log(row)
             rows.append(row)
             for board in boards:
@@ -158,6 +173,7 @@ def finish(cfg: DictConfig, folder: Path, problem: hoptim.Problem, rows: list[di
     with torch.no_grad():
         values = {name: problem.hparams[name].detach().contiguous().clone() for name in problem.hparams.keys()}  # noqa: SIM118
     save_file(values, str(folder / "hyperparameters.safetensors"))
+    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     images = {}
     if cfg.plots:
         import plots
@@ -165,7 +181,6 @@ def finish(cfg: DictConfig, folder: Path, problem: hoptim.Problem, rows: list[di
         images = {f"plots/{name}": folder / f"{name}.png" for name in ("curves", "hyperparameters")}
         plots.curves(rows, cfg.name, folder / "curves.png")
         plots.hyperparameters(rows, QUANTILES, folder / "hyperparameters.png")
-    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     for board in boards:
         board.finish(result, images)
     log.info(
@@ -229,7 +244,11 @@ def load_checkpoint(path: Path, cfg: DictConfig, problem: hoptim.Problem, optimi
         return None
     saved = torch.load(path, weights_only=True)
     if saved["fingerprint"] != fingerprint(cfg):
-        raise ValueError(f"{path} is of another run: {saved['fingerprint']} is not {fingerprint(cfg)}; use resume=false")
+        raise OtherRunError(f"{path} is of another run: {saved['fingerprint']} is not {fingerprint(cfg)}; use resume=false")
+    if saved["outer_step"] > cfg.outer_steps:
+        raise OtherRunError(
+            f"{path} is at outer step {saved['outer_step']}, past outer_steps={cfg.outer_steps}; use resume=false"
+        )
     problem.model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["rng"])
@@ -242,6 +261,8 @@ def keep_rows(metrics: JsonLines, last: int) -> list[dict[str, Any]]:
     if last and path.exists():
         lines = path.read_text().splitlines()[:last]
         rows = [json.loads(line) for line in lines]
+    if len(rows) != last:
+        raise OtherRunError(f"{path} has {len(rows)} rows and the checkpoint is at outer step {last}; use resume=false")
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

@@ -15,6 +15,10 @@ def mean_square(model: Any, hparams: Any, batch: Any) -> Tensor:
     return model(batch).square().mean() + hparams["a"] * sum(p.square().sum() for p in model.parameters())
 
 
+def itself(loss: Tensor) -> Tensor:
+    return loss
+
+
 def linear_problem() -> Problem:
     return Problem(nn.Linear(2, 1), HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
 
@@ -23,7 +27,7 @@ def test_pure_loss_is_that_of_the_tensors_given() -> None:
     problem, x = linear_problem(), torch.randn(5, 2)
     weights = {"weight": torch.randn(1, 2, requires_grad=True), "bias": torch.randn(1, requires_grad=True)}
     leaves = {"a": torch.tensor(3.0, requires_grad=True)}
-    loss = problem.pure(problem.train_loss, weights, leaves, x)
+    loss = problem.pure("train_loss", weights, leaves, x, itself)
     penalty = 3.0 * (weights["weight"].square().sum() + weights["bias"].square().sum())
     torch.testing.assert_close(loss, (x @ weights["weight"].T + weights["bias"]).square().mean() + penalty)
 
@@ -45,7 +49,7 @@ def test_tied_weights_are_replaced_together() -> None:
     model[1].weight = model[0].weight
     problem = Problem(model, HyperParameters({"a": torch.tensor(0.0)}), mean_square, mean_square)
     w, x = torch.randn(2, 2, requires_grad=True), torch.randn(3, 2)
-    loss = problem.pure(mean_square, {"0.weight": w}, {"a": torch.tensor(0.0)}, x)
+    loss = problem.pure("train_loss", {"0.weight": w}, {"a": torch.tensor(0.0)}, x, itself)
     torch.testing.assert_close(loss, (x @ w.T @ w.T).square().mean())
 
 
@@ -53,8 +57,8 @@ def test_pure_loss_leaves_no_trace() -> None:
     problem = noisy_problem()
     before = snapshot(problem)
     with problem.untouched():
-        for loss in (problem.train_loss, problem.val_loss):
-            problem.pure(loss, problem.weights(), problem.leaves(), classes(8, 0))
+        for name in ("train_loss", "val_loss"):
+            problem.pure(name, problem.weights(), problem.leaves(), classes(8, 0), itself)
     assert same(snapshot(problem), before)
 
 
@@ -127,4 +131,4 @@ def test_errors_name_the_loss(which: str) -> None:
     problem = linear_problem()
     setattr(problem, which, lambda m, h, b: m(b).flatten())
     with pytest.raises(ValueError, match=rf"{which} returned a tensor of shape \(5,\): return a scalar"):
-        problem.pure(getattr(problem, which), problem.weights(), problem.leaves(), torch.randn(5, 2))
+        problem.pure(which, problem.weights(), problem.leaves(), torch.randn(5, 2), itself)

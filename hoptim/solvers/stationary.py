@@ -75,9 +75,9 @@ class Neumann(Solver):
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.terms, int) or self.terms < 0:
+        if not (trees.is_whole(self.terms) and self.terms >= 0):
             raise ValueError(f"terms={self.terms!r}: give a whole number of products, 0 or more")
-        if self.step_size is not None and not (math.isfinite(self.step_size) and self.step_size > 0):
+        if self.step_size is not None and not (trees.is_finite(self.step_size) and self.step_size > 0):
             raise ValueError(f"step_size={self.step_size!r}: give a positive number, or None to choose it")
 
     def solve(self, A: Operator, g: Tree, state: Tree | None = None) -> Solution:
@@ -181,7 +181,8 @@ def _without_step(A: Operator, g: Tree, length: float, bound: float, spent: int)
         status = Status.NON_FINITE_PRODUCT
     else:
         status = Status.FINISHED if length == 0 else Status.NO_CURVATURE
-    residuals = trees.norm(g, batched=A.is_batched(g)).new_empty(0)
+    norm = trees.norm(g, batched=A.is_batched(g))
+    residuals = norm.new_empty((0, *norm.shape))
     return Solution(value=trees.zeros_like(g), status=status, residuals=residuals, products=spent, state={})
 
 
