@@ -95,3 +95,17 @@ def test_iterable_that_is_empty_on_a_later_pass_is_an_error() -> None:
     source.clear()
     with pytest.raises(ValueError, match="val_batches is empty"):
         batches.draw()
+
+
+def test_a_generator_that_others_share_is_left_where_it_was() -> None:
+    def made() -> tuple[Batches, torch.Generator]:
+        generator = torch.Generator().manual_seed(3)
+        return Batches(DataLoader(TensorDataset(torch.arange(8.0)), 2, shuffle=True, generator=generator), "val"), generator
+
+    first, generator = made()
+    first.draw()
+    torch.randperm(5, generator=generator)  # the training loader draws from it too
+    state, expected = first.state_dict(), generator.get_state()
+    second, other = made()
+    second.load_state_dict(state)
+    assert torch.equal(other.get_state(), expected)

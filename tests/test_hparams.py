@@ -188,3 +188,31 @@ def test_a_value_is_set_in_place_through_its_constraint() -> None:
         hparams["a.b"] = -torch.ones(2)
     with pytest.raises(KeyError, match="no hyperparameter 'c'"):
         hparams["c"] = torch.ones(2)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h))])
+def test_a_copy_still_knows_its_constraints(copied: Any) -> None:
+    hparams = copied(HyperParameters({"a": torch.ones(1)}, {"a": constraints.nonnegative}))
+    hparams["a"] = torch.zeros(1)
+    with torch.no_grad():
+        next(hparams.parameters()).sub_(1)
+    hparams.project_()
+    assert hparams["a"].tolist() == [0.0]
+
+
+def test_buffers_and_submodules_of_a_subclass_are_saved_and_loaded() -> None:
+    def made() -> HyperParameters:
+        hparams = HyperParameters({"a.b": torch.ones(2)}, {"a.b": constraints.nonnegative})
+        hparams.register_buffer("mask", torch.zeros(2))
+        hparams.net = nn.Linear(1, 1)
+        return hparams
+
+    first, second = made(), made()
+    first.mask.fill_(7)
+    first["a.b"] = torch.full((2,), 3.0)
+    assert sorted(first.state_dict()) == ["a.b", "mask", "net.bias", "net.weight"]
+    second.load_state_dict(first.state_dict())
+    assert second.mask.tolist() == [7.0, 7.0]
+    assert second["a.b"].tolist() == [3.0, 3.0]
+    assert torch.equal(second.net.weight, first.net.weight)
+    second.project_()

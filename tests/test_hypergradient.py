@@ -10,6 +10,7 @@ import torch
 from cases import RIDGES, Trained, classes, flat, noisy_problem, noisy_run, same, snapshot
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.utils.checkpoint import checkpoint
 
 from hoptim import HyperParameters, Identity, Implicit, Neumann, Problem, Status, hypergradient
 
@@ -368,3 +369,64 @@ def test_the_graph_is_freed_at_once_and_waits_for_no_garbage_collection() -> Non
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_checkpointed_activations_change_no_value_and_leave_no_trace(evaluated: bool) -> None:
+    def block(checkpointed: bool) -> Problem:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 1))
+
+        def forward(m: Any, x: Tensor) -> Tensor:
+            return checkpoint(m, x, use_reentrant=False) if checkpointed else m(x)
+
+        def val(m: Any, h: Any, x: Tensor) -> Tensor:
+            return forward(m.eval() if evaluated else m, x).square().mean()
+
+        def train(m: Any, h: Any, x: Tensor) -> Tensor:
+            return (forward(m, x) - 1).square().mean() + h["a"] * sum(p.square().sum() for p in m.parameters())
+
+        return Problem(model, HyperParameters({"a": torch.tensor(0.1)}), train, val)
+
+    found = []
+    for checkpointed in (False, True):
+        problem, x = block(checkpointed), torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+        before = snapshot(problem)
+        found.append(hypergradient(problem, x, x, FEW).grads["a"].item())
+        assert same(snapshot(problem), before)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_fused_attention_serves_and_keeps_the_users_backend() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    problem = Problem(
+        model,
+        HyperParameters({"a": torch.tensor(0.1)}),
+        lambda m, h, x: m(x).square().mean() + h["a"] * sum(p.square().sum() for p in m.parameters()),
+        lambda m, h, x: (m(x) - 1).square().mean(),
+    )
+    x = torch.randn(4, 5, 8)
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    result = hypergradient(problem, x, x, Implicit(Neumann(terms=1, step_size=0.1)))
+    assert torch.backends.cuda.flash_sdp_enabled() == flash
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # one step of SGD, differentiated
+        weights = list(model.parameters())
+        g = torch.autograd.grad((model(x) - 1).square().mean(), weights)
+        leaf = torch.tensor(0.1, requires_grad=True)
+        loss = model(x).square().mean() + leaf * sum(p.square().sum() for p in weights)
+        F = torch.autograd.grad(loss, weights, create_graph=True)
+        Hg = torch.autograd.grad(F, weights, g, retain_graph=True)
+        v = [0.1 * (2 * a - 0.1 * b) for a, b in zip(g, Hg, strict=True)]
+        (mixed,) = torch.autograd.grad(F, leaf, v)
+    assert result.grads["a"].item() == pytest.approx(-mixed.item(), rel=1e-4)
+
+
+def test_sparse_gradients_are_an_error_that_names_the_weight() -> None:
+    model = nn.Embedding(3, 2, sparse=True)
+    problem = Problem(
+        model, HyperParameters({"a": torch.tensor(1.0)}), lambda m, h, b: h["a"] * m(b).sum(), lambda m, h, b: m(b).sum()
+    )
+    with pytest.raises(TypeError, match=r"\['weight'\] have sparse gradients.*sparse=False"):
+        hypergradient(problem, torch.tensor([0]), torch.tensor([0]))

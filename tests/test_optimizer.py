@@ -608,3 +608,115 @@ def test_learned_decay_improves_the_validation_loss() -> None:
         losses.append(float(optimizer.record.result.val_loss) if optimizer.record else math.inf)
     assert hparams["decay"] > 0.5
     assert losses[-1] < 0.2 * losses[20]
+
+
+# What a second look found
+
+
+def pair(inner_holds: Any = None, outer_holds: Any = None, **options: Any) -> BilevelOptimizer:
+    """Two weights and two hyperparameters; each optimizer may be given fewer."""
+    model = nn.ParameterDict({"v": torch.ones(1), "w": torch.ones(1)})
+    hparams = HyperParameters({"a": torch.ones(1), "b": torch.ones(1)})
+    problem = Problem(
+        model,
+        hparams,
+        lambda m, h, x: (m["v"] - h["a"]).square().sum() + (m["w"] - h["b"]).square().sum(),
+        lambda m, h, x: m["v"].square().sum() + m["w"].square().sum(),
+    )
+    weights, leaves = list(model.parameters()), list(hparams.parameters())
+    inner = torch.optim.SGD(weights if inner_holds is None else [weights[i] for i in inner_holds], lr=0.1)
+    outer = torch.optim.SGD(leaves if outer_holds is None else [leaves[i] for i in outer_holds], lr=0.1)
+    return BilevelOptimizer(inner, outer, problem, val_batches=["val"], every=1, **options)
+
+
+def test_what_an_optimizer_does_not_hold_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"inner optimizer does not hold \['w'\]"):
+        pair(inner_holds=[0])
+    with pytest.warns(UserWarning, match=r"outer optimizer does not hold \['b'\]"):
+        optimizer = pair(outer_holds=[0])
+    optimizer.hyperstep("train")
+    assert [leaf.grad for leaf in optimizer.problem.leaves().values()] == [None, None]
+    assert optimizer.problem.hparams["b"].item() == 1.0
+
+
+def test_gradients_are_cleared_though_the_outer_step_raises() -> None:
+    optimizer = pair()
+    optimizer.outer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.hyperstep("train")
+    assert [leaf.grad for leaf in optimizer.problem.leaves().values()] == [None, None]
+
+
+def test_a_loss_without_gradient_is_no_training_batch() -> None:
+    seen: list[Any] = []
+    optimizer = pair(hooks=[lambda record: seen.append(record.row()["train_loss"])])
+    train = optimizer.problem.train_loss
+    optimizer.problem.train_loss = lambda m, h, b: b * train(m, h, None) + b * (m["v"] * 0).sum()
+    optimizer.loss(2.0).backward()
+    with torch.no_grad():
+        optimizer.loss(1000.0)
+    optimizer.step()
+    assert seen[0] < 10
+
+
+def test_nonnegative_hyperparameters_inside_another_module_are_projected() -> None:
+    inside = HyperParameters({"a": torch.full((1,), 0.1)}, {"a": constraints.nonnegative})
+    hparams = nn.ModuleDict({"decays": inside})
+    model = nn.ParameterDict({"w": torch.ones(1)})
+    problem = Problem(
+        model, hparams, lambda m, h, b: (m["w"] - h["decays"]["a"]).square().sum(), lambda m, h, b: m["w"].square().sum()
+    )
+    inner, outer = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(hparams.parameters(), lr=10.0)
+    BilevelOptimizer(inner, outer, problem, val_batches=["val"], every=1).hyperstep("train")
+    assert inside["a"].tolist() == [0.0]
+
+
+def test_a_load_that_fails_in_the_hyperparameters_changes_nothing() -> None:
+    run, other = noisy_run("adam", every=1), noisy_run("adam", every=1, seed=1)
+    advance(run, 0, 1)
+    advance(other, 0, 2)
+    state = copy.deepcopy(other.optimizer.state_dict())
+    state["hoptim"]["hparams"]["decay"] = torch.ones(3)
+    before = copy.deepcopy(run.optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for decay"):
+        run.optimizer.load_state_dict(state)
+    assert same(run.optimizer.state_dict(), before)
+
+
+class Packed(torch.optim.SGD):
+    """An optimizer that keeps its state in a form of its own, as those in 8 bits do."""
+
+    packed = torch.zeros(3, dtype=torch.uint8)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "packed": self.packed.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.packed = state_dict["packed"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "packed"})
+
+
+def test_the_inner_optimizers_own_form_of_state_is_kept() -> None:
+    def made() -> BilevelOptimizer:
+        optimizer = pair()
+        inner = Packed(optimizer.problem.model.parameters(), lr=0.1)
+        return BilevelOptimizer(inner, optimizer.outer, optimizer.problem, val_batches=["val"])
+
+    first, second = made(), made()
+    first.inner.packed = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    second.load_state_dict(first.state_dict())
+    assert second.inner.packed.tolist() == [1, 2, 3]
+    assert second.inner.packed.dtype == torch.uint8
+
+
+def test_a_batch_that_leaves_a_hyperparameter_out_is_an_error_only_at_first() -> None:
+    optimizer = pair()
+    train = optimizer.problem.train_loss
+    optimizer.problem.train_loss = lambda m, h, b: train(m, h if b == "both" else {"a": h["a"], "b": 0.0}, b)
+    with pytest.raises(ValueError, match=r"\['b'\] are touched by neither loss"):
+        optimizer.hyperstep("one")
+    optimizer.hyperstep("both")
+    before = optimizer.problem.hparams["b"].item()
+    record = optimizer.hyperstep("one")
+    assert record.result.untouched == ("b",)
+    assert (record.moved, optimizer.problem.hparams["b"].item()) == (True, before)

@@ -132,3 +132,31 @@ def test_errors_name_the_loss(which: str) -> None:
     setattr(problem, which, lambda m, h, b: m(b).flatten())
     with pytest.raises(ValueError, match=rf"{which} returned a tensor of shape \(5,\): return a scalar"):
         problem.pure(which, problem.weights(), problem.leaves(), torch.randn(5, 2), itself)
+
+
+class Scaled(nn.Module):
+    """Hyperparameters with a buffer and a plain attribute that the user changes between steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("temperature", torch.tensor(1.0))
+        self.scale = 1.0
+
+    def forward(self) -> Tensor:
+        return self.a * self.temperature * self.scale
+
+
+def test_training_step_sees_the_buffers_and_attributes_of_the_hyperparameters() -> None:
+    hparams = Scaled()
+    problem = Problem(
+        nn.Linear(1, 1), hparams, lambda m, h, b: h() * m.weight.abs().sum() / m.weight.abs().sum(), mean_square
+    )
+    seen = [problem.loss(None).item()]
+    hparams.temperature = torch.tensor(5.0)
+    seen.append(problem.loss(None).item())
+    hparams.scale = 2.0
+    seen.append(problem.loss(None).item())
+    hparams.more = nn.Linear(1, 1)
+    seen.append(problem.loss(None).item())
+    assert seen == pytest.approx([1.0, 5.0, 10.0, 10.0])

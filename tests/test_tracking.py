@@ -77,3 +77,51 @@ def test_an_abandoned_run_is_marked_failed_and_the_next_is_another(tmp_path, mon
     exits = {run["id"]: run["exit"] for run in map(read, tmp_path.glob("wandb/offline-run-*/*.wandb"))}
     assert exits.pop(first) == 1
     assert set(exits.values()) == {0}
+
+
+def test_console_says_what_failed_though_the_loss_is_nan(capsys):
+    optimizer = ridge(Console())
+    optimizer.problem.val_loss = lambda m, h, x: m(x).sum() * float("nan")
+    with pytest.warns(UserWarning, match="NON_FINITE_LOSS"):
+        steps(optimizer, 1)
+    assert "NON_FINITE_LOSS" in capsys.readouterr().out
+
+
+def test_wandb_defines_its_axes_in_a_run_that_the_user_opened(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    wandb.init(project="own", dir=tmp_path, mode="offline", settings=wandb.Settings(silent=True, console="off"))
+    tracker = WandB()
+    steps(ridge(tracker), 2)
+    tracker.finish()
+    run = read(next(iter(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
+    assert (run["project"], run["axes"]["outer/*"]) == ("own", "outer_step")
+    assert len(run["history"]) == 2
+
+
+def test_wandb_that_fails_in_mid_run_stops_no_training(monkeypatch):
+    class Broken:
+        id = "broken"
+
+        def define_metric(self, *_, **__):
+            pass
+
+        def log(self, values):
+            raise ConnectionResetError("the service is gone")
+
+    monkeypatch.setattr(WandB, "start", lambda self, config=None: Broken())
+    optimizer = ridge(WandB())
+    with pytest.warns(UserWarning, match="training goes on without it"):
+        steps(optimizer, 1)
+    assert optimizer.record.moved
+
+
+def test_an_empty_wandb_mode_is_offline_and_a_wrong_one_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "")
+    tracker = WandB(directory=tmp_path)
+    steps(ridge(tracker), 1)
+    tracker.finish()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+    with pytest.raises(ValueError, match="mode='offlin': give online, offline"):
+        WandB(mode="offlin")

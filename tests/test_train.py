@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -155,3 +156,47 @@ def test_a_training_that_ends_in_nan_fails_and_says_so(tmp_path):
     process = train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET, "inner.lr=1e6", check=False)
     assert process.returncode == 1
     assert "lower inner.lr" in result(tmp_path)["error"]
+
+
+def test_a_rerun_that_is_killed_early_does_not_resume_the_run_before_it(tmp_path):
+    options = ("inner_steps=2", "task.hidden=16", "outer_steps=3", "checkpoint_every=3", *QUIET)
+    train(f"hydra.run.dir={tmp_path}", *options)
+    before = result(tmp_path)
+    process = subprocess.Popen(
+        command(f"hydra.run.dir={tmp_path}", *options, "outer_steps=300", "checkpoint_every=300"),
+        cwd=ROOT,
+        env=env(),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    while (tmp_path / "result.json").exists() or not (tmp_path / "metrics.jsonl").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "checkpoint.pt").exists()
+    train(f"hydra.run.dir={tmp_path}", *options, "resume=true")
+    assert result(tmp_path) == before
+
+
+def test_a_refused_resume_leaves_the_finished_result_alone(tmp_path):
+    train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET)
+    before = result(tmp_path)
+    for change, words in (("threads=2", "of another run"), ("outer_steps=2", "past outer_steps=2")):
+        process = train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET, "resume=true", change, check=False)
+        assert process.returncode == 1
+        assert words in process.stderr
+        assert result(tmp_path) == before
+
+
+def test_runs_of_one_folder_are_told_apart_by_what_they_are(tmp_path):
+    import json
+
+    for name, seed in (("iris", 0), ("iris_clamp", 0)):
+        train(f"hydra.run.dir={tmp_path / name}", f"experiment={name}", f"seed={seed}", *SHORT, *QUIET)
+    process = subprocess.run(
+        [sys.executable, "scripts/compare.py", tmp_path], cwd=ROOT, env=env(), capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    table = json.loads((tmp_path / "compare.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert {label: entry["runs"] for label, entry in table.items()} == {"iris": 1, "iris_clamp": 1}
