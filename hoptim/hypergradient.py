@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hoptim import trees
 from hoptim.operators import Curvature, Exact, StationarityGraph
-from hoptim.problem import Problem
+from hoptim.problem import Parts, Problem
 from hoptim.solvers.base import Solution, Solver, Status
 from hoptim.solvers.stationary import Neumann
 from hoptim.trees import Tree
 
-Parts = dict[str, Tensor | None]  # by name; None for what a loss does not touch
+Found = dict[str, Tensor | None]  # by name; None for what a loss does not touch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +99,11 @@ class Implicit(Method):
         """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
         weights, leaves = _as_leaves(problem.weights()), _as_leaves(problem.leaves())
 
-        def validate(loss: Tensor) -> tuple[Tensor, Parts, Parts]:
+        def validate(loss: Tensor, _: Parts | None) -> tuple[Tensor, Found, Found]:
             return loss.detach(), *_gradients(loss, weights, leaves)
 
-        def implicit(loss: Tensor) -> Hypergradient:
-            graph = StationarityGraph(loss, weights, leaves)
+        def implicit(loss: Tensor, parts: Parts | None) -> Hypergradient:
+            graph = StationarityGraph(loss, weights, leaves, parts)
             _check_weights(graph)
             A = self.curvature(graph) + self.damping
             rhs = {name: _or_zero(g[name], weights[name]) for name in graph.weights}
@@ -161,7 +161,7 @@ def _as_leaves(live: Tree) -> Tree:
     return {name: value.detach().requires_grad_() for name, value in live.items()}
 
 
-def _gradients(loss: Tensor, weights: Tree, leaves: Tree) -> tuple[Parts, Parts]:
+def _gradients(loss: Tensor, weights: Tree, leaves: Tree) -> tuple[Found, Found]:
     """g = ∂loss/∂w and ∂loss/∂λ in one backward pass; ``None`` for what the loss does not touch."""
     found = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
     return (
@@ -186,7 +186,7 @@ def _check_weights(graph: StationarityGraph) -> None:
         )
 
 
-def _assembled(val_loss: Tensor, direct: Parts, graph: StationarityGraph, solution: Solution, mixed: Parts) -> Hypergradient:
+def _assembled(val_loss: Tensor, direct: Found, graph: StationarityGraph, solution: Solution, mixed: Found) -> Hypergradient:
     """∂L_V/∂λ − Bᵀx, with zeros for what was not touched."""
     leaves = graph.leaves
     indirect = {name: -_or_zero(mixed[name], leaf) for name, leaf in leaves.items()}

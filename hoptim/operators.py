@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hoptim import trees
+from hoptim.problem import Parts
 from hoptim.trees import Tree
 
 
@@ -85,13 +86,14 @@ class StationarityGraph:
         loss: L_T, computed from the two that follow.
         weights: w, leaves that require a gradient.
         leaves: λ, likewise.
+        parts: the loss taken apart, where it is a :class:`CompositeLoss`.
 
     Raises:
         TypeError: a weight has a sparse gradient.
     """
 
-    def __init__(self, loss: Tensor, weights: Tree, leaves: Tree) -> None:
-        self.loss = loss
+    def __init__(self, loss: Tensor, weights: Tree, leaves: Tree, parts: Parts | None = None) -> None:
+        self.loss, self.parts = loss, parts
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
         found = dict(zip(weights, gradients, strict=True))
         if sparse := [name for name, gradient in found.items() if gradient is not None and gradient.is_sparse]:
@@ -107,15 +109,7 @@ class StationarityGraph:
         outputs = self._outputs
         if not outputs or not inputs:
             return dict.fromkeys(inputs)
-        products = torch.autograd.grad(
-            list(outputs.values()),
-            list(inputs.values()),
-            [v[name] for name in outputs],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-        return dict(zip(inputs, products, strict=True))
+        return pulled_back(outputs, {name: v[name] for name in outputs}, inputs, batched=batched)
 
     def jacobian(self) -> Operator:
         """A = ∂F/∂w = the Hessian of L_T: symmetric, so that vᵀA is A v."""
@@ -131,6 +125,19 @@ class StationarityGraph:
     def mixed(self, x: Tree) -> dict[str, Tensor | None]:
         """Bᵀx, shaped as λ; ``None`` for a hyperparameter that F does not depend on."""
         return self.vjp(x, self.leaves)
+
+
+def pulled_back(outputs: Tree, v: Tree, inputs: Tree, *, batched: bool) -> dict[str, Tensor | None]:
+    """vᵀ ∂outputs/∂inputs through a graph that is kept; ``batched``: R products in one vmapped pass."""
+    products = torch.autograd.grad(
+        list(outputs.values()),
+        list(inputs.values()),
+        list(v.values()),
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+    return dict(zip(inputs, products, strict=True))
 
 
 class Curvature(ABC):
@@ -151,3 +158,74 @@ class Exact(Curvature):
     def __call__(self, graph: StationarityGraph) -> Operator:
         """The curvature at the point where ``graph`` was built."""
         return graph.jacobian()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussNewton(Curvature):
+    """The Gauss-Newton curvature of the criterion plus the exact Hessian of the penalty: A = Jᵀ (∂²c/∂z²) J + ∂²penalty/∂w².
+
+    J = ∂z/∂w is the derivative of the model's output. Positive semidefinite where the criterion is convex in z and the
+    penalty in w, however curved the model is. Products go through cached graphs: J v by a double backward pass, the
+    criterion's Hessian on z alone, Jᵀ by one more backward pass; no output Hessian is formed.
+
+    Raises:
+        ValueError: when called, the training loss is no :class:`CompositeLoss`.
+
+    Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
+    """
+
+    def __call__(self, graph: StationarityGraph) -> Operator:
+        """The curvature at the point where ``graph`` was built."""
+        if graph.parts is None:
+            raise ValueError(
+                "GaussNewton needs a training loss that shows its parts: build it as hoptim.CompositeLoss(predict, "
+                "criterion, penalty), or take hoptim.Exact()"
+            )
+        weights, parts = graph.weights, graph.parts
+        like = {name: value.detach() for name, value in weights.items()}
+        z = {"z": parts.z}
+        at = {"z": parts.z.detach().requires_grad_()}
+        slope = {"z": _gradient(parts.criterion(at["z"]), at)["z"]}
+        u = {"z": torch.zeros_like(parts.z).requires_grad_()}  # Jᵀu is linear in u, so that its derivative along v is J v
+        pulled = _present(_graph_of(z, u, weights))
+        penalty = _present({}) if parts.penalty is None else _penalty_gradient(parts.penalty, weights)
+
+        def product(v: Tree) -> Tree:
+            name, value = next(iter(v.items()))
+            batched = value.ndim > like[name].ndim
+            found = {name: torch.zeros_like(value) for name, value in v.items()}
+            if pulled and slope["z"].requires_grad:
+                Jv = pulled_back(pulled, {name: v[name] for name in pulled}, u, batched=batched)["z"]
+                HJv = None if Jv is None else pulled_back(slope, {"z": Jv}, at, batched=batched)["z"]
+                if HJv is not None:
+                    found |= _present(pulled_back(z, {"z": HJv}, weights, batched=batched))
+            if penalty:
+                second = _present(pulled_back(penalty, {name: v[name] for name in penalty}, weights, batched=batched))
+                found |= {name: found[name] + part for name, part in second.items()}
+            return found
+
+        return Symmetric(product, like)
+
+
+def _gradient(value: Tensor, inputs: Tree) -> Tree:
+    return dict(zip(inputs, torch.autograd.grad(value, list(inputs.values()), create_graph=True), strict=True))
+
+
+def _graph_of(outputs: Tree, v: Tree, inputs: Tree) -> dict[str, Tensor | None]:
+    """vᵀ ∂outputs/∂inputs, as a function of v."""
+    found = torch.autograd.grad(
+        list(outputs.values()), list(inputs.values()), list(v.values()), create_graph=True, allow_unused=True
+    )
+    return dict(zip(inputs, found, strict=True))
+
+
+def _penalty_gradient(penalty: Tensor, weights: Tree) -> Tree:
+    """∂penalty/∂w with its graph, where it depends on a weight."""
+    if not penalty.requires_grad:
+        return {}
+    found = torch.autograd.grad(penalty, list(weights.values()), create_graph=True, allow_unused=True)
+    return {name: part for name, part in _present(dict(zip(weights, found, strict=True))).items() if part.requires_grad}
+
+
+def _present(found: dict[str, Tensor | None]) -> Tree:
+    return {name: part for name, part in found.items() if part is not None}

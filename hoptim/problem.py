@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,6 +18,61 @@ from hoptim.trees import Tree
 Loss = Callable[[Any, Any, Any], Tensor]
 LossName = Literal["train_loss", "val_loss"]
 R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A training loss at one point, taken apart: L_T = criterion(z) + penalty."""
+
+    z: Tensor
+    criterion: Callable[[Tensor], Tensor]
+    penalty: Tensor | None
+
+
+@dataclass(frozen=True)
+class CompositeLoss:
+    """A loss that also shows its parts: L(w, λ) = criterion(predict(w), λ) + penalty(w, λ). ``GaussNewton`` needs them.
+
+    Args:
+        predict: z = ``predict(model, batch)``, a tensor of any shape: the model's output for the batch.
+        criterion: ``criterion(z, hparams, batch) -> scalar``, convex in z for a positive semidefinite curvature.
+        penalty: ``penalty(model, hparams) -> scalar``; ``None`` for none.
+
+    Raises:
+        TypeError: a part can't be called; when called, ``predict`` returned no tensor.
+
+    >>> loss = CompositeLoss(lambda model, x: model(x), lambda z, hparams, x: z.square().mean())
+    >>> loss(nn.Identity(), None, torch.tensor([3.0, 4.0]))
+    tensor(12.5000)
+    """
+
+    predict: Callable[[Any, Any], Tensor]
+    criterion: Callable[[Tensor, Any, Any], Tensor]
+    penalty: Callable[[Any, Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("predict", "criterion", "penalty"):
+            part = getattr(self, name)
+            if not callable(part) and not (name == "penalty" and part is None):
+                raise TypeError(f"{name} is a {type(part).__name__}: give a function")
+
+    def __call__(self, model: Any, hparams: Any, batch: Any) -> Tensor:
+        """The loss, as any other."""
+        return self.total(self.parts(model, hparams, batch))
+
+    def parts(self, model: Any, hparams: Any, batch: Any) -> Parts:
+        """z, the criterion as a function of z alone, and the penalty's value."""
+        z = self.predict(model, batch)
+        if not isinstance(z, Tensor):
+            raise TypeError(f"predict returned a {type(z).__name__}: return one tensor, such as the logits")
+        penalty = None if self.penalty is None else scalar("penalty", self.penalty(model, hparams), needs_gradient=False)
+        return Parts(z=z, criterion=lambda z: self.criterion(z, hparams, batch), penalty=penalty)
+
+    @staticmethod
+    def total(parts: Parts) -> Tensor:
+        """The loss from its parts."""
+        value = parts.criterion(parts.z)
+        return value if parts.penalty is None else value + parts.penalty
 
 
 class _Joint(nn.Module):
@@ -91,8 +147,8 @@ class Problem:
             self._twin = _detached_twin(self.hparams)
         return scalar("train_loss", self.train_loss(self.model, self._twin, batch))
 
-    def pure(self, name: LossName, weights: Tree, leaves: Tree, batch: Any, then: Callable[[Tensor], R]) -> R:
-        """``then`` of the named loss as a pure function of the tensors given.
+    def pure(self, name: LossName, weights: Tree, leaves: Tree, batch: Any, then: Callable[[Tensor, Parts | None], R]) -> R:
+        """``then`` of the named loss, and of its parts where it shows them, as a pure function of the tensors given.
 
         Buffers are clones, and the modes are put back. Backward passes belong inside ``then``: activation checkpointing
         runs the model again during one, and has to find the same tensors, buffers and modes.
@@ -100,7 +156,10 @@ class Problem:
         loss: Loss = getattr(self, name)
 
         def run(model: nn.Module, hparams: nn.Module, batch: Any) -> R:
-            return then(scalar(name, loss(model, hparams, batch)))
+            if not isinstance(loss, CompositeLoss):
+                return then(scalar(name, loss(model, hparams, batch)), None)
+            parts = loss.parts(model, hparams, batch)
+            return then(scalar(name, loss.total(parts)), parts)
 
         path = {id(p): path for path, p in self._joint.named_parameters()}
         given = {path[id(p)]: weights[key] for key, p in self.model.named_parameters() if key in weights}
@@ -122,13 +181,13 @@ class Problem:
             yield
 
 
-def scalar(name: str, value: Tensor) -> Tensor:
+def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
     """Return ``value`` if it is a scalar with a gradient; raise and say what to do if not."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} returned a {type(value).__name__}: return a scalar tensor")
     if value.ndim:
         raise ValueError(f"{name} returned a tensor of shape {tuple(value.shape)}: return a scalar, such as its mean()")
-    if not value.requires_grad and torch.is_grad_enabled():
+    if needs_gradient and not value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} returned a loss without a gradient: is it computed under no_grad() or detach()ed?")
     return value
 

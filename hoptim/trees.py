@@ -60,6 +60,24 @@ def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
     return dict(zip(x, torch._foreach_add(list(x.values()), [y[name] for name in x], alpha=alpha), strict=True))
 
 
+def axpy_(x: Tree, y: Tree, a: Tensor) -> Tree:
+    """x ← x + a·y, in place, with ``a`` on the device: a scalar, or one coefficient for each of R right-hand sides."""
+    for name, value in x.items():
+        value.addcmul_(y[name], _spread(a, value))
+    return x
+
+
+def xpay_(x: Tree, y: Tree, a: Tensor) -> Tree:
+    """x ← y + a·x, in place, likewise."""
+    for name, value in x.items():
+        value.mul_(_spread(a, value)).add_(y[name])
+    return x
+
+
+def _spread(a: Tensor, like: Tensor) -> Tensor:
+    return a.reshape(-1, *[1] * (like.ndim - 1)) if a.ndim else a
+
+
 def scale_(x: Tree, alpha: float) -> Tree:
     """x ← alpha·x, in place; returns ``x``."""
     torch._foreach_mul_(list(x.values()), alpha)

@@ -44,6 +44,10 @@ def made(*overrides):
         ([], hoptim.Implicit(hoptim.Neumann(terms=20))),
         (["hoptim.solver.terms=5", "hoptim.solver.step_size=0.1"], hoptim.Implicit(hoptim.Neumann(terms=5, step_size=0.1))),
         (["hoptim/solver=identity", "hoptim.method.damping=0.5"], hoptim.Implicit(hoptim.Identity(), damping=0.5)),
+        (
+            ["hoptim/solver=cg", "hoptim/curvature=gauss_newton"],
+            hoptim.Implicit(hoptim.CG(), curvature=hoptim.GaussNewton()),
+        ),
         (["experiment=iris_blog"], hoptim.Implicit(hoptim.Neumann(terms=5, step_size=0.1))),
     ],
 )

@@ -16,7 +16,9 @@ V = torch.linspace(-1, 2, SIZE, dtype=torch.float64)
 def graph_of(problem: Problem, batch: Any = None) -> StationarityGraph:
     weights = {name: p.detach().requires_grad_() for name, p in problem.weights().items()}
     leaves = {name: p.detach().requires_grad_() for name, p in problem.leaves().items()}
-    return problem.pure("train_loss", weights, leaves, batch, lambda loss: StationarityGraph(loss, weights, leaves))
+    return problem.pure(
+        "train_loss", weights, leaves, batch, lambda loss, parts: StationarityGraph(loss, weights, leaves, parts)
+    )
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -15,7 +15,7 @@ def mean_square(model: Any, hparams: Any, batch: Any) -> Tensor:
     return model(batch).square().mean() + hparams["a"] * sum(p.square().sum() for p in model.parameters())
 
 
-def itself(loss: Tensor) -> Tensor:
+def itself(loss: Tensor, _: Any) -> Tensor:
     return loss
 
 

@@ -229,7 +229,7 @@ def test_batched_solve_is_a_loop_of_solves_on_a_real_model() -> None:
     weights = {name: p.detach().requires_grad_() for name, p in problem.weights().items()}
     leaves = {name: p.detach().requires_grad_() for name, p in problem.leaves().items()}
     A = problem.pure(
-        "train_loss", weights, leaves, classes(8, 0), lambda loss: StationarityGraph(loss, weights, leaves)
+        "train_loss", weights, leaves, classes(8, 0), lambda loss, _: StationarityGraph(loss, weights, leaves)
     ).jacobian()
     g = {name: torch.randn(4, *p.shape) for name, p in weights.items()}
     solver = Neumann(terms=6, step_size=0.01)

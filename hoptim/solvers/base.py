@@ -22,6 +22,7 @@ class Status(Enum):
     """
 
     FINISHED = ("ok", "all terms were used and the answer is sane")
+    CONVERGED = ("ok", "the residual is below the tolerance")
     NEGATIVE_CURVATURE = (
         "remark",
         "the training loss curves downward along some direction, so its stationary point is no minimum there; the answer "

@@ -74,16 +74,19 @@ class Iris:
         else:
             values = {"decay": torch.tensor(self.decay)}
         hparams = hoptim.HyperParameters(values, dict.fromkeys(values, PARAMETERISATIONS[self.parameterisation]))
-        return hoptim.Problem(model, hparams, self.train_loss, self.val_loss)
+        train_loss = hoptim.CompositeLoss(
+            lambda model, batch: model(batch[0]),
+            lambda z, _, batch: F.cross_entropy(z, batch[1]),
+            self.penalty,
+        )
+        return hoptim.Problem(model, hparams, train_loss, self.val_loss)
 
-    def train_loss(self, model: nn.Module, hparams: Any, batch: Batch) -> Tensor:
-        """Cross-entropy plus the penalty."""
-        x, y = batch
-        penalty = sum(
+    def penalty(self, model: nn.Module, hparams: Any) -> Tensor:
+        """½ Σ decay·w²."""
+        return 0.5 * sum(
             (hparams[name if self.per_weight else "decay"] * weight.square()).sum()
             for name, weight in model.named_parameters()
         )
-        return F.cross_entropy(model(x), y) + 0.5 * penalty
 
     def val_loss(self, model: nn.Module, hparams: Any, batch: Batch) -> Tensor:
         """Cross-entropy without dropout."""
