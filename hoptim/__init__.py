@@ -7,13 +7,14 @@ from hoptim.optimizer import BilevelOptimizer
 from hoptim.problem import CompositeLoss, Problem
 from hoptim.record import Record
 from hoptim.solvers.base import Solution, Solver, Status
-from hoptim.solvers.krylov import CG
+from hoptim.solvers.krylov import CG, MINRES
 from hoptim.solvers.stationary import Identity, Neumann
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "MINRES",
     "BilevelOptimizer",
     "CompositeLoss",
     "Exact",

@@ -56,7 +56,7 @@ def test_the_config_makes_the_method_it_names(overrides, method):
 
 
 def test_the_config_makes_every_tracker():
-    trackers = made("hoptim/tracker=[wandb,console,jsonl]").hoptim.tracker
+    trackers = made("hoptim/tracker=[wandb,console,jsonl]", "hoptim.tracker.jsonl.path=rows.jsonl").hoptim.tracker
     kinds = [type(instantiate(options)) for options in trackers.values()]
     assert kinds == [tracking.WandB, tracking.Console, tracking.JsonLines]
 

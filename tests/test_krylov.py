@@ -1,4 +1,4 @@
-"""CG against dense float64 linear algebra, one right-hand side and several, definite and not."""
+"""CG and MINRES against dense float64 linear algebra, one right-hand side and several, definite and not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hoptim import CG, Status
+from hoptim import CG, MINRES, Status
 from hoptim.operators import Symmetric
 
 F64 = torch.float64
@@ -20,7 +20,7 @@ def symmetric(eigenvalues: list[float], seed: int = 0) -> Tensor:
     return Q @ torch.diag(torch.tensor(eigenvalues, dtype=F64)) @ Q.T
 
 
-def solve(H: Tensor, g: Tensor, solver: CG) -> Any:
+def solve(H: Tensor, g: Tensor, solver: CG | MINRES) -> Any:
     A = Symmetric(lambda v: {"w": v["w"] @ H}, {"w": torch.zeros(len(H), dtype=F64)})
     return solver.solve(A, {"w": g})
 
@@ -30,10 +30,53 @@ G = torch.linspace(-1, 2, 6, dtype=F64)
 MANY = torch.stack([G, G.flip(0), G.square()])
 
 
+INDEFINITE = symmetric([-3.0, -1.0, 2.0, 5.0, 8.0, 13.0], seed=1)
+SYSTEMS = {"CG, definite": (CG, SPD), "MINRES, definite": (MINRES, SPD), "MINRES, indefinite": (MINRES, INDEFINITE)}
+
+
 @pytest.mark.parametrize("g", [G, MANY], ids=["one", "several"])
-def test_as_many_terms_as_dimensions_give_the_dense_solution(g: Tensor) -> None:
-    solution = solve(SPD, g, CG(terms=6, tolerance=0.0))
-    torch.testing.assert_close(solution.value["w"], torch.linalg.solve(SPD, g.T).T, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_as_many_terms_as_dimensions_give_the_dense_solution(name: str, g: Tensor) -> None:
+    kind, H = SYSTEMS[name]
+    solution = solve(H, g, kind(terms=6, tolerance=0.0))
+    torch.testing.assert_close(solution.value["w"] @ H, g, rtol=1e-9, atol=1e-11)
+    assert (solution.status is Status.NEGATIVE_CURVATURE) == (name == "MINRES, indefinite")
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 5])
+@pytest.mark.parametrize("H", [SPD, INDEFINITE], ids=["definite", "indefinite"])
+def test_each_iterate_of_minres_has_the_least_residual_of_its_krylov_space(H: Tensor, terms: int) -> None:
+    solution = solve(H, G, MINRES(terms=terms, tolerance=0.0))
+    K = torch.linalg.qr(torch.stack([torch.linalg.matrix_power(H, j) @ G for j in range(terms)], dim=1)).Q
+    best = K @ torch.linalg.lstsq(H @ K, G[:, None]).solution[:, 0]
+    torch.testing.assert_close(solution.value["w"], best, rtol=1e-8, atol=1e-10)
+    assert solution.residuals[-1].item() == pytest.approx(((G - H @ best).norm() / G.norm()).item(), rel=1e-8)
+    assert solution.products == len(solution.residuals) == terms
+
+
+def test_minres_is_scipys() -> None:
+    linalg = pytest.importorskip("scipy.sparse.linalg", reason="scipy, which scikit-learn brings, is missing")
+    H = symmetric([(-1.0) ** k * 1.3**k for k in range(20)], seed=5)
+    g = torch.linspace(0, 1, 20, dtype=F64)
+    for terms in (3, 7, 12):
+        found = linalg.minres(H.numpy(), g.numpy(), maxiter=terms, rtol=0.0)[0]
+        mine = solve(H, g, MINRES(terms=terms, tolerance=0.0)).value["w"]
+        torch.testing.assert_close(mine, torch.from_numpy(found), rtol=1e-6, atol=1e-8)
+
+
+def test_minres_solves_a_consistent_singular_system_with_the_least_x() -> None:
+    H = symmetric([0.0, 1.0, 2.0, 4.0, -3.0, 6.0], seed=2)
+    g = H @ torch.ones(6, dtype=F64)
+    solution = solve(H, g, MINRES(terms=5, tolerance=1e-12))
+    torch.testing.assert_close(solution.value["w"], torch.linalg.pinv(H, atol=1e-9) @ g, rtol=1e-8, atol=1e-9)
+
+
+def test_minres_names_negative_curvature_by_its_sign_alone() -> None:
+    for seed in range(5):
+        assert solve(symmetric([0.1, 1.0, 2.0, 3.0, 4.0, 9.0], seed), G, MINRES(terms=6)).status.kind == "ok"
+        assert (
+            solve(symmetric([-0.1, 1.0, 2.0, 3.0, 4.0, 9.0], seed), G, MINRES(terms=6)).status is Status.NEGATIVE_CURVATURE
+        )
 
 
 @pytest.mark.parametrize("terms", [1, 2, 4])
@@ -81,14 +124,15 @@ def test_a_first_direction_that_curves_downward_is_scaled_by_its_curvature() -> 
     assert (solution.status, solution.status.ok) == (Status.NEGATIVE_CURVATURE, True)
 
 
-def test_each_of_several_stops_for_itself() -> None:
+@pytest.mark.parametrize("kind", [CG, MINRES])
+def test_each_of_several_stops_for_itself(kind: Any) -> None:
     H = symmetric([-1.0, 2.0, 3.0, 5.0, 8.0, 13.0], seed=3)
     values, vectors = torch.linalg.eigh(H)
     rhs = torch.stack(
         [vectors[:, 0], vectors[:, 1] + vectors[:, 2], H @ torch.ones(6, dtype=F64), torch.zeros(6, dtype=F64)]
     )
-    together = solve(H, rhs, CG(terms=12, tolerance=1e-10))
-    alone = [solve(H, g, CG(terms=12, tolerance=1e-10)).value["w"] for g in rhs]
+    together = solve(H, rhs, kind(terms=12, tolerance=1e-10))
+    alone = [solve(H, g, kind(terms=12, tolerance=1e-10)).value["w"] for g in rhs]
     torch.testing.assert_close(together.value["w"], torch.stack(alone), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(alone[1], vectors[:, 1] / values[1] + vectors[:, 2] / values[2], rtol=1e-8, atol=1e-10)
 
@@ -103,8 +147,9 @@ def test_each_of_several_stops_for_itself() -> None:
     ],
     ids=["flat", "zero", "product", "gradient"],
 )
-def test_what_is_degenerate_is_named(H: Tensor, g: Tensor, status: Status) -> None:
-    solution = solve(H, g, CG())
+@pytest.mark.parametrize("solver", [CG(), MINRES()], ids=["CG", "MINRES"])
+def test_what_is_degenerate_is_named(H: Tensor, g: Tensor, status: Status, solver: Any) -> None:
+    solution = solve(H, g, solver)
     assert solution.status is status
     if status is Status.CONVERGED:
         assert solution.value["w"].abs().max().item() == 0
@@ -117,6 +162,7 @@ def test_products_are_counted() -> None:
 
 
 @pytest.mark.parametrize("options", [{"terms": 0}, {"terms": 2.5}, {"tolerance": -1.0}, {"tolerance": float("nan")}])
-def test_bad_options_name_the_value(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", [CG, MINRES])
+def test_bad_options_name_the_value(kind: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}=.*: give a"):
-        CG(**options)
+        kind(**options)

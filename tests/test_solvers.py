@@ -216,7 +216,7 @@ def test_detail_gives_the_figures_behind_the_status(name: str) -> None:
 
 def test_each_status_says_what_to_do() -> None:
     assert {status.kind for status in Status} == {"ok", "remark", "failed"}
-    assert {status.name for status in Status if status.ok} == {"FINISHED", "NEGATIVE_CURVATURE", "GROWING"}
+    assert {status.name for status in Status if status.ok} == {"CONVERGED", "FINISHED", "NEGATIVE_CURVATURE", "GROWING"}
     assert len({status.message for status in Status}) == len(Status)
     assert all(len(status.message) > 20 for status in Status)
 

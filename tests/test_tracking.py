@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from wandb_file import read
+from wandb_file import read_finished as read
 
 import hoptim
 from hoptim.tracking import Console, JsonLines, WandB

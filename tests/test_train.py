@@ -109,7 +109,7 @@ def test_a_sweep_reports_the_job_that_fails_and_finishes_the_others(tmp_path):
     process = train("-m", f"root={tmp_path}", *SHORT, *QUIET, "task.decay=0.01,-1,0.1", check=False)
     assert process.returncode == 1
     assert "decay=-1" in process.stderr
-    outcomes = {path.parent.parent.name: result(path.parent) for path in tmp_path.rglob("result.json")}
+    outcomes = {str(path.relative_to(tmp_path)): result(path.parent) for path in tmp_path.rglob("result.json")}
     assert Counter(outcome["status"] for outcome in outcomes.values()) == {"finished": 2, "failed": 1}
     (failed,) = [name for name, outcome in outcomes.items() if outcome["status"] == "failed"]
     assert "task.decay=-1" in failed

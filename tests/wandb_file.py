@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 BLOCK, HEADER = 32768, 7  # bytes; a record's header holds its checksum, length and type; the file's own is as long
@@ -49,4 +50,12 @@ def read(path):
             run["axes"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
         elif kind == "exit":
             run["exit"] = record.exit.exit_code
+    return run
+
+
+def read_finished(path, seconds=20):
+    """The run, once it is whole on the disk: W&B's service writes the end after ``finish()`` has returned."""
+    end = time.monotonic() + seconds
+    while (run := read(path))["exit"] is None and time.monotonic() < end:
+        time.sleep(0.05)
     return run
