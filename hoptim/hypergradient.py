@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hoptim import trees
-from hoptim.operators import Curvature, Exact, StationarityGraph
+from hoptim.operators import Curvature, Exact, StationarityGraph, in_float32
 from hoptim.problem import Parts, Problem
 from hoptim.solvers.base import Solution, Solver, Status
 from hoptim.solvers.stationary import Neumann
@@ -105,10 +105,11 @@ class Implicit(Method):
         def implicit(loss: Tensor, parts: Parts | None) -> Hypergradient:
             graph = StationarityGraph(loss, weights, leaves, parts)
             _check_weights(graph)
-            A = self.curvature(graph) + self.damping
-            rhs = {name: _or_zero(g[name], weights[name]) for name in graph.weights}
+            A = in_float32(self.curvature(graph)) + self.damping
+            rhs = trees.widened({name: _or_zero(g[name], weights[name]) for name in graph.weights})
             solution = self.solver.solve(A, rhs, state)
-            return _assembled(val_loss, direct, graph, solution, graph.mixed(solution.value))
+            x = trees.cast(solution.value, graph.weights)
+            return _assembled(val_loss, direct, graph, solution, graph.mixed(x))
 
         with problem.untouched():
             val_loss, g, direct = problem.pure("val_loss", weights, leaves, val_batch, validate)

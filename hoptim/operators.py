@@ -76,6 +76,25 @@ class _Shifted(Operator):
         return _Shifted(self.base.T, self.sigma)
 
 
+def in_float32(A: Operator) -> Operator:
+    """A for vectors in float32 where weights are in half precision, which would lose sums of many terms; else A itself."""
+    wide = trees.widened(A.like)
+    return A if all(wide[name] is A.like[name] for name in wide) else _Widened(A, wide)
+
+
+class _Widened(Operator):
+    def __init__(self, base: Operator, like: Tree) -> None:
+        super().__init__(like)
+        self.base = base
+
+    def __matmul__(self, v: Tree) -> Tree:
+        return trees.widened(self.base @ trees.cast(v, self.base.like))
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        return _Widened(self.base.T, self.like)
+
+
 class StationarityGraph:
     """F(w, λ) = ∇_w L_T with its graph kept: every product with A = ∂F/∂w and B = ∂F/∂λ is one backward pass through it.
 

@@ -40,6 +40,17 @@ def clone(x: Tree) -> Tree:
     return map_tree(torch.clone, x)
 
 
+def cast(x: Tree, like: Tree) -> Tree:
+    """``x`` in the data types of ``like``; what has them already is not copied."""
+    return {name: value.to(like[name].dtype) for name, value in x.items()}
+
+
+def widened(x: Tree) -> Tree:
+    """``x`` with what is in half precision in float32, the rest as it is."""
+    half = (torch.float16, torch.bfloat16)
+    return map_tree(lambda value: value.float() if value.dtype in half else value, x)
+
+
 def zeros_like(x: Tree) -> Tree:
     """The zero vector of the same names and shapes."""
     return map_tree(torch.zeros_like, x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.checkpoint import checkpoint
 
-from hoptim import HyperParameters, Identity, Implicit, Neumann, Problem, Status, hypergradient
+from hoptim import CG, HyperParameters, Identity, Implicit, Neumann, Problem, Status, hypergradient
 
 MANY = Implicit(Neumann(terms=1000))
 FEW = Implicit(Neumann(terms=3))
@@ -430,3 +430,24 @@ def test_sparse_gradients_are_an_error_that_names_the_weight() -> None:
     )
     with pytest.raises(TypeError, match=r"\['weight'\] have sparse gradients.*sparse=False"):
         hypergradient(problem, torch.tensor([0]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("solver", [Neumann(terms=200, step_size=0.5), Neumann(terms=200), CG(terms=4)])
+def test_weights_in_half_precision_are_solved_for_in_float32(dtype: torch.dtype, solver: Any) -> None:
+    curvature = torch.tensor([0.03125, 0.25, 1.0, 2.0])  # exact in either type
+
+    def made(dtype: torch.dtype) -> Problem:
+        model = nn.ParameterDict({"w": torch.ones(4, dtype=dtype)})
+        hparams = HyperParameters({"a": torch.ones(4)})
+        return Problem(
+            model,
+            hparams,
+            lambda m, h, b: 0.5 * (curvature.to(m["w"].dtype) * (m["w"] - h["a"].to(m["w"].dtype)).square()).sum(),
+            lambda m, h, b: m["w"].sum(),
+        )
+
+    full, half = (hypergradient(made(kind), None, None, Implicit(solver)) for kind in (torch.float32, dtype))
+    assert half.solution.value["w"].dtype == torch.float32
+    assert half.solution.status.kind == full.solution.status.kind == "ok"
+    torch.testing.assert_close(half.grads["a"], full.grads["a"], rtol=1e-2, atol=1e-2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from jobs import ROOT, command, env, result, rows, train
 from safetensors.torch import load_file
-from wandb_file import read
+from wandb_file import read, read_finished
 
 SHORT = ("outer_steps=4", "inner_steps=20", "task.hidden=16")
 QUIET = ("plots=false", "hoptim/tracker=[]")
@@ -39,7 +39,7 @@ def test_a_run_writes_all_its_files_and_they_agree(tmp_path):
 def test_the_wandb_run_reads_back(tmp_path):
     train(f"hydra.run.dir={tmp_path}", *SHORT)
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    run, lines = read(path), rows(tmp_path)
+    run, lines = read_finished(path), rows(tmp_path)
     assert (run["name"], run["project"], run["exit"]) == ("iris/seed=0", "hoptim", 0)
     assert run["config"]["task"]["hidden"] == 16
     steps = [row for row in run["history"] if "outer_step" in row]
