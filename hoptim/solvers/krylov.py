@@ -15,7 +15,19 @@ from hoptim.trees import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
-class CG(Solver):
+class _Krylov(Solver):
+    terms: int = 20
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not (trees.is_whole(self.terms) and self.terms >= 1):
+            raise ValueError(f"terms={self.terms!r}: give a whole number of products, 1 or more")
+        if not (trees.is_finite(self.tolerance) and self.tolerance >= 0):
+            raise ValueError(f"tolerance={self.tolerance!r}: give a finite number, 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CG(_Krylov):
     """Conjugate gradients for a symmetric positive definite curvature: the best x of the Krylov space in A's own norm.
 
     It stops *before* a direction of negative curvature and returns the iterate reached till then; where already the first
@@ -38,12 +50,6 @@ class CG(Solver):
     >>> solution.value, solution.status.name, solution.products
     ({'w': tensor([0.5000, 0.2500])}, 'CONVERGED', 2)
     """
-
-    terms: int = 20
-    tolerance: float = 1e-5
-
-    def __post_init__(self) -> None:
-        _check(self.terms, self.tolerance)
 
     def solve(self, A: Operator, g: Tree, state: Tree | None = None) -> Solution:
         """Iterate from x = 0; what has stopped is frozen by coefficients of zero, so that the host need not look."""
@@ -85,7 +91,7 @@ class CG(Solver):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MINRES(Solver):
+class MINRES(_Krylov):
     """Minimal residuals for a symmetric curvature of either sign: the x of the Krylov space with the least ‖g − Ax‖.
 
     It needs no positive definiteness; that the curvature was negative along a residual on the way is a remark. Few terms
@@ -107,12 +113,6 @@ class MINRES(Solver):
     >>> solution.value["w"].round(decimals=4), solution.status.name, solution.products
     (tensor([-0.5000,  0.2500]), 'NEGATIVE_CURVATURE', 2)
     """
-
-    terms: int = 20
-    tolerance: float = 1e-5
-
-    def __post_init__(self) -> None:
-        _check(self.terms, self.tolerance)
 
     def solve(self, A: Operator, g: Tree, state: Tree | None = None) -> Solution:
         """Lanczos vectors v, a QR factorisation of their tridiagonal matrix by rotations (c, s), directions w."""
@@ -159,13 +159,6 @@ class MINRES(Solver):
         status, detail = _ended(flags, "met a direction of curvature", lowest, len(residuals))
         history = torch.stack(residuals)
         return Solution(value=x, status=status, detail=detail, residuals=history, products=len(history), state={})
-
-
-def _check(terms: int, tolerance: float) -> None:
-    if not (trees.is_whole(terms) and terms >= 1):
-        raise ValueError(f"terms={terms!r}: give a whole number of products, 1 or more")
-    if not (trees.is_finite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance={tolerance!r}: give a finite number, 0 or more")
 
 
 def _inverse(a: Tensor) -> Tensor:
