@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from hoptim.hypergradient import Method
+from hoptim.options import is_whole
 from hoptim.problem import Problem
-from hoptim.trees import is_whole
 
 
 def check_schedule(every: int | None, warmup: int) -> None:

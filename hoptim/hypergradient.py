@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hoptim import trees
 from hoptim.operators import Curvature, Exact, StationarityGraph, in_float32
+from hoptim.options import is_finite
 from hoptim.problem import Parts, Problem
 from hoptim.solvers.base import Solution, Solver, Status
 from hoptim.solvers.stationary import Neumann
@@ -92,7 +93,7 @@ class Implicit(Method):
             raise TypeError(f"solver is a {type(self.solver).__name__}: give a solver, such as hoptim.Neumann(terms=20)")
         if not isinstance(self.curvature, Curvature):
             raise TypeError(f"curvature is a {type(self.curvature).__name__}: give a curvature, such as hoptim.Exact()")
-        if not (trees.is_finite(self.damping) and self.damping >= 0):
+        if not (is_finite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping={self.damping!r}: give a finite number, 0 or more")
 
     def __call__(self, problem: Problem, train_batch: Any, val_batch: Any, state: Tree | None = None) -> Hypergradient:

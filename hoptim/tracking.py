@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -162,13 +163,13 @@ def _never_stopped() -> Iterator[None]:
         warnings.warn(f"W&B failed: {type(error).__name__}: {error}; training goes on without it", stacklevel=3)
 
 
-_with_axes_defined: set[str] = set()
+_runs_with_axes: WeakSet[Any] = WeakSet()
 
 
 def _with_axes(run: Any) -> Any:
     """The run, its axes defined once: figures against inner and outer steps, whoever opened it."""
-    if run.id not in _with_axes_defined:
-        _with_axes_defined.add(run.id)
+    if run not in _runs_with_axes:
+        _runs_with_axes.add(run)
         run.define_metric("inner_step", hidden=True)
         run.define_metric("outer_step", hidden=True)
         for figures, axis in (("inner/*", "inner_step"), ("outer/*", "outer_step"), ("hyperparameters/*", "outer_step")):

@@ -6,24 +6,12 @@ scalar then becomes a tensor of shape (R,). Functions that end in an underscore 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 Tree = dict[str, Tensor]
-
-
-def is_whole(value: object) -> bool:
-    """Whether ``value`` is a whole number, of Python or NumPy; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_finite(value: object) -> bool:
-    """Whether ``value`` is a finite real number, of Python or NumPy; a bool is none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def map_tree(function: Callable[[Tensor], Tensor], x: Tree) -> Tree:

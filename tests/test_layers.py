@@ -11,6 +11,7 @@ import hoptim
 
 PACKAGE = Path(hoptim.__file__).parent
 ORDER = [
+    "options",
     "trees",
     "hparams",
     "problem",

@@ -125,3 +125,14 @@ def test_an_empty_wandb_mode_is_offline_and_a_wrong_one_an_error(tmp_path, monke
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
     with pytest.raises(ValueError, match="mode='offlin': give online, offline"):
         WandB(mode="offlin")
+
+
+def test_a_run_that_is_continued_in_the_same_process_has_its_axes_again(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        tracker = WandB(id="again", directory=folder)
+        steps(ridge(tracker), 1)
+        tracker.finish()
+        run = read(next(iter(folder.glob("wandb/offline-run-*/*.wandb"))))
+        assert (run["id"], run["axes"]["outer/*"]) == ("again", "outer_step")

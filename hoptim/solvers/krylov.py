@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hoptim import trees
 from hoptim.operators import Operator
+from hoptim.options import is_finite, is_whole
 from hoptim.solvers.base import Solution, Solver, Status
 from hoptim.solvers.stationary import READ_EVERY
 from hoptim.trees import Tree
@@ -20,9 +21,9 @@ class _Krylov(Solver):
     tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
-        if not (trees.is_whole(self.terms) and self.terms >= 1):
+        if not (is_whole(self.terms) and self.terms >= 1):
             raise ValueError(f"terms={self.terms!r}: give a whole number of products, 1 or more")
-        if not (trees.is_finite(self.tolerance) and self.tolerance >= 0):
+        if not (is_finite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"tolerance={self.tolerance!r}: give a finite number, 0 or more")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hoptim import trees
 from hoptim.operators import Operator
+from hoptim.options import is_finite, is_whole
 from hoptim.solvers.base import Solution, Solver, Status
 from hoptim.spectral import spectral_norm, start_vector
 from hoptim.trees import Tree
@@ -75,9 +76,9 @@ class Neumann(Solver):
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        if not (trees.is_whole(self.terms) and self.terms >= 0):
+        if not (is_whole(self.terms) and self.terms >= 0):
             raise ValueError(f"terms={self.terms!r}: give a whole number of products, 0 or more")
-        if self.step_size is not None and not (trees.is_finite(self.step_size) and self.step_size > 0):
+        if self.step_size is not None and not (is_finite(self.step_size) and self.step_size > 0):
             raise ValueError(f"step_size={self.step_size!r}: give a positive number, or None to choose it")
 
     def solve(self, A: Operator, g: Tree, state: Tree | None = None) -> Solution:

@@ -1,0 +1,24 @@
+"""What the options of a strategy may be: whole numbers and finite ones, of Python or NumPy."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is a whole number; a bool is none.
+
+    >>> is_whole(3), is_whole(3.0), is_whole(True)
+    (True, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether ``value`` is a finite real number; a bool is none.
+
+    >>> is_finite(0.1), is_finite(float("nan")), is_finite("0.1")
+    (True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
