@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from hoptim.hypergradient import Method
-from hoptim.options import is_whole
+from hoptim.method import Method
+from hoptim.options import is_finite, is_whole
 from hoptim.problem import Problem
 
 
@@ -22,10 +22,29 @@ def check_schedule(every: int | None, warmup: int) -> None:
         raise ValueError(f"warmup={warmup!r}: give a whole number of inner steps, 0 or more")
 
 
-def check_strategies(hypergradient: Method | None, hooks: Sequence[Any]) -> None:
-    """The method is one, and the hooks are functions."""
+def check_weights(val_weights: Sequence[float] | None) -> list[float] | None:
+    """Finite numbers, one for each validation loss."""
+    if val_weights is None:
+        return None
+    if not isinstance(val_weights, (Sequence, Tensor)) or isinstance(val_weights, str):
+        raise TypeError(
+            f"val_weights is a {type(val_weights).__name__}: give a list of numbers, one for each validation loss"
+        )
+    found = [float(weight) for weight in val_weights]
+    if not found or not all(is_finite(weight) for weight in found):
+        raise ValueError(f"val_weights={found!r}: give one finite number for each validation loss")
+    return found
+
+
+def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: int | None) -> None:
+    """The method is one whose steps all come after the last hyperstep, and the hooks are functions."""
     if hypergradient is not None and not isinstance(hypergradient, Method):
         raise TypeError(f"hypergradient is a {type(hypergradient).__name__}: give a method, such as hoptim.Implicit()")
+    steps = 0 if hypergradient is None else hypergradient.keeps_steps
+    if every is not None and steps > every:
+        raise ValueError(
+            f"{hypergradient} goes back {steps} inner steps, but hypersteps come every {every}: unroll at most {every}"
+        )
     if not isinstance(hooks, Sequence):
         raise TypeError(f"hooks is a {type(hooks).__name__}: give a list of functions of the record")
     if bad := [hook for hook in hooks if not callable(hook)]:

@@ -2,122 +2,130 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.optim import Optimizer
 
 from hoptim import trees
-from hoptim.operators import Curvature, Exact, StationarityGraph, in_float32
+from hoptim.batches import Batches
+from hoptim.conditions import Condition, Gradient
+from hoptim.curvature import Exact, GaussNewton
+from hoptim.method import Hypergradient, Loop, Method, Validation, assembled, validate
+from hoptim.operators import Scaled, in_float32
 from hoptim.options import is_finite
-from hoptim.problem import Parts, Problem
-from hoptim.solvers.base import Solution, Solver, Status
-from hoptim.solvers.stationary import Neumann
-from hoptim.trees import Tree
+from hoptim.preconditioners import Preconditioner
+from hoptim.problem import CompositeLoss, Problem
+from hoptim.solvers.base import Solution, Solver, State
+from hoptim.solvers.gmres import GMRES
+from hoptim.solvers.krylov import MINRES
+from hoptim.stationarity import Curvature, Linearized, Point
 
-Found = dict[str, Tensor | None]  # by name; None for what a loss does not touch
+TERMS = 5  # of the default solver: to stop early is what regularises, see scripts/fidelity.py
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hypergradient:
-    """A hypergradient, its two terms and the solve behind it.
+class Chosen:
+    """The solver and the curvature of an :class:`Implicit` for one problem."""
 
-    After a failed solve ``indirect`` and ``grads`` are NaN throughout, so that they cannot pass as an answer.
-
-    Attributes:
-        grads: dL_V/dλ = direct + indirect, by the names of ``hparams.named_parameters()``: with respect to the leaves.
-        direct: ∂L_V/∂λ.
-        indirect: −Bᵀx.
-        solution: x, its status and its residuals.
-        val_loss: L_V, a scalar on the device.
-        train_loss: L_T, a scalar on the device.
-        gradient_norm: ‖∇_w L_T‖, a scalar on the device: zero at a stationary point, where the formula is exact.
-        untouched: the hyperparameters that neither loss depends on with these batches; their gradient is zero.
-    """
-
-    grads: Tree
-    direct: Tree
-    indirect: Tree
-    solution: Solution
-    val_loss: Tensor
-    train_loss: Tensor
-    gradient_norm: Tensor
-    untouched: tuple[str, ...] = ()
-
-    def check_touched(self) -> None:
-        """Raise where a hyperparameter is touched by neither loss."""
-        if self.untouched:
-            raise ValueError(
-                f"hyperparameters {list(self.untouched)} are touched by neither loss: the training loss's gradient and the "
-                'validation loss do not depend on them. Use hparams["name"] in a loss, without detach(), or drop them'
-            )
-
-
-class Method(ABC):
-    """A strategy for the hypergradient: a frozen dataclass that owns its options and keeps no state."""
-
-    @abstractmethod
-    def __call__(self, problem: Problem, train_batch: Any, val_batch: Any, state: Tree | None = None) -> Hypergradient:
-        """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
+    solver: Solver
+    curvature: Curvature
 
 
 @dataclass(frozen=True)
 class Implicit(Method):
-    """Implicit differentiation of a stationary point of the training loss: dL_V/dλ = ∂L_V/∂λ − Bᵀx, (A + damping·I)ᵀx = g.
+    """Implicit differentiation of the end of training: dL_V/dλ = ∂L_V/∂λ − Bᵀx, (A + damping·I)ᵀx = g.
 
-    F = ∇_w L_T, A = ∂F/∂w, B = ∂F/∂λ, g = ∂L_V/∂w, all at the model's present weights.
+    F(w, λ) = 0 is the condition of being trained, A = ∂F/∂w, B = ∂F/∂λ, g = ∂L_V/∂w, all at the model's present weights.
 
     Args:
-        solver: how far to go in solving for x; default ``Neumann()``.
-        curvature: which matrix stands for A; default ``Exact()``.
+        solver: how far to go in solving for x; ``None``, the default, for what came out of the fidelity study:
+            ``MINRES(terms=5)``, or ``GMRES(terms=5)`` for ``Update``, whose A is not symmetric.
+        condition: which F; default ``Gradient()``: F = ∇_w L_T.
+        curvature: which matrix stands for the Hessian in A; ``None``, the default, for ``GaussNewton()`` where the training
+            loss is a :class:`CompositeLoss`, else ``Exact()``.
+        preconditioner: a diagonal D near A: the solver works on D^(−1/2) A D^(−1/2), and its residuals are in that measure;
+            default ``None``.
         damping: added to A's diagonal, ≥ 0, default 0.
 
     Raises:
         ValueError: ``damping`` is negative or not finite; when called, a training loss that touches no weight.
-        TypeError: ``solver`` is no :class:`Solver`, or ``curvature`` no ``Curvature``.
+        TypeError: a strategy of the wrong kind.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), theorem 1 and algorithm 2.
+
+    >>> from hoptim import CG, GaussNewton
+    >>> Implicit(CG(terms=10), curvature=GaussNewton(), damping=1e-3).solver
+    CG(terms=10, tolerance=1e-05)
     """
 
-    solver: Solver = field(default_factory=Neumann)
+    solver: Solver | None = None
     _: KW_ONLY
-    curvature: Curvature = field(default_factory=Exact)
+    condition: Condition = field(default_factory=Gradient)
+    curvature: Curvature | None = None
+    preconditioner: Preconditioner | None = None
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver):
-            raise TypeError(f"solver is a {type(self.solver).__name__}: give a solver, such as hoptim.Neumann(terms=20)")
-        if not isinstance(self.curvature, Curvature):
-            raise TypeError(f"curvature is a {type(self.curvature).__name__}: give a curvature, such as hoptim.Exact()")
+        kinds = {"solver": (Solver, "Neumann(terms=20)"), "condition": (Condition, "Gradient()")}
+        kinds |= {"curvature": (Curvature, "Exact()"), "preconditioner": (Preconditioner, "Jacobi()")}
+        for name, (kind, example) in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (value is None and name != "condition"):
+                raise TypeError(f"{name} is a {type(value).__name__}: give a {name}, such as hoptim.{example}")
         if not (is_finite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping={self.damping!r}: give a finite number, 0 or more")
 
-    def __call__(self, problem: Problem, train_batch: Any, val_batch: Any, state: Tree | None = None) -> Hypergradient:
+    def chosen(self, problem: Problem) -> Chosen:
+        """What was left open, decided for this problem."""
+        shown = isinstance(problem.train_loss, CompositeLoss)
+        curvature = self.curvature or (GaussNewton() if shown else Exact())
+        solver = MINRES(terms=TERMS) if isinstance(self.condition, Gradient) else GMRES(terms=TERMS)
+        return Chosen(solver=self.solver or solver, curvature=curvature)
+
+    def __call__(
+        self, problem: Problem, train_batch: Any, val_batch: Any, state: State | None = None, loop: Loop | None = None
+    ) -> Hypergradient:
         """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
-        weights, leaves = _as_leaves(problem.weights()), _as_leaves(problem.leaves())
+        loop = loop or Loop()
+        point, chosen = Point.of(problem, train_batch, loop.draw), self.chosen(problem)
 
-        def validate(loss: Tensor, _: Parts | None) -> tuple[Tensor, Found, Found]:
-            return loss.detach(), *_gradients(loss, weights, leaves)
-
-        def implicit(loss: Tensor, parts: Parts | None) -> Hypergradient:
-            graph = StationarityGraph(loss, weights, leaves, parts)
-            _check_weights(graph)
-            A = in_float32(self.curvature(graph)) + self.damping
-            rhs = trees.widened({name: _or_zero(g[name], weights[name]) for name in graph.weights})
-            solution = self.solver.solve(A, rhs, state)
-            x = trees.cast(solution.value, graph.weights)
-            return _assembled(val_loss, direct, graph, solution, graph.mixed(x))
+        def implicit(gradient: Linearized) -> Hypergradient:
+            F = self.condition(gradient, point, loop.inner)
+            _check_weights(F)
+            solution = self._solved(chosen.solver, F, validation, point, loop.inner, state)
+            x = trees.cast(solution.value, F.A.like)
+            return assembled(validation, point.leaves, solution, F.mixed(x), F.loss, trees.norm(F.value))
 
         with problem.untouched():
-            val_loss, g, direct = problem.pure("val_loss", weights, leaves, val_batch, validate)
-            return _judged(problem.pure("train_loss", weights, leaves, train_batch, implicit))
+            validation = validate(problem, point.weights, point.leaves, val_batch)
+            return chosen.curvature.linearize(point, implicit)
+
+    def _solved(
+        self, solver: Solver, F: Linearized, at: Validation, point: Point, inner: Optimizer | None, state: State | None
+    ) -> Solution:
+        """Aᵀx = g by the solver, in the preconditioner's scale if there is one: S A S y = S g, x = S y with S = D^(−1/2)."""
+        A = in_float32(F.A) + self.damping
+        g = trees.widened({name: at.g[name] for name in F.A.like})
+        if self.preconditioner is None:
+            return solver.solve(A, g, state)
+        scale = trees.map_tree(torch.rsqrt, self.preconditioner(A, point, inner))
+        solution = solver.solve(Scaled(A, scale), trees.times(g, scale), state)
+        return replace(solution, value=trees.times(solution.value, scale))
 
 
-def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Method | None = None) -> Hypergradient:
+def hypergradient(
+    problem: Problem,
+    train_batch: Any,
+    val_batch: Any,
+    method: Method | None = None,
+    *,
+    inner: Optimizer | None = None,
+    train_batches: Iterable[Any] | None = None,
+) -> Hypergradient:
     """One hypergradient dL_V/dλ at the model's present weights, for any loop; it touches nothing.
 
     Args:
@@ -125,6 +133,8 @@ def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Me
         train_batch: the batch for the training loss.
         val_batch: the batch for the validation loss.
         method: how to compute it; default ``Implicit()``.
+        inner: the inner optimizer, for methods that look into it: ``Update``, ``Unrolled``, ``SecondMoments``.
+        train_batches: more training batches, for the methods that average over several or draw a fresh one a product.
 
     Returns:
         The result; look at ``result.solution.status`` before using ``result.grads``.
@@ -137,6 +147,7 @@ def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Me
     Ridge regression with one weight, in closed form: w = sxy / (sxx + λ), and dL_V/dλ = −(w − y_V)·w / (sxx + λ).
 
     >>> from torch import nn
+    >>> from hoptim import Neumann
     >>> model = nn.Linear(1, 1, bias=False)
     >>> hparams = nn.ParameterDict({"decay": torch.tensor(1.0)})
     >>> def train(model, hparams, batch):
@@ -153,32 +164,18 @@ def hypergradient(problem: Problem, train_batch: Any, val_batch: Any, method: Me
         raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method is a {type(method).__name__}: give a method, such as hoptim.Implicit(solver)")
-    result = (Implicit() if method is None else method)(problem, train_batch, val_batch)
+    if inner is not None and not isinstance(inner, Optimizer):
+        raise TypeError(f"inner is a {type(inner).__name__}: give the torch.optim.Optimizer of the model's weights")
+    draw = None if train_batches is None else Batches(train_batches, "train_batches").draw
+    loop = Loop(inner=inner, draw=draw)
+    result = (Implicit() if method is None else method)(problem, train_batch, val_batch, loop=loop)
     result.check_touched()
     return result
 
 
-def _as_leaves(live: Tree) -> Tree:
-    """Fresh leaves on the same memory: nothing computed from them can reach the live parameters' ``.grad`` or hooks."""
-    return {name: value.detach().requires_grad_() for name, value in live.items()}
-
-
-def _gradients(loss: Tensor, weights: Tree, leaves: Tree) -> tuple[Found, Found]:
-    """g = ∂loss/∂w and ∂loss/∂λ in one backward pass; ``None`` for what the loss does not touch."""
-    found = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
-    return (
-        dict(zip(weights, found[: len(weights)], strict=True)),
-        dict(zip(leaves, found[len(weights) :], strict=True)),
-    )
-
-
-def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if value is None else value
-
-
-def _check_weights(graph: StationarityGraph) -> None:
-    names = graph.untouched_weights
-    if not graph.weights:
+def _check_weights(F: Linearized) -> None:
+    names = list(F.untouched)
+    if not F.value:
         raise ValueError(f"the training loss touches none of the weights {names}: compute it with the model it is given")
     if names:
         warnings.warn(
@@ -186,46 +183,9 @@ def _check_weights(graph: StationarityGraph) -> None:
             "with requires_grad_(False), or use them in the training loss",
             stacklevel=4,
         )
-
-
-def _assembled(val_loss: Tensor, direct: Found, graph: StationarityGraph, solution: Solution, mixed: Found) -> Hypergradient:
-    """∂L_V/∂λ − Bᵀx, with zeros for what was not touched."""
-    leaves = graph.leaves
-    indirect = {name: -_or_zero(mixed[name], leaf) for name, leaf in leaves.items()}
-    whole = {name: _or_zero(direct[name], leaf) for name, leaf in leaves.items()}
-    return Hypergradient(
-        grads={name: whole[name] + indirect[name] for name in leaves},
-        direct=whole,
-        indirect=indirect,
-        solution=solution,
-        val_loss=val_loss,
-        train_loss=graph.loss.detach(),
-        gradient_norm=trees.norm(graph.value).detach(),
-        untouched=tuple(name for name in leaves if direct[name] is None and mixed[name] is None),
-    )
-
-
-def _judged(result: Hypergradient) -> Hypergradient:
-    """Look at the finished result once, and fill a failed one with NaN."""
-    tensors = [
-        result.val_loss,
-        result.train_loss,
-        result.gradient_norm,
-        trees.norm(result.direct),
-        trees.norm(result.indirect),
-    ]
-    device = tensors[0].device  # hyperparameters may live on another one
-    val_loss, train_loss, gradient, direct, indirect = torch.stack([t.float().to(device) for t in tensors]).tolist()
-    solution = result.solution
-    if not math.isfinite(gradient):
-        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail="of the training loss")
-    for name, loss in (("validation", val_loss), ("training", train_loss)):
-        if not math.isfinite(loss):
-            solution = replace(solution, status=Status.NON_FINITE_LOSS, detail=f"the {name} loss is {loss}")
-    if solution.status.ok and not (math.isfinite(direct) and math.isfinite(indirect)):
-        term = "direct" if math.isfinite(indirect) else "indirect"
-        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail=f"in the {term} term")
-    if solution.status.ok:
-        return result
-    nan = {name: torch.full_like(value, math.nan) for name, value in result.direct.items()}
-    return replace(result, grads=nan, indirect=nan, solution=replace(solution, state={}))
+    if F.fixed:
+        warnings.warn(
+            f"the inner optimizer does not hold the weights {list(F.fixed)}: they are taken as fixed. Freeze them with "
+            "requires_grad_(False), or add them to the optimizer",
+            stacklevel=4,
+        )

@@ -1,16 +1,14 @@
-"""A = ∂F/∂w as a linear operator on dicts of tensors: products from one graph that is built once and used many times."""
+"""Linear operators on dicts of tensors, and operators made from operators: transposes, shifts, means, scalings."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
-from torch import Tensor
 
 from hoptim import trees
-from hoptim.problem import Parts
 from hoptim.trees import Tree
 
 
@@ -18,8 +16,10 @@ class Operator(ABC):
     """A square linear operator on vectors of the names and shapes of ``like``.
 
     ``A @ v`` is the product; a vector whose entries have a leading axis of R right-hand sides gives R products at once.
-    ``A.T`` is the transpose, ``A + sigma`` is A + σI.
+    ``A.T`` is the transpose, ``A + sigma`` is A + σI; ``A.symmetric`` says whether A is known to be its own transpose.
     """
+
+    symmetric = False
 
     def __init__(self, like: Tree) -> None:
         self.like = like
@@ -50,6 +50,8 @@ class Symmetric(Operator):
     tensor([3., 3.])
     """
 
+    symmetric = True
+
     def __init__(self, product: Callable[[Tree], Tree], like: Tree) -> None:
         super().__init__(like)
         self._product = product
@@ -66,7 +68,7 @@ class Symmetric(Operator):
 class _Shifted(Operator):
     def __init__(self, base: Operator, sigma: float) -> None:
         super().__init__(base.like)
-        self.base, self.sigma = base, sigma
+        self.base, self.sigma, self.symmetric = base, sigma, base.symmetric
 
     def __matmul__(self, v: Tree) -> Tree:
         return trees.add(self.base @ v, v, alpha=self.sigma)
@@ -85,7 +87,7 @@ def in_float32(A: Operator) -> Operator:
 class _Widened(Operator):
     def __init__(self, base: Operator, like: Tree) -> None:
         super().__init__(like)
-        self.base = base
+        self.base, self.symmetric = base, base.symmetric
 
     def __matmul__(self, v: Tree) -> Tree:
         return trees.widened(self.base @ trees.cast(v, self.base.like))
@@ -95,156 +97,93 @@ class _Widened(Operator):
         return _Widened(self.base.T, self.like)
 
 
-class StationarityGraph:
-    """F(w, λ) = ∇_w L_T with its graph kept: every product with A = ∂F/∂w and B = ∂F/∂λ is one backward pass through it.
+class Mean(Operator):
+    """The mean of operators on the same weights: (A₁ + … + Aₙ) / n, as over batches. What one of them lacks counts as zero.
 
-    The graph costs one training gradient with ``create_graph=True``; a product costs 0.9 to 1.9 gradients more. Dropout
-    masks are part of the graph: one mask for a whole solve.
-
-    Args:
-        loss: L_T, computed from the two that follow.
-        weights: w, leaves that require a gradient.
-        leaves: λ, likewise.
-        parts: the loss taken apart, where it is a :class:`CompositeLoss`.
-
-    Raises:
-        TypeError: a weight has a sparse gradient.
+    >>> A = Mean([Symmetric(lambda v, k=k: {"w": k * v["w"]}, like={"w": torch.ones(1)}) for k in (1, 3)])
+    >>> (A @ {"w": torch.ones(1)})["w"]
+    tensor([2.])
     """
 
-    def __init__(self, loss: Tensor, weights: Tree, leaves: Tree, parts: Parts | None = None) -> None:
-        self.loss, self.parts = loss, parts
-        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
-        found = dict(zip(weights, gradients, strict=True))
-        if sparse := [name for name, gradient in found.items() if gradient is not None and gradient.is_sparse]:
-            raise TypeError(f"the weights {sparse} have sparse gradients: build their layers with sparse=False")
-        self.value: Tree = {name: gradient for name, gradient in found.items() if gradient is not None}
-        self.weights = {name: weights[name] for name in self.value}
-        self.leaves = leaves
-        self._outputs = {name: value for name, value in self.value.items() if value.requires_grad}
-        self.untouched_weights = [name for name, gradient in found.items() if gradient is None]
+    def __init__(self, parts: Sequence[Operator]) -> None:
+        super().__init__({name: value for part in parts for name, value in part.like.items()})
+        self.parts, self.symmetric = parts, all(part.symmetric for part in parts)
 
-    def vjp(self, v: Tree, inputs: Tree, *, batched: bool = False) -> dict[str, Tensor | None]:
-        """vᵀ ∂F/∂inputs; ``None`` for an input that F does not depend on. ``batched``: R products in one vmapped pass."""
-        outputs = self._outputs
-        if not outputs or not inputs:
-            return dict.fromkeys(inputs)
-        return pulled_back(outputs, {name: v[name] for name in outputs}, inputs, batched=batched)
+    def __matmul__(self, v: Tree) -> Tree:
+        products = [part @ {name: v[name] for name in part.like} for part in self.parts]
+        return mean_of(products, like=v)
 
-    def jacobian(self) -> Operator:
-        """A = ∂F/∂w = the Hessian of L_T: symmetric, so that vᵀA is A v."""
-        like = {name: value.detach() for name, value in self.weights.items()}
-
-        def product(v: Tree) -> Tree:  # it names no operator: a cycle would keep the graph until a garbage collection
-            name, value = next(iter(v.items()))
-            found = self.vjp(v, self.weights, batched=value.ndim > like[name].ndim)
-            return {name: torch.zeros_like(v[name]) if part is None else part for name, part in found.items()}
-
-        return Symmetric(product, like)
-
-    def mixed(self, x: Tree) -> dict[str, Tensor | None]:
-        """Bᵀx, shaped as λ; ``None`` for a hyperparameter that F does not depend on."""
-        return self.vjp(x, self.leaves)
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """The mean of the transposes."""
+        return Mean([part.T for part in self.parts])
 
 
-def pulled_back(outputs: Tree, v: Tree, inputs: Tree, *, batched: bool) -> dict[str, Tensor | None]:
-    """vᵀ ∂outputs/∂inputs through a graph that is kept; ``batched``: R products in one vmapped pass."""
-    products = torch.autograd.grad(
-        list(outputs.values()),
-        list(inputs.values()),
-        list(v.values()),
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=batched,
-    )
-    return dict(zip(inputs, products, strict=True))
+def mean_of(vectors: Sequence[Tree], like: Tree) -> Tree:
+    """The mean of vectors over the names of ``like``; what one of them lacks counts as zero."""
+    total = trees.zeros_like(like)
+    for vector in vectors:
+        for name in total.keys() & vector.keys():
+            total[name] = total[name] + vector[name] / len(vectors)
+    return total
 
 
-class Curvature(ABC):
-    """A strategy for A: a frozen dataclass that makes the operator from the graph of F."""
+class Scaled(Operator):
+    """S A S for a diagonal S: the curvature in weights of another scale, which takes the place of a preconditioner S⁻².
 
-    @abstractmethod
-    def __call__(self, graph: StationarityGraph) -> Operator:
-        """The curvature at the point where ``graph`` was built."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exact(Curvature):
-    """The exact curvature: A = ∂F/∂w by double backward through one cached graph.
-
-    Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+    Source: Saad, "Iterative Methods for Sparse Linear Systems", section 9.2 (split preconditioning).
     """
 
-    def __call__(self, graph: StationarityGraph) -> Operator:
-        """The curvature at the point where ``graph`` was built."""
-        return graph.jacobian()
+    def __init__(self, base: Operator, scale: Tree) -> None:
+        super().__init__(base.like)
+        self.base, self.scale, self.symmetric = base, scale, base.symmetric
+
+    def __matmul__(self, v: Tree) -> Tree:
+        return trees.times(self.base @ trees.times(v, self.scale), self.scale)
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """S Aᵀ S."""
+        return Scaled(self.base.T, self.scale)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GaussNewton(Curvature):
-    """The Gauss-Newton curvature of the criterion plus the exact Hessian of the penalty: A = Jᵀ (∂²c/∂z²) J + ∂²penalty/∂w².
+def rows(product: Callable[[Tree], Tree], v: Tree, key: Hashable) -> Tree:
+    """The products of R vectors, the rows of ``v``: all at once, four at a time or one by one, whichever is fastest here.
 
-    J = ∂z/∂w is the derivative of the model's output. Positive semidefinite where the criterion is convex in z and the
-    penalty in w, however curved the model is. Products go through cached graphs: J v by a double backward pass, the
-    criterion's Hessian on z alone, Jᵀ by one more backward pass; no output Hessian is formed.
-
-    Raises:
-        ValueError: when called, the training loss is no :class:`CompositeLoss`.
-
-    Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
+    The first call for a ``key`` and R times the ways on this very work and remembers the choice for the life of the process;
+    ``product`` takes a vector without a leading axis, or with one.
     """
-
-    def __call__(self, graph: StationarityGraph) -> Operator:
-        """The curvature at the point where ``graph`` was built."""
-        if graph.parts is None:
-            raise ValueError(
-                "GaussNewton needs a training loss that shows its parts: build it as hoptim.CompositeLoss(predict, "
-                "criterion, penalty), or take hoptim.Exact()"
-            )
-        weights, parts = graph.weights, graph.parts
-        like = {name: value.detach() for name, value in weights.items()}
-        z = {"z": parts.z}
-        at = {"z": parts.z.detach().requires_grad_()}
-        slope = {"z": _gradient(parts.criterion(at["z"]), at)["z"]}
-        u = {"z": torch.zeros_like(parts.z).requires_grad_()}  # Jᵀu is linear in u, so that its derivative along v is J v
-        pulled = _present(_graph_of(z, u, weights))
-        penalty = _present({}) if parts.penalty is None else _penalty_gradient(parts.penalty, weights)
-
-        def product(v: Tree) -> Tree:
-            name, value = next(iter(v.items()))
-            batched = value.ndim > like[name].ndim
-            found = {name: torch.zeros_like(value) for name, value in v.items()}
-            if pulled and slope["z"].requires_grad:
-                Jv = pulled_back(pulled, {name: v[name] for name in pulled}, u, batched=batched)["z"]
-                HJv = None if Jv is None else pulled_back(slope, {"z": Jv}, at, batched=batched)["z"]
-                if HJv is not None:
-                    found |= _present(pulled_back(z, {"z": HJv}, weights, batched=batched))
-            if penalty:
-                second = _present(pulled_back(penalty, {name: v[name] for name in penalty}, weights, batched=batched))
-                found |= {name: found[name] + part for name, part in second.items()}
-            return found
-
-        return Symmetric(product, like)
+    count = trees.length(v)
+    chosen = _CHUNK.get((key, count))
+    if chosen is None:
+        sizes = [size for size in (1, 4, count) if size <= count]
+        seconds = {size: min(_seconds(product, v, size) for _ in range(2)) for size in sizes}
+        chosen = min(seconds, key=lambda size: seconds[size] * -(-count // size))
+        _CHUNK[(key, count)] = chosen
+    return _by_chunks(product, v, chosen)
 
 
-def _gradient(value: Tensor, inputs: Tree) -> Tree:
-    return dict(zip(inputs, torch.autograd.grad(value, list(inputs.values()), create_graph=True), strict=True))
+_CHUNK: dict[Hashable, int] = {}
 
 
-def _graph_of(outputs: Tree, v: Tree, inputs: Tree) -> dict[str, Tensor | None]:
-    """vᵀ ∂outputs/∂inputs, as a function of v."""
-    found = torch.autograd.grad(
-        list(outputs.values()), list(inputs.values()), list(v.values()), create_graph=True, allow_unused=True
-    )
-    return dict(zip(inputs, found, strict=True))
+def _by_chunks(product: Callable[[Tree], Tree], v: Tree, size: int) -> Tree:
+    count = trees.length(v)
+    if size == 1:
+        return trees.stack([product(trees.part(v, i)) for i in range(count)])
+    if size == count:
+        return product(v)
+    found = [product(trees.part(v, slice(i, i + size))) for i in range(0, count, size)]
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
-def _penalty_gradient(penalty: Tensor, weights: Tree) -> Tree:
-    """∂penalty/∂w with its graph, where it depends on a weight."""
-    if not penalty.requires_grad:
-        return {}
-    found = torch.autograd.grad(penalty, list(weights.values()), create_graph=True, allow_unused=True)
-    return {name: part for name, part in _present(dict(zip(weights, found, strict=True))).items() if part.requires_grad}
-
-
-def _present(found: dict[str, Tensor | None]) -> Tree:
-    return {name: part for name, part in found.items() if part is not None}
+def _seconds(product: Callable[[Tree], Tree], v: Tree, size: int) -> float:
+    """How long one chunk of this size takes."""
+    on_gpu = next(iter(v.values())).is_cuda
+    v = trees.part(v, 0 if size == 1 else slice(0, size))
+    if on_gpu:
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    product(v)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun

@@ -6,7 +6,6 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,29 +13,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.batches import Batches
-from hoptim.checks import check_added, check_optimizers, check_schedule, check_strategies
+from hoptim.checks import check_added, check_optimizers, check_schedule, check_strategies, check_weights
 from hoptim.hparams import HyperParameters
-from hoptim.hypergradient import Hypergradient, Implicit, Method
+from hoptim.hypergradient import Implicit
+from hoptim.method import Hypergradient, Loop, Method
 from hoptim.problem import Problem
+from hoptim.progress import Progress, is_due, is_kept
 from hoptim.record import Record, natural_values
-from hoptim.solvers.base import Status
 from hoptim.trees import Tree
 
-VERSION = 1  # of what state_dict() adds under KEY
+VERSION = 2  # of what state_dict() adds under KEY
 KEY = "hoptim"
-
-
-@dataclass
-class _Progress:
-    """All that changes, in one object, so that whoever copies the optimizer's ``__dict__`` still shares it."""
-
-    inner_steps: int = 0
-    hyper_steps: int = 0
-    solver_state: Tree = field(default_factory=dict)
-    record: Record | None = None
-    last_batch: Any = None
-    seen_batch: bool = False
-    warned: set[Status] = field(default_factory=set)
 
 
 class BilevelOptimizer(Optimizer):
@@ -54,6 +41,7 @@ class BilevelOptimizer(Optimizer):
         every: inner steps between hypersteps, default 100; ``None`` for never.
         warmup: inner steps before the first hyperstep, default 0.
         train_batches: where a hyperstep takes its training batch; ``None``, the default: the batch last seen by ``loss``.
+        val_weights: the weight of each loss in the gradient, where the validation loss is a vector; default: their mean.
         hooks: functions of the :class:`Record`, called after each hyperstep.
 
     Raises:
@@ -78,7 +66,7 @@ class BilevelOptimizer(Optimizer):
     >>> optimizer.loss(one).backward()
     >>> optimizer.step()
     >>> optimizer.record.status.name, round(hparams["decay"].item(), 3)
-    ('FINISHED', 1.1)
+    ('CONVERGED', 1.1)
     """
 
     def __init__(
@@ -92,32 +80,42 @@ class BilevelOptimizer(Optimizer):
         every: int | None = 100,
         warmup: int = 0,
         train_batches: Iterable[Any] | None = None,
+        val_weights: Sequence[float] | None = None,
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
         check_optimizers(inner, outer, problem)
         check_schedule(every, warmup)
-        check_strategies(hypergradient, hooks)
+        check_strategies(hypergradient, hooks, every)
         self.inner, self.outer, self.problem = inner, outer, problem
         self.hypergradient = Implicit() if hypergradient is None else hypergradient
         self.every, self.warmup, self.hooks = every, warmup, tuple(hooks)
+        self.val_weights = check_weights(val_weights)
         self.val_batches = Batches(val_batches, "val_batches")
         self.train_batches = None if train_batches is None else Batches(train_batches, "train_batches")
-        self._progress = _Progress()
+        self._progress = Progress()
         super().__setstate__({})  # makes the hooks; Optimizer.__init__ would also write param_groups, which are the inner's
         self.register_state_dict_post_hook(_add_state)
 
     def loss(self, batch: Any) -> Tensor:
         """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``."""
-        if torch.is_grad_enabled():  # a loss that is only looked at is no training batch
-            self._progress.last_batch, self._progress.seen_batch = batch, True
-        return self.problem.loss(batch)
+        if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
+            return self.problem.loss(batch)
+        progress = self._progress
+        progress.saw(batch)
+        if not is_kept(progress.inner_steps + 1, self.every, self.warmup, self.hypergradient.keeps_steps):
+            return self.problem.loss(batch)
+        noted = progress.recorder.saw(self.problem, self.inner, batch)
+        loss = self.problem.loss(batch)
+        loss.register_hook(noted)
+        return loss
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimizer, and a hyperstep where one is due."""
         result = self.inner.step() if closure is None else self.inner.step(closure)
         self._progress.inner_steps += 1
-        steps = self._progress.inner_steps
-        if self.every is not None and steps >= self.warmup and steps % self.every == 0:
+        self._progress.recorder.stepped()
+        if is_due(self._progress.inner_steps, self.every, self.warmup):
+            self._progress.recorder.check(self.hypergradient.keeps_steps)
             self.hyperstep()
         return result
 
@@ -133,14 +131,17 @@ class BilevelOptimizer(Optimizer):
         train_batch = self._train_batch() if train_batch is None else train_batch
         val_batch = self.val_batches.draw() if val_batch is None else val_batch
         progress = self._progress
-        result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state)
+        draw = None if self.train_batches is None else self.train_batches.draw
+        loop = Loop(inner=self.inner, draw=draw, trajectory=progress.recorder.take())
+        result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         if not progress.hyper_steps:
             result.check_touched()
         progress.solver_state = result.solution.state
         progress.hyper_steps += 1
-        moved = result.solution.status.ok
+        gradient, moved = result.combined(self.val_weights), result.solution.status.ok
+        turned = progress.turned(gradient) if moved else None
         if moved:
-            self._move(result.grads)
+            self._move(gradient)
         else:
             self._warn(result)
         progress.record = Record(
@@ -150,6 +151,7 @@ class BilevelOptimizer(Optimizer):
             result=result,
             hyperparameters=natural_values(self.problem),
             seconds=time.perf_counter() - begun,
+            cosine_to_last=turned,
         )
         for hook in self.hooks:
             hook(progress.record)
@@ -157,6 +159,7 @@ class BilevelOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the weights."""
+        self._progress.recorder.cleared()
         self.inner.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -297,9 +300,7 @@ def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         "version": VERSION,
         "outer": optimizer.outer.state_dict(),
         "hparams": dict(optimizer.problem.hparams.state_dict()),
-        "inner_steps": progress.inner_steps,
-        "hyper_steps": progress.hyper_steps,
-        "solver_state": dict(progress.solver_state),
+        **progress.state_dict(),
         "val_batches": optimizer.val_batches.state_dict(),
         "train_batches": None if train is None else train.state_dict(),
     }
@@ -309,10 +310,7 @@ def _restore(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
     """The other half of :func:`_add_state`."""
     optimizer.outer.load_state_dict(saved["outer"])
     optimizer.problem.hparams.load_state_dict(saved["hparams"])
-    progress = optimizer._progress
-    progress.inner_steps, progress.hyper_steps = saved["inner_steps"], saved["hyper_steps"]
-    devices = {name: weight.device for name, weight in optimizer.problem.weights().items()}
-    progress.solver_state = {name: v.to(devices[name]) for name, v in saved["solver_state"].items() if name in devices}
+    optimizer._progress.load_state_dict(saved, optimizer.problem, optimizer.inner)
     optimizer.val_batches.load_state_dict(saved["val_batches"])
     if optimizer.train_batches is not None and saved["train_batches"] is not None:
         optimizer.train_batches.load_state_dict(saved["train_batches"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -94,7 +94,8 @@ class Problem:
         hparams: the hyperparameters λ: a :class:`HyperParameters`, or any other ``nn.Module``.
         train_loss: L_T as ``train_loss(model, hparams, batch) -> scalar``: ordinary PyTorch, ``model(x)``,
             ``model.named_parameters()``, ``hparams["weight_decay"]``.
-        val_loss: L_V, likewise. It may call ``model.eval()``: the mode is restored after each call.
+        val_loss: L_V, likewise. It may call ``model.eval()``: the mode is restored after each call. It may return a vector
+            of R losses (tasks, groups, folds): each then gets a hypergradient of its own.
 
     Raises:
         TypeError: ``model`` or ``hparams`` is no module, or a loss can't be called.
@@ -156,10 +157,11 @@ class Problem:
         loss: Loss = getattr(self, name)
 
         def run(model: nn.Module, hparams: nn.Module, batch: Any) -> R:
+            check = losses if name == "val_loss" else scalar
             if not isinstance(loss, CompositeLoss):
-                return then(scalar(name, loss(model, hparams, batch)), None)
+                return then(check(name, loss(model, hparams, batch)), None)
             parts = loss.parts(model, hparams, batch)
-            return then(scalar(name, loss.total(parts)), parts)
+            return then(check(name, loss.total(parts)), parts)
 
         path = {id(p): path for path, p in self._joint.named_parameters()}
         given = {path[id(p)]: weights[key] for key, p in self.model.named_parameters() if key in weights}
@@ -167,6 +169,13 @@ class Problem:
         given |= {key: buffer.clone() for key, buffer in self._joint.named_buffers()}
         with _modes_restored(self._joint):
             return functional_call(self._joint, given, (run, batch), tie_weights=True)
+
+    def generators(self) -> dict[str, Tensor]:
+        """The states of the random generators that a loss may draw from, by device."""
+        states = {"cpu": torch.get_rng_state()}
+        for device in {str(p.device) for p in (*self.weights().values(), *self.leaves().values()) if p.is_cuda}:
+            states[device] = torch.cuda.get_rng_state(device)
+        return states
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -181,6 +190,15 @@ class Problem:
             yield
 
 
+def set_generators(states: Mapping[str, Tensor]) -> None:
+    """Put the random generators into these states."""
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state.cpu())
+        else:
+            torch.cuda.set_rng_state(state.cpu(), device)
+
+
 def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
     """Return ``value`` if it is a scalar with a gradient; raise and say what to do if not."""
     if not isinstance(value, Tensor):
@@ -189,6 +207,16 @@ def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
         raise ValueError(f"{name} returned a tensor of shape {tuple(value.shape)}: return a scalar, such as its mean()")
     if needs_gradient and not value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} returned a loss without a gradient: is it computed under no_grad() or detach()ed?")
+    return value
+
+
+def losses(name: str, value: Tensor) -> Tensor:
+    """Return ``value`` if it is a scalar, or a vector of one loss or more, with a gradient; raise if not."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return scalar(name, value)
+    if value.ndim > 1 or not len(value):
+        raise ValueError(f"{name} returned a tensor of shape {tuple(value.shape)}: return a scalar, or a vector of losses")
+    scalar(f"an entry of {name}", value[0])
     return value
 
 

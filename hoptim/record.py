@@ -10,7 +10,7 @@ import torch
 
 from hoptim import trees
 from hoptim.hparams import HyperParameters
-from hoptim.hypergradient import Hypergradient
+from hoptim.method import Hypergradient
 from hoptim.problem import Problem
 from hoptim.solvers.base import Status
 from hoptim.trees import Tree
@@ -27,6 +27,8 @@ class Record:
         result: the hypergradient, with the solution behind it.
         hyperparameters: their natural values after the step, detached, by name.
         seconds: wall-clock time of the hyperstep.
+        cosine_to_last: cosine between this hypergradient and the one before: near 1 where they agree, near 0 where noise
+            leads; ``None`` at the first.
     """
 
     inner_step: int
@@ -35,6 +37,7 @@ class Record:
     result: Hypergradient
     hyperparameters: Tree
     seconds: float
+    cosine_to_last: float | None = None
 
     @property
     def status(self) -> Status:
@@ -53,13 +56,32 @@ class Record:
             "residual": float(solution.residuals[-1].amax()) if len(solution.residuals) else None,
             "step_size": solution.step_size,
             "products": solution.products,
-            "val_loss": float(self.result.val_loss),
+            "val_loss": float(self.result.val_loss.mean()),
             "train_loss": float(self.result.train_loss),
             "train_gradient_norm": float(self.result.gradient_norm),
-            "hypergradient_norm": float(trees.norm(self.result.grads)),
+            "hypergradient_norm": float(trees.norm(self.result.combined())),
+            "direct_norm": float(trees.norm(self.result.direct)),
+            "indirect_norm": float(trees.norm(self.result.indirect)),
+            "cosine_to_last": self.cosine_to_last,
+            "standard_error": standard_error(self.result),
             "hyper_seconds": self.seconds,
         }
         return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def cosine(a: Tree, b: Tree) -> float:
+    """⟨a, b⟩ / (‖a‖ ‖b‖); zero where one of them is."""
+    lengths = trees.norm(a) * trees.norm(b)
+    return float(trees.dot(a, b) / torch.where(lengths == 0, 1.0, lengths))
+
+
+def standard_error(result: Hypergradient) -> float | None:
+    """Of the mean of the hypergradients of R validation losses, relative to its length; ``None`` for a single loss."""
+    if not result.val_loss.ndim or len(result.val_loss) < 2:
+        return None
+    count, mean = len(result.val_loss), result.combined()
+    spread = torch.stack([((part - mean[name]) ** 2).sum() for name, part in result.grads.items()]).sum()
+    return float((spread / (count * (count - 1))).sqrt() / trees.norm(mean))
 
 
 def natural_values(problem: Problem) -> Tree:

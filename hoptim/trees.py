@@ -6,7 +6,7 @@ scalar then becomes a tensor of shape (R,). Functions that end in an underscore 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,6 +75,26 @@ def xpay_(x: Tree, y: Tree, a: Tensor) -> Tree:
 
 def _spread(a: Tensor, like: Tensor) -> Tensor:
     return a.reshape(-1, *[1] * (like.ndim - 1)) if a.ndim else a
+
+
+def length(x: Tree) -> int:
+    """R, the size of the leading axis of right-hand sides."""
+    return len(next(iter(x.values())))
+
+
+def part(x: Tree, index: int | slice) -> Tree:
+    """One of R right-hand sides, or several of them."""
+    return {name: value[index] for name, value in x.items()}
+
+
+def stack(parts: Sequence[Tree]) -> Tree:
+    """R vectors as one with a leading axis."""
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def times(x: Tree, y: Tree) -> Tree:
+    """The entrywise product, over the names of ``x``; a leading axis of ``x`` may be missing in ``y``."""
+    return {name: value * y[name] for name, value in x.items()}
 
 
 def scale_(x: Tree, alpha: float) -> Tree:

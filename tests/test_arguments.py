@@ -12,7 +12,22 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from hoptim import BilevelOptimizer, HyperParameters, Implicit, Neumann, Problem, hypergradient
+from hoptim import (
+    Averaged,
+    BilevelOptimizer,
+    FiniteDifference,
+    HyperParameters,
+    Identity,
+    Implicit,
+    Jacobi,
+    Neumann,
+    Problem,
+    Sampled,
+    SecondMoments,
+    Unrolled,
+    Update,
+    hypergradient,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -62,8 +77,8 @@ def shared() -> Problem:
     return problem(model=model, hparams=table)
 
 
-def once(train: Any = loss, val: Any = loss) -> Any:
-    return hypergradient(problem(train, val), torch.ones(3, 2), torch.ones(3, 2))
+def once(train: Any = loss, val: Any = loss, method: Any = None, **options: Any) -> Any:
+    return hypergradient(problem(train, val), torch.ones(3, 2), torch.ones(3, 2), method, **options)
 
 
 T, ONE = torch.tensor, torch.ones(1)
@@ -91,6 +106,61 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         TypeError,
         ["problem", "Linear", "hoptim.Problem"],
     ),
+    # curvatures, conditions, preconditioners, unrolling
+    "difference of step 0": (lambda: FiniteDifference(step=0), ValueError, ["step=0", "positive", "None"]),
+    "difference of negative step": (lambda: FiniteDifference(step=-1e-3), ValueError, ["step=-0.001", "positive"]),
+    "difference of step NaN": (lambda: FiniteDifference(step=NAN), ValueError, ["step=nan", "positive"]),
+    "average of 0 batches": (lambda: Averaged(batches=0), ValueError, ["batches=0", "1 or more"]),
+    "average of half a batch": (lambda: Averaged(batches=1.5), ValueError, ["batches=1.5", "whole number"]),
+    "average of True batches": (lambda: Averaged(batches=True), ValueError, ["batches=True", "whole number"]),
+    "average of a word": (lambda: Averaged(curvature="exact"), TypeError, ["curvature", "str", "Exact"]),
+    "samples of a solver": (lambda: Sampled(curvature=Neumann()), TypeError, ["curvature", "Neumann", "Exact"]),
+    "average without batches": (
+        lambda: once(method=Implicit(curvature=Averaged())),
+        ValueError,
+        ["Averaged", "more training batches", "train_batches"],
+    ),
+    "train batches that come once": (
+        lambda: once(method=Implicit(curvature=Sampled()), train_batches=(b for b in [ONE])),
+        TypeError,
+        ["train_batches", "one-shot"],
+    ),
+    "condition is a word": (lambda: Implicit(condition="update"), TypeError, ["condition", "str", "hoptim.Gradient()"]),
+    "condition is a class": (lambda: Implicit(condition=Update), TypeError, ["condition", "hoptim.Gradient()"]),
+    "update of no optimizer": (
+        lambda: once(method=Implicit(condition=Update())),
+        ValueError,
+        ["Update", "inner=optimizer"],
+    ),
+    "update of a model": (
+        lambda: once(method=Implicit(condition=Update()), inner=nn.Linear(1, 1)),
+        TypeError,
+        ["inner", "Linear", "torch.optim"],
+    ),
+    "preconditioner is a word": (lambda: Implicit(preconditioner="jacobi"), TypeError, ["preconditioner", "str", "Jacobi"]),
+    "no probes": (lambda: Jacobi(probes=0), ValueError, ["probes=0", "1 or more"]),
+    "half a probe": (lambda: Jacobi(probes=2.5), ValueError, ["probes=2.5", "whole number"]),
+    "floor 0": (lambda: Jacobi(floor=0), ValueError, ["floor=0", "above 0"]),
+    "floor above 1": (lambda: Jacobi(floor=1.5), ValueError, ["floor=1.5", "at most 1"]),
+    "floor NaN": (lambda: Jacobi(floor=NAN), ValueError, ["floor=nan", "above 0"]),
+    "epsilon 0": (lambda: SecondMoments(epsilon=0.0), ValueError, ["epsilon=0.0", "positive", "None"]),
+    "epsilon negative": (lambda: SecondMoments(epsilon=-1e-8), ValueError, ["epsilon=-1e-08", "positive"]),
+    "second moments of a model": (
+        lambda: once(method=Implicit(Identity(), preconditioner=SecondMoments()), inner=nn.Linear(1, 1)),
+        TypeError,
+        ["inner", "Linear", "torch.optim"],
+    ),
+    "unrolled 0": (lambda: Unrolled(0), ValueError, ["steps=0", "1 or more"]),
+    "unrolled half a step": (lambda: Unrolled(2.5), ValueError, ["steps=2.5", "whole number"]),
+    "unrolled further than every": (
+        lambda: optimizer(hypergradient=Unrolled(3), every=2),
+        ValueError,
+        ["Unrolled(steps=3", "every 2", "at most 2"],
+    ),
+    "unrolled without an optimizer": (lambda: once(method=Unrolled(1)), ValueError, ["Unrolled", "inner=optimizer"]),
+    "weight of a loss is NaN": (lambda: optimizer(val_weights=[1.0, NAN]), ValueError, ["val_weights", "nan", "finite"]),
+    "weights of losses are one number": (lambda: optimizer(val_weights=0.5), TypeError, ["val_weights", "float", "list"]),
+    "weights of losses are none": (lambda: optimizer(val_weights=[]), ValueError, ["val_weights", "one"]),
     # schedule
     "every 0": (lambda: optimizer(every=0), ValueError, ["every=0", "1 or more", "None"]),
     "every -1": (lambda: optimizer(every=-1), ValueError, ["every=-1", "1 or more"]),
@@ -182,7 +252,8 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "nothing to learn": (lambda: problem(hparams=nn.Identity()), ValueError, ["hparams", "nothing to learn"]),
     "one tensor in both": (shared, ValueError, ["'weight'", "'decay'", "same tensor"]),
     "loss is a vector": (lambda: once(train=lambda m, h, b: m(b).flatten()), ValueError, ["train_loss", "(3,)", "mean()"]),
-    "val loss is a vector": (lambda: once(val=lambda m, h, b: m(b).flatten()), ValueError, ["val_loss", "(3,)", "mean()"]),
+    "val loss is a matrix": (lambda: once(val=lambda m, h, b: m(b)), ValueError, ["val_loss", "(3, 1)", "vector of losses"]),
+    "val loss is empty": (lambda: once(val=lambda m, h, b: m(b)[:0, 0]), ValueError, ["val_loss", "(0,)", "vector"]),
     "loss of shape (1,)": (lambda: once(train=lambda m, h, b: loss(m, h, b)[None]), ValueError, ["train_loss", "(1,)"]),
     "loss is a float": (lambda: once(train=lambda m, h, b: loss(m, h, b).item()), TypeError, ["train_loss", "float"]),
     "loss is detached": (lambda: once(val=lambda m, h, b: loss(m, h, b).detach()), ValueError, ["val_loss", "detach()"]),

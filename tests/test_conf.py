@@ -1,6 +1,7 @@
 """Every file of conf/ is used: experiments run, and every strategy is made from its own file."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -38,17 +39,41 @@ def made(*overrides):
         return compose("train", [*overrides])
 
 
+def on_exact(solver):
+    return hoptim.Implicit(solver, curvature=hoptim.Exact())
+
+
+def chosen():
+    """What Implicit() takes on the task's loss."""
+    problem = SimpleNamespace(train_loss=hoptim.CompositeLoss(len, len))
+    open_ = hoptim.Implicit().chosen(problem)
+    return hoptim.Implicit(open_.solver, curvature=open_.curvature)
+
+
+def damped():
+    return hoptim.Implicit(hoptim.Identity(), curvature=hoptim.GaussNewton(), damping=0.5)
+
+
+def averaged():
+    return hoptim.Implicit(hoptim.WarmStart(hoptim.CG(terms=5)), curvature=hoptim.Averaged(batches=4))
+
+
 @pytest.mark.parametrize(
     ("overrides", "method"),
     [
-        ([], hoptim.Implicit(hoptim.Neumann(terms=20))),
-        (["hoptim.solver.terms=5", "hoptim.solver.step_size=0.1"], hoptim.Implicit(hoptim.Neumann(terms=5, step_size=0.1))),
-        (["hoptim/solver=identity", "hoptim.method.damping=0.5"], hoptim.Implicit(hoptim.Identity(), damping=0.5)),
+        ([], chosen()),
+        (["hoptim/solver=neumann", "hoptim/curvature=exact", "hoptim.solver.terms=5"], on_exact(hoptim.Neumann(terms=5))),
+        (["hoptim/solver=identity", "hoptim.method.damping=0.5"], damped()),
+        (["hoptim/solver=cg", "hoptim/curvature=exact"], on_exact(hoptim.CG())),
         (
-            ["hoptim/solver=cg", "hoptim/curvature=gauss_newton"],
-            hoptim.Implicit(hoptim.CG(), curvature=hoptim.GaussNewton()),
+            ["hoptim/solver=gmres", "hoptim/condition=update", "hoptim/preconditioner=jacobi", "hoptim/curvature=exact"],
+            hoptim.Implicit(
+                hoptim.GMRES(), condition=hoptim.Update(), preconditioner=hoptim.Jacobi(), curvature=hoptim.Exact()
+            ),
         ),
-        (["experiment=iris_blog"], hoptim.Implicit(hoptim.Neumann(terms=5, step_size=0.1))),
+        (["hoptim/curvature=averaged", "hoptim/solver=warm_start"], averaged()),
+        (["hoptim/method=unrolled", "hoptim.method.steps=5"], hoptim.Unrolled(5)),
+        (["experiment=iris_blog"], on_exact(hoptim.Neumann(terms=5, step_size=0.1))),
     ],
 )
 def test_the_config_makes_the_method_it_names(overrides, method):

@@ -7,8 +7,9 @@ import torch
 from cases import OPERATORS, SIZE, Counted, Trained, classes, flat, like, noisy_problem, unflat
 from torch import Tensor, nn
 
-from hoptim import Exact, HyperParameters, Problem
-from hoptim.operators import StationarityGraph, Symmetric
+from hoptim import Exact, HyperParameters, Problem, operators
+from hoptim.operators import Mean, Operator, Symmetric, rows
+from hoptim.stationarity import StationarityGraph
 
 V = torch.linspace(-1, 2, SIZE, dtype=torch.float64)
 
@@ -100,3 +101,92 @@ def test_weights_without_curvature_get_zeros() -> None:
         product = A @ {"weight": torch.ones(*lead, 1, 2), "bias": torch.ones(*lead, 1)}
         assert torch.equal(product["weight"], torch.full((*lead, 1, 2), 2.0))
         assert torch.equal(product["bias"], torch.zeros(*lead, 1))
+
+
+# Means
+
+
+class Dense(Operator):
+    """A matrix that need not be symmetric, over the entries "a" and "b", or one of them."""
+
+    def __init__(self, M: Tensor, names: str = "ab") -> None:
+        super().__init__({name: torch.zeros(2) for name in names})
+        self.M = M
+
+    def __matmul__(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        product = torch.cat([v[name] for name in self.like], -1) @ self.M.T
+        return dict(zip(self.like, product.split(2, -1), strict=True))
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        return Dense(self.M.T, "".join(self.like))
+
+
+def test_mean_of_operators_of_unequal_names_and_its_transpose() -> None:
+    M, N, O = torch.randn(4, 4), torch.randn(2, 2), torch.randn(2, 2)  # noqa: E741
+    mean = Mean([Dense(N, "b"), Dense(M), Dense(O, "a")])
+    dense = (M + torch.block_diag(O, N)) / 3
+    v = {"a": torch.randn(3, 2), "b": torch.randn(3, 2)}
+    for operator, expected in ((mean, dense), (mean.T, dense.T), (mean.T.T + 0.5, dense + 0.5 * torch.eye(4))):
+        product = operator @ v
+        torch.testing.assert_close(torch.cat([product["a"], product["b"]], -1), torch.cat([v["a"], v["b"]], -1) @ expected.T)
+        product = operator @ {name: value[1] for name, value in v.items()}
+        torch.testing.assert_close(torch.cat([product["a"], product["b"]]), expected @ torch.cat([v["a"][1], v["b"][1]]))
+    assert not mean.symmetric
+    assert Mean([Counted(OPERATORS["spd"]()), Counted(OPERATORS["zero"]())]).symmetric
+
+
+# Several right-hand sides, in the way that is fastest
+
+
+class Calls:
+    """A matrix product that notes how many vectors came at once: 0 for one without a leading axis."""
+
+    def __init__(self) -> None:
+        self.M, self.sizes = torch.randn(3, 3), list[int]()
+
+    def __call__(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.sizes.append(len(v["w"]) if v["w"].ndim > 1 else 0)
+        return {"w": v["w"] @ self.M.T, "b": 2 * v["b"]}
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [(6, 1, [0] * 6), (6, 4, [4, 2]), (6, 6, [6]), (9, 4, [4, 4, 1])])
+def test_rows_are_the_same_whichever_way_was_chosen(
+    count: int, size: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "_CHUNK", {("key", count): size})
+    product, v = Calls(), {"w": torch.randn(count, 3), "b": torch.randn(count)}
+    found = rows(product, v, "key")
+    assert product.sizes == sizes
+    torch.testing.assert_close(found["w"], v["w"] @ product.M.T)
+    torch.testing.assert_close(found["b"], 2 * v["b"])
+
+
+def test_ways_are_measured_once_for_a_key_and_a_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: dict[Any, int] = {}
+    monkeypatch.setattr(operators, "_CHUNK", chosen)
+    for count in (3, 6):
+        v = {"w": torch.randn(count, 3), "b": torch.randn(count)}
+        for key in ("one", "other"):
+            first, second = Calls(), Calls()
+            assert torch.allclose(rows(first, v, key)["w"], v["w"] @ first.M.T)
+            rows(second, v, key)
+            assert len(first.sizes) > len(second.sizes)
+            assert {0, count, *([4] if count > 4 else [])} <= set(first.sizes)
+            assert len(second.sizes) == -(-count // chosen[(key, count)])
+    assert set(chosen) == {("one", 3), ("other", 3), ("one", 6), ("other", 6)}
+
+
+@pytest.mark.parametrize(("slow", "size"), [(lambda n: n, 6), (lambda n: 20 * (n != 0), 1), (lambda n: 20 * (n != 4), 4)])
+def test_the_way_with_the_least_time_for_all_rows_is_chosen(slow: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: dict[Any, int] = {}
+    monkeypatch.setattr(operators, "_CHUNK", chosen)
+    clock = [0.0]
+    monkeypatch.setattr(operators.time, "perf_counter", lambda: clock[0])
+
+    def product(v: dict[str, Tensor]) -> dict[str, Tensor]:
+        clock[0] += 1.0 + slow(len(v["w"]) if v["w"].ndim > 1 else 0) / (100 if size == 6 else 1)
+        return v
+
+    rows(product, {"w": torch.randn(6, 3)}, "key")
+    assert chosen == {("key", 6): size}

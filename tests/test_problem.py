@@ -129,8 +129,8 @@ def test_loss_gives_a_module_of_hyperparameters_its_mode_and_its_buffers() -> No
 @pytest.mark.parametrize("which", ["train_loss", "val_loss"])
 def test_errors_name_the_loss(which: str) -> None:
     problem = linear_problem()
-    setattr(problem, which, lambda m, h, b: m(b).flatten())
-    with pytest.raises(ValueError, match=rf"{which} returned a tensor of shape \(5,\): return a scalar"):
+    setattr(problem, which, lambda m, h, b: m(b))
+    with pytest.raises(ValueError, match=rf"{which} returned a tensor of shape \(5, 1\): return a scalar"):
         problem.pure(which, problem.weights(), problem.leaves(), torch.randn(5, 2), itself)
 
 

@@ -6,10 +6,19 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch import Tensor
 
+from hoptim import trees
 from hoptim.operators import Operator
+from hoptim.options import is_finite, is_whole
 from hoptim.trees import Tree
+
+READ_EVERY = 16  # products between two looks of the host at the device's norms
+GROWTH_LIMIT = 10.0  # what outgrows ‖g‖ by this factor has failed
+NEGATIVE = -1e-6  # curvature below this share of the largest is negative, and no rounding
+
+State = dict[str, Tree]  # what a solver carries to its next call, by kind: {"direction": …}
 
 
 class Status(Enum):
@@ -33,10 +42,26 @@ class Status(Enum):
         "the step size is too large for this curvature and the series grows, though it is still bounded; the answer is "
         "used. Take a smaller step_size, or step_size=None, which chooses one",
     )
+    LARGE_RESIDUAL = (
+        "remark",
+        "the answer leaves a residual longer than the right-hand side, so that it solves the system less well than zero "
+        "does: the curvature is nearly singular there, or a low rank misses what curves well above rho. Add damping, take "
+        "MINRES, a higher rank or a larger rho, if progress is poor",
+    )
+    REPLAY_DIFFERS = (
+        "remark",
+        "the inner steps, taken again, do not end where they did: something between loss and step is not seen, such as "
+        "clipping, scaled losses, or gradients cleared elsewhere than by optimizer.zero_grad(); the answer is used",
+    )
+    SENSITIVE = (
+        "remark",
+        "the derivative grows backwards through the inner steps: the end depends strongly on where they began. Take fewer "
+        "steps, or a smaller inner learning rate; the answer is used",
+    )
     STEP_TOO_LARGE = (
         "failed",
-        "the series diverged: the step size is more than twice the inverse of the largest curvature. Take a smaller "
-        "step_size, or step_size=None, which chooses one",
+        "the series diverged: the step size is too large, or the interval too short, for the largest curvature. Take a "
+        "smaller step_size or a longer interval, or None, which chooses one",
     )
     CURVATURE_TOO_NEGATIVE = (
         "failed",
@@ -82,7 +107,8 @@ class Solution:
         residuals: ‖g − Aᵀx‖ / ‖g‖, one a product of the series, on the device: shape (products,) or (products, R).
         products: how many products with A were spent, those for the spectrum included.
         step_size: the step that was used; ``None`` for a solver without one.
-        state: what the solver wants to see again at its next call (a vector for the spectrum); may be empty.
+        state: what the solver wants to see again at its next call, such as a vector for the spectrum under "direction";
+            may be empty.
     """
 
     value: Tree
@@ -91,18 +117,87 @@ class Solution:
     products: int
     detail: str = ""
     step_size: float | None = None
-    state: Tree
+    state: State
 
 
 class Solver(ABC):
     """A strategy for Aᵀx = g: a frozen dataclass that owns its options, sees no model and keeps no state."""
 
     @abstractmethod
-    def solve(self, A: Operator, g: Tree, state: Tree | None = None) -> Solution:
+    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
         """Solve Aᵀx = g for one right-hand side, or for R at once where ``g`` has a leading axis.
 
         Args:
             A: the curvature.
             g: the right-hand side, of the names and shapes of ``A.like``, or with a leading axis R.
-            state: the ``state`` of the last solution on a similar operator, if any.
+            state: the ``state`` of the last solution on a similar operator, if any; what does not fit is ignored.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iterative(Solver):
+    """A solver of at most ``terms`` products that stops at a relative residual of ``tolerance``."""
+
+    terms: int = 20
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not (is_whole(self.terms) and self.terms >= 1):
+            raise ValueError(f"terms={self.terms!r}: give a whole number of products, 1 or more")
+        check_tolerance(self.tolerance)
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raise ``ValueError`` unless it is a finite number, 0 or more."""
+    if not (is_finite(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance={tolerance!r}: give a finite number, 0 or more")
+
+
+def check_symmetric(solver: Solver, A: Operator) -> None:
+    """Raise ``TypeError`` where A is not known to be symmetric and the solver would be wrong without a word."""
+    if not A.symmetric:
+        raise TypeError(
+            f"{type(solver).__name__} solves symmetric systems only, and this curvature is not known to be symmetric: take "
+            "hoptim.GMRES, hoptim.Neumann or hoptim.Identity"
+        )
+
+
+def carried(state: State | None, name: str, like: Tree) -> Tree | None:
+    """The vector of that name, where it has the names, shapes, types and devices of ``like``: the model may have changed.
+
+    >>> carried({"direction": {"w": torch.ones(2)}}, "direction", {"w": torch.zeros(2)})
+    {'w': tensor([1., 1.])}
+    >>> carried({"direction": {"w": torch.ones(2)}}, "direction", {"w": torch.zeros(3)})
+    """
+    found = (state or {}).get(name)
+    if not isinstance(found, dict):
+        return None
+    kinds = [{key: (v.shape, v.dtype, v.device) for key, v in tree.items()} for tree in (found, like)]
+    return found if kinds[0] == kinds[1] else None
+
+
+def time_to_look(term: int, terms: int, on: Tensor) -> bool:
+    """On a CPU a look costs nothing; elsewhere the device would have to wait for the host."""
+    return term < terms and (on.device.type == "cpu" or term % READ_EVERY == 0)
+
+
+def ended(flags: dict[Status, Tensor], *figures: Tensor) -> tuple[Status, list[Tensor]]:
+    """The first status that holds for any right-hand side, and the figures on the host, which looks at the device once."""
+    held = [flag.any().reshape(1) for flag in flags.values()]
+    read = torch.cat([part.flatten().double() for part in (*held, *figures)]).cpu()
+    sizes = [figure.numel() for figure in figures]
+    found = read[: len(held)].tolist()
+    status = next((status for status, holds in zip(flags, found, strict=True) if holds), Status.CONVERGED)
+    parts = read[len(held) :].split(sizes) if sizes else ()
+    return status, [part.reshape(figure.shape) for part, figure in zip(parts, figures, strict=True)]
+
+
+def inverse(a: Tensor) -> Tensor:
+    """1 / a, and zero where a is zero."""
+    return torch.where(a == 0, 0.0, 1 / a)
+
+
+def rayleigh(v: Tree, product: Tree, batched: bool) -> Tensor:
+    """⟨v, A v⟩ / ⟨v, v⟩: the curvature along v; zero where v is zero."""
+    square = trees.dot(v, v, batched=batched)
+    return trees.dot(v, product, batched=batched) / torch.where(square == 0, 1.0, square)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,12 +12,22 @@ from torch import Tensor
 from hoptim import trees
 from hoptim.operators import Operator
 from hoptim.options import is_finite, is_whole
-from hoptim.solvers.base import Solution, Solver, Status
+from hoptim.solvers.base import (
+    GROWTH_LIMIT,
+    NEGATIVE,
+    READ_EVERY,
+    Solution,
+    Solver,
+    State,
+    Status,
+    carried,
+    check_tolerance,
+    rayleigh,
+    time_to_look,
+)
 from hoptim.spectral import spectral_norm, start_vector
 from hoptim.trees import Tree
 
-GROWTH_LIMIT = 10.0  # a series whose vectors outgrow ‖g‖ by this factor has failed
-READ_EVERY = 16  # products between two looks of the host at the device's norms
 FIRST_PRODUCTS, LATER_PRODUCTS = 10, 2  # of the power iteration: from a fresh vector, and from a carried one
 
 
@@ -32,7 +43,7 @@ class Identity(Solver):
     {'w': tensor([1.])}
     """
 
-    def solve(self, A: Operator, g: Tree, state: Tree | None = None) -> Solution:
+    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
         """Return g itself; the residual is not known, since no product was spent."""
         start = trees.norm(g, batched=A.is_batched(g))
         finite = bool(start.isfinite().all())
@@ -49,19 +60,23 @@ class Identity(Solver):
 class Neumann(Solver):
     """The Neumann series for the inverse: x_K = α Σ_{j=0..K} (I − αAᵀ)^j g.
 
-    It converges to A⁻ᵀg when every eigenvalue of αA lies in (0, 2). K terms cost K products and sum K+1 vectors; ``terms=0``
-    gives αg. With plain SGD of learning rate α, x_K is what differentiating through the last K+1 steps would give.
+    It converges to A⁻ᵀg when every eigenvalue of αA lies in (0, 2); of an unsymmetric A, when |1 − αμ| < 1 for every
+    eigenvalue μ, that is α < 2 Re μ / |μ|². K terms cost K products and sum K+1 vectors; ``terms=0`` gives αg. With plain
+    SGD of learning rate α, x_K is what differentiating through the last K+1 steps would give.
 
     The vector after j products, (I − αAᵀ)^j g, is the residual of x_{j−1}: it costs nothing, so that is what ``residuals``
     holds, and the last one is that of x_{K−1}. A series whose vectors outgrow 10·‖g‖ has failed, and stops.
 
     Args:
-        terms: K ≥ 0, default 20.
+        terms: K ≥ 0, default 20; with a tolerance, the most.
         step_size: α > 0; ``None``, the default, takes 1/‖A‖₂, estimated by power iteration: 10 products at first, then 2
-            each time, from the vector carried over from the last solve.
+            each time, from the vector carried over from the last solve. Of an unsymmetric A it takes 1 / max ‖Aᵀv‖/‖v‖ over
+            the iterates, between the inverses of norm and spectral radius; eigenvalues far from the real axis may need
+            less, and a series that grows for that says so.
+        tolerance: the relative residual at which a right-hand side stops, ≥ 0; 0, the default, takes all terms.
 
     Raises:
-        ValueError: ``terms`` is negative or ``step_size`` is not positive.
+        ValueError: ``terms`` or ``tolerance`` is negative, or ``step_size`` is not positive.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), algorithm 3, with the sign corrected.
 
@@ -74,51 +89,68 @@ class Neumann(Solver):
 
     terms: int = 20
     step_size: float | None = None
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if not (is_whole(self.terms) and self.terms >= 0):
             raise ValueError(f"terms={self.terms!r}: give a whole number of products, 0 or more")
         if self.step_size is not None and not (is_finite(self.step_size) and self.step_size > 0):
             raise ValueError(f"step_size={self.step_size!r}: give a positive number, or None to choose it")
+        check_tolerance(self.tolerance)
 
-    def solve(self, A: Operator, g: Tree, state: Tree | None = None) -> Solution:
+    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
         """Sum the series; a step chosen too large, which a poor start of the power iteration allows, is chosen again."""
         if self.step_size is not None:
-            return _series(A, g, self.terms, self.step_size)
-        spent, state = 0, state if state and _fits(state, A) else Tree()
-        for products in (LATER_PRODUCTS if state else FIRST_PRODUCTS, FIRST_PRODUCTS, FIRST_PRODUCTS):
-            norm, carried = spectral_norm(A, state or _start(A, g), products)
-            spent += products
-            length, bound = torch.stack([trees.norm(g), norm]).tolist()
-            if not (math.isfinite(length) and math.isfinite(bound) and bound > 0):
-                return _without_step(A, g, length, bound, spent)
-            solution = _series(A, g, self.terms, 1.0 / bound)
-            spent += solution.products
-            state = solution.state or carried
-            if solution.status is not Status.STEP_TOO_LARGE:
-                break
-        return replace(solution, products=spent, state=state)
+            return _series(A, g, self.terms, self.step_size, self.tolerance)
+        return with_bound(A, g, state, lambda bound: _series(A, g, self.terms, 1.0 / bound, self.tolerance))
 
 
-def _series(A: Operator, g: Tree, terms: int, step: float) -> Solution:
-    """α Σ_{j=0..K} (I − αAᵀ)^j g, stopped where it has failed."""
+def with_bound(A: Operator, g: Tree, state: State | None, attempt: Callable[[float], Solution]) -> Solution:
+    """``attempt(‖A‖₂)``, estimated from the carried direction; again where the estimate turns out too low."""
+    known = carried(state, "direction", A.like)
+    spent, direction = 0, known or _start(A, g)
+    for products in (LATER_PRODUCTS if known else FIRST_PRODUCTS, FIRST_PRODUCTS, FIRST_PRODUCTS):
+        norm, direction = spectral_norm(A.T, direction, products)
+        spent += products
+        length, bound = torch.stack([trees.norm(g), norm]).tolist()
+        if not (math.isfinite(length) and math.isfinite(bound) and bound > 0):
+            return _without_bound(A, g, length, bound, spent)
+        solution = attempt(bound)
+        spent += solution.products
+        direction = solution.state.get("direction", direction)
+        if solution.status is not Status.STEP_TOO_LARGE or not A.symmetric:  # a better norm cures no complex spectrum
+            break
+    return replace(solution, products=spent, state={"direction": direction})
+
+
+def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> Solution:
+    """α Σ_{j=0..K} (I − αAᵀ)^j g, stopped where it has converged or failed."""
     batched = A.is_batched(g)
     vector, total = trees.clone(g), trees.clone(g)
     norms = [trees.norm(g, batched=batched)]
     curvature = torch.zeros_like(norms[0])
+    active = norms[0] > 0
     for term in range(1, terms + 1):
         product = A.T @ vector
         if term == terms:
-            curvature = _rayleigh(vector, product, batched)
-        trees.add_(vector, product, alpha=-step)
-        trees.add_(total, vector)
+            curvature = rayleigh(vector, product, batched)
+        if tolerance:  # what has converged is frozen by coefficients of zero, so that the host need not look
+            trees.axpy_(vector, product, -step * active)
+            trees.axpy_(total, vector, active.to(curvature.dtype))
+        else:
+            trees.add_(vector, product, alpha=-step)
+            trees.add_(total, vector)
         norms.append(trees.norm(vector, batched=batched))
+        if tolerance:
+            active = active & ~(norms[-1] <= tolerance * norms[0])
+            if time_to_look(term, terms, norms[0]) and not bool(active.any()):
+                break
         if term % READ_EVERY == 0 and term < terms and _first_bad(torch.stack(norms)) is not None:
             break
     history = torch.stack(norms)
-    bad, state = _first_bad(history), Tree()
+    bad, state = _first_bad(history), State()
     if bad is None:
-        status, detail = _remark(history, curvature, step)
+        status, detail = _remark(A, history, curvature, step, tolerance)
     else:
         status, detail, state = _diagnose(A, g, step, history, bad)
     return Solution(
@@ -139,42 +171,48 @@ def _first_bad(history: Tensor) -> int | None:
     return rows.index(False) if False in rows else None
 
 
-def _remark(history: Tensor, curvature: Tensor, step: float) -> tuple[Status, str]:
+def _remark(A: Operator, history: Tensor, curvature: Tensor, step: float, tolerance: float) -> tuple[Status, str]:
     """What a bounded series tells: its vectors shrink steadily where every eigenvalue of αA lies in [0, 1]."""
     grew = (history[1:] > history[:-1] * (1 + 1e-5)).any().to(curvature.dtype)
-    low, high, growth = torch.stack([curvature.amin(), curvature.amax(), grew]).tolist()
-    if low * step < -1e-6:
+    done = (history[-1] <= tolerance * history[0]).all().to(curvature.dtype)
+    low, high, growth, converged = torch.stack([curvature.amin(), curvature.amax(), grew, done]).tolist()
+    if converged and tolerance:
+        return Status.CONVERGED, ""
+    if low * step < NEGATIVE:
         return Status.NEGATIVE_CURVATURE, f"the curvature along the last term is {low:.3g}"
     if growth and high * step > 1:
         return Status.GROWING, f"step size {step:.3g}, curvature along the last term {high:.3g}"
-    if growth:
+    if growth and A.symmetric:
         return Status.NEGATIVE_CURVATURE, "a term is longer than the one before it, though the step is small enough"
+    if growth:
+        return Status.GROWING, f"step size {step:.3g}: a term is longer than the one before it, since A is not symmetric"
     return Status.FINISHED, ""
 
 
-def _diagnose(A: Operator, g: Tree, step: float, history: Tensor, bad: int) -> tuple[Status, str, Tree]:
+def _diagnose(A: Operator, g: Tree, step: float, history: Tensor, bad: int) -> tuple[Status, str, State]:
     """Walk to the bad term again with vectors kept at unit length, to see which curvature the series grew along."""
     if bad == 0:
         return Status.NON_FINITE_GRADIENT, "the right-hand side of the system is not finite", {}
     if A.is_batched(g):
         worst = int(history[bad].nan_to_num(math.inf, math.inf).argmax())
         g, history = trees.map_tree(lambda value: value[worst], g), history[:, worst]
-    vector, curvature = trees.clone(g), 0.0
+    vector, curvature, square = trees.clone(g), 0.0, 0.0
     for _ in range(bad):
         vector = trees.unit(vector)
         product = A.T @ vector
-        curvature = float(_rayleigh(vector, product, batched=False))
+        curvature, square = torch.stack([trees.dot(vector, product), trees.dot(product, product)]).tolist()
         if not math.isfinite(curvature):
             return Status.NON_FINITE_PRODUCT, f"at term {bad}", {}
         trees.add_(vector, product, alpha=-step)
     grown = f"the series grew to {float(history[bad] / history[0]):.3g} times its start at term {bad}"
-    if step * curvature > 1:
-        advice = f"step size {step:.3g} against a curvature of {curvature:.3g}, which allows less than {2 / curvature:.3g}"
-        return Status.STEP_TOO_LARGE, f"{grown}: {advice}", trees.unit(vector)
+    if step * curvature > 1 or (curvature > 0 and not A.symmetric):
+        allowed = 2 * curvature / square  # for a longer step than this, v − αAᵀv is longer than v
+        advice = f"step size {step:.3g} against a curvature of {curvature:.3g}, which allows less than {allowed:.3g}"
+        return Status.STEP_TOO_LARGE, f"{grown}: {advice}", {"direction": trees.unit(vector)}
     return Status.CURVATURE_TOO_NEGATIVE, f"{grown}, along a curvature of {curvature:.3g}", {}
 
 
-def _without_step(A: Operator, g: Tree, length: float, bound: float, spent: int) -> Solution:
+def _without_bound(A: Operator, g: Tree, length: float, bound: float, spent: int) -> Solution:
     """The end of a solve for which no step could be chosen; x = 0 is right where g is zero."""
     if not math.isfinite(length):
         status = Status.NON_FINITE_GRADIENT
@@ -185,18 +223,6 @@ def _without_step(A: Operator, g: Tree, length: float, bound: float, spent: int)
     norm = trees.norm(g, batched=A.is_batched(g))
     residuals = norm.new_empty((0, *norm.shape))
     return Solution(value=trees.zeros_like(g), status=status, residuals=residuals, products=spent, state={})
-
-
-def _rayleigh(v: Tree, product: Tree, batched: bool) -> Tensor:
-    """⟨v, A v⟩ / ⟨v, v⟩: the curvature along v; zero where v is zero."""
-    square = trees.dot(v, v, batched=batched)
-    return trees.dot(v, product, batched=batched) / torch.where(square == 0, 1.0, square)
-
-
-def _fits(state: Tree, A: Operator) -> bool:
-    """Whether a carried vector is one of this operator's: the model may have changed since."""
-    kinds = [{name: (v.shape, v.dtype, v.device) for name, v in tree.items()} for tree in (state, A.like)]
-    return kinds[0] == kinds[1]
 
 
 def _start(A: Operator, g: Tree) -> Tree:

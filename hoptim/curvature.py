@@ -1,0 +1,169 @@
+"""Strategies for the curvature of the training loss that differentiate twice: exact, and Gauss-Newton."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from hoptim import trees
+from hoptim.compiled import Products, compiled_products
+from hoptim.operators import Operator, Symmetric
+from hoptim.problem import CompositeLoss, Parts, Problem
+from hoptim.stationarity import (
+    Curvature,
+    Found,
+    Linearized,
+    Point,
+    R,
+    StationarityGraph,
+    check_twice_differentiable,
+    pulled_back,
+    symmetric,
+)
+from hoptim.trees import Tree
+
+NO_PARTS = (
+    "GaussNewton needs a training loss that shows its parts: build it as hoptim.CompositeLoss(predict, criterion, penalty), "
+    "or take hoptim.Exact()"
+)
+
+
+_LOOKED_AT: WeakSet[Problem] = WeakSet()  # problems whose graph has been looked through
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Graph(Curvature):
+    """What is built on the cached graph of F, or on compiled ones."""
+
+    compile: bool = False
+
+    @abstractmethod
+    def __call__(self, graph: StationarityGraph) -> Operator:
+        """The curvature at the point where ``graph`` was built."""
+
+    def linearize(self, point: Point, then: Callable[[Linearized], R]) -> R:
+        """``then`` of the linearised F, from one graph."""
+        if self.compile:
+            gauss_newton = isinstance(self, GaussNewton)
+            products = compiled_products(point.problem, point.weights, point.leaves, point.batch, gauss_newton=gauss_newton)
+            if products is not None:
+                return then(_from_compiled(products, point.weights))
+
+        def inside(loss: Tensor, parts: Parts | None) -> R:
+            graph = StationarityGraph(loss, point.weights, point.leaves, parts)
+            if point.problem not in _LOOKED_AT:
+                check_twice_differentiable(graph)
+                _LOOKED_AT.add(point.problem)
+            return then(
+                Linearized(
+                    loss=loss.detach(),
+                    value=trees.map_tree(torch.Tensor.detach, graph.value),
+                    A=self(graph) if graph.weights else symmetric(lambda v, _: v, {}, "nothing"),
+                    mixed=graph.mixed,
+                    untouched=tuple(graph.untouched_weights),
+                )
+            )
+
+        return point.problem.pure("train_loss", point.weights, point.leaves, point.batch, inside)
+
+
+def _from_compiled(products: Products, weights: Tree) -> Linearized:
+    like = {name: weights[name].detach() for name in products.value}
+    A = Symmetric(products.product, like)
+    untouched = tuple(products.untouched)
+    return Linearized(loss=products.loss, value=products.value, A=A, mixed=products.mixed, untouched=untouched)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact(_Graph):
+    """The exact curvature: A = ∂F/∂w by double backward through one cached graph.
+
+    Args:
+        compile: trace and compile the products, default ``False``: seconds once a run and once a shape of batch, then faster
+            ones. What can't be traced goes on as without, with a warning that names the operation.
+
+    Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+    """
+
+    def __call__(self, graph: StationarityGraph) -> Operator:
+        """The curvature at the point where ``graph`` was built."""
+        return graph.jacobian()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussNewton(_Graph):
+    """The Gauss-Newton curvature of the criterion plus the exact Hessian of the penalty: A = Jᵀ (∂²c/∂z²) J + ∂²penalty/∂w².
+
+    J = ∂z/∂w is the derivative of the model's output. Positive semidefinite where the criterion is convex in z and the
+    penalty in w, however curved the model is. Products go through cached graphs: J v by a double backward pass, the
+    criterion's Hessian on z alone, Jᵀ by one more backward pass; no output Hessian is formed.
+
+    Args:
+        compile: trace and compile the products, default ``False``, as in :class:`Exact`.
+
+    Raises:
+        ValueError: when called, the training loss is no :class:`CompositeLoss`.
+
+    Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
+    """
+
+    def linearize(self, point: Point, then: Callable[[Linearized], R]) -> R:
+        """``then`` of the linearised F."""
+        if not isinstance(point.problem.train_loss, CompositeLoss):
+            raise ValueError(NO_PARTS)
+        return super().linearize(point, then)
+
+    def __call__(self, graph: StationarityGraph) -> Operator:
+        """The curvature at the point where ``graph`` was built."""
+        if graph.parts is None:
+            raise ValueError(NO_PARTS)
+        weights, parts = graph.weights, graph.parts
+        z = {"z": parts.z}
+        at = {"z": parts.z.detach().requires_grad_()}
+        slope = {"z": _gradient(parts.criterion(at["z"]), at)["z"]}
+        u = {"z": torch.zeros_like(parts.z).requires_grad_()}  # Jᵀu is linear in u, so that its derivative along v is J v
+        pulled = _present(_graph_of(z, u, weights))
+        penalty = _present({}) if parts.penalty is None else _penalty_gradient(parts.penalty, weights)
+
+        def product(v: Tree, batched: bool) -> Tree:
+            found = {name: torch.zeros_like(value) for name, value in v.items()}
+            if pulled and slope["z"].requires_grad:
+                Jv = pulled_back(pulled, {name: v[name] for name in pulled}, u, batched=batched)["z"]
+                HJv = None if Jv is None else pulled_back(slope, {"z": Jv}, at, batched=batched)["z"]
+                if HJv is not None:
+                    found |= _present(pulled_back(z, {"z": HJv}, weights, batched=batched))
+            if penalty:
+                second = _present(pulled_back(penalty, {name: v[name] for name in penalty}, weights, batched=batched))
+                found |= {name: found[name] + part for name, part in second.items()}
+            return found
+
+        return symmetric(product, weights, "Gauss-Newton")
+
+
+def _gradient(value: Tensor, inputs: Tree) -> Tree:
+    return dict(zip(inputs, torch.autograd.grad(value, list(inputs.values()), create_graph=True), strict=True))
+
+
+def _graph_of(outputs: Tree, v: Tree, inputs: Tree) -> Found:
+    """vᵀ ∂outputs/∂inputs, as a function of v."""
+    found = torch.autograd.grad(
+        list(outputs.values()), list(inputs.values()), list(v.values()), create_graph=True, allow_unused=True
+    )
+    return dict(zip(inputs, found, strict=True))
+
+
+def _penalty_gradient(penalty: Tensor, weights: Tree) -> Tree:
+    """∂penalty/∂w with its graph, where it depends on a weight."""
+    if not penalty.requires_grad:
+        return {}
+    found = torch.autograd.grad(penalty, list(weights.values()), create_graph=True, allow_unused=True)
+    return {name: part for name, part in _present(dict(zip(weights, found, strict=True))).items() if part.requires_grad}
+
+
+def _present(found: Found) -> Tree:
+    return {name: part for name, part in found.items() if part is not None}

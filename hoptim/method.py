@@ -1,0 +1,195 @@
+"""What a method for the hypergradient is given and what it returns: Method, Loop, Hypergradient."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hoptim import trees
+from hoptim.problem import Problem
+from hoptim.solvers.base import Solution, State, Status
+from hoptim.stationarity import Found
+from hoptim.trees import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypergradient:
+    """A hypergradient, its two terms and the solve behind it.
+
+    After a failed solve ``indirect`` and ``grads`` are NaN throughout, so that they cannot pass as an answer. Where the
+    validation loss returned R losses, ``val_loss`` is of shape (R,), and the three trees have a leading axis of R.
+
+    Attributes:
+        grads: dL_V/dλ = direct + indirect, by the names of ``hparams.named_parameters()``: with respect to the leaves.
+        direct: ∂L_V/∂λ.
+        indirect: −Bᵀx.
+        solution: x, its status and its residuals.
+        val_loss: L_V, on the device.
+        train_loss: L_T, a scalar on the device.
+        gradient_norm: ‖F‖, for ``Gradient`` ‖∇_w L_T‖, a scalar on the device: zero where the formula is exact.
+        untouched: the hyperparameters that neither loss depends on with these batches; their gradient is zero.
+    """
+
+    grads: Tree
+    direct: Tree
+    indirect: Tree
+    solution: Solution
+    val_loss: Tensor
+    train_loss: Tensor
+    gradient_norm: Tensor
+    untouched: tuple[str, ...] = ()
+
+    def check_touched(self) -> None:
+        """Raise where a hyperparameter is touched by neither loss."""
+        if self.untouched:
+            raise ValueError(
+                f"hyperparameters {list(self.untouched)} are touched by neither loss: the training loss's gradient and the "
+                'validation loss do not depend on them. Use hparams["name"] in a loss, without detach(), or drop them'
+            )
+
+    def combined(self, weights: Sequence[float] | None = None) -> Tree:
+        """One gradient for the outer optimizer: Σ_r weights[r] · grads[r], by default the mean; of a single loss, ``grads``.
+
+        Raises:
+            ValueError: there are not as many weights as validation losses.
+        """
+        if not self.val_loss.ndim:
+            if weights is not None:
+                raise ValueError("val_weights are given, but the validation loss is a single one: return a vector of losses")
+            return self.grads
+        losses = len(self.val_loss)
+        if weights is not None and len(weights) != losses:
+            raise ValueError(f"{len(weights)} val_weights for {losses} validation losses: give one a loss")
+        share = self.val_loss.new_tensor([1 / losses] * losses if weights is None else list(weights))
+        return {name: torch.tensordot(share.to(value), value, dims=1) for name, value in self.grads.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What surrounds a hypergradient, for methods that ask for more than the problem and two batches.
+
+    Attributes:
+        inner: the inner optimizer.
+        draw: gives another training batch.
+        trajectory: the last inner steps, where the method asked for them to be kept.
+    """
+
+    inner: Optimizer | None = None
+    draw: Callable[[], Any] | None = None
+    trajectory: Any = None
+
+
+class Method(ABC):
+    """A strategy for the hypergradient: a frozen dataclass that owns its options and keeps no state."""
+
+    keeps_steps: int = 0  # how many of the last inner steps the optimizer has to remember for it
+
+    @abstractmethod
+    def __call__(
+        self, problem: Problem, train_batch: Any, val_batch: Any, state: State | None = None, loop: Loop | None = None
+    ) -> Hypergradient:
+        """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """L_V and its first derivatives at one point; all with a leading axis of R where it is a vector."""
+
+    loss: Tensor
+    g: Tree
+    direct: Found
+    touched: tuple[str, ...] = field(default=())
+
+
+def validate(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> Validation:
+    """L_V, g = ∂L_V/∂w with zeros where it is not touched, and ∂L_V/∂λ, in one backward pass for each loss."""
+
+    def inside(loss: Tensor, _: Any) -> Validation:
+        rows = (
+            [_gradients(loss, weights, leaves, last=True)]
+            if not loss.ndim
+            else [_gradients(one, weights, leaves, last=i == len(loss) - 1) for i, one in enumerate(loss)]
+        )
+        g = {name: _rows([row[0][name] for row in rows], value, loss.ndim) for name, value in weights.items()}
+        direct: Found = {
+            name: None
+            if all(row[1][name] is None for row in rows)
+            else _rows([row[1][name] for row in rows], leaf, loss.ndim)
+            for name, leaf in leaves.items()
+        }
+        return Validation(loss=loss.detach(), g=g, direct=direct)
+
+    return problem.pure("val_loss", weights, leaves, batch, inside)
+
+
+def _gradients(loss: Tensor, weights: Tree, leaves: Tree, last: bool) -> tuple[Found, Found]:
+    """∂loss/∂w and ∂loss/∂λ in one backward pass; ``None`` for what the loss does not touch."""
+    inputs = [*weights.values(), *leaves.values()]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=not last)
+    return (
+        dict(zip(weights, found[: len(weights)], strict=True)),
+        dict(zip(leaves, found[len(weights) :], strict=True)),
+    )
+
+
+def _rows(parts: list[Tensor | None], like: Tensor, vector: int) -> Tensor:
+    whole = [torch.zeros_like(like) if part is None else part for part in parts]
+    return torch.stack(whole) if vector else whole[0]
+
+
+def assembled(
+    validation: Validation, leaves: Tree, solution: Solution, mixed: Found, train_loss: Tensor, gradient_norm: Tensor
+) -> Hypergradient:
+    """∂L_V/∂λ − Bᵀx, with zeros for what was not touched; looked at once, and a failed one filled with NaN."""
+    lead = validation.loss.shape
+
+    def whole(found: Found) -> Tree:
+        return {
+            n: leaf.new_zeros((*lead, *leaf.shape)) if (v := found[n]) is None else v.detach() for n, leaf in leaves.items()
+        }
+
+    direct, indirect = whole(validation.direct), trees.map_tree(torch.neg, whole(mixed))
+    result = Hypergradient(
+        grads={name: direct[name] + indirect[name] for name in leaves},
+        direct=direct,
+        indirect=indirect,
+        solution=solution,
+        val_loss=validation.loss,
+        train_loss=train_loss,
+        gradient_norm=gradient_norm,
+        untouched=tuple(name for name in leaves if validation.direct[name] is None and mixed[name] is None),
+    )
+    return _judged(result)
+
+
+def _judged(result: Hypergradient) -> Hypergradient:
+    """Look at the finished result once, and fill a failed one with NaN."""
+    tensors = [
+        result.val_loss.sum(),
+        result.train_loss,
+        result.gradient_norm,
+        trees.norm(result.direct),
+        trees.norm(result.indirect),
+    ]
+    device = tensors[0].device  # hyperparameters may live on another one
+    val_loss, train_loss, gradient, direct, indirect = torch.stack([t.float().to(device) for t in tensors]).tolist()
+    solution = result.solution
+    if not math.isfinite(gradient):
+        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail="of the training loss")
+    for name, loss in (("validation", val_loss), ("training", train_loss)):
+        if not math.isfinite(loss):
+            solution = replace(solution, status=Status.NON_FINITE_LOSS, detail=f"the {name} loss is {loss}")
+    if solution.status.ok and not (math.isfinite(direct) and math.isfinite(indirect)):
+        term = "direct" if math.isfinite(indirect) else "indirect"
+        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail=f"in the {term} term")
+    if solution.status.ok:
+        return result
+    nan = {name: torch.full_like(value, math.nan) for name, value in result.direct.items()}
+    return replace(result, grads=nan, indirect=nan, solution=replace(solution, state={}))

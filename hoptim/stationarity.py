@@ -1,0 +1,198 @@
+"""F(w, λ) at one point, with A = ∂F/∂w and B = ∂F/∂λ: products from one graph that is built once and used many times."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from hoptim.operators import Operator, Symmetric, rows
+from hoptim.problem import Parts, Problem
+from hoptim.trees import Tree
+
+Found = dict[str, Tensor | None]  # by name; None for what a loss does not touch
+R = TypeVar("R")
+
+
+def as_leaves(live: Tree) -> Tree:
+    """Fresh leaves on the same memory: nothing computed from them can reach the live parameters' ``.grad`` or hooks."""
+    return {name: value.detach().requires_grad_() for name, value in live.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Where F is linearised.
+
+    Attributes:
+        problem: the problem whose training loss it is.
+        live: the live weights and hyperparameters, which the problem itself can't name while they are swapped.
+        weights: w, fresh leaves on the live memory.
+        leaves: λ, likewise.
+        batch: the training batch.
+        draw: gives another training batch; ``None`` where there is no source of more.
+    """
+
+    problem: Problem
+    live: tuple[Tree, Tree]
+    weights: Tree
+    leaves: Tree
+    batch: Any
+    draw: Callable[[], Any] | None = None
+
+    @classmethod
+    def of(cls, problem: Problem, batch: Any, draw: Callable[[], Any] | None = None) -> Point:
+        """The model's present weights and hyperparameters."""
+        live = problem.weights(), problem.leaves()
+        weights, leaves = as_leaves(live[0]), as_leaves(live[1])
+        return cls(problem=problem, live=live, weights=weights, leaves=leaves, batch=batch, draw=draw)
+
+    def another(self, who: str) -> Any:
+        """Another training batch, for ``who`` asks."""
+        if self.draw is None:
+            raise ValueError(f"{who} needs more training batches: give train_batches")
+        return self.draw()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linearized:
+    """F and its derivatives at one point.
+
+    Attributes:
+        loss: L_T, detached.
+        value: F, detached, by the names of the weights that the training loss touches.
+        A: ∂F/∂w on these weights.
+        mixed: x ↦ Bᵀx, shaped as λ, or R of them; ``None`` for a hyperparameter that F does not depend on.
+        untouched: the weights that the training loss does not touch.
+        fixed: the weights that it touches and the inner optimizer does not hold, where that is asked.
+    """
+
+    loss: Tensor
+    value: Tree
+    A: Operator
+    mixed: Callable[[Tree], Found]
+    untouched: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+
+
+class Curvature(ABC):
+    """A strategy for A = ∂F/∂w: a frozen dataclass that linearises F = ∇_w L_T at a point."""
+
+    @staticmethod
+    def check(curvature: object) -> None:
+        """Raise unless it is one."""
+        if not isinstance(curvature, Curvature):
+            raise TypeError(f"curvature is a {type(curvature).__name__}: give a curvature, such as hoptim.Exact()")
+
+    @abstractmethod
+    def linearize(self, point: Point, then: Callable[[Linearized], R]) -> R:
+        """``then`` of the linearised F: inside, because backward passes must find the tensors swapped as the loss did."""
+
+
+class StationarityGraph:
+    """F(w, λ) = ∇_w L_T with its graph kept: every product with A = ∂F/∂w and B = ∂F/∂λ is one backward pass through it.
+
+    The graph costs one training gradient with ``create_graph=True``; a product costs 0.9 to 1.9 gradients more. Dropout
+    masks are part of the graph: one mask for a whole solve.
+
+    Args:
+        loss: L_T, computed from the two that follow.
+        weights: w, leaves that require a gradient.
+        leaves: λ, likewise.
+        parts: the loss taken apart, where it is a :class:`CompositeLoss`.
+
+    Raises:
+        TypeError: a weight has a sparse gradient.
+    """
+
+    def __init__(self, loss: Tensor, weights: Tree, leaves: Tree, parts: Parts | None = None) -> None:
+        self.loss, self.parts = loss, parts
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
+        found = dict(zip(weights, gradients, strict=True))
+        check_dense(found)
+        self.value: Tree = {name: gradient for name, gradient in found.items() if gradient is not None}
+        self.weights = {name: weights[name] for name in self.value}
+        self.leaves = leaves
+        self._outputs = {name: value for name, value in self.value.items() if value.requires_grad}
+        self.untouched_weights = [name for name, gradient in found.items() if gradient is None]
+
+    def vjp(self, v: Tree, inputs: Tree, *, batched: bool = False) -> Found:
+        """vᵀ ∂F/∂inputs; ``None`` for an input that F does not depend on. ``batched``: R products in one vmapped pass."""
+        outputs = self._outputs
+        if not outputs or not inputs:
+            return dict.fromkeys(inputs)
+        return pulled_back(outputs, {name: v[name] for name in outputs}, inputs, batched=batched)
+
+    def jacobian(self) -> Operator:
+        """A = ∂F/∂w = the Hessian of L_T: symmetric, so that vᵀA is A v."""
+
+        def product(v: Tree, batched: bool) -> Tree:
+            found = self.vjp(v, self.weights, batched=batched)
+            return {name: torch.zeros_like(v[name]) if part is None else part for name, part in found.items()}
+
+        return symmetric(product, self.weights, "Hessian")
+
+    def mixed(self, x: Tree) -> Found:
+        """Bᵀx, shaped as λ, or R of them; ``None`` for a hyperparameter that F does not depend on."""
+        name, value = next(iter(x.items()))
+        return self.vjp(x, self.leaves, batched=value.ndim > self.weights[name].ndim)
+
+
+def check_dense(gradients: Mapping[str, Tensor | None]) -> None:
+    """Raise where a gradient is sparse."""
+    if sparse := [name for name, gradient in gradients.items() if gradient is not None and gradient.is_sparse]:
+        raise TypeError(f"the weights {sparse} have sparse gradients: build their layers with sparse=False")
+
+
+def check_twice_differentiable(graph: StationarityGraph) -> None:
+    """Raise where autograd can't go back a second time: it would leave that way out without a word.
+
+    A backward pass that is marked ``once_differentiable`` leaves an ``Error`` in the graph of the gradient, which raises
+    only when it is walked through to the end.
+    """
+    seen: set[Any] = set()
+    todo: list[Any] = [value.grad_fn for value in (*graph.value.values(), graph.loss) if value.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions if following is not None]
+    if any(node.name() == "torch::autograd::Error" for node in seen):
+        custom = sorted(
+            {type(node).__name__.removesuffix("Backward") for node in seen if isinstance(node, BackwardCFunction)}
+        )
+        raise TypeError(
+            f"the training loss has no second derivative: a custom function, of {custom}, is once_differentiable. Take "
+            "curvature=hoptim.FiniteDifference()"
+        )
+
+
+def symmetric(product: Callable[[Tree, bool], Tree], weights: Tree, kind: str) -> Operator:
+    """The symmetric operator of a product that is told whether its vector is one of R."""
+    like = {name: value.detach() for name, value in weights.items()}
+    key = (kind, *((name, value.shape, value.dtype, value.device) for name, value in like.items()))
+
+    def apply(v: Tree) -> Tree:  # it names no operator: a cycle would keep the graph until a garbage collection
+        name, value = next(iter(v.items()))
+        if value.ndim == like[name].ndim:
+            return product(v, False)
+        return rows(lambda v: product(v, v[name].ndim > like[name].ndim), v, key)
+
+    return Symmetric(apply, like)
+
+
+def pulled_back(outputs: Tree, v: Tree, inputs: Tree, *, batched: bool) -> Found:
+    """vᵀ ∂outputs/∂inputs through a graph that is kept; ``batched``: R products in one vmapped pass."""
+    products = torch.autograd.grad(
+        list(outputs.values()),
+        list(inputs.values()),
+        list(v.values()),
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+    return dict(zip(inputs, products, strict=True))

@@ -1,0 +1,237 @@
+"""The sections on what hoptim costs: time, memory, growth, reads of the host, the wrapper. Each is rounds -> rows."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import time
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from benchmark_cases import PROBLEMS, Case, around, difference, make, mlp, training, validation
+from benchmark_measure import Calls, Row, elsewhere, in_turn, peak, ratio
+from torch.distributions import constraints
+from torch.nn.functional import cross_entropy
+
+import hoptim
+
+TERMS = (0, 5, 20)
+STEPS = (5, 20, 100, 1000)
+
+
+def neumann(case: Case, terms: int) -> tuple[hoptim.Implicit, hoptim.Implicit, Any]:
+    """The exact Hessian's Neumann series, with the step chosen and given, and the first solution."""
+    chosen = hoptim.Implicit(hoptim.Neumann(terms=terms), curvature=hoptim.Exact())
+    first = case.implicit(chosen).solution
+    given = hoptim.Neumann(terms=terms, step_size=first.step_size)
+    return chosen, hoptim.Implicit(given, curvature=hoptim.Exact()), first
+
+
+def answers_differ(case: Case, method: hoptim.Implicit, terms: int, step: float) -> float:
+    """Relative distance of hoptim's answer to the hand-written one, under the same dropout masks."""
+    ours = list(case.implicit(method).grads.values())
+    return difference(ours, case.by_hand(terms, step), f"{case.name}, hoptim and the loop by hand")
+
+
+def cost(rounds: int) -> list[Row]:
+    """A hypergradient in training gradients; by hand: the same terms and step in plain torch, the same answer."""
+    rows = []
+    for case in (*(make(name) for name in PROBLEMS), make("784 MLP", "layer")):
+        for terms in TERMS:
+            chosen, given, first = neumann(case, terms)
+            error = answers_differ(case, given, terms, first.step_size)
+            calls: Calls = {
+                "gradient": case.gradient,
+                "step given": lambda case=case, m=given: case.implicit(m),
+                "by hand": lambda case=case, k=terms, a=first.step_size: case.by_hand(k, a),
+                "step chosen": lambda case=case, m=chosen, s=first.state: case.implicit(m, s),
+                "first": lambda case=case, m=chosen: case.implicit(m),
+            }
+            times = in_turn(calls, rounds)
+            figures: dict[str, float | str] = {"difference": f"{error:.0e}", "gradient, ms": 1e3 * median(times["gradient"])}
+            figures |= {name: ratio(times, name, "gradient") for name in list(calls)[1:]}
+            figures["over by hand"] = ratio(times, "step given", "by hand")
+            rows.append(Row(case.name, {"K": str(terms)}, figures, {"over by hand": 1.02} if terms == 20 else {}))
+    return rows
+
+
+COMPILED = {"Iris MLP": 0.5, "784 MLP": 0.8, "small CNN": 0.75, "logistic": 0.95, "transformer": 0.65}
+
+
+def compiled(rounds: int) -> list[Row]:
+    """The compiled curvatures over the eager ones, K = 20, step given; first: with compilation, on the wall."""
+    rows = []
+    for kind in (hoptim.Exact, hoptim.GaussNewton):
+        try:
+            fast = kind(compile=True)
+        except TypeError as error:
+            rows.append(Row("all", {"curvature": kind.__name__}, {"left out": f"{type(error).__name__}: {error}"}))
+            continue
+        for name, goal in COMPILED.items():
+            case = make(name).composite()
+            step = case.implicit(hoptim.Implicit(hoptim.Neumann(terms=0), curvature=kind())).solution.step_size
+            methods = {c: hoptim.Implicit(hoptim.Neumann(terms=20, step_size=step), curvature=c) for c in (kind(), fast)}
+            eager, quick = methods.values()
+            begun = time.perf_counter()
+            case.implicit(quick)
+            first = time.perf_counter() - begun
+            error = apart(case.in_float64(), quick, eager)
+            calls: Calls = {"eager": partial(case.implicit, eager), "quick": partial(case.implicit, quick)}
+            times = in_turn(calls, rounds)
+            figures = {"difference": f"{error:.0e}", "first, s": first, "over eager": ratio(times, "quick", "eager")}
+            rows.append(Row(case.name, {"curvature": kind.__name__}, figures, {"over eager": goal}))
+    return rows
+
+
+def apart(case: Case, *methods: hoptim.Implicit) -> float:
+    """Relative distance of two methods' answers. In float32 a ReLU at zero may fall to either side, so not there."""
+    found = [list(case.implicit(method).grads.values()) for method in methods]
+    return difference(*found, f"{case.name}, compiled and eager", at_most=1e-8)
+
+
+def memory(_: int) -> list[Row]:
+    """Peak of the tensors that a call makes, in MB, every storage counted; left: still held after it, until a collection."""
+    rows = []
+    for name in PROBLEMS:
+        case = make(name)
+        unit, _ = peak(case.gradient)
+        for terms in TERMS:
+            chosen, given, first = neumann(case, terms)
+            ours, left = peak(lambda case=case, m=given: case.implicit(m))
+            hand, _ = peak(lambda case=case, k=terms, a=first.step_size: case.by_hand(k, a))
+            steady, _ = peak(lambda case=case, m=chosen, s=first.state: case.implicit(m, s))
+            figures = {"gradient": unit, "step given": ours, "step chosen": steady, "by hand": hand}
+            figures |= {"in gradients": ours / unit, "over by hand": ours / hand, "left": left}
+            goals = {"left": 0.0, **({"over by hand": 1.1} if terms else {})}
+            rows.append(Row(case.name, {"K": str(terms)}, figures, goals))
+    return rows
+
+
+def unrolling(_: int) -> list[Row]:
+    """Peak in MB of K terms, which should not grow with K, against differentiation through K + 1 steps by hand."""
+    case, step, rows = make("784 MLP"), 0.01, []
+    for steps in STEPS:
+        method = hoptim.Implicit(hoptim.Neumann(terms=steps, step_size=step), curvature=hoptim.Exact())
+        ours, _ = peak(lambda m=method: case.implicit(m))
+        unrolled, _ = peak(lambda n=steps + 1: case.unrolled(n, step), warm=steps < 1000)
+        first = float(rows[0].figures["hoptim"]) if rows else ours
+        figures = {"hoptim": ours, "unrolled": unrolled, "over K = 5": ours / first}
+        rows.append(Row(case.name, {"K": str(steps)}, figures, {"over K = 5": 1.01}))
+    return rows
+
+
+def growth(rounds: int) -> list[Row]:
+    """n example weights, of which a batch gathers 128: the time should not grow with n (K = 20, step given)."""
+
+    def gathered(model: Any, hparams: Any, batch: Any) -> torch.Tensor:
+        weight = hparams["example"]
+        chosen = weight[torch.arange(len(batch[1])) % len(weight)]
+        return (chosen * cross_entropy(model(batch[0]), batch[1], reduction="none")).mean()
+
+    base, calls = make("784 MLP"), {}
+    for n in (1, 10**2, 10**4, 10**6, 10**7):
+        hparams = hoptim.HyperParameters({"example": torch.ones(n)}, {"example": constraints.nonnegative})
+        problem = hoptim.Problem(base.problem.model, hparams, gathered, validation)
+        case = Case("784 MLP", problem, base.batch, base.val_batch)
+        method = hoptim.Implicit(hoptim.Neumann(terms=20, step_size=0.01), curvature=hoptim.Exact())
+        calls[f"{n:,}"] = partial(case.implicit, method)
+        calls[f"{n:,} by hand"] = partial(case.by_hand, 20, 0.01)
+    times, rows = in_turn(calls, rounds), []
+    for n in list(calls)[::2]:
+        figures = {"call, ms": 1e3 * median(times[n]), "over by hand": ratio(times, n, f"{n} by hand")}
+        figures |= {"over n = 1": ratio(times, n, "1"), "by hand, over n = 1": ratio(times, f"{n} by hand", "1 by hand")}
+        rows.append(Row("784 MLP", {"n": n}, figures, {"over n = 1": 1.1}))
+    return rows
+
+
+def size(rounds: int) -> list[Row]:
+    """An MLP 784-h-h-10 with a decay a weight, K = 5: time in gradients and bytes a weight should stay the same."""
+    rows = []
+    for width in (256, 900, 2700, 4070):
+        model = mlp(784, width, width, 10)
+        weights = sum(p.numel() for p in model.parameters())
+        case = around("MLP", model, 128, (784,), 10, steps=3)
+        method = hoptim.Implicit(hoptim.Neumann(terms=5, step_size=1e-3), curvature=hoptim.Exact())
+        held, _ = peak(lambda case=case, m=method: case.implicit(m), warm=False)
+        calls: Calls = {
+            "gradient": case.gradient,
+            "ours": lambda case=case, m=method: case.implicit(m),
+            "by hand": lambda case=case: case.by_hand(5, 1e-3),
+        }
+        times = in_turn(calls, max(3, rounds // 3))
+        figures = {"in gradients": ratio(times, "ours", "gradient"), "over by hand": ratio(times, "ours", "by hand")}
+        figures |= {"ns a weight": 1e9 * median(times["ours"]) / weights, "bytes a weight": 1e6 * held / weights, "MB": held}
+        first = rows[0].figures if rows else figures
+        figures["gradients over first"] = figures["in gradients"] / float(first["in gradients"])
+        figures["bytes over first"] = figures["bytes a weight"] / float(first["bytes a weight"])
+        goals = {"gradients over first": 1.1, "bytes over first": 1.1}
+        rows.append(Row(case.name, {"weights": f"{weights:,}"}, figures, goals))
+    return rows
+
+
+def solvers(terms: int) -> dict[str, hoptim.Solver]:
+    """Each solver of hoptim at ``terms`` products (or of that rank)."""
+    found = {
+        "Identity": lambda: hoptim.Identity(),
+        "Neumann, step given": lambda: hoptim.Neumann(terms=terms, step_size=1e-3),
+        "Neumann": lambda: hoptim.Neumann(terms=terms),
+        "Chebyshev": lambda: hoptim.Chebyshev(terms=terms),
+        "CG": lambda: hoptim.CG(terms=terms, tolerance=0.0),
+        "MINRES": lambda: hoptim.MINRES(terms=terms, tolerance=0.0),
+        "GMRES": lambda: hoptim.GMRES(terms=terms, tolerance=0.0),
+        "Nystrom": lambda: hoptim.Nystrom(rank=terms),
+    }
+    return {name: build() for name, build in found.items() if hasattr(hoptim, name.split(",")[0])}
+
+
+def reads(_: int) -> list[Row]:
+    """Reads of the host in one hypergradient of 32 terms, as on a device; allowed: products / 16 + 1."""
+    case, rows = make("Iris MLP").composite(), []
+    for name, solver in solvers(32).items():
+        method = hoptim.Implicit(solver, curvature=hoptim.GaussNewton(), damping=1e-2)
+        with elsewhere() as counter:
+            result = case.implicit(method)
+        products = result.solution.products
+        figures = {"products": float(products), "reads": float(counter.reads), "status": result.solution.status.name}
+        rows.append(Row(case.name, {"solver": name}, figures, {"reads": products // 16 + 1}))
+    return rows
+
+
+def wrapper(rounds: int) -> list[Row]:
+    """A step of BilevelOptimizer(every=None) over the bare inner optimizer's, in %, on the same model and state.
+
+    "same loss": the bare loop reads HyperParameters too; "constants": it holds their natural values as plain tensors.
+    """
+    rows = []
+    for each in ("layer", "weight"):
+        for kind, options in ((torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}), (torch.optim.Adam, {"lr": 1e-4})):
+            case = make("784 MLP", each)
+            model, problem, batch = case.problem.model, case.problem, case.batch
+            inner, outer = kind(model.parameters(), **options), torch.optim.Adam(problem.hparams.parameters())
+            wrapped = hoptim.BilevelOptimizer(inner, outer, problem, val_batches=[case.val_batch], every=None)
+            still = copy.deepcopy(problem.hparams).requires_grad_(False)
+            constants = {name: still[name] for name in still}
+            calls: Calls = {
+                "wrapped": training(wrapped, wrapped.loss, batch),
+                "same loss": training(inner, lambda batch, m=model, p=problem, h=still: p.train_loss(m, h, batch), batch),
+                "constants": training(
+                    inner, lambda batch, m=model, p=problem, h=constants: p.train_loss(m, h, batch), batch
+                ),
+            }
+            times = in_turn(calls, 8 * rounds)
+            figures: dict[str, float | str] = {"step, ms": 1e3 * median(times["same loss"])}
+            figures |= {f"% over {bare}": 100 * (ratio(times, "wrapped", bare) - 1) for bare in ("same loss", "constants")}
+            rows.append(Row(case.name, {"inner": kind.__name__}, figures, {"% over same loss": 2.0}))
+    return rows
+
+
+def imports(rounds: int) -> list[Row]:
+    """What `import hoptim` adds to `import torch`: percent of torch's own seconds, the median over fresh processes."""
+    code = (
+        "from time import perf_counter as t; a = t(); import torch; b = t(); import hoptim; print(100 * (t() - b) / (b - a))"
+    )
+    found = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(rounds)]
+    return [Row("import hoptim", {}, {"% over import torch": median(found)}, {"% over import torch": 5.0})]

@@ -1,0 +1,167 @@
+"""One method on one problem: cosine and length against the truth, and cost in training gradients."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import hoptim
+from fidelity_problems.methods import Entry
+from fidelity_problems.problems import Batch, Setup, Spec
+from fidelity_problems.truth import Trained, Tree
+from hoptim.method import Loop
+from hoptim.trajectory import Recorder, Trajectory
+
+AT_LEAST = 2e-3  # seconds of training gradients in one sample of the unit of cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one method did on one problem under one seed; a failed solve moves nothing: cosine and length are 0."""
+
+    problem: str
+    method: str
+    seed: int
+    cosine: float
+    length: float
+    cost: float
+    products: int
+    status: str
+    ok: bool
+
+
+class Case:
+    """A trained problem in float32, as a user has it, with its truth from float64."""
+
+    def __init__(
+        self, name: str, spec: Spec, seed: int, root: Path, found: Trained, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.name, self.spec, self.seed, self.found = name, spec, seed, found
+        self.setup: Setup = spec.make(seed, dtype, root)
+        self._batch_at = spec.batches(self.setup, seed)
+        self._trajectory: Trajectory | None = None
+        self._unit: Callable[[], Any] = lambda: torch.autograd.grad(self.problem.loss(self.batch()), self.weights)
+
+    @property
+    def problem(self) -> hoptim.Problem:
+        return self.setup.problem
+
+    @cached_property
+    def weights(self) -> list[torch.Tensor]:
+        return list(self.problem.weights().values())
+
+    def batch(self, steps_back: int = 0) -> Batch:
+        """The last training batch seen, as at a hyperstep, or that of some steps before."""
+        return self._batch_at(self.spec.training.steps - 1 - steps_back)
+
+    def hypergradient(self, entry: Entry, state: Any = None, steps_back: int = 0) -> hoptim.Hypergradient:
+        back = itertools.count(steps_back + 1)
+        loop = Loop(inner=self.inner, draw=lambda: self.batch(next(back)), trajectory=self._trajectory)
+        return entry.method(self.problem, self.batch(steps_back), self.setup.val, state, loop)
+
+    @cached_property
+    def inner(self) -> torch.optim.SGD:
+        """The inner optimizer, with its momentum once :meth:`put` has set it."""
+        training = self.spec.training
+        return torch.optim.SGD(self.weights, lr=training.lr, momentum=training.momentum)
+
+    def put(self, weights: Tree, velocity: Tree) -> None:
+        """Set the weights and the inner optimizer's momentum."""
+        with torch.no_grad():
+            for name, p in self.problem.weights().items():
+                p.copy_(weights[name])
+                self.inner.state[p]["momentum_buffer"] = velocity[name].to(p.dtype, copy=True)
+
+    def before(self, entry: Entry) -> Any:
+        """Whatever the method has from before this hyperstep: the state of the last one, or the last inner steps.
+
+        Those steps are taken again from the earlier weights, so that the model ends where training left it.
+        """
+        self._trajectory, state = None, None
+        kept_steps = entry.method.keeps_steps
+        if entry.carries or kept_steps:
+            self.put(self.found.earlier, self.found.earlier_velocity)
+        if entry.carries:
+            state = self.hypergradient(entry, None, self.spec.lag).solution.state
+        if kept_steps:
+            recorder = Recorder()
+            for back in reversed(range(self.spec.lag)):
+                self.inner.zero_grad()
+                noted = recorder.saw(self.problem, self.inner, self.batch(back)) if back < kept_steps else None
+                loss = self.problem.loss(self.batch(back))
+                if noted is not None:
+                    loss.register_hook(noted)
+                loss.backward()
+                self.inner.step()
+                if back < kept_steps:
+                    recorder.stepped()
+            self._trajectory = recorder.take()
+        else:
+            self.put(self.found.weights, self.found.velocity)
+        return state
+
+    def measured(self, entry: Entry, method: str, repeats: int = 1) -> Row:
+        """Run the method with what it carries from the hyperstep before, as in a training.
+
+        The cost is CPU time over that of a training gradient, measured just before and after: the median of ``repeats``.
+        """
+        state = self.before(entry)
+        ratios, results = [], []
+        for _ in range(repeats):
+            before = seconds(self._unit, AT_LEAST)
+            taken = seconds(lambda: results.append(self.hypergradient(entry, state)), 0.0)
+            ratios.append(2 * taken / (before + seconds(self._unit, AT_LEAST)))
+        solution = results[-1].solution
+        cosine, length = compared(results[-1].grads, self.found.truth) if solution.status.ok else (0.0, 0.0)
+        return Row(
+            problem=self.name,
+            method=method,
+            seed=self.seed,
+            cosine=cosine,
+            length=length,
+            cost=median(ratios),
+            products=solution.products,
+            status=solution.status.name,
+            ok=solution.status.ok,
+        )
+
+
+def compared(found: Tree, truth: Tree) -> tuple[float, float]:
+    """cos(found, truth) and ‖found‖ / ‖truth‖ over all hyperparameters together; a zero vector has cosine 0."""
+    a = torch.cat([found[name].double().flatten() for name in truth])
+    b = torch.cat([value.double().flatten() for value in truth.values()])
+    lengths = float(a.norm()), float(b.norm())
+    return (float(a @ b) / math.prod(lengths) if all(lengths) else 0.0), lengths[0] / lengths[1]
+
+
+def seconds(call: Callable[[], Any], at_least: float) -> float:
+    """CPU seconds a call, repeated until ``at_least`` are spent."""
+    begun, count = time.process_time(), 0
+    while not count or time.process_time() - begun < at_least:
+        call()
+        count += 1
+    return (time.process_time() - begun) / count
+
+
+def kept(name: str, spec: Spec, seed: int, root: Path, folder: Path) -> Trained:
+    """The trained state and its truth, from ``folder`` where the same were made before."""
+    path, key = folder / f"{name}-{seed}.pt", f"{spec.training} {spec.lag} {spec.version}"
+    if path.is_file():
+        held = torch.load(path, weights_only=True)
+        if held.pop("key") == key:
+            return Trained(**held)
+    found = spec.trained(seed, root)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save({"key": key, **asdict(found)}, partial)
+    partial.rename(path)
+    return found
