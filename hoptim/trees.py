@@ -61,15 +61,16 @@ def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
 
 def axpy_(x: Tree, y: Tree, a: Tensor) -> Tree:
     """x ← x + a·y, in place, with ``a`` on the device: a scalar, or one coefficient for each of R right-hand sides."""
-    for name, value in x.items():
-        value.addcmul_(y[name], _spread(a, value))
+    values = list(x.values())
+    torch._foreach_addcmul_(values, [y[name] for name in x], [_spread(a, value) for value in values])
     return x
 
 
 def xpay_(x: Tree, y: Tree, a: Tensor) -> Tree:
     """x ← y + a·x, in place, likewise."""
-    for name, value in x.items():
-        value.mul_(_spread(a, value)).add_(y[name])
+    values = list(x.values())
+    torch._foreach_mul_(values, [_spread(a, value) for value in values])
+    torch._foreach_add_(values, [y[name] for name in x])
     return x
 
 
@@ -120,10 +121,20 @@ def norm(x: Tree, *, batched: bool = False) -> Tensor:
     >>> norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
+    return joined([norm_parts(x, batched=batched)])[0]
+
+
+def norm_parts(x: Tree, *, batched: bool = False) -> list[Tensor]:
+    """The norm of each entry: what :func:`joined` makes norms of, for many vectors at once."""
     if batched:
-        parts = [torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) for value in x.values()]
-        return torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x.values()))))
+        return [torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) for value in x.values()]
+    return list(torch._foreach_norm(list(x.values())))
+
+
+def joined(parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    """‖x‖₂ of several vectors of the same entries from the norms of these: shape (vectors,), or (vectors, R)."""
+    flat = torch.stack([part for vector in parts for part in vector])
+    return torch.linalg.vector_norm(flat.reshape(len(parts), -1, *flat.shape[1:]), dim=1)
 
 
 def unit(x: Tree) -> Tree:

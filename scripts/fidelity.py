@@ -2,6 +2,7 @@
 
     python scripts/fidelity.py --problems ridge iris-relu --seeds 2
     python scripts/fidelity.py --methods "CG, GN*" "MINRES*" --data ~/data
+    python scripts/fidelity.py --learning --seeds 5         # what a method is worth in learning itself
     python scripts/fidelity.py --save                       # all: keeps scripts/fidelity.json and the two pictures
 
 The truth is a closed form (ridge), or reverse differentiation through every step of the training, in float64. Each method
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from fidelity_problems import boston, pictures
+from fidelity_problems.learning import learned
 from fidelity_problems.measure import Case, Row, kept
 from fidelity_problems.methods import METHODS
 from fidelity_problems.problems import PROBLEMS
@@ -30,6 +32,14 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+LEARNING = [
+    "MINRES, GN, 5",
+    "MINRES, exact, 5",
+    "Neumann, exact, 20",
+    "CG, exact, 7",
+    "CG to 0.03, GN, +0.01, 20",
+    "Identity, 0",
+]
 BUDGETS = (12.0, 25.0, 60.0)
 PAPER = "boston"  # the paper's own figure, beside the problems
 SEEDS = {"ridge": 4, "logistic": 4, "digits-mlp": 4, "cnn": 3, PAPER: 5}  # 8 for the others, whose spread is large
@@ -123,6 +133,18 @@ def report(rows: Sequence[Row], records: Sequence[Figures], most: int, console: 
             console.print(winners(rows, budget, curvature))
 
 
+def learning(methods: Sequence[str], seeds: int, console: Console) -> None:
+    """Learn with each method, and without."""
+    table = Table(title=f"digits, 40 % wrong labels, {seeds} seeds", title_justify="left")
+    _columns(table, "method", "test loss", "accuracy", "longest / median length", "skipped", "CPU seconds")
+    chosen: list[tuple[str, Any]] = [("without", None), *((name, METHODS[name].method) for name in methods)]
+    for name, method in chosen:
+        one = learned(name, method, seeds)
+        figures = (f"{one.loss:.3f}", f"{one.accuracy:.3f}", f"{one.uneven:.3g}", str(one.skipped), f"{one.seconds:.2f}")
+        table.add_row(one.method, *figures)
+    console.print(table)
+
+
 def compare_with_saved(records: Sequence[Figures], saved: Mapping[str, Any], console: Console) -> None:
     """What changed against the table that was saved last."""
     changed = differences(records, [dict(zip(saved["columns"], values, strict=True)) for values in saved["records"]])
@@ -148,6 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods = [m for m in METHODS if not options.methods or any(fnmatchcase(m, pattern) for pattern in options.methods)]
     if not methods:
         raise SystemExit(f"no method's name matches any of {options.methods}: the names are\n" + "\n".join(METHODS))
+    if options.learning:
+        learning(methods if options.methods else LEARNING, options.seeds or 3, console)
+        return
     rows = studied([p for p in options.problems if p != PAPER], methods, options, console)
     records = summed_up(rows)
     facts: dict[str, Any] = {"torch": torch.__version__}
@@ -174,6 +199,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--methods", nargs="+", metavar="PATTERN", help='such as "CG, GN*"; default: all')
+    parser.add_argument("--learning", action="store_true", help="learn with each method on digits with wrong labels instead")
     parser.add_argument("--seeds", type=int, metavar="N", help="default: 8 on Iris, 3 or 4 elsewhere")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="timings a method; default: %(default)s")
     parser.add_argument("--most", type=int, default=12, metavar="N", help="rows in a problem's table; default: %(default)s")

@@ -17,7 +17,7 @@ import hoptim
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import fidelity
-from fidelity_problems import boston, measure, methods, pictures, problems, ranking
+from fidelity_problems import boston, learning, measure, methods, pictures, problems, ranking
 from fidelity_problems.truth import Training, trained
 
 TINY = Training(steps=23, lr=0.1, momentum=0.8)
@@ -348,3 +348,13 @@ def test_an_unknown_method_is_refused_with_the_names(tmp_path):
     with pytest.raises(SystemExit, match="Neumann, exact, 5"):
         fidelity.main(["--problems", "ridge", "--methods", "Newton", "--out", str(tmp_path)])
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_learning_with_the_default_beats_learning_without_and_its_answers_keep_their_length():
+    without = learning.learned("without", None, 1)
+    found = learning.learned("default", methods.METHODS["MINRES, GN, 5"].method, 1)
+    assert without.uneven == 0
+    assert found.loss < 0.6 * without.loss
+    assert found.accuracy > without.accuracy
+    assert found.uneven < 10
+    assert found.skipped == 0

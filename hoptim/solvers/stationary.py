@@ -127,9 +127,9 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
     """α Σ_{j=0..K} (I − αAᵀ)^j g, stopped where it has converged or failed."""
     batched = A.is_batched(g)
     vector, total = trees.clone(g), trees.clone(g)
-    norms = [trees.norm(g, batched=batched)]
-    curvature = torch.zeros_like(norms[0])
-    active = norms[0] > 0
+    parts = [trees.norm_parts(g, batched=batched)]  # norms are put together where they are looked at: it is cheaper
+    start = trees.joined(parts)[0]
+    curvature, active = torch.zeros_like(start), start > 0
     for term in range(1, terms + 1):
         product = A.T @ vector
         if term == terms:
@@ -140,14 +140,14 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
         else:
             trees.add_(vector, product, alpha=-step)
             trees.add_(total, vector)
-        norms.append(trees.norm(vector, batched=batched))
+        parts.append(trees.norm_parts(vector, batched=batched))
         if tolerance:
-            active = active & ~(norms[-1] <= tolerance * norms[0])
-            if time_to_look(term, terms, norms[0]) and not bool(active.any()):
+            active = active & ~(trees.joined(parts[-1:])[0] <= tolerance * start)
+            if time_to_look(term, terms, start) and not bool(active.any()):
                 break
-        if term % READ_EVERY == 0 and term < terms and _first_bad(torch.stack(norms)) is not None:
+        if term % READ_EVERY == 0 and term < terms and _first_bad(trees.joined(parts)) is not None:
             break
-    history = torch.stack(norms)
+    history = trees.joined(parts)
     bad, state = _first_bad(history), State()
     if bad is None:
         status, detail = _remark(A, history, curvature, step, tolerance)
@@ -158,7 +158,7 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
         status=status,
         detail=detail,
         residuals=history[1:] / torch.where(history[0] > 0, history[0], 1.0),
-        products=len(norms) - 1 + (bad or 0),
+        products=len(history) - 1 + (bad or 0),
         step_size=step,
         state=state,
     )
