@@ -51,7 +51,7 @@ def learned(name: str, method: Any, seeds: int) -> Learned:
 def _run(method: Any, seed: int) -> tuple[float, float, float, int]:
     torch.manual_seed(seed)
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
-    x, order = x.float() / 16, torch.randperm(len(x))
+    x, order = x.to(torch.get_default_dtype()) / 16, torch.randperm(len(x))
     train, val, test = order[:TRAIN], order[TRAIN : TRAIN + VAL], order[TRAIN + VAL :]
     wrong = torch.rand(TRAIN) < 0.4
     y[train[wrong]] = torch.randint(10, (int(wrong.sum()),))
