@@ -249,4 +249,5 @@ def _modes_restored(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part, training in modes:
-            part.training = training
+            if part.training is not training:
+                part.training = training

@@ -116,11 +116,15 @@ def machine() -> dict[str, Any]:
     return {**facts, "python": platform.python_version(), "hoptim": hoptim.__version__}
 
 
-def run(name: str, rounds: int, facts: dict[str, Any], stored: dict[str, Any], console: Console) -> dict[str, Any]:
+def stored() -> dict[str, Any]:
+    return json.loads(STORED.read_text()) if STORED.is_file() else {}
+
+
+def run(name: str, rounds: int, facts: dict[str, Any], kept: dict[str, Any], console: Console) -> dict[str, Any]:
     """One section: run, shown, and as it would be stored."""
     torch.manual_seed(0)
     rows = SECTIONS[name](rounds)
-    before = stored.get(name, {"machine": {}, "rows": []})
+    before = kept.get(name, {"machine": {}, "rows": []})
     console.print(f"[bold]{name}[/]: {SECTIONS[name].__doc__}".strip(), highlight=False)
     console.print(table(rows, before["rows"], before["machine"] == facts))
     return {"machine": facts, "rows": [{key: asdict(row)[key] for key in ("case", "labels", "figures")} for row in rows]}
@@ -138,13 +142,12 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console()
     console = console if console.is_terminal else Console(width=180)
-    facts, stored = machine(), json.loads(STORED.read_text()) if STORED.is_file() else {}
+    facts = machine()
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     for name in options.only:
-        found = run(name, 3 if options.quick else 15, facts, stored, console)
+        found = run(name, 3 if options.quick else 15, facts, stored(), console)
         if options.save:  # after each section, so that a run that is cut off keeps what it has
-            stored[name] = found
-            STORED.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+            STORED.write_text(json.dumps({**stored(), name: found}, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

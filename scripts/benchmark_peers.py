@@ -218,7 +218,8 @@ def peers(rounds: int) -> list[Row]:
                         torch.as_tensor(value.__array__().copy()) if not isinstance(value, Tensor) else value
                         for value in call()
                     ]
-                error = difference(answer, unrolled if peer == "higher" else right, peer)
+                at_most = 1e-3 if peer == "jaxopt" else 1e-4  # in float32 its ReLUs at zero may fall to the other side
+                error = difference(answer, unrolled if peer == "higher" else right, peer, at_most)
                 calls[peer], notes[peer] = call, f"{error:.0e}"
             except Exception as error:  # whatever a library raises is its row
                 notes[peer] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -145,12 +146,13 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
             active = active & ~(trees.joined(parts[-1:])[0] <= tolerance * start)
             if time_to_look(term, terms, start) and not bool(active.any()):
                 break
-        if term % READ_EVERY == 0 and term < terms and _first_bad(trees.joined(parts)) is not None:
+        if term % READ_EVERY == 0 and term < terms and _is_bad(trees.joined(parts)):
             break
     history = trees.joined(parts)
-    bad, state = _first_bad(history), State()
+    *norms, ends = torch.cat([history, curvature[None]]).reshape(len(history) + 1, -1).tolist()  # the host looks once
+    bad, state = _bad_row(norms), State()
     if bad is None:
-        status, detail = _remark(A, history, curvature, step, tolerance)
+        status, detail = _remark(A, norms, ends, step, tolerance)
     else:
         status, detail, state = _diagnose(A, g, step, history, bad)
     return Solution(
@@ -164,20 +166,28 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
     )
 
 
-def _first_bad(history: Tensor) -> int | None:
-    """The first row with a norm that is not finite or over the limit, or ``None``. One look of the host at the device."""
-    fine = (history <= GROWTH_LIMIT * history[0]) & history.isfinite()
-    rows = fine.reshape(len(history), -1).all(1).tolist()
-    return rows.index(False) if False in rows else None
+def _is_bad(history: Tensor) -> bool:
+    """Whether a norm is not finite or over the limit. One look of the host at the device."""
+    return not bool(((history <= GROWTH_LIMIT * history[0]) & history.isfinite()).all())
 
 
-def _remark(A: Operator, history: Tensor, curvature: Tensor, step: float, tolerance: float) -> tuple[Status, str]:
+def _bad_row(norms: list[list[float]]) -> int | None:
+    """The first row with a norm that is not finite or over the limit, or ``None``."""
+    for number, row in enumerate(norms):
+        if not all(math.isfinite(now) and now <= GROWTH_LIMIT * start for now, start in zip(row, norms[0], strict=True)):
+            return number
+    return None
+
+
+def _remark(
+    A: Operator, norms: list[list[float]], curvatures: list[float], step: float, tolerance: float
+) -> tuple[Status, str]:
     """What a bounded series tells: its vectors shrink steadily where every eigenvalue of αA lies in [0, 1]."""
-    grew = (history[1:] > history[:-1] * (1 + 1e-5)).any().to(curvature.dtype)
-    done = (history[-1] <= tolerance * history[0]).all().to(curvature.dtype)
-    low, high, growth, converged = torch.stack([curvature.amin(), curvature.amax(), grew, done]).tolist()
-    if converged and tolerance:
+    pairs = [(before, now) for rows in pairwise(norms) for before, now in zip(*rows, strict=True)]
+    growth = any(now > before * (1 + 1e-5) for before, now in pairs)
+    if tolerance and all(now <= tolerance * start for now, start in zip(norms[-1], norms[0], strict=True)):
         return Status.CONVERGED, ""
+    low, high = min(curvatures), max(curvatures)
     if low * step < NEGATIVE:
         return Status.NEGATIVE_CURVATURE, f"the curvature along the last term is {low:.3g}"
     if growth and high * step > 1:
