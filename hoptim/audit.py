@@ -16,7 +16,7 @@ from hoptim.curvature import Exact
 from hoptim.dynamics import KINDS
 from hoptim.evidence import Case, bound, compared, look, seconds, slopes, standard_error
 from hoptim.hypergradient import Implicit
-from hoptim.method import Hypergradient, Loop, Method
+from hoptim.method import Hypergradient, Loop, Method, unwrapped
 from hoptim.options import is_whole
 from hoptim.problem import CompositeLoss, Problem
 from hoptim.record import cosine
@@ -97,6 +97,7 @@ def audit(
     method = Implicit() if method is None else method
     implicit = _whole(method if isinstance(method, Implicit) else Implicit(), problem)
     method = implicit if isinstance(method, Implicit) else method
+    inner = unwrapped(inner)
     draw = cycle([train_batch]).__next__ if train_batches is None else Batches(train_batches, "train_batches").draw
     case = Case(problem=problem, train=train_batch, val=val_batch, loop=Loop(inner=inner, draw=draw))
 

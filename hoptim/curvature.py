@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from hoptim import trees
 from hoptim.compiled import Products, compiled_products
 from hoptim.operators import Operator, Symmetric
-from hoptim.problem import CompositeLoss, Parts, Problem
+from hoptim.problem import CompositeLoss, Parts
 from hoptim.stationarity import (
     Curvature,
     Found,
@@ -21,6 +20,7 @@ from hoptim.stationarity import (
     Point,
     R,
     StationarityGraph,
+    check_once,
     check_twice_differentiable,
     pulled_back,
     symmetric,
@@ -31,9 +31,6 @@ NO_PARTS = (
     "GaussNewton needs a training loss that shows its parts: build it as hoptim.CompositeLoss(predict, criterion, penalty), "
     "or take hoptim.Exact()"
 )
-
-
-_LOOKED_AT: WeakSet[Problem] = WeakSet()  # problems whose graph has been looked through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +46,15 @@ class _Graph(Curvature):
     def linearize(self, point: Point, then: Callable[[Linearized], R]) -> R:
         """``then`` of the linearised F, from one graph."""
         if self.compile:
+            check_once(point)
             gauss_newton = isinstance(self, GaussNewton)
             products = compiled_products(point.problem, point.weights, point.leaves, point.batch, gauss_newton=gauss_newton)
             if products is not None:
                 return then(_from_compiled(products, point.weights))
 
         def inside(loss: Tensor, parts: Parts | None) -> R:
+            check_twice_differentiable(point.problem, loss)
             graph = StationarityGraph(loss, point.weights, point.leaves, parts)
-            if point.problem not in _LOOKED_AT:
-                check_twice_differentiable(graph)
-                _LOOKED_AT.add(point.problem)
             return then(
                 Linearized(
                     loss=loss.detach(),
@@ -127,7 +123,7 @@ class GaussNewton(_Graph):
         at = {"z": parts.z.detach().requires_grad_()}
         slope = {"z": _gradient(parts.criterion(at["z"]), at)["z"]}
         u = {"z": torch.zeros_like(parts.z).requires_grad_()}  # Jᵀu is linear in u, so that its derivative along v is J v
-        pulled = _present(_graph_of(z, u, weights))
+        pulled = _present(_graph_of(z, u, weights)) if parts.z.requires_grad else {}
         penalty = _present({}) if parts.penalty is None else _penalty_gradient(parts.penalty, weights)
 
         def product(v: Tree, batched: bool) -> Tree:

@@ -82,7 +82,7 @@ class Dynamics:
     state: State
 
     @classmethod
-    def of(cls, inner: optim.Optimizer, weights: Tree, leaves: Tree) -> Dynamics:
+    def of(cls, inner: optim.Optimizer, weights: Tree, leaves: Tree, *, with_state: bool = True) -> Dynamics:
         """The dynamics of ``inner`` as it stands: options and state are copied, so that its later steps change nothing.
 
         What the state still lacks is filled in by torch's own first values: zeros in most. SGD's momentum buffer with
@@ -93,6 +93,7 @@ class Dynamics:
             weights: the live weights by name, ``Problem.weights()``.
             leaves: the live hyperparameter leaves by name, ``Problem.leaves()``. An option of ``inner`` that is one of them,
                 or a view of its memory, is bound to it: the step differentiates in it.
+            with_state: copy the state, default ``True``; without, only the options.
 
         Raises:
             TypeError: ``inner`` is of a class, or has a ``step`` of its own, that torch can't differentiate; or an option
@@ -107,6 +108,8 @@ class Dynamics:
             options = {key: _bind(kind, key, group[key], leaves, followed) for key in inner.defaults if key in group}
             names = tuple(name_of[id(p)] for p in group["params"] if id(p) in name_of)
             groups.append(Group(names=names, options=options))
+        if not with_state:
+            return cls(kind=kind, groups=tuple(groups), defaults=dict(inner.defaults), state={})
         held = {name: weights[name] for group in groups for name in group.names}
         state = {
             name: {key: value.detach().clone() for key, value in inner.state.get(p, {}).items() if isinstance(value, Tensor)}
@@ -214,7 +217,7 @@ class Dynamics:
         if (key == "momentum" or (key == "lr" and issubclass(self.kind, optim.Adam))) and value == 0:
             raise ValueError(
                 f"{option.name!r}, the {key} of {self.kind.__name__}, is 0, where torch's step has no derivative in it: "
-                "keep it positive, by constraints.positive or unit_interval"
+                "set it above 0; constraints.nonnegative keeps it from falling below"
             )
         # torch leaves a weight decay of 0 out, and its derivative with it: the smallest number rounds away instead.
         return value + torch.finfo(value.dtype).tiny if key == "weight_decay" else value

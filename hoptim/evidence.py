@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from hoptim import trees
+from hoptim.conditions import Gradient
 from hoptim.curvature import GaussNewton
 from hoptim.differences import gradients
 from hoptim.dynamics import KINDS
@@ -30,7 +31,7 @@ from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.krylov import MINRES
 from hoptim.spectral import gaussian, lanczos
 from hoptim.stationarity import Linearized, Point, as_leaves
-from hoptim.trajectory import ahead
+from hoptim.trajectory import Trajectory, ahead
 from hoptim.trees import Tree
 from hoptim.unrolled import Unrolled, walk
 
@@ -126,28 +127,33 @@ def slopes(case: Case, result: Hypergradient, inner: Optimizer, steps: int, coun
     lines = {"the hypergradient": trees.unit(gradient)}
     lines |= {f"random direction {n + 1}": trees.unit(gaussian(gradient, seed=n)) for n in range(count)}
     reach = float(torch.finfo(next(iter(gradient.values())).dtype).eps ** (1 / 3) * (1 + trees.norm(_values(leaves))))
+    ways = [_way(case, inner, steps, repeat) for repeat in (0, 1)]  # the same batches and masks for all that is compared
     for name, line in lines.items():
-        found = []
-        for repeat, epsilon in enumerate((reach, reach / 2)):
-            ends = [
-                _retrained(case, inner, trees.add(_values(leaves), line, alpha=s * epsilon), steps, repeat) for s in (1, -1)
-            ]
+        found, values = [], []
+        for way, epsilon in zip(ways, (reach, reach / 2), strict=True):
+            ends = [_retrained(case, way, trees.add(_values(leaves), line, alpha=s * epsilon)) for s in (1, -1)]
             found.append((ends[0] - ends[1]) / (2 * epsilon))
-        measured, noise = sum(found) / 2, abs(found[0] - found[1])
+            values += ends
+        rounding = torch.finfo(next(iter(case.problem.weights().values())).dtype).eps * max(map(abs, values)) / reach
+        measured, noise = sum(found) / 2, abs(found[0] - found[1]) + rounding
         yield Direction(name=name, predicted=float(trees.dot(gradient, line)), measured=measured, noise=noise)
 
 
-def _retrained(case: Case, inner: Optimizer, leaves: Tree, steps: int, repeat: int) -> float:
-    """The validation loss after ``steps`` more inner steps with these hyperparameters; equal masks for equal ``repeat``."""
+def _way(case: Case, inner: Optimizer, steps: int, repeat: int) -> Trajectory:
+    """The inner steps that would come next; another ``repeat`` has other batches, if there are more, and other masks."""
+    assert case.loop.draw is not None
+    with case.problem.untouched():
+        torch.manual_seed(repeat)
+        return ahead(case.problem, inner, case.loop.draw, steps)
+
+
+def _retrained(case: Case, way: Trajectory, leaves: Tree) -> float:
+    """The validation loss at the end of the steps, taken with these hyperparameters."""
     problem = case.problem
     with problem.untouched():
-        torch.manual_seed(repeat)
-        assert case.loop.draw is not None
-        way = ahead(problem, inner, case.loop.draw, steps)
-        _, end, _, _ = walk(problem, way, leaves, stride=steps)
-        return float(
-            problem.pure("val_loss", as_leaves(end.weights), leaves, case.val, lambda loss, _: loss.detach().mean())
-        )
+        _, end, _, _ = walk(problem, way, leaves, stride=len(way.steps))
+        weights = as_leaves(end.weights)
+        return float(problem.pure("val_loss", weights, leaves, case.val, lambda loss, _: loss.detach().mean()))
 
 
 def standard_error(case: Case, method: Method, chunks: int) -> float | str:
@@ -182,9 +188,15 @@ def _split(batch: Any, chunks: int) -> list[Any] | None:
 
 def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> Bound | None:
     """How far the hypergradient can be off; ``None`` where A is not positive definite."""
-    known = isinstance(method.curvature, GaussNewton) and method.damping > 0
-    mu = method.damping if known else local.spectrum.lowest if local.spectrum else 0.0
-    if not result.solution.status.ok or result.val_loss.ndim or mu <= 1e-6 * local.top:
+    lowest = local.spectrum.lowest if local.spectrum else 0.0
+    known = isinstance(method.curvature, GaussNewton) and 0 < 0.99 * method.damping <= lowest
+    mu = method.damping if known else lowest
+    if (
+        not isinstance(method.condition, Gradient)  # B below is that of the gradient
+        or not result.solution.status.ok
+        or result.val_loss.ndim
+        or mu <= 1e-6 * local.top
+    ):
         return None
     point = Point.of(case.problem, case.train, case.loop.draw)
 
@@ -224,17 +236,15 @@ def _mixed_norm(point: Point, F: Linearized, products: int = 10) -> float:
 
 @contextmanager
 def _moved(live: Tree, step: Tree) -> Iterator[None]:
-    """The live weights, less a step; put back to the last bit."""
-    before = trees.map_tree(lambda value: value.detach().clone(), live)
+    """The live weights, less a step, in other memory: what was computed from them can still go back through them."""
+    before = {name: live[name].data for name in step}
     try:
-        with torch.no_grad():
-            for name, part in step.items():
-                live[name].sub_(part)
+        for name, part in step.items():
+            live[name].data = before[name] - part
         yield
     finally:
-        with torch.no_grad():
-            for name, value in live.items():
-                value.copy_(before[name])
+        for name, value in before.items():
+            live[name].data = value
 
 
 def seconds(call: Callable[[], Any]) -> float:

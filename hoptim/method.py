@@ -60,15 +60,19 @@ class Hypergradient:
         Raises:
             ValueError: there are not as many weights as validation losses.
         """
+        return self.mixed_by(weights, self.grads)
+
+    def mixed_by(self, weights: Sequence[float] | None, tree: Tree) -> Tree:
+        """Σ_r weights[r] · tree[r] of ``grads``, ``direct`` or ``indirect``, or of ``{"": val_loss}``."""
         if not self.val_loss.ndim:
             if weights is not None:
                 raise ValueError("val_weights are given, but the validation loss is a single one: return a vector of losses")
-            return self.grads
+            return tree
         losses = len(self.val_loss)
         if weights is not None and len(weights) != losses:
             raise ValueError(f"{len(weights)} val_weights for {losses} validation losses: give one a loss")
         share = self.val_loss.new_tensor([1 / losses] * losses if weights is None else list(weights))
-        return {name: torch.tensordot(share.to(value), value, dims=1) for name, value in self.grads.items()}
+        return {name: torch.tensordot(share.to(value), value, dims=1) for name, value in tree.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,12 @@ class Loop:
     inner: Optimizer | None = None
     draw: Callable[[], Any] | None = None
     trajectory: Any = None
+
+
+def unwrapped(inner: Any) -> Any:
+    """The optimizer inside a :class:`BilevelOptimizer`; any other as it is."""
+    held = getattr(inner, "inner", None)
+    return held if isinstance(inner, Optimizer) and isinstance(held, Optimizer) else inner
 
 
 class Method(ABC):

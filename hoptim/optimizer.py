@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.batches import Batches
-from hoptim.checks import check_added, check_optimizers, check_schedule, check_strategies, check_weights
+from hoptim.checks import check_added, check_loadable, check_optimizers, check_schedule, check_strategies, check_weights
 from hoptim.hparams import HyperParameters
 from hoptim.hypergradient import Implicit
 from hoptim.method import Hypergradient, Loop, Method
 from hoptim.problem import Problem
-from hoptim.progress import Progress, is_due, is_kept
+from hoptim.progress import Progress, bound_options_kept, is_due, is_kept
 from hoptim.record import Record, natural_values
 from hoptim.trees import Tree
 
@@ -116,7 +116,10 @@ class BilevelOptimizer(Optimizer):
         self._progress.recorder.stepped()
         if is_due(self._progress.inner_steps, self.every, self.warmup):
             self._progress.recorder.check(self.hypergradient.keeps_steps)
-            self.hyperstep()
+            try:
+                self.hyperstep()
+            finally:
+                self._progress.recorder.restart()
         return result
 
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
@@ -132,7 +135,7 @@ class BilevelOptimizer(Optimizer):
         val_batch = self.val_batches.draw() if val_batch is None else val_batch
         progress = self._progress
         draw = None if self.train_batches is None else self.train_batches.draw
-        loop = Loop(inner=self.inner, draw=draw, trajectory=progress.recorder.take())
+        loop = Loop(inner=self.inner, draw=draw, trajectory=progress.recorder.trajectory())
         result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         if not progress.hyper_steps:
             result.check_touched()
@@ -152,6 +155,7 @@ class BilevelOptimizer(Optimizer):
             hyperparameters=natural_values(self.problem),
             seconds=time.perf_counter() - begun,
             cosine_to_last=turned,
+            val_weights=self.val_weights,
         )
         for hook in self.hooks:
             hook(progress.record)
@@ -179,15 +183,7 @@ class BilevelOptimizer(Optimizer):
         Raises:
             ValueError: the state is a bare optimizer's, of a newer version, or does not fit the groups.
         """
-        if KEY not in state_dict:
-            raise ValueError(
-                f"this state_dict has no {KEY!r} entry: it is a bare optimizer's. Load it with "
-                "optimizer.inner.load_state_dict()"
-            )
-        if state_dict[KEY]["version"] > VERSION:
-            raise ValueError(
-                f"this state_dict is of version {state_dict[KEY]['version']}, newer than {VERSION}: upgrade hoptim"
-            )
+        check_loadable(state_dict, KEY, VERSION)
         before = copy.deepcopy(self.state_dict())
         try:
             self._load(state_dict)
@@ -202,7 +198,8 @@ class BilevelOptimizer(Optimizer):
         bare = {key: value for key, value in state_dict.items() if key != KEY}
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             bare = hook(self, bare) or bare
-        self.inner.load_state_dict(bare)
+        with bound_options_kept(self.inner, self.problem.leaves()):
+            self.inner.load_state_dict(bare)
         _restore(self, state_dict[KEY])
 
     @property

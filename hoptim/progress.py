@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.problem import Problem
@@ -58,6 +61,22 @@ class Progress:
         last = _beside(saved.get("last_gradient", {}), leaves)
         self.last_gradient = last if set(last) == set(leaves) else {}
         self.recorder.load_state_dict(saved.get("trajectory"), weights, inner)
+
+
+@contextmanager
+def bound_options_kept(inner: Optimizer, leaves: Tree) -> Iterator[None]:
+    """Options of the optimizer that are hyperparameters stay these very tensors, though its groups are loaded anew."""
+    memory = {leaf.data_ptr() for leaf in leaves.values()}
+
+    def is_bound(option: Any) -> bool:
+        if isinstance(option, (tuple, list)):
+            return any(is_bound(member) for member in option)
+        return isinstance(option, Tensor) and option.data_ptr() in memory
+
+    kept = [{key: v for key, v in group.items() if key != "params" and is_bound(v)} for group in inner.param_groups]
+    yield
+    for group, options in zip(inner.param_groups, kept, strict=False):
+        group.update(options)
 
 
 def _beside(saved: Tree, live: Tree) -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Collection, Iterator
@@ -34,8 +35,8 @@ def read(thing: Any, names: Collection[str] = (), depth: int = 4) -> Iterator[An
         yield type(thing), thing
     elif isinstance(thing, Tensor):
         yield id(thing), thing.shape
-    elif depth and not isinstance(thing, type) and not (getattr(thing, "__module__", None) or "").startswith("torch"):
-        yield thing.__code__ if isinstance(thing, types.FunctionType) else type(thing)
+    elif depth and not (getattr(thing, "__module__", None) or "").startswith(("torch", "builtins")):
+        yield thing.__code__ if isinstance(thing, types.FunctionType) else thing if isinstance(thing, type) else type(thing)
         for inner, within in _inside(thing, names):
             yield from read(inner, within, depth - 1)
 
@@ -44,7 +45,8 @@ def _inside(thing: Any, names: Collection[str]) -> Iterator[tuple[Any, Collectio
     if isinstance(thing, types.FunctionType):
         names = _names(thing.__code__)
         cells = dict(zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True))
-        values = [thing.__globals__.get(name) for name in names] + list(thing.__defaults__ or ())
+        defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        values = [thing.__globals__.get(name) for name in names] + defaults
         yield from ((value, names) for value in values if value is not None)
         yield from ((cell.cell_contents, names) for cell in cells.values() if cell != types.CellType())
     elif isinstance(thing, types.MethodType):
@@ -63,8 +65,21 @@ def _inside(thing: Any, names: Collection[str]) -> Iterator[tuple[Any, Collectio
         if isinstance(call, types.FunctionType):
             names = [*names, *_names(call.__code__)]
             yield call, ()
-        inside = vars(thing)
-        yield from ((inside[name], names) for name in names if name in inside)
+        yield from ((value, names) for name in names if (value := _attribute(thing, name)) is not None)
+
+
+def _attribute(thing: Any, name: str) -> Any:
+    """An attribute of its own, of its class, or a property's value; ``None`` for any other."""
+    if name in vars(thing):
+        return vars(thing)[name]
+    kinds = thing.__mro__ if isinstance(thing, type) else type(thing).__mro__
+    own = (kind for kind in kinds if name in vars(kind) and not kind.__module__.startswith(("torch", "builtins")))
+    found = next((vars(kind)[name] for kind in own), None)
+    if isinstance(found, property):
+        with contextlib.suppress(Exception):  # the loss itself will meet it
+            return getattr(thing, name)
+        return None
+    return found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
 
 
 def _names(code: types.CodeType) -> list[str]:

@@ -29,6 +29,7 @@ class Record:
         seconds: wall-clock time of the hyperstep.
         cosine_to_last: cosine between this hypergradient and the one before: near 1 where they agree, near 0 where noise
             leads; ``None`` at the first.
+        val_weights: the weights by which several validation losses add up, in the figures too; ``None`` for the mean.
     """
 
     inner_step: int
@@ -38,6 +39,7 @@ class Record:
     hyperparameters: Tree
     seconds: float
     cosine_to_last: float | None = None
+    val_weights: list[float] | None = None
 
     @property
     def status(self) -> Status:
@@ -46,7 +48,11 @@ class Record:
 
     def row(self) -> dict[str, Any]:
         """The figures as plain numbers and strings, for a log; ``None`` for what is not known or not finite."""
-        solution = self.result.solution
+        result, solution = self.result, self.result.solution
+        norms = {
+            name: float(trees.norm(result.mixed_by(self.val_weights, tree)))
+            for name, tree in (("hypergradient", result.grads), ("direct", result.direct), ("indirect", result.indirect))
+        }
         row = {
             "inner_step": self.inner_step,
             "hyper_step": self.hyper_step,
@@ -56,12 +62,10 @@ class Record:
             "residual": float(solution.residuals[-1].amax()) if len(solution.residuals) else None,
             "step_size": solution.step_size,
             "products": solution.products,
-            "val_loss": float(self.result.val_loss.mean()),
+            "val_loss": float(result.mixed_by(self.val_weights, {"": result.val_loss})[""]),
             "train_loss": float(self.result.train_loss),
             "train_gradient_norm": float(self.result.gradient_norm),
-            "hypergradient_norm": float(trees.norm(self.result.combined())),
-            "direct_norm": float(trees.norm(self.result.direct)),
-            "indirect_norm": float(trees.norm(self.result.indirect)),
+            **{f"{name}_norm": length for name, length in norms.items()},
             "cosine_to_last": self.cosine_to_last,
             "standard_error": standard_error(self.result),
             "hyper_seconds": self.seconds,

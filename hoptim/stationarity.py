@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from hoptim.operators import Operator, Symmetric, rows
 from hoptim.problem import Parts, Problem
@@ -148,27 +149,40 @@ def check_dense(gradients: Mapping[str, Tensor | None]) -> None:
         raise TypeError(f"the weights {sparse} have sparse gradients: build their layers with sparse=False")
 
 
-def check_twice_differentiable(graph: StationarityGraph) -> None:
-    """Raise where autograd can't go back a second time: it would leave that way out without a word.
+def check_twice_differentiable(problem: Problem, loss: Tensor) -> None:
+    """Raise where autograd can't go back a second time: it would leave that way out without a word. Once a problem.
 
-    A backward pass that is marked ``once_differentiable`` leaves an ``Error`` in the graph of the gradient, which raises
-    only when it is walked through to the end.
+    A backward pass that is marked ``once_differentiable`` raises only if a second one runs through it to the end, and none
+    does that asks for the weights alone.
     """
+    if problem in _LOOKED_AT:
+        return
     seen: set[Any] = set()
-    todo: list[Any] = [value.grad_fn for value in (*graph.value.values(), graph.loss) if value.grad_fn is not None]
+    todo: list[Any] = [loss.grad_fn]
     while todo:
         node = todo.pop()
-        if node not in seen:
+        if node is not None and node not in seen:
             seen.add(node)
-            todo += [following for following, _ in node.next_functions if following is not None]
-    if any(node.name() == "torch::autograd::Error" for node in seen):
-        custom = sorted(
-            {type(node).__name__.removesuffix("Backward") for node in seen if isinstance(node, BackwardCFunction)}
-        )
+            todo += [following for following, _ in node.next_functions]
+    custom = [type(node)._forward_cls for node in seen if isinstance(node, BackwardCFunction)]  # type: ignore[attr-defined]
+    if once := sorted({kind.__name__ for kind in custom if getattr(kind.backward, "__code__", None) is _ONCE}):
         raise TypeError(
-            f"the training loss has no second derivative: a custom function, of {custom}, is once_differentiable. Take "
+            f"the training loss has no second derivative: the custom functions {once} are once_differentiable. Take "
             "curvature=hoptim.FiniteDifference()"
         )
+    _LOOKED_AT.add(problem)
+
+
+def check_once(point: Point) -> None:
+    """The same, for those who build no graph of their own; it costs one loss, the first time."""
+    if point.problem not in _LOOKED_AT:
+        at = (point.weights, point.leaves, point.batch)
+        with point.problem.untouched():
+            point.problem.pure("train_loss", *at, lambda loss, _: check_twice_differentiable(point.problem, loss))
+
+
+_LOOKED_AT: WeakSet[Problem] = WeakSet()  # problems whose graph has been looked through
+_ONCE = once_differentiable(lambda _: None).__code__
 
 
 def symmetric(product: Callable[[Tree, bool], Tree], weights: Tree, kind: str) -> Operator:

@@ -61,8 +61,8 @@ class Console:
 
         row = record.row()
         residual = "" if row["residual"] is None else f"residual {row['residual']:.2g}  "
-        val_loss = float(record.result.val_loss)
-        line = f"step {row['inner_step']}  val {val_loss:.4f}  {residual}{row['products']} products  {row['status']}"
+        val_loss = "not finite" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+        line = f"step {row['inner_step']}  val {val_loss}  {residual}{row['products']} products  {row['status']}"
         colour = {"ok": "green", "remark": "yellow", "failed": "red"}[record.status.kind]
         advice = "" if record.moved else f": {record.status.message} ({row['detail']})"
         RichConsole().print(f"[{colour}]{escape(line + advice)}[/]", highlight=False)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from hoptim import trees
 from hoptim.dynamics import Bound, Dynamics, Group, State
 from hoptim.problem import Problem, set_generators
-from hoptim.stationarity import check_dense
+from hoptim.stationarity import check_dense, check_twice_differentiable
 from hoptim.trees import Tree
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class Seen:
 
     batch: Any
     generators: dict[str, Tensor] | None = None
-    share: float = 1.0
+    share: float | Tensor = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +83,13 @@ class Recorder:
     def saw(self, problem: Problem, inner: Optimizer, batch: Any) -> Callable[[Tensor], None]:
         """A training loss is about to be computed; what is returned belongs on its backward pass."""
         if not self._added:  # options may change between steps, but not between the losses of one
-            dynamics = Dynamics.of(inner, problem.weights(), problem.leaves())
-            if self._start is None:
+            first = self._start is None
+            dynamics = Dynamics.of(inner, problem.weights(), problem.leaves(), with_state=first)
+            if first:
                 self._start = Place(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
             self._dynamics = replace(dynamics, state={})
         seen = Seen(batch=batch, generators=problem.generators())
-        return lambda share: self._added.append(replace(seen, share=float(share)))
+        return lambda share: self._added.append(replace(seen, share=share.detach()))
 
     def stepped(self) -> None:
         """The inner step was taken."""
@@ -97,18 +98,27 @@ class Recorder:
         self._added = []
 
     def check(self, steps: int) -> None:
-        """Raise where not all of the last ``steps`` inner steps are there."""
-        if len(self._steps) < steps:
+        """Raise where none of the last inner steps is there, though ``steps`` are to be unrolled."""
+        if steps and not self._steps:
             raise ValueError(
-                f"of the last {steps} inner steps, which are to be unrolled, {len(self._steps)} are known: compute the "
-                "training loss by optimizer.loss(batch) in each, and call backward() on it"
+                f"none of the last {steps} inner steps, which are to be unrolled, is known: compute the training loss by "
+                "optimizer.loss(batch), and call backward() on it"
             )
+
+    def trajectory(self) -> Trajectory | None:
+        """The steps kept so far, if any."""
+        start, steps = self._start, tuple(self._steps)
+        return Trajectory(start=start, steps=steps) if start is not None and steps else None
+
+    def restart(self) -> None:
+        """The next loss begins anew."""
+        self._start, self._steps, self._added = None, [], []
 
     def take(self) -> Trajectory | None:
         """The steps kept so far, if any; the next loss begins anew."""
-        start, steps = self._start, tuple(self._steps)
-        self._start, self._steps, self._added = None, [], []
-        return Trajectory(start=start, steps=steps) if start is not None and steps else None
+        found = self.trajectory()
+        self.restart()
+        return found
 
     def state_dict(self) -> dict[str, Any] | None:
         """The steps kept so far, for a checkpoint; batches as they are."""
@@ -118,7 +128,10 @@ class Recorder:
             "weights": self._start.weights,
             "state": self._start.state,
             "steps": [
-                {"seen": [(one.batch, one.generators, one.share) for one in step.seen], "groups": _plain(step.dynamics)}
+                {
+                    "seen": [(one.batch, one.generators, float(one.share)) for one in step.seen],
+                    "groups": _plain(step.dynamics),
+                }
                 for step in self._steps
             ],
         }
@@ -149,7 +162,9 @@ def gradient(
         first, *others = left
 
         def add(loss: Tensor, _: Any) -> T:
-            loss = loss if first.share == 1 else loss * first.share
+            if graph:
+                check_twice_differentiable(problem, loss)
+            loss = loss * first.share
             parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
             touched = {name: part for name, part in zip(weights, parts, strict=True) if part is not None}
             check_dense(touched)

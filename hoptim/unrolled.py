@@ -20,6 +20,7 @@ from hoptim.trajectory import Place, Step, Trajectory, ahead, gradient
 from hoptim.trees import Tree
 
 SAME = 1e-3  # how far a replay may end from the live weights, relative to the way they went
+LOST = 0.5  # farther than this, and it is no replay
 GROWN = 10.0  # ∂L_V/∂w has outgrown its start: training is sensitive to where it began
 
 
@@ -82,7 +83,7 @@ class Unrolled(Method):
                 )
             validation = validate(problem, as_leaves({**problem.weights(), **end.weights}), leaves, val_batch)
             back = _back(problem, way, places, stride, leaves, {n: validation.g[n] for n in end.weights})
-            solution = _judged(back, replayed=None if taken is None else _missed(way, end, problem.weights()))
+            solution = _judged(back, self.steps, replayed=None if taken is None else _missed(way, end, problem.weights()))
             mixed = {name: None if part is None else -part for name, part in back.leaves.items()}
             return assembled(validation, leaves, solution, mixed, loss, trees.norm(slope))
 
@@ -154,7 +155,7 @@ def _through(problem: Problem, step: Step, at: Place, leaves: Tree, back: _Back)
     return gradient(problem, step.seen, w, leaves, inside, graph=True)
 
 
-def _judged(back: _Back, replayed: float | None) -> Solution:
+def _judged(back: _Back, steps: int, replayed: float | None) -> Solution:
     """How it went, as a solution; the host looks once."""
     norms = torch.stack(back.norms)
     start = torch.where(norms[0] > 0, norms[0], 1.0)
@@ -163,7 +164,10 @@ def _judged(back: _Back, replayed: float | None) -> Solution:
     if not math.isfinite(grown):
         status, detail = Status.NON_FINITE_PRODUCT, "in the derivative of an inner step"
     elif replayed is not None and not replayed <= SAME:
-        status, detail = Status.REPLAY_DIFFERS, f"they end {replayed:.2g} of the way from the live weights"
+        status = Status.REPLAY_DIFFERS if replayed <= LOST else Status.REPLAY_LOST
+        detail = f"they end {replayed:.2g} of the way from the live weights"
+    elif len(norms) - 1 < steps:
+        status, detail = Status.REPLAY_DIFFERS, f"of {steps} steps {len(norms) - 1} are known"
     elif grown > GROWN:
         status, detail = Status.SENSITIVE, f"∂L_V/∂w grew {grown:.3g} times over {len(norms) - 1} steps"
     residuals = norms[1:] / start

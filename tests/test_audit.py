@@ -250,3 +250,53 @@ def test_shapes_of_trees_survive(tmp_path: Any) -> None:
     case = Trained()
     assert flat(unflat(case.minimum, case.shapes)).equal(case.minimum)
     assert isinstance(quick(case.problem(), Implicit(MINRES(terms=5), curvature=Exact())), hoptim.Audit)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_both_retrainings_see_the_same_batches(count: int) -> None:
+    ridge = RIDGES["per_weight"]
+    problem, method = ridge.problem(), Implicit(CG(terms=20, tolerance=1e-12))
+    inner = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    train = problem.train_loss
+    problem.train_loss = lambda m, h, b: train(m, h, None) * (1 + 0.5 * b)
+    batches = [torch.tensor(float(i)) / count for i in range(count)]
+    found = audit(problem, batches[0], torch.zeros(8), method, inner=inner, train_batches=batches, steps=50, directions=0)
+    assert found.directions[0].noise < 1e-4 * abs(found.directions[0].measured)
+    assert found.directions[0].verdict == "agrees"
+
+
+def test_what_was_computed_before_an_audit_can_still_go_back() -> None:
+    problem = Mean.problem()
+    loss = problem.loss(None)
+    assert audit(problem, None, torch.zeros(8), Implicit(CG()), steps=2, directions=0).bound is not None
+    loss.backward()
+    assert problem.model.w.grad is not None
+
+
+def test_the_optimizer_itself_may_be_given_as_inner() -> None:
+    problem = Mean.problem()
+    inner = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    outer = torch.optim.SGD(problem.hparams.parameters(), lr=0.1)
+    whole = hoptim.BilevelOptimizer(inner, outer, problem, val_batches=[torch.zeros(3)])
+    found = audit(problem, None, torch.zeros(8), Implicit(CG()), inner=whole, steps=5, directions=0)
+    assert len(found.directions) == 1
+
+
+def test_a_bound_is_given_for_the_gradient_only_and_damping_is_known_only_where_it_holds() -> None:
+    parts = hoptim.CompositeLoss(
+        lambda m, b: m.w.reshape(1),
+        lambda z, h, b: (z - 4.0).square().sum() * h["d"],
+        lambda m, h: -0.6 * m.w.square().sum(),
+    )
+    problem = hoptim.Problem(
+        Mean(), nn.ParameterDict({"d": torch.tensor(0.5)}), parts, lambda m, h, b: (m.w - b).square().mean()
+    )
+    inner = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    damped = Implicit(CG(), curvature=GaussNewton(), damping=0.5)
+    found = audit(problem, None, torch.zeros(4), damped, inner=inner, steps=2, directions=0)
+    assert found.spectrum is not None
+    assert found.spectrum.lowest == pytest.approx(1.0 - 1.2 + 0.5)  # the penalty curves downward: 0.5 is no bound
+    assert found.bound is not None
+    assert not found.bound.known
+    update = Implicit(hoptim.GMRES(), condition=Update(), damping=0.5)
+    assert audit(problem, None, torch.zeros(4), update, inner=inner, steps=2, directions=0).bound is None

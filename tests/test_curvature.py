@@ -50,6 +50,7 @@ from hoptim import (
     Neumann,
     Problem,
     Sampled,
+    Unrolled,
     hypergradient,
 )
 
@@ -408,3 +409,17 @@ def test_sampled_batches_that_touch_other_weights_act_on_those_of_the_hypersteps
     B = jacrev(grad(branch_loss), argnums=1)(W, A_, 0)[keep]
     expected = -B @ series(cut, 2 * W[keep], 0.1)
     assert result.grads["a"].item() == pytest.approx(expected.item(), rel=1e-11)
+
+
+@pytest.mark.parametrize("method", [Implicit(), Implicit(curvature=Exact(compile=True)), Unrolled(2)])
+def test_a_loss_that_is_once_differentiable_itself_is_found(method: Any) -> None:
+    """Outermost it leaves no mark in the graph of the gradient; compiled and unrolled ways must look too."""
+    problem = Problem(
+        nn.Linear(2, 1),
+        nn.ParameterDict({"decay": torch.tensor(0.1)}),
+        lambda m, h, b: Once.apply(m(b)).mean() + h["decay"] * m.weight.square().sum(),
+        lambda m, h, b: m(b).square().mean(),
+    )
+    inner = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"\['Once'\] are once_differentiable.*FiniteDifference"):
+        hypergradient(problem, torch.randn(4, 2), torch.randn(4, 2), method, inner=inner)

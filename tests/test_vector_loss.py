@@ -33,6 +33,7 @@ from hoptim import (
 )
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.warm import WarmStart
+from hoptim.tracking import Console
 
 
 def three(m: Any, h: Any, b: Any) -> Tensor:
@@ -276,3 +277,23 @@ def test_a_loss_of_no_gradient_has_a_zero_row() -> None:
     assert (result.grads["scale"][1].item(), result.grads["decay"][1].tolist()) == (2.0, [0.0, 0.0])
     assert result.untouched == ()
     torch.testing.assert_close(result.grads["decay"][0], found(METHODS["neumann"], one(0)).grads["decay"])
+
+
+def test_the_figures_of_a_record_are_of_what_was_applied(capsys: Any) -> None:
+    problem = tiny()
+    problem.val_loss = lambda m, h, b: torch.stack([(k + 1) * m[0].weight.square().sum() + h["scale"] for k in range(3)])
+    optimizer = BilevelOptimizer(
+        torch.optim.SGD(problem.model.parameters(), lr=0.01),
+        torch.optim.SGD(problem.hparams.parameters(), lr=0.0),
+        problem,
+        val_batches=[None],
+        val_weights=[2.0, 0.0, -1.0],
+        hooks=[Console()],
+        hypergradient=Implicit(Identity(), curvature=Exact()),
+    )
+    row, result = optimizer.hyperstep(BATCHES[0]).row(), optimizer.record.result
+    for kind, tree in (("hypergradient", result.grads), ("direct", result.direct), ("indirect", result.indirect)):
+        applied = torch.cat([(2 * value[0] - value[2]).flatten() for value in tree.values()])
+        assert row[f"{kind}_norm"] == pytest.approx(applied.norm().item())
+    assert row["val_loss"] == pytest.approx((2 * result.val_loss[0] - result.val_loss[2]).item())
+    assert f"val {row['val_loss']:.4f}" in capsys.readouterr().out

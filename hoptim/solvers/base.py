@@ -50,13 +50,18 @@ class Status(Enum):
     )
     REPLAY_DIFFERS = (
         "remark",
-        "the inner steps, taken again, do not end where they did: something between loss and step is not seen, such as "
-        "clipping, scaled losses, or gradients cleared elsewhere than by optimizer.zero_grad(); the answer is used",
+        "the inner steps, taken again, do not end where they did, or not all are known: something between loss and step is "
+        "not seen, such as clipping, or gradients cleared elsewhere than by optimizer.zero_grad(); the answer is used",
     )
     SENSITIVE = (
         "remark",
         "the derivative grows backwards through the inner steps: the end depends strongly on where they began. Take fewer "
         "steps, or a smaller inner learning rate; the answer is used",
+    )
+    REPLAY_LOST = (
+        "failed",
+        "the inner steps, taken again, end nowhere near where they did: something between loss and step changes the "
+        "gradients by much, such as a GradScaler. Take an implicit method",
     )
     STEP_TOO_LARGE = (
         "failed",
