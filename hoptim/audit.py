@@ -16,7 +16,7 @@ from hoptim.curvature import Exact
 from hoptim.dynamics import KINDS
 from hoptim.evidence import Case, bound, compared, look, seconds, slopes, standard_error
 from hoptim.hypergradient import Implicit
-from hoptim.method import Hypergradient, Loop, Method, unwrapped
+from hoptim.method import Hypergradient, Loop, Method, checked
 from hoptim.options import is_whole
 from hoptim.problem import CompositeLoss, Problem
 from hoptim.record import cosine
@@ -82,22 +82,17 @@ def audit(
     >>> found.status.name, round(found.compared[0].cosine, 3), found.directions[0].verdict, found.advice
     ('CONVERGED', 1.0, 'agrees', ())
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
-    if method is not None and not isinstance(method, Method):
-        raise TypeError(f"method is a {type(method).__name__}: give a method, such as hoptim.Implicit(solver)")
+    inner = checked(problem, method, inner)
     for name, value, least in (
         ("longer", longer, 1),
         ("steps", steps, 1),
         ("directions", directions, 0),
         ("chunks", chunks, 2),
     ):
-        if not (is_whole(value) and value >= least):
-            raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
+        _check_whole(name, value, least)
     method = Implicit() if method is None else method
     implicit = _whole(method if isinstance(method, Implicit) else Implicit(), problem)
     method = implicit if isinstance(method, Implicit) else method
-    inner = unwrapped(inner)
     draw = cycle([train_batch]).__next__ if train_batches is None else Batches(train_batches, "train_batches").draw
     case = Case(problem=problem, train=train_batch, val=val_batch, loop=Loop(inner=inner, draw=draw))
 
@@ -127,6 +122,11 @@ def audit(
         missing=tuple(_missing(error, result, reference, retrainer)),
     )
     return replace(found, advice=advised(found, method, shows_parts=isinstance(problem.train_loss, CompositeLoss)))
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if not (is_whole(value) and value >= least):
+        raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
 
 
 def _missing(error: float | str, result: Hypergradient, reference: Hypergradient, inner: Optimizer) -> Iterator[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hoptim import trees
-from hoptim.compiled import Products, compiled_products
 from hoptim.operators import Operator, Symmetric
 from hoptim.problem import CompositeLoss, Parts
 from hoptim.stationarity import (
@@ -26,6 +26,9 @@ from hoptim.stationarity import (
     symmetric,
 )
 from hoptim.trees import Tree
+
+if TYPE_CHECKING:
+    from hoptim.compiled import Products
 
 NO_PARTS = (
     "GaussNewton needs a training loss that shows its parts: build it as hoptim.CompositeLoss(predict, criterion, penalty), "
@@ -46,6 +49,8 @@ class _Graph(Curvature):
     def linearize(self, point: Point, then: Callable[[Linearized], R]) -> R:
         """``then`` of the linearised F, from one graph."""
         if self.compile:
+            from hoptim.compiled import compiled_products  # what it needs of torch takes long to import
+
             check_once(point)
             gauss_newton = isinstance(self, GaussNewton)
             products = compiled_products(point.problem, point.weights, point.leaves, point.batch, gauss_newton=gauss_newton)

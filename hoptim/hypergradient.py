@@ -14,7 +14,7 @@ from hoptim import trees
 from hoptim.batches import Batches
 from hoptim.conditions import Condition, Gradient
 from hoptim.curvature import Exact, GaussNewton
-from hoptim.method import Hypergradient, Loop, Method, Validation, assembled, unwrapped, validate
+from hoptim.method import Hypergradient, Loop, Method, Validation, assembled, checked, validate
 from hoptim.operators import Scaled, in_float32
 from hoptim.options import is_finite
 from hoptim.preconditioners import Preconditioner
@@ -160,13 +160,7 @@ def hypergradient(
     >>> round(result.grads["decay"].item(), 6), result.solution.status.name
     (-1.0, 'FINISHED')
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
-    if method is not None and not isinstance(method, Method):
-        raise TypeError(f"method is a {type(method).__name__}: give a method, such as hoptim.Implicit(solver)")
-    inner = unwrapped(inner)
-    if inner is not None and not isinstance(inner, Optimizer):
-        raise TypeError(f"inner is a {type(inner).__name__}: give the torch.optim.Optimizer of the model's weights")
+    inner = checked(problem, method, inner)
     draw = None if train_batches is None else Batches(train_batches, "train_batches").draw
     loop = Loop(inner=inner, draw=draw)
     result = (Implicit() if method is None else method)(problem, train_batch, val_batch, loop=loop)

@@ -90,12 +90,6 @@ class Loop:
     trajectory: Any = None
 
 
-def unwrapped(inner: Any) -> Any:
-    """The optimizer inside a :class:`BilevelOptimizer`; any other as it is."""
-    held = getattr(inner, "inner", None)
-    return held if isinstance(inner, Optimizer) and isinstance(held, Optimizer) else inner
-
-
 class Method(ABC):
     """A strategy for the hypergradient: a frozen dataclass that owns its options and keeps no state."""
 
@@ -106,6 +100,19 @@ class Method(ABC):
         self, problem: Problem, train_batch: Any, val_batch: Any, state: State | None = None, loop: Loop | None = None
     ) -> Hypergradient:
         """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
+
+
+def checked(problem: object, method: object, inner: Any) -> Optimizer | None:
+    """What a hypergradient and an audit are given, looked at; of a :class:`BilevelOptimizer` the optimizer inside."""
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+    if method is not None and not isinstance(method, Method):
+        raise TypeError(f"method is a {type(method).__name__}: give a method, such as hoptim.Implicit(solver)")
+    held = getattr(inner, "inner", None)
+    inner = held if isinstance(inner, Optimizer) and isinstance(held, Optimizer) else inner
+    if inner is not None and not isinstance(inner, Optimizer):
+        raise TypeError(f"inner is a {type(inner).__name__}: give the torch.optim.Optimizer of the model's weights")
+    return inner
 
 
 @dataclass(frozen=True, kw_only=True)
