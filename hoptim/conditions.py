@@ -128,7 +128,7 @@ def _zeros(value: torch.Tensor, v: Tree, like: Tree) -> torch.Tensor:
 def _pull(u: Tree, v: Tree, inputs: dict[str, Tree], batched: bool) -> dict[str, Tree]:
     """vᵀ ∂u/∂inputs, with zeros for what u does not depend on."""
     flat = {f"{kind}:{name}": value for kind, tree in inputs.items() for name, value in tree.items()}
-    found = pulled_back(u, {name: v[name] for name in u}, flat, batched=batched)
+    found = pulled_back(u, v, flat, batched=batched)
     lead = next(iter(v.values())).shape[:1] if batched else ()
     full = {key: flat[key].new_zeros((*lead, *flat[key].shape)) if part is None else part for key, part in found.items()}
     return {kind: {name: full[f"{kind}:{name}"] for name in tree} for kind, tree in inputs.items()}
@@ -140,12 +140,8 @@ def _mixed(u: Tree, G: Tree, leaves: Tree, gradient: Linearized) -> Callable[[Tr
     def mixed(x: Tree) -> Found:
         name, value = next(iter(x.items()))
         batched = value.ndim > u[name].ndim
-        own = pulled_back(u, {name: x[name] for name in u}, leaves, batched=batched)
+        own = pulled_back(u, x, leaves, batched=batched)
         through = gradient.mixed(_pull(u, x, {"G": G}, batched)["G"])
-        return {name: _sum(own[name], through[name]) for name in leaves}
+        return {name: trees.sum_of(own[name], through[name]) for name in leaves}
 
     return mixed
-
-
-def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    return b if a is None else a if b is None else a + b

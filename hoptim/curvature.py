@@ -134,12 +134,12 @@ class GaussNewton(_Graph):
         def product(v: Tree, batched: bool) -> Tree:
             found = {name: torch.zeros_like(value) for name, value in v.items()}
             if pulled and slope["z"].requires_grad:
-                Jv = pulled_back(pulled, {name: v[name] for name in pulled}, u, batched=batched)["z"]
+                Jv = pulled_back(pulled, v, u, batched=batched)["z"]
                 HJv = None if Jv is None else pulled_back(slope, {"z": Jv}, at, batched=batched)["z"]
                 if HJv is not None:
                     found |= _present(pulled_back(z, {"z": HJv}, weights, batched=batched))
             if penalty:
-                second = _present(pulled_back(penalty, {name: v[name] for name in penalty}, weights, batched=batched))
+                second = _present(pulled_back(penalty, v, weights, batched=batched))
                 found |= {name: found[name] + part for name, part in second.items()}
             return found
 

@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import functional_call
 
+from hoptim import trees
 from hoptim.problem import Parts, Problem
 from hoptim.trees import Tree
 
@@ -61,7 +62,7 @@ def _forward(weights: Tree, leaves: Tree, gauss_newton: bool) -> Then:
                 product = {name: _part(t, 0) for name, t in _grad(parts.z, weights, HJv.detach()).items()}
         if parts.penalty is not None:
             second = _grad(parts.penalty, weights)
-            product = {name: _sum(product[name], _part(second[name], 1)) for name in weights}
+            product = {name: trees.sum_of(product[name], _part(second[name], 1)) for name in weights}
         return forward_ad.unpack_dual(loss).primal, value, product, mixed
 
     return then
@@ -94,7 +95,7 @@ def _reverse(weights: Tree, leaves: Tree, v: Tree, gauss_newton: bool) -> Then:
                 product = _grad(parts.z, weights, HJv)
         if parts.penalty is not None:
             second = pulled(_grad(parts.penalty, weights, create_graph=True), v, weights)
-            product = {name: _sum(product[name], second[name]) for name in weights}
+            product = {name: trees.sum_of(product[name], second[name]) for name in weights}
         return loss, F, product, mixed
 
     return then
@@ -112,7 +113,3 @@ def _grad(output: Tensor, inputs: dict[Any, Tensor], v: Tensor | None = None, cr
 def _part(dual: Tensor | None, which: Literal[0, 1]) -> Tensor | None:
     """A dual number's value (0) or its tangent (1)."""
     return None if dual is None else forward_ad.unpack_dual(dual)[which]
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,7 +122,6 @@ class Validation:
     loss: Tensor
     g: Tree
     direct: Found
-    touched: tuple[str, ...] = field(default=())
 
 
 def validate(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> Validation:

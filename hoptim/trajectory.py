@@ -65,7 +65,7 @@ def ahead(problem: Problem, inner: Optimizer, draw: Callable[[], Any], steps: in
 
 
 class Recorder:
-    """Keeps the inner steps from the first loss on that it is told of, until they are taken from it.
+    """Keeps the inner steps from the first loss on that it is told of, until it begins anew.
 
     A loss belongs to the step before which its backward pass runs, unless gradients are cleared in between.
     """
@@ -113,12 +113,6 @@ class Recorder:
     def restart(self) -> None:
         """The next loss begins anew."""
         self._start, self._steps, self._added = None, [], []
-
-    def take(self) -> Trajectory | None:
-        """The steps kept so far, if any; the next loss begins anew."""
-        found = self.trajectory()
-        self.restart()
-        return found
 
     def state_dict(self) -> dict[str, Any] | None:
         """The steps kept so far, for a checkpoint; batches as they are."""

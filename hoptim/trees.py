@@ -93,6 +93,11 @@ def stack(parts: Sequence[Tree]) -> Tree:
     return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 
+def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where ``None`` is what does not exist, and so adds nothing."""
+    return b if a is None else a if b is None else a + b
+
+
 def times(x: Tree, y: Tree) -> Tree:
     """The entrywise product, over the names of ``x``; a leading axis of ``x`` may be missing in ``y``."""
     return {name: value * y[name] for name, value in x.items()}

@@ -142,13 +142,13 @@ def _through(problem: Problem, step: Step, at: Place, leaves: Tree, back: _Back)
         cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state)}
         outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
         inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
-        found = pulled_back(outputs, {key: cotangents[key] for key in outputs}, inputs, batched=batched)
+        found = pulled_back(outputs, cotangents, inputs, batched=batched)
         kept = {name: part for name in w if (part := found["w" + name]) is not None}
         before = {name: kept.get(name, torch.zeros_like(back.weights[name])) for name in w}
         return _Back(
             weights=before,
             state={name: part for name in flat if (part := found["s" + name]) is not None},
-            leaves={name: _sum(back.leaves[name], found["l" + name]) for name in leaves},
+            leaves={name: trees.sum_of(back.leaves[name], found["l" + name]) for name in leaves},
             norms=(*back.norms, _norm(before, w)),
         )
 
@@ -185,10 +185,6 @@ def _missed(way: Trajectory, end: Place, live: Tree) -> float:
 def _norm(x: Tree, like: Tree) -> Tensor:
     name, value = next(iter(x.items()))
     return trees.norm(x, batched=value.ndim > like[name].ndim)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
 
 
 def _keyed(kind: str, x: Tree) -> Tree:

@@ -487,7 +487,7 @@ def test_bound_learning_rate_survives_a_checkpoint_within_a_window() -> None:
         for b in BATCHES[:last]:
             step(optimizer, [b])
     saved = through_disk(first._progress.state_dict()["trajectory"])
-    first._progress.recorder.take()
+    first._progress.recorder.restart()
     first._progress.recorder.load_state_dict(saved, first.problem.weights(), first.inner)
     step(first, [BATCHES[1]])
     assert same(first.record.result.grads, whole.record.result.grads)

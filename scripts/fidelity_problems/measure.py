@@ -104,7 +104,7 @@ class Case:
                 self.inner.step()
                 if back < kept_steps:
                     recorder.stepped()
-            self._trajectory = recorder.take()
+            self._trajectory = recorder.trajectory()
         else:
             self.put(self.found.weights, self.found.velocity)
         return state
