@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from hoptim import trees
-from hoptim.conditions import Gradient
 from hoptim.curvature import GaussNewton
 from hoptim.differences import gradients
 from hoptim.dynamics import KINDS
@@ -191,12 +190,7 @@ def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> 
     lowest = local.spectrum.lowest if local.spectrum else 0.0
     known = isinstance(method.curvature, GaussNewton) and 0 < 0.99 * method.damping <= lowest
     mu = method.damping if known else lowest
-    if (
-        not isinstance(method.condition, Gradient)  # B below is that of the gradient
-        or not result.solution.status.ok
-        or result.val_loss.ndim
-        or mu <= 1e-6 * local.top
-    ):
+    if not result.solution.status.ok or result.val_loss.ndim or mu <= 1e-6 * local.top:  # Update's A has no such spectrum
         return None
     point = Point.of(case.problem, case.train, case.loop.draw)
 

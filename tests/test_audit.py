@@ -300,3 +300,17 @@ def test_a_bound_is_given_for_the_gradient_only_and_damping_is_known_only_where_
     assert not found.bound.known
     update = Implicit(hoptim.GMRES(), condition=Update(), damping=0.5)
     assert audit(problem, None, torch.zeros(4), update, inner=inner, steps=2, directions=0).bound is None
+
+
+def test_the_noise_of_retraining_is_that_of_other_random_numbers() -> None:
+    problem = Mean.problem()
+    problem.train_loss = lambda m, h, b: 0.5 * (m.w - h["d"] * (1 + 0.5 * torch.randn(()))).square()
+    inner = torch.optim.SGD(problem.model.parameters(), lr=0.5)
+    found = audit(problem, None, torch.zeros(8), Implicit(CG()), inner=inner, steps=60, directions=0)
+    slopes = []
+    for seed in (0, 1):  # w = d·(1 + r), so that dL_V/dd = d·(1 + r)²
+        torch.manual_seed(seed)
+        slopes.append((1 + 0.5 * torch.randn(()).item()) ** 2)
+    sign = 1 if found.directions[0].predicted > 0 else -1
+    assert sign * found.directions[0].measured * 1.0 == pytest.approx(sum(slopes) / 2, rel=1e-5)
+    assert found.directions[0].noise == pytest.approx(abs(slopes[0] - slopes[1]), rel=1e-5)

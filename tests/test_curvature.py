@@ -423,3 +423,15 @@ def test_a_loss_that_is_once_differentiable_itself_is_found(method: Any) -> None
     inner = torch.optim.SGD(problem.model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"\['Once'\] are once_differentiable.*FiniteDifference"):
         hypergradient(problem, torch.randn(4, 2), torch.randn(4, 2), method, inner=inner)
+
+
+def test_differences_keep_their_masks_whatever_is_drawn_between_two_products() -> None:
+    problem, v = tiny(dropout=0.5), unflat(torch.linspace(-1, 1, SIZE), LIKE)
+
+    def twice(one: Any) -> tuple[Tensor, Tensor]:
+        first = flat(one.A @ v)
+        torch.rand(3)
+        return first, flat(one.A @ v)
+
+    first, second = linearized(problem, FiniteDifference(), twice)
+    assert torch.equal(first, second)

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from hoptim import BilevelOptimizer, HyperParameters, Implicit, Neumann, Problem, Record, Status
+from hoptim.progress import Progress
 
 DIVERGING = Implicit(Neumann(terms=1000, step_size=1e3))
 
@@ -720,3 +722,30 @@ def test_a_batch_that_leaves_a_hyperparameter_out_is_an_error_only_at_first() ->
     record = optimizer.hyperstep("one")
     assert record.result.untouched == ("b",)
     assert (record.moved, optimizer.problem.hparams["b"].item()) == (True, before)
+
+
+def test_cosine_to_last_is_that_of_consecutive_hypergradients_also_over_a_checkpoint() -> None:
+    run, other = noisy_run(every=1), noisy_run(every=1)
+    found: list[Any] = []
+    advance(run, 0, 4, after=lambda: found.append((run.optimizer.record.result.grads["decay"], run.optimizer.record)))
+    assert found[0][1].cosine_to_last is None
+    for (before, _), (now, record) in pairwise(found):
+        assert record.cosine_to_last == pytest.approx(float(torch.sign(before * now)))
+    advance(other, 0, 2)
+    resumed = noisy_run(every=1)
+    resumed.model.load_state_dict(other.model.state_dict())
+    resumed.optimizer.load_state_dict(other.optimizer.state_dict())
+    record = resumed.optimizer.hyperstep(run.batches[0], run.batches[1])
+    assert record.row()["cosine_to_last"] is not None
+
+
+def test_cosine_of_two_vectors() -> None:
+    a, b = {"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([1.0, 1.0])}
+    progress = Progress()
+    assert [progress.turned(one) for one in (a, b, b, a)] == [
+        None,
+        pytest.approx(0.5**0.5),
+        pytest.approx(1.0),
+        pytest.approx(0.5**0.5),
+    ]
+    assert progress.turned({"x": torch.zeros(3)}) is None
