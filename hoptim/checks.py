@@ -86,16 +86,6 @@ def check_added(params: Tensor | Iterable[Tensor], problem: Problem) -> None:
         raise ValueError(f"the added group holds {wrong[0]!r}, a hyperparameter: add it to the outer optimizer")
 
 
-def check_loadable(state_dict: dict[str, Any], key: str, version: int) -> None:
-    """A state is one of a BilevelOptimizer's, and of no newer version."""
-    if key not in state_dict:
-        raise ValueError(
-            f"this state_dict has no {key!r} entry: it is a bare optimizer's. Load it with optimizer.inner.load_state_dict()"
-        )
-    if state_dict[key]["version"] > version:
-        raise ValueError(f"this state_dict is of version {state_dict[key]['version']}, newer than {version}: upgrade hoptim")
-
-
 def _names(problem: Problem) -> tuple[dict[int, str], dict[int, str]]:
     weights = {id(p): name for name, p in problem.model.named_parameters()}
     leaves = {id(p): name for name, p in problem.hparams.named_parameters()}

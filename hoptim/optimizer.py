@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.batches import Batches
-from hoptim.checks import check_added, check_loadable, check_optimizers, check_schedule, check_strategies, check_weights
+from hoptim.checkpoint import KEY, Checkpoint, check_loadable
+from hoptim.checks import check_added, check_optimizers, check_schedule, check_strategies, check_weights
 from hoptim.hparams import HyperParameters
 from hoptim.hypergradient import Implicit
 from hoptim.method import Hypergradient, Loop, Method
@@ -21,9 +22,6 @@ from hoptim.problem import Problem
 from hoptim.progress import Progress, bound_options_kept, is_due, is_kept
 from hoptim.record import Record, natural_values
 from hoptim.trees import Tree
-
-VERSION = 2  # of what state_dict() adds under KEY
-KEY = "hoptim"
 
 
 class BilevelOptimizer(Optimizer):
@@ -183,7 +181,7 @@ class BilevelOptimizer(Optimizer):
         Raises:
             ValueError: the state is a bare optimizer's, of a newer version, or does not fit the groups.
         """
-        check_loadable(state_dict, KEY, VERSION)
+        check_loadable(state_dict)
         before = copy.deepcopy(self.state_dict())
         try:
             self._load(state_dict)
@@ -200,7 +198,17 @@ class BilevelOptimizer(Optimizer):
             bare = hook(self, bare) or bare
         with bound_options_kept(self.inner, self.problem.leaves()):
             self.inner.load_state_dict(bare)
-        _restore(self, state_dict[KEY])
+        self._checkpoint().load_state_dict(state_dict[KEY])
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            inner=self.inner,
+            outer=self.outer,
+            problem=self.problem,
+            progress=self._progress,
+            val_batches=self.val_batches,
+            train_batches=self.train_batches,
+        )
 
     @property
     def record(self) -> Record | None:
@@ -289,25 +297,7 @@ class BilevelOptimizer(Optimizer):
 
 
 def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """After ``state_dict()``: add what the inner optimizer does not know, as tensors and plain values only."""
+    """After ``state_dict()``: the inner optimizer's own, and one entry more."""
     assert isinstance(optimizer, BilevelOptimizer)
-    progress, train = optimizer._progress, optimizer.train_batches
     state_dict.update(optimizer.inner.state_dict())
-    state_dict[KEY] = {
-        "version": VERSION,
-        "outer": optimizer.outer.state_dict(),
-        "hparams": dict(optimizer.problem.hparams.state_dict()),
-        **progress.state_dict(),
-        "val_batches": optimizer.val_batches.state_dict(),
-        "train_batches": None if train is None else train.state_dict(),
-    }
-
-
-def _restore(optimizer: BilevelOptimizer, saved: dict[str, Any]) -> None:
-    """The other half of :func:`_add_state`."""
-    optimizer.outer.load_state_dict(saved["outer"])
-    optimizer.problem.hparams.load_state_dict(saved["hparams"])
-    optimizer._progress.load_state_dict(saved, optimizer.problem, optimizer.inner)
-    optimizer.val_batches.load_state_dict(saved["val_batches"])
-    if optimizer.train_batches is not None and saved["train_batches"] is not None:
-        optimizer.train_batches.load_state_dict(saved["train_batches"])
+    state_dict[KEY] = optimizer._checkpoint().state_dict()

@@ -44,6 +44,7 @@ ORDER = [
     "checks",
     "record",
     "progress",
+    "checkpoint",
     "optimizer",
     "report",
     "evidence",
