@@ -83,6 +83,11 @@ def audit(
     ('CONVERGED', 1.0, 'agrees', ())
     """
     inner = checked(problem, method, inner)
+    if problem.ranks.size > 1:
+        raise ValueError(
+            f"an audit is for one process, and {problem.ranks.size} train together here: audit on one of them, on a problem "
+            "of the model inside the wrapper, Problem(model.module, ..., process_group=None)"
+        )
     for name, value, least in (
         ("longer", longer, 1),
         ("steps", steps, 1),

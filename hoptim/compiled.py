@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from hoptim import reads, splitting
 from hoptim.derivatives import Found, Way, derivatives
+from hoptim.precision import lowered
 from hoptim.problem import Problem
 from hoptim.splitting import Piece, Run, UntraceableError
 from hoptim.trees import Tree
@@ -157,8 +158,7 @@ class _Point:
             self.spec,
             tuple((type(other), other) for other in self.others),
             tuple((value.shape, value.stride(), value.dtype, value.device) for value in self.tensors),
-            torch.is_autocast_enabled("cpu"),
-            torch.is_autocast_enabled("cuda"),
+            lowered(),
             torch.get_default_dtype(),
             tuple(reads.options(problem._joint)),
             id(problem.train_loss),
@@ -194,7 +194,8 @@ def _agree(found: list[Tree], expected: list[Found]) -> None:
         pairs = [(t.double(), 0 * t.double() if (other := theirs[n]) is None else other.double()) for n, t in ours.items()]
         size = sum(float(other.square().sum()) for _, other in pairs) ** 0.5
         error = sum(float((t - other).square().sum()) for t, other in pairs) ** 0.5
-        allowed = max(AGREEMENT.get(t.dtype, 0.1) for t in ours.values()) * size
+        dtypes = [*(t.dtype for t in ours.values()), *(dtype for _, dtype in lowered())]
+        allowed = max(AGREEMENT.get(dtype, 0.1) for dtype in dtypes) * size
         if math.isfinite(size) and not error <= allowed:
             raise UntraceableError(f"the compiled answer is off by {error:.1e} of {size:.1e}")
 
@@ -224,7 +225,11 @@ class _Program:
         self._draws = splitting.draws(graph)
         self._primal = splitting.primal(graph, [loss, *value, *residuals], self._draws.results)
         self._outputs = [loss, *value]
-        self._inputs, self._vectors = inputs[:size], dict(zip(inputs[size:], v, strict=True))
+        self._inputs, vectors = inputs[:size], dict(zip(inputs[size:], v, strict=True))
+        self._places = {  # of v among a term's arguments
+            kind: [(i, vectors[node]) for i, node in enumerate(term.arguments) if node in vectors]
+            for kind, term in self._terms.items()
+        }
         self._constants = splitting.constants(graph)
         self._weights, self._leaves, self._names = list(v), list(point.tree(point.tensors)[1]), names
         self._ndim = {name: value.ndim for name, value in v.items()}
@@ -238,7 +243,7 @@ class _Program:
         if "primal" not in self._runs:
             self._runs["primal"] = splitting.compiled(self._primal.graph, arguments)
         with torch.no_grad():
-            known |= dict(zip(self._primal.results, self._runs["primal"](*arguments), strict=True))
+            known |= dict(zip(self._primal.results, self._runs["primal"](arguments), strict=True))
         loss, *value = (known[node] for node in self._outputs)
         given = {kind: [known.get(node) for node in term.arguments] for kind, term in self._terms.items()}
         touched = self._names[0]
@@ -265,11 +270,13 @@ class _Program:
             return {}
         name, one = next(iter(v.items()))
         R = len(one) if one.ndim > self._ndim[name] else None
-        arguments = [v[self._vectors[node]] if t is None else t for node, t in zip(term.arguments, given, strict=True)]
+        arguments: list[Any] = given.copy()
+        for place, vector in self._places[kind]:
+            arguments[place] = v[vector]
         with torch.no_grad():
             if (kind, R) not in self._runs:
                 self._runs[kind, R] = self._compiled(term, given, arguments, R)
-            return dict(zip(names, self._runs[kind, R](*arguments), strict=True))
+            return dict(zip(names, self._runs[kind, R](arguments), strict=True))
 
     def _compiled(self, term: Piece, given: list[Tensor | None], arguments: list[Tensor], R: int | None) -> Run:
         graph = term.graph
@@ -278,14 +285,11 @@ class _Program:
         run = splitting.compiled(graph, arguments)
         layouts = [(i, arguments[i].stride()) for i, t in enumerate(given) if t is None]
 
-        def laid_out(*arguments: Tensor) -> Sequence[Tensor]:
+        def laid_out(arguments: list[Tensor]) -> Sequence[Tensor]:
             """Compiled code has the layout of its arguments built in."""
-            if all(arguments[i].stride() == stride for i, stride in layouts):
-                return run(*arguments)
-            copies = list(arguments)
             for i, stride in layouts:
-                copies[i] = torch.empty_strided(copies[i].shape, stride, dtype=copies[i].dtype, device=copies[i].device)
-                copies[i].copy_(arguments[i])
-            return run(*copies)
+                if (t := arguments[i]).stride() != stride:
+                    arguments[i] = torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+            return run(arguments)
 
         return laid_out

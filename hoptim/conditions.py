@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from hoptim import trees
 from hoptim.dynamics import Dynamics
+from hoptim.graphs import pulled_back
 from hoptim.operators import Operator
-from hoptim.stationarity import Found, Linearized, Point, pulled_back
-from hoptim.trees import Tree
+from hoptim.stationarity import Linearized, Point
+from hoptim.trees import Found, Tree
 
 
 class Condition(ABC):

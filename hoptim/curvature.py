@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from hoptim import trees
+from hoptim.graphs import pulled_back
 from hoptim.operators import Operator, Symmetric
-from hoptim.problem import CompositeLoss, Parts
+from hoptim.parts import Parts
+from hoptim.problem import CompositeLoss
 from hoptim.stationarity import (
     Curvature,
-    Found,
     Linearized,
     Point,
     R,
     StationarityGraph,
     check_once,
     check_twice_differentiable,
-    pulled_back,
     symmetric,
 )
-from hoptim.trees import Tree
+from hoptim.trees import Found, Tree
 
 if TYPE_CHECKING:
     from hoptim.compiled import Products
@@ -41,6 +41,10 @@ class _Graph(Curvature):
     """What is built on the cached graph of F, or on compiled ones."""
 
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile={self.compile!r}: give True or False")
 
     @abstractmethod
     def __call__(self, graph: StationarityGraph) -> Operator:
@@ -58,7 +62,7 @@ class _Graph(Curvature):
                 return then(_from_compiled(products, point.weights))
 
         def inside(loss: Tensor, parts: Parts | None) -> R:
-            check_twice_differentiable(point.problem, loss)
+            check_twice_differentiable(point.problem, loss, point.weights, point.leaves, point.batch)
             graph = StationarityGraph(loss, point.weights, point.leaves, parts)
             return then(
                 Linearized(
@@ -147,7 +151,11 @@ class GaussNewton(_Graph):
 
 
 def _gradient(value: Tensor, inputs: Tree) -> Tree:
-    return dict(zip(inputs, torch.autograd.grad(value, list(inputs.values()), create_graph=True), strict=True))
+    """∂value/∂inputs with its graph; zeros where there is no dependence."""
+    if not value.requires_grad:
+        return trees.zeros_like(inputs)
+    found = torch.autograd.grad(value, list(inputs.values()), create_graph=True, materialize_grads=True)
+    return dict(zip(inputs, found, strict=True))
 
 
 def _graph_of(outputs: Tree, v: Tree, inputs: Tree) -> Found:

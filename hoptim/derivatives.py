@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hoptim import trees
-from hoptim.problem import Parts, Problem
+from hoptim.parts import Parts
+from hoptim.problem import Problem
 from hoptim.trees import Tree
 
 Found = dict[str, Tensor | None]  # by name; None for what does not exist

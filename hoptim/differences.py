@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hoptim import trees
 from hoptim.options import is_finite
+from hoptim.precision import epsilon_of_losses
 from hoptim.problem import set_generators
-from hoptim.stationarity import Curvature, Found, Linearized, Point, R, check_dense, symmetric
-from hoptim.trees import Tree
+from hoptim.stationarity import Curvature, Linearized, Point, R, check_dense, symmetric
+from hoptim.trees import Found, Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class FiniteDifference(Curvature):
         touched = {name: part for name, part in gradient.items() if part is not None}
         weights = {name: point.weights[name].detach() for name in touched}
         length = trees.norm(weights) if weights else torch.ones(())
-        reach = torch.where(length > 0, length, 1.0) * (self.step or torch.finfo(length.dtype).eps ** (1 / 3))
+        reach = torch.where(length > 0, length, 1.0) * (self.step or epsilon_of_losses(length.dtype) ** (1 / 3))
 
         def difference(v: Tree) -> tuple[Found, Found]:
             along = trees.norm(v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,11 +98,13 @@ class Dynamics:
         Raises:
             TypeError: ``inner`` is of a class, or has a ``step`` of its own, that torch can't differentiate; or an option
                 that is a leaf is one that this class makes a constant of.
-            ValueError: an option is computed from other tensors, is part of a leaf, or a leaf of more than one number.
+            ValueError: an option is computed from other tensors, is part of a leaf, or a leaf of more than one number; or a
+                scheduler sets a learning rate that is a leaf.
         """
         kind = _kind(inner)
         name_of = {id(p): name for name, p in weights.items()}
         groups = []
+        check_unscheduled([group for group in inner.param_groups if "initial_lr" in group], leaves)
         for group in inner.param_groups:
             followed = _followed(kind, group)
             options = {key: _bind(kind, key, group[key], leaves, followed) for key in inner.defaults if key in group}
@@ -247,7 +249,7 @@ def _sqrt(v: Tensor) -> Tensor:
 
 def _kind(inner: optim.Optimizer) -> Kind:
     """The class of torch.optim whose step ``inner`` takes."""
-    works = f"take one of torch.optim's {', '.join(kind.__name__ for kind in KINDS)}"
+    works = f"take one of torch.optim's {', '.join(kind.__name__ for kind in KINDS)}, or Implicit() on Gradient()"
     own = type(inner).__name__
     kind = next((base for base in type(inner).__mro__ if base in KINDS), None)
     if kind is None:
@@ -291,6 +293,16 @@ def _bind(kind: Kind, key: str, value: Any, leaves: Tree, followed: frozenset[st
             f"{option} is computed from other tensors, once and for all: give a leaf of hparams, or detach() it"
         )
     return value.detach().clone()
+
+
+def check_unscheduled(groups: Iterable[Mapping[str, Any]], leaves: Tree) -> None:
+    """Raise where the learning rate of one of these groups, which a scheduler sets, is a hyperparameter."""
+    rates = [group["lr"] for group in groups if isinstance(group.get("lr"), Tensor)]
+    if learned := [name for name, leaf in leaves.items() for rate in rates if _overlap(rate, leaf)]:
+        raise ValueError(
+            f"hyperparameter {learned[0]!r} is the inner optimizer's lr, and a scheduler would write over what is learned: "
+            "do without one, build it on optimizer.outer, or give the inner optimizer a number as its lr"
+        )
 
 
 def _overlap(x: Tensor, leaf: Tensor) -> bool:

@@ -22,6 +22,7 @@ from hoptim.dynamics import KINDS
 from hoptim.hypergradient import Implicit
 from hoptim.method import Hypergradient, Loop, Method, validate
 from hoptim.operators import in_float32
+from hoptim.precision import epsilon_of_losses
 from hoptim.problem import Problem
 from hoptim.record import cosine
 from hoptim.record import standard_error as spread_of
@@ -125,7 +126,7 @@ def slopes(case: Case, result: Hypergradient, inner: Optimizer, steps: int, coun
     gradient, leaves = result.combined(), case.problem.leaves()
     lines = {"the hypergradient": trees.unit(gradient)}
     lines |= {f"random direction {n + 1}": trees.unit(gaussian(gradient, seed=n)) for n in range(count)}
-    reach = float(torch.finfo(next(iter(gradient.values())).dtype).eps ** (1 / 3) * (1 + trees.norm(_values(leaves))))
+    reach = float(epsilon_of_losses(next(iter(gradient.values())).dtype) ** (1 / 3) * (1 + trees.norm(_values(leaves))))
     ways = [_way(case, inner, steps, repeat) for repeat in (0, 1)]  # the same batches and masks for all that is compared
     for name, line in lines.items():
         found, values = [], []
@@ -133,7 +134,7 @@ def slopes(case: Case, result: Hypergradient, inner: Optimizer, steps: int, coun
             ends = [_retrained(case, way, trees.add(_values(leaves), line, alpha=s * epsilon)) for s in (1, -1)]
             found.append((ends[0] - ends[1]) / (2 * epsilon))
             values += ends
-        rounding = torch.finfo(next(iter(case.problem.weights().values())).dtype).eps * max(map(abs, values)) / reach
+        rounding = epsilon_of_losses(next(iter(case.problem.weights().values())).dtype) * max(map(abs, values)) / reach
         measured, noise = sum(found) / 2, abs(found[0] - found[1]) + rounding
         yield Direction(name=name, predicted=float(trees.dot(gradient, line)), measured=measured, noise=noise)
 
@@ -214,7 +215,7 @@ def _mixed_norm(point: Point, F: Linearized, products: int = 10) -> float:
     """‖B‖₂ by power iteration on BᵀB; B u is a central difference of gradients in λ."""
     leaves = trees.map_tree(torch.Tensor.detach, point.leaves)
     u, size = trees.unit(gaussian(leaves)), 0.0
-    reach = float(torch.finfo(next(iter(u.values())).dtype).eps ** (1 / 3) * (1 + trees.norm(leaves)))
+    reach = float(epsilon_of_losses(next(iter(u.values())).dtype) ** (1 / 3) * (1 + trees.norm(leaves)))
     for _ in range(products):
         ends = []
         for sign in (1, -1):

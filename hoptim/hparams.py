@@ -11,6 +11,8 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, Transform, identity_transform
 
+from hoptim.options import kind
+
 
 class HyperParameters(nn.Module):
     """Named hyperparameter tensors, each kept inside its constraint.
@@ -43,7 +45,9 @@ class HyperParameters(nn.Module):
     def __init__(self, values: Mapping[str, Tensor], constraints: Mapping[str, Constraint] | None = None) -> None:
         super().__init__()
         if not isinstance(values, Mapping):
-            raise TypeError(f"values is a {type(values).__name__}: give a dict of named tensors")
+            raise TypeError(f"values is {kind(values)}: give a dict of named tensors")
+        if not isinstance(constraints, Mapping | None):
+            raise TypeError(f"constraints is {kind(constraints)}: give a dict of constraints by the names of the values")
         given = dict(constraints or {})
         if not values:
             raise ValueError("HyperParameters got no values: give at least one named tensor to learn")
@@ -73,6 +77,16 @@ class HyperParameters(nn.Module):
         if value.shape != old.shape:
             raise ValueError(f"hyperparameter {name!r} has shape {tuple(old.shape)}, the value {tuple(value.shape)}")
         self.get_parameter(self._names[name]).copy_(new)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_names", ()):
+            raise AttributeError(f"{name!r} is a hyperparameter, not an attribute: take hparams[{name!r}]")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_names", ()) and name not in self.__dict__ and not hasattr(type(self), name):
+            raise AttributeError(f"{name!r} is a hyperparameter, not an attribute: write hparams[{name!r}] = value")
+        super().__setattr__(name, value)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -142,7 +156,7 @@ class HyperParameters(nn.Module):
 
 def _safe(name: str) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"{name!r} is a {type(name).__name__}: name a hyperparameter by a str")
+        raise TypeError(f"{name!r} is {kind(name)}: name a hyperparameter by a str")
     return "leaf:" + name.replace("%", "%25").replace(".", "%2E")
 
 
@@ -161,7 +175,7 @@ def _constraint(name: str, constraint: Constraint | None) -> tuple[Constraint, T
         return constraint or constraints.real, identity_transform
     if not isinstance(constraint, Constraint):
         raise TypeError(
-            f"the constraint of {name!r} is a {type(constraint).__name__}: take one from torch.distributions.constraints"
+            f"the constraint of {name!r} is {kind(constraint)}: take an instance from torch.distributions.constraints"
         )
     try:
         return constraint, biject_to(constraint)
@@ -171,8 +185,15 @@ def _constraint(name: str, constraint: Constraint | None) -> tuple[Constraint, T
 
 def _leaf(name: str, value: Tensor, constraint: Constraint, transform: Transform) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"hyperparameter {name!r} is {kind}: give a floating-point tensor, such as torch.tensor(0.1)")
+        what = f"of {value.dtype}" if isinstance(value, Tensor) else kind(value)
+        raise TypeError(f"hyperparameter {name!r} is {what}: give a floating-point tensor, such as torch.tensor(0.1)")
+    if value.layout is not torch.strided:
+        raise TypeError(f"hyperparameter {name!r} is {value.layout}: give a dense tensor, value.to_dense()")
+    if value.is_meta:
+        raise ValueError(f"hyperparameter {name!r} is on the meta device, where no values are: give it some")
+    if value.ndim < constraint.event_dim:
+        shape, axes = tuple(value.shape), constraint.event_dim
+        raise ValueError(f"hyperparameter {name!r} has shape {shape}, too few axes for {constraint}: give {axes} at least")
     value = value.detach().clone()
     if not bool(constraint.check(value).all()):
         raise ValueError(f"hyperparameter {name!r} starts outside {constraint}: min {value.min()}, max {value.max()}")

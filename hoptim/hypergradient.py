@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from hoptim.conditions import Condition, Gradient
 from hoptim.curvature import Exact, GaussNewton
 from hoptim.method import Hypergradient, Loop, Method, Validation, assembled, checked, validate
 from hoptim.operators import Scaled, in_float32
-from hoptim.options import is_finite
+from hoptim.options import is_finite, kind
 from hoptim.preconditioners import Preconditioner
 from hoptim.problem import CompositeLoss, Problem
-from hoptim.solvers.base import Solution, Solver, State
+from hoptim.solvers.base import Solver, State, Unread
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.krylov import MINRES
-from hoptim.stationarity import Curvature, Linearized, Point
+from hoptim.stationarity import Curvature, Linearized, Point, over_ranks
+from hoptim.trees import Found, Tree
 
 TERMS = 5  # of the default solver: to stop early is what regularises, see scripts/fidelity.py
 
@@ -72,10 +73,10 @@ class Implicit(Method):
     def __post_init__(self) -> None:
         kinds = {"solver": (Solver, "Neumann(terms=20)"), "condition": (Condition, "Gradient()")}
         kinds |= {"curvature": (Curvature, "Exact()"), "preconditioner": (Preconditioner, "Jacobi()")}
-        for name, (kind, example) in kinds.items():
+        for name, (strategy, example) in kinds.items():
             value = getattr(self, name)
-            if not isinstance(value, kind) and not (value is None and name != "condition"):
-                raise TypeError(f"{name} is a {type(value).__name__}: give a {name}, such as hoptim.{example}")
+            if not isinstance(value, strategy) and not (value is None and name != "condition"):
+                raise TypeError(f"{name} is {kind(value)}: give a {name}, such as hoptim.{example}")
         if not (is_finite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping={self.damping!r}: give a finite number, 0 or more")
 
@@ -83,8 +84,8 @@ class Implicit(Method):
         """What was left open, decided for this problem."""
         shown = isinstance(problem.train_loss, CompositeLoss)
         curvature = self.curvature or (GaussNewton() if shown else Exact())
-        solver = MINRES(terms=TERMS) if isinstance(self.condition, Gradient) else GMRES(terms=TERMS)
-        return Chosen(solver=self.solver or solver, curvature=curvature)
+        default = MINRES if isinstance(self.condition, Gradient) else GMRES
+        return Chosen(solver=self.solver or default(terms=TERMS), curvature=curvature)
 
     def __call__(
         self, problem: Problem, train_batch: Any, val_batch: Any, state: State | None = None, loop: Loop | None = None
@@ -96,25 +97,28 @@ class Implicit(Method):
         def implicit(gradient: Linearized) -> Hypergradient:
             F = self.condition(gradient, point, loop.inner)
             _check_weights(F)
-            solution = self._solved(chosen.solver, F, validation, point, loop.inner, state)
-            x = trees.cast(solution.value, F.A.like)
-            return assembled(validation, point.leaves, solution, F.mixed(x), F.loss, trees.norm(F.value))
+            unread = self._solved(chosen.solver, F, validation, point, loop.inner, state)
+
+            def mixed(x: Tree) -> Found:
+                return F.mixed(trees.cast(x, F.A.like))
+
+            return assembled(validation, point.leaves, unread, mixed, F.loss, trees.norm(F.value))
 
         with problem.untouched():
             validation = validate(problem, point.weights, point.leaves, val_batch)
-            return chosen.curvature.linearize(point, implicit)
+            return chosen.curvature.linearize(point, lambda local: implicit(over_ranks(local, problem.ranks, point)))
 
     def _solved(
         self, solver: Solver, F: Linearized, at: Validation, point: Point, inner: Optimizer | None, state: State | None
-    ) -> Solution:
+    ) -> Unread:
         """Aᵀx = g by the solver, in the preconditioner's scale if there is one: S A S y = S g, x = S y with S = D^(−1/2)."""
         A = in_float32(F.A) + self.damping
         g = trees.widened({name: at.g[name] for name in F.A.like})
         if self.preconditioner is None:
-            return solver.solve(A, g, state)
+            return solver.unread(A, g, state)
         scale = trees.map_tree(torch.rsqrt, self.preconditioner(A, point, inner))
-        solution = solver.solve(Scaled(A, scale), trees.times(g, scale), state)
-        return replace(solution, value=trees.times(solution.value, scale))
+        unread = solver.unread(Scaled(A, scale), trees.times(g, scale), state)
+        return unread.mapped(lambda y: trees.times(y, scale))
 
 
 def hypergradient(
@@ -161,6 +165,7 @@ def hypergradient(
     (-1.0, 'FINISHED')
     """
     inner = checked(problem, method, inner)
+    problem.check_ranks()
     draw = None if train_batches is None else Batches(train_batches, "train_batches").draw
     loop = Loop(inner=inner, draw=draw)
     result = (Implicit() if method is None else method)(problem, train_batch, val_batch, loop=loop)

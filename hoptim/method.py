@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim import trees
+from hoptim.options import kind
+from hoptim.precision import full_precision
 from hoptim.problem import Problem
-from hoptim.solvers.base import Solution, State, Status
-from hoptim.stationarity import Found
-from hoptim.trees import Tree
+from hoptim.ranks import Ranks
+from hoptim.solvers.base import Solution, State, Status, Unread
+from hoptim.stationarity import check_dense
+from hoptim.trees import Found, Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class Hypergradient:
 
     Attributes:
         grads: dL_V/dλ = direct + indirect, by the names of ``hparams.named_parameters()``: with respect to the leaves.
-        direct: ∂L_V/∂λ.
+        direct: ∂L_V/∂λ; a view of a single zero where the validation loss does not depend on it.
         indirect: −Bᵀx.
         solution: x, its status and its residuals.
         val_loss: L_V, on the device.
@@ -72,7 +76,8 @@ class Hypergradient:
         if weights is not None and len(weights) != losses:
             raise ValueError(f"{len(weights)} val_weights for {losses} validation losses: give one a loss")
         share = self.val_loss.new_tensor([1 / losses] * losses if weights is None else list(weights))
-        return {name: torch.tensordot(share.to(value), value, dims=1) for name, value in tree.items()}
+        with full_precision():
+            return {name: torch.tensordot(share.to(value), value, dims=1) for name, value in tree.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +110,21 @@ class Method(ABC):
 def checked(problem: object, method: object, inner: Any) -> Optimizer | None:
     """What a hypergradient and an audit are given, looked at; of a :class:`BilevelOptimizer` the optimizer inside."""
     if not isinstance(problem, Problem):
-        raise TypeError(f"problem is a {type(problem).__name__}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+        raise TypeError(f"problem is {kind(problem)}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+    problem.check_learned()
     if method is not None and not isinstance(method, Method):
-        raise TypeError(f"method is a {type(method).__name__}: give a method, such as hoptim.Implicit(solver)")
+        raise TypeError(f"method is {kind(method)}: give a method, such as hoptim.Implicit(solver)")
     held = getattr(inner, "inner", None)
     inner = held if isinstance(inner, Optimizer) and isinstance(held, Optimizer) else inner
     if inner is not None and not isinstance(inner, Optimizer):
-        raise TypeError(f"inner is a {type(inner).__name__}: give the torch.optim.Optimizer of the model's weights")
+        raise TypeError(f"inner is {kind(inner)}: give the torch.optim.Optimizer of the model's weights")
+    if inner is not None and not _held(inner) & {id(p) for p in problem.model.parameters()}:
+        raise ValueError("inner holds no weight of the problem's model: give the optimizer that trains it")
     return inner
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +145,7 @@ def validate(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> Valid
             if not loss.ndim
             else [_gradients(one, weights, leaves, last=i == len(loss) - 1) for i, one in enumerate(loss)]
         )
+        _check_seen(rows)
         g = {name: _rows([row[0][name] for row in rows], value, loss.ndim) for name, value in weights.items()}
         direct: Found = {
             name: None
@@ -142,7 +155,24 @@ def validate(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> Valid
         }
         return Validation(loss=loss.detach(), g=g, direct=direct)
 
-    return problem.pure("val_loss", weights, leaves, batch, inside)
+    return _over_ranks(problem.pure("val_loss", weights, leaves, batch, inside), problem.ranks, leaves)
+
+
+def _over_ranks(local: Validation, ranks: Ranks, leaves: Tree) -> Validation:
+    """The means over the ranks, by one all-reduce."""
+    if ranks.size == 1:
+        return local
+    g = {f"w:{name}": value for name, value in local.g.items()}
+    like = {f"l:{name}": leaf for name, leaf in trees.expanded(leaves, local.loss.shape).items()}
+    direct = {f"l:{name}": value for name, value in local.direct.items()}
+    found = ranks.mean_of_found({":loss": local.loss, **g, **direct}, {":loss": local.loss, **g, **like})
+    loss, of_weights = found[":loss"], {name: found[f"w:{name}"] for name in local.g}
+    assert loss is not None
+    return Validation(
+        loss=loss,
+        g={name: value for name, value in of_weights.items() if value is not None},
+        direct={name: found[f"l:{name}"] for name in leaves},
+    )
 
 
 def _gradients(loss: Tensor, weights: Tree, leaves: Tree, last: bool) -> tuple[Found, Found]:
@@ -155,55 +185,78 @@ def _gradients(loss: Tensor, weights: Tree, leaves: Tree, last: bool) -> tuple[F
     )
 
 
+def _check_seen(rows: list[tuple[Found, Found]]) -> None:
+    """Raise where L_V depends on nothing that is given, and warn where it does not depend on the weights."""
+    of_weights, of_leaves = ([part for row in rows for part in row[which].values() if part is not None] for which in (0, 1))
+    for of_weight, _ in rows:
+        check_dense(of_weight)
+    if not of_weights and not of_leaves:
+        raise ValueError(
+            "the validation loss touches none of the weights and hyperparameters: compute it with the model it is given"
+        )
+    if not of_weights:
+        warnings.warn(
+            "the validation loss touches none of the weights: the hypergradient is its direct term alone. Is it computed "
+            "with the model it is given?",
+            stacklevel=2,
+        )
+
+
 def _rows(parts: list[Tensor | None], like: Tensor, vector: int) -> Tensor:
     whole = [torch.zeros_like(like) if part is None else part for part in parts]
     return torch.stack(whole) if vector else whole[0]
 
 
 def assembled(
-    validation: Validation, leaves: Tree, solution: Solution, mixed: Found, train_loss: Tensor, gradient_norm: Tensor
+    validation: Validation,
+    leaves: Tree,
+    unread: Unread,
+    mixed: Callable[[Tree], Found],
+    train_loss: Tensor,
+    gradient_norm: Tensor,
 ) -> Hypergradient:
-    """∂L_V/∂λ − Bᵀx, with zeros for what was not touched; looked at once, and a failed one filled with NaN."""
-    lead = validation.loss.shape
-
-    def whole(found: Found) -> Tree:
-        return {
-            n: leaf.new_zeros((*lead, *leaf.shape)) if (v := found[n]) is None else v.detach() for n, leaf in leaves.items()
-        }
-
-    direct, indirect = whole(validation.direct), trees.map_tree(torch.neg, whole(mixed))
+    """∂L_V/∂λ − Bᵀx, with zeros for what was not touched; the host looks once, and a failed one is filled with NaN."""
+    found = mixed(unread.value)
+    direct, pulled = (_whole(part, leaves, validation.loss) for part in (validation.direct, found))
+    grads = trees.add(direct, pulled, alpha=-1.0)
+    tensors = [validation.loss.sum(), train_loss, gradient_norm, trees.norm(grads)]
+    device = unread.figures.device  # hyperparameters may live on another one
+    figures = torch.cat([unread.figures, *(t.reshape(1).to(device) for t in tensors)]).tolist()
+    solution = unread.read(figures[:-4])
+    if solution.value is not unread.value:  # what was read asked for another attempt
+        return assembled(validation, leaves, Unread.known(solution), mixed, train_loss, gradient_norm)
     result = Hypergradient(
-        grads={name: direct[name] + indirect[name] for name in leaves},
+        grads=grads,
         direct=direct,
-        indirect=indirect,
+        indirect=dict(zip(leaves, torch._foreach_neg(list(pulled.values())), strict=True)),
         solution=solution,
         val_loss=validation.loss,
         train_loss=train_loss,
         gradient_norm=gradient_norm,
-        untouched=tuple(name for name in leaves if validation.direct[name] is None and mixed[name] is None),
+        untouched=tuple(name for name in leaves if validation.direct[name] is None and found[name] is None),
     )
-    return _judged(result)
+    return _judged(result, *figures[-4:])
 
 
-def _judged(result: Hypergradient) -> Hypergradient:
-    """Look at the finished result once, and fill a failed one with NaN."""
-    tensors = [
-        result.val_loss.sum(),
-        result.train_loss,
-        result.gradient_norm,
-        trees.norm(result.direct),
-        trees.norm(result.indirect),
-    ]
-    device = tensors[0].device  # hyperparameters may live on another one
-    val_loss, train_loss, gradient, direct, indirect = torch.stack([t.float().to(device) for t in tensors]).tolist()
+def _whole(found: Found, leaves: Tree, loss: Tensor) -> Tree:
+    """With zeros, of one number each, for what is not there, and a leading axis where the losses have one."""
+
+    def zeros(leaf: Tensor) -> Tensor:
+        return leaf.new_zeros(()).expand((*loss.shape, *leaf.shape))
+
+    return {name: zeros(leaf) if (value := found[name]) is None else value.detach() for name, leaf in leaves.items()}
+
+
+def _judged(result: Hypergradient, val_loss: float, train_loss: float, gradient: float, grads: float) -> Hypergradient:
+    """The result, given both losses, ‖F‖ and ‖grads‖ on the host; a failed one filled with NaN."""
     solution = result.solution
     if not math.isfinite(gradient):
         solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail="of the training loss")
     for name, loss in (("validation", val_loss), ("training", train_loss)):
         if not math.isfinite(loss):
             solution = replace(solution, status=Status.NON_FINITE_LOSS, detail=f"the {name} loss is {loss}")
-    if solution.status.ok and not (math.isfinite(direct) and math.isfinite(indirect)):
-        term = "direct" if math.isfinite(indirect) else "indirect"
+    if solution.status.ok and not math.isfinite(grads):
+        term = "indirect" if bool(trees.norm(result.direct).isfinite()) else "direct"
         solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail=f"in the {term} term")
     if solution.status.ok:
         return result

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from hoptim import trees
+from hoptim.ranks import Ranks
 from hoptim.trees import Tree
 
 
@@ -90,7 +91,10 @@ class _Widened(Operator):
         self.base, self.symmetric = base, base.symmetric
 
     def __matmul__(self, v: Tree) -> Tree:
-        return trees.widened(self.base @ trees.cast(v, self.base.like))
+        largest = torch.stack(torch._foreach_norm(list(v.values()), torch.inf)).amax()
+        size = torch.where(largest > 0, largest, 1.0)  # in float16 a small vector would become zero
+        narrow = trees.cast(trees.map_tree(lambda value: value / size, v), self.base.like)
+        return trees.map_tree(lambda value: value * size, trees.widened(self.base @ narrow))
 
     @property
     def T(self) -> Operator:  # noqa: N802
@@ -126,6 +130,28 @@ def mean_of(vectors: Sequence[Tree], like: Tree) -> Tree:
         for name in total.keys() & vector.keys():
             total[name] = total[name] + vector[name] / len(vectors)
     return total
+
+
+class OverRanks(Operator):
+    """The mean of each rank's operator, on the weights that any of them touches: one all-reduce a product, or R products.
+
+    >>> A = OverRanks(Symmetric(lambda v: {"w": 2 * v["w"]}, like={"w": torch.ones(1)}), {"w": torch.ones(1)}, Ranks())
+    >>> (A @ {"w": torch.ones(1)})["w"]
+    tensor([2.])
+    """
+
+    def __init__(self, local: Operator, like: Tree, ranks: Ranks) -> None:
+        super().__init__(like)
+        self.local, self.ranks, self.symmetric = local, ranks, local.symmetric
+
+    def __matmul__(self, v: Tree) -> Tree:
+        here = self.local @ {name: v[name] for name in self.local.like} if self.local.like else {}
+        return self.ranks.mean({name: here[name] if name in here else torch.zeros_like(value) for name, value in v.items()})
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """The mean of the transposes."""
+        return OverRanks(self.local.T, self.like, self.ranks)
 
 
 class Scaled(Operator):

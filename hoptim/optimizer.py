@@ -5,21 +5,26 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hoptim import checks
 from hoptim.batches import Batches
 from hoptim.checkpoint import KEY, Checkpoint, check_loadable
-from hoptim.checks import check_added, check_optimizers, check_schedule, check_strategies, check_weights
+from hoptim.checks import OnFailure
+from hoptim.contract import noted
+from hoptim.dynamics import check_unscheduled
+from hoptim.hooks import own_hooks
 from hoptim.hparams import HyperParameters
 from hoptim.hypergradient import Implicit
 from hoptim.method import Hypergradient, Loop, Method
+from hoptim.options import kind
 from hoptim.problem import Problem
-from hoptim.progress import Progress, bound_options_kept, is_due, is_kept
+from hoptim.progress import Progress, bound_options_kept, is_cleared, is_due, is_kept
 from hoptim.record import Record, natural_values
 from hoptim.trees import Tree
 
@@ -38,8 +43,10 @@ class BilevelOptimizer(Optimizer):
         hypergradient: how to compute it; default ``Implicit()``.
         every: inner steps between hypersteps, default 100; ``None`` for never.
         warmup: inner steps before the first hyperstep, default 0.
-        train_batches: where a hyperstep takes its training batch; ``None``, the default: the batch last seen by ``loss``.
+        train_batches: where a hyperstep takes its training batch; ``None``, the default: those of the last inner
+            step, as ``loss`` has seen them; of several, as in gradient accumulation, the mean of their losses.
         val_weights: the weight of each loss in the gradient, where the validation loss is a vector; default: their mean.
+        on_failure: what a failed solve ends in, moving nothing: ``"skip"``, the default, a warning, ``"raise"`` an error.
         hooks: functions of the :class:`Record`, called after each hyperstep.
 
     Raises:
@@ -67,6 +74,8 @@ class BilevelOptimizer(Optimizer):
     ('CONVERGED', 1.1)
     """
 
+    profile_hook_step = staticmethod(own_hooks)  # type: ignore[assignment]  # with which torch wraps ``step``
+
     def __init__(
         self,
         inner: Optimizer,
@@ -79,19 +88,22 @@ class BilevelOptimizer(Optimizer):
         warmup: int = 0,
         train_batches: Iterable[Any] | None = None,
         val_weights: Sequence[float] | None = None,
+        on_failure: OnFailure = "skip",
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
-        check_optimizers(inner, outer, problem)
-        check_schedule(every, warmup)
-        check_strategies(hypergradient, hooks, every)
+        checks.check_optimizers(inner, outer, problem)
+        self._left = checks.warn_of_left(inner, outer, problem)
+        checks.check_schedule(every, warmup, on_failure)
+        checks.check_strategies(hypergradient, hooks, every)
+        super().__setstate__({})  # makes the hooks; Optimizer.__init__ would also write param_groups, which are the inner's
         self.inner, self.outer, self.problem = inner, outer, problem
         self.hypergradient = Implicit() if hypergradient is None else hypergradient
-        self.every, self.warmup, self.hooks = every, warmup, tuple(hooks)
-        self.val_weights = check_weights(val_weights)
+        self.every, self.warmup, self.on_failure, self.hooks = every, warmup, on_failure, tuple(hooks)
+        self.val_weights = checks.check_weights(val_weights)
         self.val_batches = Batches(val_batches, "val_batches")
         self.train_batches = None if train_batches is None else Batches(train_batches, "train_batches")
         self._progress = Progress()
-        super().__setstate__({})  # makes the hooks; Optimizer.__init__ would also write param_groups, which are the inner's
+        problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
         self.register_state_dict_post_hook(_add_state)
 
     def loss(self, batch: Any) -> Tensor:
@@ -99,19 +111,23 @@ class BilevelOptimizer(Optimizer):
         if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
             return self.problem.loss(batch)
         progress = self._progress
-        progress.saw(batch)
-        if not is_kept(progress.inner_steps + 1, self.every, self.warmup, self.hypergradient.keeps_steps):
-            return self.problem.loss(batch)
-        noted = progress.recorder.saw(self.problem, self.inner, batch)
+        if is_cleared(self.inner):
+            progress.cleared()
+        kept = is_kept(progress.inner_steps + 1, self.every, self.warmup, self.hypergradient.keeps_steps)
+        noted = progress.recorder.saw(self.problem, self.inner, batch) if kept else None
         loss = self.problem.loss(batch)
-        loss.register_hook(noted)
+        if noted is not None:
+            loss.register_hook(noted)
+        if self.train_batches is None:
+            progress.window.saw(batch, loss)
         return loss
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimizer, and a hyperstep where one is due."""
+        if not callable(closure) and closure is not None:
+            raise TypeError(f"closure is {kind(closure)}: call step() alone; batches go to optimizer.loss(batch)")
         result = self.inner.step() if closure is None else self.inner.step(closure)
-        self._progress.inner_steps += 1
-        self._progress.recorder.stepped()
+        self._progress.stepped()
         if is_due(self._progress.inner_steps, self.every, self.warmup):
             self._progress.recorder.check(self.hypergradient.keeps_steps)
             try:
@@ -127,14 +143,22 @@ class BilevelOptimizer(Optimizer):
 
         Raises:
             ValueError: there is no training batch: none given, none seen by ``loss``, no ``train_batches``.
+            RuntimeError: the solve failed and ``on_failure`` is ``"raise"``; the record is there, the hooks have seen it.
         """
         begun = time.perf_counter()
-        train_batch = self._train_batch() if train_batch is None else train_batch
+        drawn = self._progress.window.batch if self.train_batches is None else self.train_batches.draw
+        train_batch = drawn() if train_batch is None else train_batch
         val_batch = self.val_batches.draw() if val_batch is None else val_batch
         progress = self._progress
+        if not progress.hyper_steps:
+            self.problem.check_ranks()
         draw = None if self.train_batches is None else self.train_batches.draw
         loop = Loop(inner=self.inner, draw=draw, trajectory=progress.recorder.trajectory())
-        result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
+        with noted(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
+            self.problem.check_learned()
+            checks.check_optimizers(self.inner, self.outer, self.problem)  # again: layers may have been replaced since
+            self._left = checks.warn_of_left(self.inner, self.outer, self.problem, known=self._left)
+            result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         if not progress.hyper_steps:
             result.check_touched()
         progress.solver_state = result.solution.state
@@ -143,8 +167,6 @@ class BilevelOptimizer(Optimizer):
         turned = progress.turned(gradient) if moved else None
         if moved:
             self._move(gradient)
-        else:
-            self._warn(result)
         progress.record = Record(
             inner_step=progress.inner_steps,
             hyper_step=progress.hyper_steps,
@@ -157,32 +179,35 @@ class BilevelOptimizer(Optimizer):
         )
         for hook in self.hooks:
             hook(progress.record)
+        if not moved:
+            self._failed(result)
         return progress.record
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the weights."""
-        self._progress.recorder.cleared()
+        self._progress.cleared()
         self.inner.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add weights to the inner optimizer.
 
         Raises:
+            TypeError: the group is no dict with ``"params"``.
             ValueError: a tensor of the group is a hyperparameter.
         """
-        if isinstance(param_group["params"], Iterator):
-            param_group = {**param_group, "params": list(param_group["params"])}
-        check_added(param_group["params"], self.problem)
-        self.inner.add_param_group(param_group)
+        self.inner.add_param_group(checks.checked_group(param_group, self.problem))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
 
         Raises:
-            ValueError: the state is a bare optimizer's, of a newer version, or does not fit the groups.
+            ValueError: the state is a bare optimizer's, damaged, of a newer version or of another model.
         """
-        check_loadable(state_dict)
-        before = copy.deepcopy(self.state_dict())
+        state_dict = copy.copy(state_dict)  # which hooks may change in place
+        for change in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = change(self, state_dict) or state_dict
+        check_loadable(state_dict, self.inner, self.problem)
+        before = copy.deepcopy(self._saved())
         try:
             self._load(state_dict)
         except Exception:
@@ -193,12 +218,13 @@ class BilevelOptimizer(Optimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         """By the inner optimizer's own method: it may keep its state in a form of its own."""
-        bare = {key: value for key, value in state_dict.items() if key != KEY}
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            bare = hook(self, bare) or bare
         with bound_options_kept(self.inner, self.problem.leaves()):
-            self.inner.load_state_dict(bare)
+            self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         self._checkpoint().load_state_dict(state_dict[KEY])
+
+    def _saved(self) -> dict[str, Any]:
+        """The inner optimizer's own state, and one entry more."""
+        return {**self.inner.state_dict(), KEY: self._checkpoint().state_dict()}
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
@@ -237,26 +263,14 @@ class BilevelOptimizer(Optimizer):
             if isinstance(module, HyperParameters):
                 module.project_()
 
-    def _train_batch(self) -> Any:
-        if self.train_batches is not None:
-            return self.train_batches.draw()
-        if not self._progress.seen_batch:
-            raise ValueError(
-                "a hyperstep needs a training batch and none has been seen: compute the loss with optimizer.loss(batch), "
-                "or give train_batches"
-            )
-        return self._progress.last_batch
-
-    def _warn(self, result: Hypergradient) -> None:
-        status = result.solution.status
-        if status in self._progress.warned:
-            return
-        self._progress.warned.add(status)
-        warnings.warn(
-            f"hyperstep {self._progress.hyper_steps} failed and moved nothing: {status.name}: {status.message} "
-            f"({result.solution.detail or 'no detail'}). Later ones of this kind are only recorded",
-            stacklevel=5,
-        )
+    def _failed(self, result: Hypergradient) -> None:
+        status, detail = result.solution.status, result.solution.detail or "no detail"
+        words = f"hyperstep {self.hyper_steps} failed and moved nothing: {status.name}: {status.message} ({detail})"
+        if self.on_failure == "raise":
+            raise RuntimeError(f"{words}. With on_failure='skip' the training would go on")
+        if status not in self._progress.warned:
+            self._progress.warned.add(status)
+            warnings.warn(f"{words}. Later ones of this kind are only recorded", stacklevel=5)
 
     # An Optimizer in the eyes of all that accept one: what they read is the inner optimizer's, never a second copy.
 
@@ -276,8 +290,13 @@ class BilevelOptimizer(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's defaults."""
-        return self.inner.defaults
+        """The inner optimizer's defaults; none where it has none, or before it is here."""
+        return getattr(self.__dict__.get("inner"), "defaults", {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(value, "_wrapped_by_lr_sched", False):  # the ``step`` that a scheduler puts here when it is built
+            check_unscheduled(self.param_groups, self.problem.leaves())
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -297,7 +316,5 @@ class BilevelOptimizer(Optimizer):
 
 
 def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """After ``state_dict()``: the inner optimizer's own, and one entry more."""
     assert isinstance(optimizer, BilevelOptimizer)
-    state_dict.update(optimizer.inner.state_dict())
-    state_dict[KEY] = optimizer._checkpoint().state_dict()
+    state_dict.update(optimizer._saved())

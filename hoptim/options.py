@@ -1,4 +1,4 @@
-"""What the options of a strategy may be: whole numbers and finite ones, of Python or NumPy."""
+"""What the options of a strategy may be: whole numbers and finite ones, of Python or NumPy; and what was given instead."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ def is_whole(value: object) -> bool:
     (True, False, False)
     """
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def kind(value: object) -> str:
+    """What ``value`` is, for an error: a class given in place of an instance is named as such.
+
+    >>> kind(3), kind(int)
+    ('a int', 'the class int')
+    """
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def is_finite(value: object) -> bool:

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hoptim.batches import MicroBatches
+from hoptim.contract import check_apart, check_real, check_takes, left_alone, losses, noted, scalar
+from hoptim.hparams import HyperParameters
+from hoptim.modules import as_function, in_place_of, renormed, without_cudnn_rnns
+from hoptim.options import kind
+from hoptim.parts import Parts, mean_loss
+from hoptim.precision import full_precision, of_losses
+from hoptim.ranks import Ranks
 from hoptim.trees import Tree
+from hoptim.wrappers import Facade, bare, check_whole, group_of, uncompiled
 
 Loss = Callable[[Any, Any, Any], Tensor]
 LossName = Literal["train_loss", "val_loss"]
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """A training loss at one point, taken apart: L_T = criterion(z) + penalty."""
-
-    z: Tensor
-    criterion: Callable[[Tensor], Tensor]
-    penalty: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class CompositeLoss:
         penalty: ``penalty(model, hparams) -> scalar``; ``None`` for none.
 
     Raises:
-        TypeError: a part can't be called; when called, ``predict`` returned no tensor.
+        TypeError: a part can't be called so; when called, ``predict`` returned no tensor of real or complex numbers.
 
     >>> loss = CompositeLoss(lambda model, x: model(x), lambda z, hparams, x: z.square().mean())
     >>> loss(nn.Identity(), None, torch.tensor([3.0, 4.0]))
@@ -51,10 +50,10 @@ class CompositeLoss:
     penalty: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("predict", "criterion", "penalty"):
-            part = getattr(self, name)
-            if not callable(part) and not (name == "penalty" and part is None):
-                raise TypeError(f"{name} is a {type(part).__name__}: give a function")
+        check_takes("predict", self.predict, "model, batch")
+        check_takes("criterion", self.criterion, "z, hparams, batch")
+        if self.penalty is not None:
+            check_takes("penalty", self.penalty, "model, hparams")
 
     def __call__(self, model: Any, hparams: Any, batch: Any) -> Tensor:
         """The loss, as any other."""
@@ -64,14 +63,23 @@ class CompositeLoss:
         """z, the criterion as a function of z alone, and the penalty's value."""
         z = self.predict(model, batch)
         if not isinstance(z, Tensor):
-            raise TypeError(f"predict returned a {type(z).__name__}: return one tensor, such as the logits")
+            raise TypeError(f"predict returned {kind(z)}: return one tensor, such as the logits")
+        if not (z.is_floating_point() or z.is_complex()):
+            raise TypeError(f"predict returned a tensor of {z.dtype}: return what has a gradient, such as the logits")
         penalty = None if self.penalty is None else scalar("penalty", self.penalty(model, hparams), needs_gradient=False)
-        return Parts(z=z, criterion=lambda z: self.criterion(z, hparams, batch), penalty=penalty)
+
+        def criterion(z: Tensor) -> Tensor:  # again by itself, for its curvature: as the first time
+            with of_losses():
+                return self.criterion(z, hparams, batch)
+
+        return Parts(z=z, criterion=criterion, penalty=penalty)
 
     @staticmethod
     def total(parts: Parts) -> Tensor:
         """The loss from its parts."""
         value = parts.criterion(parts.z)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"criterion returned {kind(value)}: return a scalar tensor")
         return value if parts.penalty is None else value + parts.penalty
 
 
@@ -90,16 +98,20 @@ class Problem:
     """A bilevel problem: min over λ of L_V(λ, w*(λ)), where w*(λ) minimises L_T(w, λ).
 
     Args:
-        model: any ``nn.Module``; its weights w are those with ``requires_grad``. Tied weights count once.
+        model: any ``nn.Module``; its weights w are those with ``requires_grad``. Tied weights count once. A wrapper
+            (``DistributedDataParallel``, ``torch.compile``) is called by ``loss``; names are those of the model inside.
         hparams: the hyperparameters λ: a :class:`HyperParameters`, or any other ``nn.Module``.
         train_loss: L_T as ``train_loss(model, hparams, batch) -> scalar``: ordinary PyTorch, ``model(x)``,
             ``model.named_parameters()``, ``hparams["weight_decay"]``.
         val_loss: L_V, likewise. It may call ``model.eval()``: the mode is restored after each call. It may return a vector
             of R losses (tasks, groups, folds): each then gets a hypergradient of its own.
+        process_group: the ranks that train together: L_T and L_V are the means of theirs. ``"auto"``, the default: those of
+            the ``DistributedDataParallel``, else all, where ``torch.distributed`` is initialised; ``None``: this one alone.
 
     Raises:
-        TypeError: ``model`` or ``hparams`` is no module, or a loss can't be called.
-        ValueError: there is no weight or no hyperparameter to learn, or a tensor is both.
+        TypeError: ``model`` or ``hparams`` is no module, or a loss can't be called with (model, hparams, batch).
+        ValueError: there is no weight or no hyperparameter to learn, or a tensor is both. When called, a loss that returns
+            no real scalar, or that writes into weights or hyperparameters instead of only reading them.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590).
 
@@ -112,23 +124,33 @@ class Problem:
     (['weight'], ['decay'])
     """
 
-    def __init__(self, model: nn.Module, hparams: nn.Module, train_loss: Loss, val_loss: Loss) -> None:
+    def __init__(
+        self, model: nn.Module, hparams: nn.Module, train_loss: Loss, val_loss: Loss, *, process_group: Any = "auto"
+    ) -> None:
         for name, module in (("model", model), ("hparams", hparams)):
             if not isinstance(module, nn.Module):
-                raise TypeError(f"{name} is a {type(module).__name__}: give an nn.Module")
+                raise TypeError(f"{name} is {kind(module)}: give an nn.Module")
+        if isinstance(model, HyperParameters):
+            raise TypeError("model is a HyperParameters: the order is Problem(model, hparams, train_loss, val_loss)")
         for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
-            if not callable(loss):
-                raise TypeError(f"{name} is a {type(loss).__name__}: give a function of (model, hparams, batch)")
-        self.model, self.hparams, self.train_loss, self.val_loss = model, hparams, train_loss, val_loss
-        self._joint = _Joint(model, hparams)
+            check_takes(name, loss, "model, hparams, batch")
+        self.model, self.hparams, self.train_loss, self.val_loss = bare(model), hparams, train_loss, val_loss
+        self.wrapper, self.process_group = model, process_group
+        check_whole(self.model)
+        self._joint = _Joint(self.model, hparams)
+        check_real("weight", self.model.named_parameters())
+        check_real("hyperparameter", hparams.named_parameters())
+        self.check_learned()
+        check_apart(self.model.named_parameters(), hparams.named_parameters())
+        self._twin = _detached_twin(hparams)
+        self._looked_at: set[LossName] = set()  # losses that were seen to leave even the values alone
+
+    def check_learned(self) -> None:
+        """Raise where everything is frozen."""
         if not self.weights():
             raise ValueError("no weight of the model requires a gradient: nothing is trained")
         if not self.leaves():
             raise ValueError("no parameter of hparams requires a gradient: there is nothing to learn")
-        weights = {id(p): name for name, p in model.named_parameters()}
-        if both := [(weights[id(p)], name) for name, p in hparams.named_parameters() if id(p) in weights]:
-            raise ValueError(f"weight {both[0][0]!r} and hyperparameter {both[0][1]!r} are the same tensor: part them")
-        self._twin = _detached_twin(hparams)
 
     def weights(self) -> Tree:
         """The live weights w that require a gradient, by the model's names."""
@@ -146,29 +168,56 @@ class Problem:
         """
         if not _in_step(self.hparams, self._twin):
             self._twin = _detached_twin(self.hparams)
-        return scalar("train_loss", self.train_loss(self.model, self._twin, batch))
+        torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the weights of the first step
+        model = self.model if self.wrapper is self.model else Facade(self.wrapper, self.model)
+        with left_alone("train_loss", {}, dict(self._twin.named_parameters())), _noted("train_loss", batch):
+            return scalar("train_loss", self.train_loss(model, self._twin, batch))
 
     def pure(self, name: LossName, weights: Tree, leaves: Tree, batch: Any, then: Callable[[Tensor, Parts | None], R]) -> R:
         """``then`` of the named loss, and of its parts where it shows them, as a pure function of the tensors given.
 
-        Buffers are clones, and the modes are put back. Backward passes belong inside ``then``: activation checkpointing
-        runs the model again during one, and has to find the same tensors, buffers and modes.
+        Of several micro-batches it is the mean of the losses. They alone are computed under the user's autocast.
+        Buffers are clones; modes and plain attributes are put back. Backward passes belong inside ``then``: activation
+        checkpointing runs the model again during one, and has to find the same tensors, buffers and modes.
         """
-        loss: Loss = getattr(self, name)
 
         def run(model: nn.Module, hparams: nn.Module, batch: Any) -> R:
-            check = losses if name == "val_loss" else scalar
-            if not isinstance(loss, CompositeLoss):
-                return then(check(name, loss(model, hparams, batch)), None)
-            parts = loss.parts(model, hparams, batch)
-            return then(check(name, loss.total(parts)), parts)
+            with of_losses(), left_alone(name, frozen | weights, leaves, values=name not in self._looked_at):
+                value, parts = self._taken(name, model, hparams, batch)
+            self._looked_at.add(name)
+            return then(value, parts)
 
-        path = {id(p): path for path, p in self._joint.named_parameters()}
-        given = {path[id(p)]: weights[key] for key, p in self.model.named_parameters() if key in weights}
-        given |= {path[id(p)]: leaves[key] for key, p in self.hparams.named_parameters() if key in leaves}
-        given |= {key: buffer.clone() for key, buffer in self._joint.named_buffers()}
-        with _modes_restored(self._joint):
-            return functional_call(self._joint, given, (run, batch), tie_weights=True)
+        frozen = {key: p for key, p in self.model.named_parameters() if not p.requires_grad}
+        given = {id(p): weights[key] for key, p in self.model.named_parameters() if key in weights}
+        for p in renormed(self.model):  # a forward pass writes into these
+            given[id(p)] = given.get(id(p), p.detach()).clone()
+        given |= {id(p): leaves[key] for key, p in self.hparams.named_parameters() if key in leaves}
+        given |= {id(buffer): buffer.clone() for buffer in self._joint.buffers()}
+        with as_function(self._joint), uncompiled(), in_place_of(self._joint, given):
+            return run(self.model, self.hparams, batch)
+
+    def _taken(self, name: LossName, model: nn.Module, hparams: nn.Module, batch: Any) -> tuple[Tensor, Parts | None]:
+        """The loss and its parts, looked at."""
+        if isinstance(batch, MicroBatches):
+            return mean_loss([self._taken(name, model, hparams, one) for one in batch.batches], batch.shares)
+        loss, check = getattr(self, name), losses if name == "val_loss" else scalar
+        with _noted(name, batch):
+            parts = loss.parts(model, hparams, batch) if isinstance(loss, CompositeLoss) else None
+            return check(name, loss(model, hparams, batch) if parts is None else CompositeLoss.total(parts)), parts
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes whose losses are averaged, as they are now."""
+        if self.process_group != "auto":
+            return Ranks(self.process_group)
+        group = group_of(self.wrapper)
+        return Ranks.all() if group is None else Ranks(group)
+
+    def check_ranks(self) -> None:
+        """Raise where the ranks do not have the same weights and hyperparameters."""
+        remedy = "wrap the model in DistributedDataParallel and give that to Problem"
+        self.ranks.check_same(self.weights(), "weights", remedy)
+        self.ranks.check_same(self.leaves(), "hyperparameters", "start them from the same values, and move them alike")
 
     def generators(self) -> dict[str, Tensor]:
         """The states of the random generators that a loss may draw from, by device."""
@@ -184,10 +233,17 @@ class Problem:
         So the masks of a hyperstep's training loss are those of the next training step. Fused attention has no double
         backward: the plain kernel serves inside, the user's own choice outside.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
         devices = {t.device for t in (*self.weights().values(), *self.leaves().values()) if t.device.type == "cuda"}
         forked = torch.random.fork_rng(devices=sorted(devices, key=str))
-        with forked, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        unfused, plain = sdpa_kernel(SDPBackend.MATH), without_cudnn_rnns(self.model)
+        with forked, torch.enable_grad(), unfused, plain, full_precision():
             yield
+
+
+def _noted(name: str, batch: Any) -> AbstractContextManager[None]:
+    return noted(f"{name} was called with a batch that is {kind(batch)}")
 
 
 def set_generators(states: Mapping[str, Tensor]) -> None:
@@ -197,27 +253,6 @@ def set_generators(states: Mapping[str, Tensor]) -> None:
             torch.set_rng_state(state.cpu())
         else:
             torch.cuda.set_rng_state(state.cpu(), device)
-
-
-def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
-    """Return ``value`` if it is a scalar with a gradient; raise and say what to do if not."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} returned a {type(value).__name__}: return a scalar tensor")
-    if value.ndim:
-        raise ValueError(f"{name} returned a tensor of shape {tuple(value.shape)}: return a scalar, such as its mean()")
-    if needs_gradient and not value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} returned a loss without a gradient: is it computed under no_grad() or detach()ed?")
-    return value
-
-
-def losses(name: str, value: Tensor) -> Tensor:
-    """Return ``value`` if it is a scalar, or a vector of one loss or more, with a gradient; raise if not."""
-    if not isinstance(value, Tensor) or not value.ndim:
-        return scalar(name, value)
-    if value.ndim > 1 or not len(value):
-        raise ValueError(f"{name} returned a tensor of shape {tuple(value.shape)}: return a scalar, or a vector of losses")
-    scalar(f"an entry of {name}", value[0])
-    return value
 
 
 def _detached_twin(hparams: nn.Module) -> nn.Module:
@@ -240,14 +275,3 @@ def _in_step(hparams: nn.Module, twin: nn.Module) -> bool:
             if p is not None and (q is None or p.data_ptr() != q.data_ptr() or p.dtype != q.dtype):
                 return False
     return True
-
-
-@contextmanager
-def _modes_restored(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            if part.training is not training:
-                part.training = training

@@ -7,33 +7,97 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hoptim.batches import MicroBatches
 from hoptim.problem import Problem
 from hoptim.record import Record, cosine
 from hoptim.solvers.base import State, Status
 from hoptim.trajectory import Recorder
 from hoptim.trees import Tree
 
+_Seen = tuple[int, Any, Tensor]  # backward passes run last loss first: its number, the batch, and its share
+
+
+class Window:
+    """The training batches of one inner step: those whose losses went backward since the gradients were cleared.
+
+    They are kept until the next ones come, since a hyperstep follows the step, at once or later by hand.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[_Seen] = []
+        self._next: list[_Seen] = []  # the last one that has not gone backward yet, if there is one
+        self._over = True
+        self._number = 0
+
+    def saw(self, batch: Any, loss: Tensor) -> None:
+        """``loss`` is that of a training batch: it counts once its backward pass is begun, with what that is begun with."""
+        self._number = number = self._number + 1
+        self._next = [(number, batch, torch.ones_like(loss))]
+
+        def counted(share: Tensor) -> None:
+            handle.remove()  # a loss that is kept for a log would keep its batch
+            if self._over:
+                self._seen, self._over = [], False
+            self._seen.append((number, batch, share.detach()))
+            self._next = []
+
+        handle = loss.register_hook(counted)
+
+    def cleared(self) -> None:
+        """The gradients were cleared: the next loss that goes backward begins anew."""
+        self._over = True
+
+    def stepped(self) -> None:
+        """The gradients were used."""
+        if self._over and self._next:  # they came in another way than by a backward pass
+            self._seen = self._next
+        self._next, self._over = [], True
+
+    def batch(self) -> Any:
+        """The batch, or several as one.
+
+        Raises:
+            ValueError: none was seen.
+        """
+        seen = sorted(self._next if self._over and self._next else self._seen, key=lambda one: one[0])
+        if not seen:
+            raise ValueError(
+                "a hyperstep needs a training batch and none has been seen: compute the loss with optimizer.loss(batch), "
+                "or give train_batches"
+            )
+        if len(seen) == 1:
+            return seen[0][1]
+        shares = torch.stack([share.to(torch.promote_types(share.dtype, torch.float32)) for _, _, share in seen])
+        return MicroBatches(tuple(batch for _, batch, _ in seen), shares / shares.abs().sum())
+
 
 @dataclass
 class Progress:
-    """Counters, the last record, the last batch, what the solver carries, and the steps kept for unrolling."""
+    """Counters, the last record, the last batches, what the solver carries, and the steps kept for unrolling."""
 
     inner_steps: int = 0
     hyper_steps: int = 0
     solver_state: State = field(default_factory=dict)
     last_gradient: Tree = field(default_factory=dict)
     record: Record | None = None
-    last_batch: Any = None
-    seen_batch: bool = False
+    window: Window = field(default_factory=Window)
     warned: set[Status] = field(default_factory=set)
     recorder: Recorder = field(default_factory=Recorder)
 
-    def saw(self, batch: Any) -> None:
-        """A training loss of ``batch`` is about to be computed."""
-        self.last_batch, self.seen_batch = batch, True
+    def cleared(self) -> None:
+        """The gradients were cleared."""
+        self.window.cleared()
+        self.recorder.cleared()
+
+    def stepped(self) -> None:
+        """An inner step was taken."""
+        self.inner_steps += 1
+        self.window.stepped()
+        self.recorder.stepped()
 
     def turned(self, gradient: Tree) -> float | None:
         """The cosine between this hypergradient and the last one, which it becomes; ``None`` if there is none like it."""
@@ -82,6 +146,11 @@ def bound_options_kept(inner: Optimizer, leaves: Tree) -> Iterator[None]:
 def _beside(saved: Tree, live: Tree) -> Tree:
     """On the devices of the tensors of the same names."""
     return {name: value.to(live[name].device) for name, value in saved.items() if name in live}
+
+
+def is_cleared(inner: Optimizer) -> bool:
+    """Whether no weight has a gradient, as after the model's own ``zero_grad()``."""
+    return all(p.grad is None for group in inner.param_groups for p in group["params"])
 
 
 def is_due(step: int, every: int | None, warmup: int) -> bool:

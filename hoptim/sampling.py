@@ -11,8 +11,8 @@ from hoptim import trees
 from hoptim.curvature import Exact
 from hoptim.operators import Mean, Operator, Symmetric, mean_of
 from hoptim.options import is_whole
-from hoptim.stationarity import Curvature, Found, Linearized, Point, R
-from hoptim.trees import Tree
+from hoptim.stationarity import Curvature, Linearized, Point, R
+from hoptim.trees import Found, Tree
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,11 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
-from hoptim.operators import Operator, Symmetric, rows
-from hoptim.problem import Parts, Problem
-from hoptim.trees import Tree
+from hoptim import trees
+from hoptim.graphs import nodes, not_twice, pulled_back
+from hoptim.operators import Operator, OverRanks, Symmetric, rows
+from hoptim.options import kind
+from hoptim.parts import Parts
+from hoptim.precision import epsilon_of_losses
+from hoptim.problem import Problem
+from hoptim.ranks import Ranks
+from hoptim.trees import Found, Tree
 
-Found = dict[str, Tensor | None]  # by name; None for what a loss does not touch
 R = TypeVar("R")
 
 
@@ -80,6 +86,30 @@ class Linearized:
     fixed: tuple[str, ...] = ()
 
 
+def over_ranks(local: Linearized, ranks: Ranks, at: Point) -> Linearized:
+    """F and its derivatives averaged over the ranks; a weight counts where any of them touches it."""
+    if ranks.size == 1:
+        return local
+    found = ranks.mean_of_found({**local.value, ":loss": local.loss}, {**at.weights, ":loss": local.loss})
+    loss = found.pop(":loss")
+    assert loss is not None
+    value = {name: part for name, part in found.items() if part is not None}
+
+    def mixed(x: Tree) -> Found:
+        name, first = next(iter(x.items()))
+        lead = first.shape[: first.ndim - at.weights[name].ndim]
+        here = local.mixed({name: x[name] for name in local.A.like}) if local.A.like else {}
+        return ranks.mean_of_found(here, trees.expanded(at.leaves, lead))
+
+    return Linearized(
+        loss=loss,
+        value=value,
+        A=OverRanks(local.A, {name: at.weights[name].detach() for name in value}, ranks),
+        mixed=mixed,
+        untouched=tuple(name for name in at.weights if name not in value),
+    )
+
+
 class Curvature(ABC):
     """A strategy for A = ∂F/∂w: a frozen dataclass that linearises F = ∇_w L_T at a point."""
 
@@ -87,7 +117,7 @@ class Curvature(ABC):
     def check(curvature: object) -> None:
         """Raise unless it is one."""
         if not isinstance(curvature, Curvature):
-            raise TypeError(f"curvature is a {type(curvature).__name__}: give a curvature, such as hoptim.Exact()")
+            raise TypeError(f"curvature is {kind(curvature)}: give a curvature, such as hoptim.Exact()")
 
     @abstractmethod
     def linearize(self, point: Point, then: Callable[[Linearized], R]) -> R:
@@ -149,28 +179,55 @@ def check_dense(gradients: Mapping[str, Tensor | None]) -> None:
         raise TypeError(f"the weights {sparse} have sparse gradients: build their layers with sparse=False")
 
 
-def check_twice_differentiable(problem: Problem, loss: Tensor) -> None:
+def check_twice_differentiable(problem: Problem, loss: Tensor, weights: Tree, leaves: Tree, batch: Any) -> None:
     """Raise where autograd can't go back a second time: it would leave that way out without a word. Once a problem.
 
     A backward pass that is marked ``once_differentiable`` raises only if a second one runs through it to the end, and none
-    does that asks for the weights alone.
+    does that asks for the weights alone. One that is not marked, and takes a way round autograd, is found by its answers.
     """
     if problem in _LOOKED_AT:
         return
-    seen: set[Any] = set()
-    todo: list[Any] = [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [following for following, _ in node.next_functions]
+    seen = nodes([loss])
     custom = [type(node)._forward_cls for node in seen if isinstance(node, BackwardCFunction)]  # type: ignore[attr-defined]
     if once := sorted({kind.__name__ for kind in custom if getattr(kind.backward, "__code__", None) is _ONCE}):
-        raise TypeError(
-            f"the training loss has no second derivative: the custom functions {once} are once_differentiable. Take "
-            "curvature=hoptim.FiniteDifference()"
-        )
+        raise not_twice(f"the custom functions {once} are once_differentiable")
+    if any(node.name() == "WeightNormInterfaceBackward0" for node in seen):
+        raise not_twice("that of torch._weight_norm lacks a term. Use torch.nn.utils.parametrizations.weight_norm")
     _LOOKED_AT.add(problem)
+    if custom and (off := _off_differences(problem, weights, leaves, batch)):
+        warnings.warn(
+            f"autograd's curvature is off by {off:.0%} from differences of gradients: a custom function's backward pass, in "
+            f"{sorted({kind.__name__ for kind in custom})}, has no derivative or a wrong one; it may use detach(), .data, "
+            "NumPy or a kernel. Take curvature=hoptim.FiniteDifference()",
+            stacklevel=2,
+        )
+
+
+def _off_differences(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> float:
+    """How far A v is from two differences of gradients that agree; 0 where it is near, or where they do not agree."""
+    draw = torch.Generator().manual_seed(0)
+    v = {name: torch.randn(w.shape, generator=draw).to(w) for name, w in weights.items()}
+    length = trees.norm(weights).detach() / trees.norm(v)
+    reach = length * epsilon_of_losses(length.dtype) ** (1 / 3)
+
+    def at(moved: Tree, twice: bool) -> Tree:
+        def inside(loss: Tensor, _: Any) -> Tree:
+            graph = StationarityGraph(loss, moved, leaves)
+            found = graph.vjp({name: v[name] for name in graph.value}, graph.weights) if twice else graph.value
+            return {
+                name: torch.zeros_like(w) if (f := found.get(name)) is None else f.detach() for name, w in weights.items()
+            }
+
+        with problem.untouched():  # from the same random state each time
+            return problem.pure("train_loss", moved, leaves, batch, inside)
+
+    def difference(step: Tensor) -> Tree:
+        up, down = (at(as_leaves(trees.add(weights, trees.times(v, dict.fromkeys(v, e)))), False) for e in (step, -step))
+        return trees.map_tree(lambda d: d / (2 * step), trees.add(up, down, -1.0))
+
+    product, near, far = at(weights, True), difference(reach), difference(2 * reach)
+    off, noise, size = (trees.norm(x) for x in (trees.add(product, near, -1.0), trees.add(near, far, -1.0), near))
+    return float(off / size) if off > 10 * noise + 0.01 * size else 0.0
 
 
 def check_once(point: Point) -> None:
@@ -178,7 +235,7 @@ def check_once(point: Point) -> None:
     if point.problem not in _LOOKED_AT:
         at = (point.weights, point.leaves, point.batch)
         with point.problem.untouched():
-            point.problem.pure("train_loss", *at, lambda loss, _: check_twice_differentiable(point.problem, loss))
+            point.problem.pure("train_loss", *at, lambda loss, _: check_twice_differentiable(point.problem, loss, *at))
 
 
 _LOOKED_AT: WeakSet[Problem] = WeakSet()  # problems whose graph has been looked through
@@ -197,18 +254,3 @@ def symmetric(product: Callable[[Tree, bool], Tree], weights: Tree, kind: str) -
         return rows(lambda v: product(v, v[name].ndim > like[name].ndim), v, key)
 
     return Symmetric(apply, like)
-
-
-def pulled_back(outputs: Tree, v: Tree, inputs: Tree, *, batched: bool) -> Found:
-    """vᵀ ∂outputs/∂inputs through a graph that is kept; ``batched``: R products in one vmapped pass."""
-    ends, vectors = tuple(outputs.values()), tuple(v[name] for name in outputs)
-    if _engine is not None and not batched:  # autograd.grad without what it looks at each time: a tenth of a small product
-        found = _engine(ends, vectors, True, False, tuple(inputs.values()), True, accumulate_grad=False)
-    else:
-        found = torch.autograd.grad(
-            ends, list(inputs.values()), vectors, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-    return dict(zip(inputs, found, strict=True))
-
-
-_engine = getattr(torch.autograd.graph, "_engine_run_backward", None)  # private; without it autograd.grad serves

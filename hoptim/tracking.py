@@ -1,7 +1,7 @@
 """Trackers: hooks on the hyperstep that write to Weights & Biases, to the terminal or to a file of JSON lines.
 
 A tracker is a function of the :class:`Record`: ``BilevelOptimizer(..., hooks=[WandB(project="mine")])``. W&B and rich are
-imported when a tracker is first used.
+imported when a tracker is first used. Of several processes that train together, rank 0 alone logs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from weakref import WeakSet
 
 import numpy as np
 
+from hoptim.ranks import is_first
 from hoptim.record import Record
 from hoptim.trees import Tree
 
@@ -40,14 +41,26 @@ class JsonLines:
     path: str | os.PathLike[str]
 
     def __call__(self, record: Record) -> None:
-        """Append the record's row."""
-        self.log(record.row())
+        """Append the record's row; a disk that fails stops no training, and the file holds whole rows only."""
+        if not is_first():
+            return
+        try:
+            self.log(record.row())
+        except OSError as error:
+            warnings.warn(f"a row was not written: {error}; training goes on without it", stacklevel=2)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row."""
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(dict(row)) + "\n")
+        """Append one row, or raise OSError and leave the file as it was."""
+        path, line = Path(self.path), json.dumps(dict(row)) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(line)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +69,8 @@ class Console:
 
     def __call__(self, record: Record) -> None:
         """Print the record's line."""
+        if not is_first():
+            return
         from rich.console import Console as RichConsole
         from rich.markup import escape
 
@@ -102,7 +117,8 @@ class WandB:
 
     def __call__(self, record: Record) -> None:
         """Log the record's figures and histograms."""
-        self.log(record.row(), record.hyperparameters)
+        if is_first():
+            self.log(record.row(), record.hyperparameters)
 
     def start(self, config: Mapping[str, Any] | None = None) -> Any:
         """The open run, or a new one with ``config``; axes for inner and outer steps are defined."""
@@ -145,11 +161,13 @@ class WandB:
                 run.log({name: wandb.Image(str(path)) for name, path in images.items()})
             run.summary.update(dict(summary or {}))
             run.finish()
+        _check_written(run)
 
     def abandon(self) -> None:
         """Close the run that is open, if any, as failed: after an error, so that no later training logs into it."""
         if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
-            wandb.run.finish(exit_code=1)
+            with _never_stopped():
+                wandb.run.finish(exit_code=1)
 
 
 @contextmanager
@@ -161,6 +179,14 @@ def _never_stopped() -> Iterator[None]:
         yield
     except (wandb.errors.Error, OSError) as error:
         warnings.warn(f"W&B failed: {type(error).__name__}: {error}; training goes on without it", stacklevel=3)
+
+
+def _check_written(run: Any) -> None:
+    """Warn where W&B's own log, which alone knows, tells of records that could not be written."""
+    with suppress(OSError, AttributeError):
+        path = Path(run.settings.log_internal)
+        if lost := path.read_text(errors="replace").count("failed to save record"):
+            warnings.warn(f"W&B could not write {lost} records, a full disk perhaps: see {path}", stacklevel=3)
 
 
 _runs_with_axes: WeakSet[Any] = WeakSet()

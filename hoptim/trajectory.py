@@ -149,26 +149,53 @@ def gradient(
     problem: Problem, seen: tuple[Seen, ...], weights: Tree, leaves: Tree, then: Callable[[Tree, Tensor], T], *, graph: bool
 ) -> T:
     """``then`` of ∇_w of the sum of the losses by their shares, and of the sum; with its graph where asked."""
+    return _gathered(problem, seen, weights, leaves, then, graph, {}, next(iter(weights.values())).new_zeros(()))
 
-    def gather(left: tuple[Seen, ...], found: Tree, total: Tensor) -> T:
-        if not left:
-            return then(found, total)
-        first, *others = left
 
-        def add(loss: Tensor, _: Any) -> T:
-            if graph:
-                check_twice_differentiable(problem, loss)
-            loss = loss * first.share
-            parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
-            touched = {name: part for name, part in zip(weights, parts, strict=True) if part is not None}
-            check_dense(touched)
-            summed = found | {name: found[name] + part if name in found else part for name, part in touched.items()}
-            return gather(tuple(others), summed, total + loss.detach())
+def _gathered(
+    problem: Problem,
+    left: tuple[Seen, ...],
+    weights: Tree,
+    leaves: Tree,
+    then: Callable[[Tree, Tensor], T],
+    graph: bool,
+    found: Tree,
+    total: Tensor,
+) -> T:
+    """The losses that are left, added to what was found. A closure that called itself would keep the graph alive."""
+    if not left:
+        return then(*_over_ranks(problem, found, total, weights))
+    first, *others = left
 
-        set_generators(first.generators or {})
-        return problem.pure("train_loss", weights, leaves, first.batch, add)
+    def add(loss: Tensor, _: Any) -> T:
+        if graph:
+            check_twice_differentiable(problem, loss, weights, leaves, first.batch)
+        loss = loss * first.share
+        parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
+        touched = {name: part for name, part in zip(weights, parts, strict=True) if part is not None}
+        check_dense(touched)
+        summed = found | {name: found[name] + part if name in found else part for name, part in touched.items()}
+        return _gathered(problem, tuple(others), weights, leaves, then, graph, summed, total + loss.detach())
 
-    return gather(seen, {}, next(iter(weights.values())).new_zeros(()))
+    set_generators(first.generators or {})
+    return problem.pure("train_loss", weights, leaves, first.batch, add)
+
+
+def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> tuple[Tree, Tensor]:
+    """Their means over the ranks, which pass a derivative on to this rank's own gradient."""
+    ranks = problem.ranks
+    if ranks.size == 1:
+        return found, total
+    averaged = ranks.mean_of_found({**found, ":loss": total}, {**weights, ":loss": total})
+    loss = averaged.pop(":loss")
+    assert loss is not None
+    slope = {name: value for name, value in averaged.items() if value is not None}
+    return {name: _passing_on(value, found[name]) if name in found else value for name, value in slope.items()}, loss
+
+
+def _passing_on(mean: Tensor, own: Tensor) -> Tensor:
+    """The value of the one, the derivative of the other."""
+    return mean + (own - own.detach())
 
 
 def _moved(entries: Tree, device: torch.device) -> Tree:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Tree = dict[str, Tensor]
+Found = dict[str, Tensor | None]  # by name; None for what a loss does not touch
 
 
 def map_tree(function: Callable[[Tensor], Tensor], x: Tree) -> Tree:
@@ -76,6 +77,15 @@ def xpay_(x: Tree, y: Tree, a: Tensor) -> Tree:
 
 def _spread(a: Tensor, like: Tensor) -> Tensor:
     return a.reshape(-1, *[1] * (like.ndim - 1)) if a.ndim else a
+
+
+def expanded(x: Tree, lead: Sequence[int]) -> Tree:
+    """With leading axes, as views: a shape for R right-hand sides.
+
+    >>> expanded({"w": torch.zeros(())}, (3,))
+    {'w': tensor([0., 0., 0.])}
+    """
+    return map_tree(lambda value: value.expand((*lead, *value.shape)), x)
 
 
 def length(x: Tree) -> int:
@@ -149,7 +159,8 @@ def unit(x: Tree) -> Tree:
     {'w': tensor([0.6000]), 'b': tensor([0.8000])}
     """
     length = norm(x)
-    return map_tree(lambda value: value / torch.where(length > 0, length, 1.0), x)
+    length = torch.where(length > 0, length, 1.0)
+    return map_tree(lambda value: value / length.to(value), x)
 
 
 def size(x: Tree) -> int:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from hoptim import trees
 from hoptim.dynamics import State as InnerState
+from hoptim.graphs import pulled_back
 from hoptim.method import Hypergradient, Loop, Method, assembled, validate
 from hoptim.options import is_whole
 from hoptim.problem import Problem
-from hoptim.solvers.base import Solution, State, Status
-from hoptim.stationarity import Found, as_leaves, pulled_back
+from hoptim.solvers.base import Solution, State, Status, Unread
+from hoptim.stationarity import as_leaves
 from hoptim.trajectory import Place, Step, Trajectory, ahead, gradient
-from hoptim.trees import Tree
+from hoptim.trees import Found, Tree
 
 SAME = 1e-3  # how far a replay may end from the live weights, relative to the way they went
 LOST = 0.5  # farther than this, and it is no replay
@@ -58,6 +59,8 @@ class Unrolled(Method):
     def __post_init__(self) -> None:
         if not (is_whole(self.steps) and self.steps >= 1):
             raise ValueError(f"steps={self.steps!r}: give a whole number of inner steps, 1 or more")
+        if not isinstance(self.checkpoint, bool):
+            raise TypeError(f"checkpoint={self.checkpoint!r}: give True or False")
 
     @property
     def keeps_steps(self) -> int:  # type: ignore[override]
@@ -84,8 +87,9 @@ class Unrolled(Method):
             validation = validate(problem, as_leaves({**problem.weights(), **end.weights}), leaves, val_batch)
             back = _back(problem, way, places, stride, leaves, {n: validation.g[n] for n in end.weights})
             solution = _judged(back, self.steps, replayed=None if taken is None else _missed(way, end, problem.weights()))
-            mixed = {name: None if part is None else -part for name, part in back.leaves.items()}
-            return assembled(validation, leaves, solution, mixed, loss, trees.norm(slope))
+            total = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
+            mixed = {name: None if part is None else -part for name, part in total.items()}
+            return assembled(validation, leaves, Unread.known(solution), lambda _: mixed, loss, trees.norm(slope))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +148,7 @@ def _through(problem: Problem, step: Step, at: Place, leaves: Tree, back: _Back)
         inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
         found = pulled_back(outputs, cotangents, inputs, batched=batched)
         kept = {name: part for name in w if (part := found["w" + name]) is not None}
-        before = {name: kept.get(name, torch.zeros_like(back.weights[name])) for name in w}
+        before = problem.ranks.mean({name: kept.get(name, torch.zeros_like(back.weights[name])) for name in w})
         return _Back(
             weights=before,
             state={name: part for name in flat if (part := found["s" + name]) is not None},

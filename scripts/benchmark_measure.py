@@ -100,15 +100,20 @@ ELSEWHERE = torch.device("meta")  # what a tensor says that is on the CPU, so th
 
 @dataclass
 class Counter:
-    """How often the host waited for the device, and the copies that it has got."""
+    """How often the host waited for the device, and what it has got or made of that: to look there is free."""
 
     reads: int = 0
-    copies: list[Tensor] = field(default_factory=list)
+    hosted: dict[int, Tensor] = field(default_factory=dict)
+    working: bool = False  # on what is on the host alone
+
+    def keep(self, tensors: Any) -> None:
+        self.hosted |= {t.untyped_storage()._cdata: t for t in tree_leaves(tensors) if isinstance(t, Tensor)}
+
+    def has(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.hosted
 
     def read(self, tensor: Any) -> None:
-        """Count, unless it is a view of a copy that is on the host already."""
-        storage = tensor.untyped_storage()._cdata
-        self.reads += all(storage != copy.untyped_storage()._cdata for copy in self.copies)
+        self.reads += not (self.working or self.has(tensor))
 
 
 class _Pretence(TorchFunctionMode):
@@ -126,9 +131,17 @@ class _Pretence(TorchFunctionMode):
             self.counter.read(args[0])
         if function is Tensor.cpu:
             self.counter.read(args[0])
-            self.counter.copies.append(args[0].clone())
-            return self.counter.copies[-1]
-        return function(*args, **kwargs)
+            copy = args[0].clone()
+            self.counter.keep(copy)
+            return copy
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not given or not all(map(self.counter.has, given)) or function is Tensor.to:
+            return function(*args, **kwargs)
+        self.counter.working = True
+        found = function(*args, **kwargs)
+        self.counter.working = False
+        self.counter.keep(found)
+        return found
 
 
 def _back(value: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import time
+import zipfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as packed
+from together import Together
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,8 +45,8 @@ IDENTITY = (
 )  # what a resumed run must share
 
 
-class OtherRunError(ValueError):
-    """The checkpoint in the folder is another run's: nothing there is touched."""
+class ResumeError(ValueError):
+    """The run in the folder can't be gone on with: nothing there is touched."""
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -50,11 +55,12 @@ def main(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         return train(cfg, folder)
-    except OtherRunError:
+    except ResumeError:
         raise
     except BaseException as error:
         failure = {"status": "failed", "name": cfg.name, "seed": cfg.seed, "error": f"{type(error).__name__}: {error}"}
-        write_atomically(folder / "result.json", json.dumps(failure) + "\n")
+        with suppress(OSError):  # the disk may be what failed
+            write_whole(folder / "result.json", json.dumps(failure).encode() + b"\n")
         WandB().abandon()
         raise
 
@@ -66,8 +72,10 @@ def train(cfg: DictConfig, folder: Path) -> float:
         import plots  # noqa: F401 (a missing matplotlib is said before the training, not after it)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    task = instantiate(cfg.task)
-    data, problem = task.data(cfg.seed), task.problem()
+    task, together = instantiate(cfg.task), Together.met()
+    data, problem = task.data(cfg.seed), together.wrapped(task.problem())
+    if together.rank:
+        torch.manual_seed(cfg.seed + 1_000_003 * together.rank)  # other dropout masks for other examples
     if cfg.hyperparameters:
         for name, value in load_file(cfg.hyperparameters).items():
             problem.hparams[name] = value
@@ -76,25 +84,27 @@ def train(cfg: DictConfig, folder: Path) -> float:
         instantiate(cfg.inner)(problem.model.parameters()),
         instantiate(cfg.outer)(problem.hparams.parameters()),
         problem,
-        val_batches=[data["val"]],
+        val_batches=[together.share(data["val"])],
         hypergradient=instantiate(cfg.hoptim.method),
         every=cfg.inner_steps if cfg.learn else None,
         hooks=[tracker for tracker in trackers if not isinstance(tracker, WandB)],
     )
-    if not cfg.resume:
+    if not cfg.resume and together.writes:
         for name in ("checkpoint.pt", "result.json", "metrics.jsonl"):
             (folder / name).unlink(missing_ok=True)
-    saved = load_checkpoint(folder / "checkpoint.pt", cfg, problem, optimizer) if cfg.resume else None
+    saved = load_checkpoint(folder / "checkpoint.pt", cfg, problem, optimizer, together) if cfg.resume else None
     begun = saved["outer_step"] if saved else 0
-    metrics = JsonLines(path=folder / "metrics.jsonl")
-    rows = keep_rows(metrics, begun)
-    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    boards = start_wandb(cfg, folder, trackers, saved["wandb_id"] if saved else None)
+    metrics, rows, boards = JsonLines(path=folder / "metrics.jsonl"), [], []
+    if together.writes:
+        rows = keep_rows(metrics, begun)
+        write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+        boards = start_wandb(cfg, folder, trackers, saved["wandb_id"] if saved else None)
+    train_batch = together.share(data["train"])
 
-    with progress_bar() as bar:
+    with progress_bar(visible=together.writes) as bar:
         job = bar.add_task(cfg.name, total=cfg.outer_steps, completed=begun, losses="")
         for outer_step in range(begun + 1, cfg.outer_steps + 1):
-            seconds = inner_loop(optimizer, data["train"], cfg.inner_steps)
+            seconds = inner_loop(optimizer, train_batch, cfg.inner_steps)
             row = {"outer_step": outer_step, **measure(problem, data), **describe(problem, optimizer, seconds)}
             if not all(torch.isfinite(torch.tensor(row[f"{part}_loss"])) for part in data):
                 largest = max(spread["max"] for spread in row["hyperparameters"].values())
@@ -102,15 +112,16 @@ def train(cfg: DictConfig, folder: Path) -> float:
                     f"a loss is not finite after outer step {outer_step}, the largest hyperparameter {largest:.3g}: lower "
                     "inner.lr, or outer.lr if the hyperparameters ran away"
                 )
-            metrics.log(row)
-            rows.append(row)
+            if together.writes:
+                metrics.log(row)
+                rows.append(row)
             for board in boards:
                 board.log(row, optimizer.record.hyperparameters if optimizer.record else None)
             if outer_step % cfg.checkpoint_every == 0 or outer_step == cfg.outer_steps:
-                save_checkpoint(folder / "checkpoint.pt", cfg, problem, optimizer, outer_step, boards)
+                save_checkpoint(folder / "checkpoint.pt", cfg, problem, optimizer, outer_step, boards, together)
             losses = f"train {row['train_loss']:.3f}  val {row['val_loss']:.3f}  {optimizer.hyper_steps} hypersteps"
             bar.update(job, completed=outer_step, losses=losses)
-    return finish(cfg, folder, problem, rows, boards)
+    return finish(cfg, folder, problem, rows, boards) if together.writes else measure(problem, data)["val_loss"]
 
 
 def inner_loop(optimizer: hoptim.BilevelOptimizer, batch: Any, steps: int) -> float:
@@ -172,8 +183,8 @@ def finish(cfg: DictConfig, folder: Path, problem: hoptim.Problem, rows: list[di
     }
     with torch.no_grad():
         values = {name: problem.hparams[name].detach().contiguous().clone() for name in problem.hparams.keys()}  # noqa: SIM118
-    save_file(values, str(folder / "hyperparameters.safetensors"))
-    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_whole(folder / "hyperparameters.safetensors", packed(values))
+    write_whole(folder / "result.json", json.dumps(result, indent=2).encode() + b"\n")
     images = {}
     if cfg.plots:
         import plots
@@ -203,13 +214,14 @@ def start_wandb(cfg: DictConfig, folder: Path, trackers: list[Any], run_id: str 
     return boards
 
 
-def fingerprint(cfg: DictConfig) -> str:
+def fingerprint(cfg: DictConfig, processes: int) -> str:
     """What a run and its resumption must share, as text."""
     chosen = {
         key: OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
         for key in IDENTITY
     }
-    return json.dumps({**chosen, "method": OmegaConf.to_container(cfg.hoptim.method, resolve=True)}, sort_keys=True)
+    method = OmegaConf.to_container(cfg.hoptim.method, resolve=True)
+    return json.dumps({**chosen, "processes": processes, "method": method}, sort_keys=True)
 
 
 def save_checkpoint(
@@ -219,40 +231,60 @@ def save_checkpoint(
     optimizer: hoptim.BilevelOptimizer,
     outer_step: int,
     boards: list[WandB],
+    together: Together,
 ) -> None:
     """All that the rest of the run depends on, in tensors and plain values; whole or not at all."""
+    generators = together.gathered(torch.get_rng_state())
+    if not together.writes:
+        return
     state = {
-        "fingerprint": fingerprint(cfg),
+        "fingerprint": fingerprint(cfg, together.size),
         "outer_step": outer_step,
         "model": problem.model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
+        "rng": generators,
         "wandb_id": boards[0].start().id if boards else None,
     }
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with open(path.with_name("metrics.jsonl"), "rb") as rows:
+        os.fsync(rows.fileno())  # the checkpoint counts on them
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_whole(path, file.getvalue())
 
 
-def load_checkpoint(path: Path, cfg: DictConfig, problem: hoptim.Problem, optimizer: hoptim.BilevelOptimizer) -> Any:
+def load_checkpoint(
+    path: Path, cfg: DictConfig, problem: hoptim.Problem, optimizer: hoptim.BilevelOptimizer, together: Together
+) -> Any:
     """Put everything back as it was; ``None`` where there is no checkpoint yet."""
     if not path.exists():
         log.info("no checkpoint in %s yet: the run starts from its beginning", path.parent)
         return None
-    saved = torch.load(path, weights_only=True)
-    if saved["fingerprint"] != fingerprint(cfg):
-        raise OtherRunError(f"{path} is of another run: {saved['fingerprint']} is not {fingerprint(cfg)}; use resume=false")
+    saved = read_checkpoint(path)
+    if saved["fingerprint"] != (own := fingerprint(cfg, together.size)):
+        raise ResumeError(f"{path} is of another run: {saved['fingerprint']} is not {own}; use resume=false")
     if saved["outer_step"] > cfg.outer_steps:
-        raise OtherRunError(
+        raise ResumeError(
             f"{path} is at outer step {saved['outer_step']}, past outer_steps={cfg.outer_steps}; use resume=false"
         )
     problem.model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"])
+    torch.set_rng_state(saved["rng"][together.rank])
     return saved
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint, if it is whole: ``torch.load`` looks at no checksum, so that a wrong bit would go unseen."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
+        saved = torch.load(path, weights_only=True)
+        if "fingerprint" not in saved:
+            raise ValueError("it is not of this script")
+        return saved
+    except Exception as error:
+        reason, remedy = str(error).partition(". ")[0], "put a copy in its place, or start over: resume=false"
+        raise ResumeError(f"{path} is damaged or can't be read: {reason}; {remedy}") from error
 
 
 def keep_rows(metrics: JsonLines, last: int) -> list[dict[str, Any]]:
@@ -260,28 +292,38 @@ def keep_rows(metrics: JsonLines, last: int) -> list[dict[str, Any]]:
     path, rows = Path(metrics.path), []
     if last and path.exists():
         lines = path.read_text().splitlines()[:last]
-        rows = [json.loads(line) for line in lines]
-    if len(rows) != last:
-        raise OtherRunError(f"{path} has {len(rows)} rows and the checkpoint is at outer step {last}; use resume=false")
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        with suppress(json.JSONDecodeError):
+            rows = [json.loads(line) for line in lines]
+    if [row["outer_step"] for row in rows] != list(range(1, last + 1)):
+        raise ResumeError(f"{path} does not hold the {last} rows up to the checkpoint's outer step; use resume=false")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write the whole file or nothing of it."""
+def write_whole(path: Path, data: bytes) -> None:
+    """All of the file, once it is on the disk; after a failure what was there before."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()  # it may fill the disk
+        remedy = "make room, or choose another root; resume=true goes on from the last checkpoint"
+        raise OSError(error.errno, f"{error.strerror}: {remedy}", str(path)) from error
 
 
-def progress_bar() -> Progress:
+def progress_bar(visible: bool) -> Progress:
     """A bar with losses, hypersteps and the time left; silent where the output is no terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[losses]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    return Progress(*columns, console=console, disable=not (visible and console.is_terminal))
 
 
 if __name__ == "__main__":

@@ -137,15 +137,20 @@ def assert_same(found: Products, expected: tuple[Tensor, Tree, Found, Found], v:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The compilations, and none of them done: graphs run as they are, which is enough for what is not about inductor."""
     calls: list[str] = []
-    monkeypatch.setattr(splitting, "compiled", lambda graph, arguments: calls.append("compiled") or graph)
+    monkeypatch.setattr(splitting, "compiled", lambda graph, _: calls.append("compiled") or (lambda given: graph(*given)))
     return calls
 
 
 # By inductor ------------------------------------------------------------------------------------------------------------
 
 
-def test_products_are_those_of_a_double_backward_pass() -> None:
+def test_products_are_those_of_a_double_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    same, found = splitting._same, []
+    monkeypatch.setattr(splitting, "_same", lambda *given: found.append(same(*given)) or found[-1])
     equal_to_a_double_backward_pass("cnn with BatchNorm")
+    assert len(found) == sum(found) > 0  # inductor's innermost functions serve
+    assert not splitting._same(lambda given: [given[0].add_(1)], [torch.ones(2)], [torch.full((2,), 2.0)])  # one that writes
+    assert not splitting._same(lambda given: [2 * given[0]], [torch.ones(2)], [torch.ones(2)])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -415,7 +420,7 @@ def test_a_batch_of_an_unknown_class_is_not_compiled() -> None:
 
 
 def test_a_graph_that_answers_otherwise_than_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong: Callable[..., Any] = lambda graph, arguments: lambda *given: [1.01 * t for t in graph(*given)]  # noqa: E731
+    wrong: Callable[..., Any] = lambda graph, arguments: lambda given: [1.01 * t for t in graph(*given)]  # noqa: E731
     monkeypatch.setattr(splitting, "compiled", wrong)
     problem, batch = make(nn.Linear(4, 3), (4,))
     with pytest.warns(UserWarning, match="^hoptim: .*off by"):
@@ -429,7 +434,7 @@ def test_dropped_products_and_problems_are_freed_at_once(monkeypatch: pytest.Mon
     held: list[weakref.ref[Tensor]] = []
 
     def noted(graph: Any, arguments: Any) -> Any:
-        def run(*given: Tensor) -> Any:
+        def run(given: list[Tensor]) -> Any:
             results = graph(*given)
             held.extend(weakref.ref(t) for t in results)
             return results

@@ -354,7 +354,7 @@ def test_what_update_cannot_serve_is_named() -> None:
     with pytest.raises(TypeError, match="LBFGS"):
         hypergradient(problem, BATCHES[0], VAL, update, inner=optim.LBFGS(problem.model.parameters()))
     elsewhere = optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(ValueError, match=r"moves none of the weights \['0.weight', '0.bias', '3.weight', '3.bias'\]"):
+    with pytest.raises(ValueError, match="inner holds no weight of the problem's model"):
         hypergradient(problem, BATCHES[0], VAL, update, inner=elsewhere)
 
 

@@ -182,8 +182,12 @@ def test_curvature_of_a_model_without_a_second_derivative_is_an_error_and_no_ans
 
 
 def test_differences_of_sparse_gradients_are_an_error_that_names_the_weight() -> None:
-    model, hparams = nn.Embedding(3, 2, sparse=True), HyperParameters({"a": torch.tensor(1.0)})
-    problem = Problem(model, hparams, lambda m, h, b: h["a"] * m(b).square().sum(), lambda m, h, b: m(b).sum())
+    model, hparams = nn.Embedding(3, 2), HyperParameters({"a": torch.tensor(1.0)})
+
+    def train(m: Any, h: Any, b: Any) -> Tensor:
+        return h["a"] * nn.functional.embedding(b, m.weight, sparse=True).square().sum()
+
+    problem = Problem(model, hparams, train, lambda m, h, b: m(b).sum())
     with pytest.raises(TypeError, match=r"\['weight'\] have sparse gradients.*sparse=False"):
         hypergradient(problem, torch.tensor([0]), torch.tensor([0]), Implicit(Identity(), curvature=FiniteDifference()))
 

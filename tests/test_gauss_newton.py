@@ -167,7 +167,11 @@ def test_without_parts_it_says_how_to_show_them() -> None:
 
 @pytest.mark.parametrize(
     ("parts", "words"),
-    [(("model", len), "predict is a str"), ((len, None), "criterion is a NoneType"), ((len, len, 3), "penalty is a int")],
+    [
+        (("model", quartic), "predict is a str"),
+        ((quartic, None), "criterion is a NoneType"),
+        ((quartic, lambda z, h, b: z.mean(), 3), "penalty is a int"),
+    ],
 )
 def test_a_part_that_is_no_function_is_named(parts: Any, words: str) -> None:
     with pytest.raises(TypeError, match=words):
@@ -176,4 +180,4 @@ def test_a_part_that_is_no_function_is_named(parts: Any, words: str) -> None:
 
 def test_a_prediction_that_is_no_tensor_is_named() -> None:
     with pytest.raises(TypeError, match="predict returned a dict"):
-        CompositeLoss(lambda m, b: {}, len)(None, None, None)
+        CompositeLoss(lambda m, b: {}, lambda z, h, b: z)(None, None, None)

@@ -209,38 +209,6 @@ def test_mild_negative_curvature_is_a_remark_and_moves() -> None:
 # An optimizer in the eyes of torch
 
 
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "StepLR": lambda o: lrs.StepLR(o, step_size=3, gamma=0.5),
-    "CosineAnnealingLR": lambda o: lrs.CosineAnnealingLR(o, T_max=10),
-    "OneCycleLR": lambda o: lrs.OneCycleLR(o, max_lr=0.5, total_steps=20),
-    "ReduceLROnPlateau": lambda o: lrs.ReduceLROnPlateau(o, patience=1),
-    "LambdaLR": lambda o: lrs.LambdaLR(o, lambda step: 1 / (1 + step)),
-    "SequentialLR": lambda o: lrs.SequentialLR(o, [lrs.ConstantLR(o), lrs.ExponentialLR(o, 0.9)], milestones=[3]),
-}
-
-
-def tick(scheduler: Any) -> None:
-    scheduler.step(1.0) if isinstance(scheduler, lrs.ReduceLROnPlateau) else scheduler.step()
-
-
-@pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler_moves_the_inner_learning_rate_as_on_the_inner_optimizer(name: str, inner: str) -> None:
-    run = noisy_run(inner, every=None)
-    bare = INNERS[inner](nn.Linear(4, 3).parameters())
-    ours, theirs = SCHEDULERS[name](run.optimizer), SCHEDULERS[name](bare)
-    seen = []
-    for i in range(10):
-        advance(run, i, i + 1)
-        bare.step()
-        tick(ours)
-        tick(theirs)
-        now, then = run.optimizer.inner.param_groups[0], bare.param_groups[0]
-        assert {k: v for k, v in now.items() if k != "params"} == {k: v for k, v in then.items() if k != "params"}
-        seen.append(now["lr"])
-    assert len(set(seen)) > 1
-
-
 def test_it_is_an_optimizer_whose_groups_state_and_defaults_are_the_inner_ones() -> None:
     run = noisy_run("adam", every=None)
     advance(run, 0, 1)
@@ -271,15 +239,6 @@ def test_without_hypersteps_a_run_is_the_inner_optimizer_alone(inner: str) -> No
     del state["hoptim"]
     assert same(state, bare.state_dict())
     assert same(dict(run.model.state_dict()), dict(model.state_dict()))
-
-
-def test_hooks_of_a_step_fire_once_a_step() -> None:
-    run = noisy_run(every=None)
-    seen: list[str] = []
-    run.optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
-    run.optimizer.register_step_post_hook(lambda *_: seen.append("after"))
-    advance(run, 0, 2)
-    assert seen == ["before", "after"] * 2
 
 
 def test_closure_is_called_by_the_inner_step_and_its_loss_returned() -> None:

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import OPERATORS, SIZE, Counted, flat, like, unflat, with_spectrum
+from torch import Tensor, nn
 
+from hoptim import CG, GMRES, MINRES, Chebyshev, Identity, Implicit, Neumann, Nystrom, Problem, Solver
+from hoptim.operators import Symmetric
+from hoptim.preconditioners import Preconditioner
 from hoptim.spectral import gaussian, lanczos, orthogonalise_, spectral_norm, start_vector
 
 
@@ -161,3 +167,44 @@ def test_orthogonalise_takes_away_what_rounding_left() -> None:
     found = orthogonalise_(vector, basis, batched=False)
     torch.testing.assert_close(found, draw @ w, rtol=1e-9, atol=1e-6)
     assert (draw @ flat(vector)).abs().max() < 1e-12
+
+
+# A bound that turns out too low -------------------------------------------------------------------------------------------
+
+
+class Halves(Preconditioner):
+    """D = I/2."""
+
+    def __call__(self, A: Any, point: Any, inner: Any) -> dict[str, Tensor]:
+        return {name: torch.full_like(value, 0.5) for name, value in A.like.items()}
+
+
+@pytest.mark.parametrize("solver", [Neumann(terms=30), Chebyshev(terms=30)], ids=str)
+@pytest.mark.parametrize("preconditioner", [None, Halves()], ids=["plain", "preconditioned"])
+def test_a_second_attempt_is_in_the_hypergradient_too(solver: Solver, preconditioner: Preconditioner | None) -> None:
+    h, g = torch.tensor([100.0, 1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
+    model, hparams = nn.ParameterDict({"w": torch.ones_like(g)}), nn.ParameterDict({"shift": torch.zeros_like(g)})
+
+    def train_loss(model: Any, hparams: Any, _: Any) -> Tensor:  # F = h w + shift, so that B = I
+        return (0.5 * h * model["w"] ** 2 + hparams["shift"] * model["w"]).sum()
+
+    problem = Problem(model, hparams, train_loss, lambda model, _, __: (g * model["w"]).sum())
+    poor = {"direction": {"w": torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)}}  # of a curvature far from the largest
+    result = Implicit(solver, preconditioner=preconditioner)(problem, None, None, poor)
+    assert result.solution.status.ok
+    assert result.solution.products > 30 + 2 + 10  # of both attempts, and of both power iterations
+    x = result.solution.value["w"]
+    torch.testing.assert_close(x[:1], (g / h)[:1], rtol=0.05, atol=0)
+    torch.testing.assert_close(result.grads["shift"], -x, rtol=1e-12, atol=0)
+
+
+def test_what_is_unread_costs_no_look_and_reads_as_the_solution_does() -> None:
+    A = Symmetric(lambda v: {"w": torch.tensor([3.0, 1.0]) * v["w"]}, like={"w": torch.ones(2)})
+    neumann = Neumann(terms=5), Neumann(terms=0, step_size=0.1)
+    for solver in (Identity(), *neumann, Chebyshev(), CG(), MINRES(), GMRES(), Nystrom()):
+        unread, solution = solver.unread(A, {"w": torch.ones(2)}), solver.solve(A, {"w": torch.ones(2)})
+        doubled = unread.mapped(lambda x: {"w": 2 * x["w"]})
+        assert torch.equal(2 * solution.value["w"], doubled.value["w"])
+        assert doubled.solution().value is doubled.value
+        assert unread.solution().value is unread.value
+        assert (doubled.solution().status, doubled.solution().detail) == (solution.status, solution.detail)

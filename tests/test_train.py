@@ -67,7 +67,7 @@ def test_wandb_without_account_or_network_never_stops_a_run(tmp_path, mode):
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == (mode != "disabled")
 
 
-@pytest.mark.parametrize("rows_before_the_kill", [1, 5, 8])
+@pytest.mark.parametrize("rows_before_the_kill", [5])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, rows_before_the_kill):
     options = ("outer_steps=12", "inner_steps=100", "task.hidden=32", "checkpoint_every=3", "plots=false")
     train(f"hydra.run.dir={tmp_path / 'whole'}", "hoptim/tracker=[]", *options)

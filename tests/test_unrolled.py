@@ -576,8 +576,12 @@ def test_what_it_cannot_do_is_named() -> None:
 
 
 def test_sparse_gradients_are_an_error_that_names_the_weight() -> None:
-    model, hparams = nn.Embedding(3, 2, sparse=True), HyperParameters({"a": torch.tensor(1.0)})
-    problem = Problem(model, hparams, lambda m, h, b: h["a"] * m(b).square().sum(), lambda m, h, b: m(b).sum())
+    model, hparams = nn.Embedding(3, 2), HyperParameters({"a": torch.tensor(1.0)})
+
+    def train(m: Any, h: Any, b: Any) -> Tensor:
+        return h["a"] * nn.functional.embedding(b, m.weight, sparse=True).square().sum()
+
+    problem = Problem(model, hparams, train, lambda m, h, b: m(b).sum())
     inner = optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"\['weight'\] have sparse gradients.*sparse=False"):
         hypergradient(problem, torch.tensor([0]), torch.tensor([0]), Unrolled(2), inner=inner)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -125,6 +126,40 @@ class Solution:
     state: State
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unread:
+    """A solve whose last figures are still on the device: the host looks at them when it has more to look at.
+
+    Attributes:
+        value: x, unless what is read asks for another attempt.
+        figures: what the status depends on, flat, on the device.
+        read: the solution, from the figures on the host; its value is ``value`` itself, or another after another attempt.
+    """
+
+    value: Tree
+    figures: Tensor
+    read: Callable[[list[float]], Solution]
+
+    @classmethod
+    def known(cls, solution: Solution) -> Unread:
+        """Of a solution whose figures the host has seen."""
+        return cls(value=solution.value, figures=solution.residuals.new_empty(0), read=lambda _: solution)
+
+    def solution(self) -> Solution:
+        """Read now."""
+        return self.read(self.figures.tolist())
+
+    def mapped(self, function: Callable[[Tree], Tree]) -> Unread:
+        """The same for ``function`` of x."""
+        value = function(self.value)
+
+        def read(found: list[float]) -> Solution:
+            solution = self.read(found)
+            return replace(solution, value=value if solution.value is self.value else function(solution.value))
+
+        return Unread(value=value, figures=self.figures, read=read)
+
+
 class Solver(ABC):
     """A strategy for Aᵀx = g: a frozen dataclass that owns its options, sees no model and keeps no state."""
 
@@ -138,9 +173,25 @@ class Solver(ABC):
             state: the ``state`` of the last solution on a similar operator, if any; what does not fit is ignored.
         """
 
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
+        """The same, with the last look at the device left to the caller, where the solver can leave it."""
+        return Unread.known(self.solve(A, g, state))
+
+
+class Deferring(Solver):
+    """A solver that leaves its last look at the device to the caller: it needs ``unread`` alone."""
+
+    @abstractmethod
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
+        """As :meth:`solve`, unread."""
+
+    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+        """Solve, and read."""
+        return self.unread(A, g, state).solution()
+
 
 @dataclass(frozen=True, kw_only=True)
-class Iterative(Solver):
+class Iterative(Deferring):
     """A solver of at most ``terms`` products that stops at a relative residual of ``tolerance``."""
 
     terms: int = 20
@@ -184,6 +235,19 @@ def carried(state: State | None, name: str, like: Tree) -> Tree | None:
 def time_to_look(term: int, terms: int, on: Tensor) -> bool:
     """On a CPU a look costs nothing; elsewhere the device would have to wait for the host."""
     return term < terms and (on.device.type == "cpu" or term % READ_EVERY == 0)
+
+
+def ending(
+    x: Tree, flags: dict[Status, Tensor], figures: Sequence[Tensor], then: Callable[[Status, list[float]], Solution]
+) -> Unread:
+    """``then`` of the first status that holds for any right-hand side, and of the figures, each one number."""
+    packed = torch.cat([part.reshape(1).double() for part in (*(flag.any() for flag in flags.values()), *figures)])
+
+    def read(found: list[float]) -> Solution:
+        status = next((status for status, holds in zip(flags, found, strict=False) if holds), Status.CONVERGED)
+        return then(status, found[len(flags) :])
+
+    return Unread(value=x, figures=packed, read=read)
 
 
 def ended(flags: dict[Status, Tensor], *figures: Tensor) -> tuple[Status, list[Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,9 @@ from hoptim.solvers.base import (
     Solution,
     State,
     Status,
+    Unread,
     check_symmetric,
-    ended,
+    ending,
     rayleigh,
     time_to_look,
 )
@@ -68,7 +69,7 @@ class Chebyshev(Iterative):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.interval is not None:
-            ends = tuple(self.interval) if isinstance(self.interval, Iterable) else ()
+            ends = tuple(self.interval) if isinstance(self.interval, Sequence) else ()
             if not (len(ends) == 2 and all(is_finite(end) for end in ends) and 0 < ends[0] <= ends[1]):
                 raise ValueError(f"interval={self.interval!r}: give (a, b) with 0 < a <= b, or None to choose it")
             if self.ratio is not None:
@@ -77,7 +78,7 @@ class Chebyshev(Iterative):
         if self.ratio is not None and not (is_finite(self.ratio) and self.ratio >= 1):
             raise ValueError(f"ratio={self.ratio!r}: give a finite number, 1 or more, or None to choose it")
 
-    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Iterate from x = 0; an interval chosen too short, which a poor start of the power iteration allows, anew."""
         check_symmetric(self, A)
         if self.interval is not None:
@@ -85,7 +86,7 @@ class Chebyshev(Iterative):
         ratio = self.ratio or 1 / math.tanh(2 / self.terms) ** 2
         return with_bound(A, g, state, lambda bound: self._iterate(A, g, SAFETY * bound / ratio, SAFETY * bound))
 
-    def _iterate(self, A: Operator, g: Tree, a: float, b: float) -> Solution:
+    def _iterate(self, A: Operator, g: Tree, a: float, b: float) -> Unread:
         batched = A.is_batched(g)
         middle, half = (b + a) / 2, (b - a) / 2
         x, r, weight = trees.zeros_like(g), trees.clone(g), 1 / middle
@@ -120,12 +121,16 @@ class Chebyshev(Iterative):
             Status.GROWING: outside,
             Status.FINISHED: history[-1] > self.tolerance,
         }
-        status, (low, high, longest) = ended(flags, lowest.amin(), highest.amax(), history[-1].amax())
-        detail, told = f"on the interval [{a:.3g}, {b:.3g}]", State()
-        if status is not Status.FINISHED and status is not Status.CONVERGED:
-            detail += f", along curvatures from {low:.3g} to {high:.3g}; the residual ends at {longest:.3g}"
-        if status is Status.STEP_TOO_LARGE:  # what has grown is the direction that the power iteration overlooked
-            worst = int(history[-1].argmax())
-            told = {"direction": trees.unit(trees.map_tree(lambda value: value[worst], r) if batched else r)}
-        products = len(history)
-        return Solution(value=x, status=status, detail=detail, residuals=history, products=products, state=told)
+
+        def then(status: Status, figures: list[float]) -> Solution:
+            low, high, longest = figures
+            detail, told = f"on the interval [{a:.3g}, {b:.3g}]", State()
+            if status is not Status.FINISHED and status is not Status.CONVERGED:
+                detail += f", along curvatures from {low:.3g} to {high:.3g}; the residual ends at {longest:.3g}"
+            if status is Status.STEP_TOO_LARGE:  # what has grown is the direction that the power iteration overlooked
+                worst = int(history[-1].argmax())
+                told = {"direction": trees.unit(trees.map_tree(lambda value: value[worst], r) if batched else r)}
+            products = len(history)
+            return Solution(value=x, status=status, detail=detail, residuals=history, products=products, state=told)
+
+        return ending(x, flags, [lowest.amin(), highest.amax(), history[-1].amax()], then)

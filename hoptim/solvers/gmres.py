@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hoptim import trees
 from hoptim.operators import Operator
-from hoptim.solvers.base import NEGATIVE, Iterative, Solution, State, Status, ended, inverse, time_to_look
+from hoptim.solvers.base import NEGATIVE, Iterative, Solution, State, Status, Unread, ended, inverse, time_to_look
 from hoptim.spectral import orthogonalise_, scaled
 from hoptim.trees import Tree
 
@@ -38,7 +38,7 @@ class GMRES(Iterative):
     (tensor([0.5000, 0.2500]), 'CONVERGED', 2)
     """
 
-    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Arnoldi vectors v: rotations of their Hessenberg matrix H tell when to stop, its singular values give x."""
         batched = A.is_batched(g)
         start = trees.norm(g, batched=batched)
@@ -66,7 +66,8 @@ class GMRES(Iterative):
             residuals[-1] = residual.to(start)
             status, detail = _how(H, length, residual, self.tolerance)
         history = torch.stack(residuals)
-        return Solution(value=x, status=status, detail=detail, residuals=history, products=len(history), state={})
+        products = len(history)
+        return Unread.known(Solution(value=x, status=status, detail=detail, residuals=history, products=products, state={}))
 
 
 class _Rotated:

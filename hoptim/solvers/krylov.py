@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hoptim import trees
 from hoptim.operators import Operator
@@ -14,8 +15,9 @@ from hoptim.solvers.base import (
     Solution,
     State,
     Status,
+    Unread,
     check_symmetric,
-    ended,
+    ending,
     inverse,
     time_to_look,
 )
@@ -49,7 +51,7 @@ class CG(Iterative):
     ({'w': tensor([0.5000, 0.2500])}, 'CONVERGED', 2)
     """
 
-    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Iterate from x = 0; what has stopped is frozen by coefficients of zero, so that the host need not look."""
         check_symmetric(self, A)
         batched = A.is_batched(g)
@@ -89,10 +91,7 @@ class CG(Iterative):
             Status.LARGE_RESIDUAL: residuals[-1] > GROWTH_LIMIT,
             Status.FINISHED: square > goal,
         }
-        status, (curvature,) = ended(flags, lowest.amin())
-        detail = f"stopped before a direction of curvature {curvature:.3g}, within {len(residuals)} products"
-        detail, history = detail if status is Status.NEGATIVE_CURVATURE else "", torch.stack(residuals)
-        return Solution(value=x, status=status, detail=detail, residuals=history, products=len(history), state={})
+        return _krylov(x, residuals, flags, lowest, "stopped before a direction of curvature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ class MINRES(Iterative):
     (tensor([-0.5000,  0.2500]), 'NEGATIVE_CURVATURE', 2)
     """
 
-    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Lanczos vectors v, a QR factorisation of their tridiagonal matrix by rotations (c, s), directions w."""
         check_symmetric(self, A)
         batched = A.is_batched(g)
@@ -168,7 +167,14 @@ class MINRES(Iterative):
             Status.NEGATIVE_CURVATURE: downward,
             Status.FINISHED: residuals[-1] > self.tolerance,
         }
-        status, (curvature,) = ended(flags, lowest.amin())
-        detail = f"met a direction of curvature {curvature:.3g}, within {len(residuals)} products"
-        detail, history = detail if status is Status.NEGATIVE_CURVATURE else "", torch.stack(residuals)
-        return Solution(value=x, status=status, detail=detail, residuals=history, products=len(history), state={})
+        return _krylov(x, residuals, flags, lowest, "met a direction of curvature")
+
+
+def _krylov(x: Tree, residuals: list[Tensor], flags: dict[Status, Tensor], lowest: Tensor, met: str) -> Unread:
+    history, products = torch.stack(residuals), len(residuals)
+
+    def then(status: Status, figures: list[float]) -> Solution:
+        detail = f"{met} {figures[0]:.3g}, within {products} products" if status is Status.NEGATIVE_CURVATURE else ""
+        return Solution(value=x, status=status, detail=detail, residuals=history, products=products, state={})
+
+    return ending(x, flags, [lowest.amin()], then)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hoptim import trees
 from hoptim.operators import Operator
 from hoptim.options import is_finite, is_whole
-from hoptim.solvers.base import NEGATIVE, Solution, Solver, State, Status, check_symmetric, ended
+from hoptim.solvers.base import NEGATIVE, Deferring, Solution, State, Status, Unread, check_symmetric, ending
 from hoptim.spectral import gaussian
 from hoptim.trees import Tree
 
@@ -18,7 +18,7 @@ CHUNK = 1 << 18  # columns that are widened to float64 at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nystrom(Solver):
+class Nystrom(Deferring):
     """The Nyström approximation of a symmetric curvature, A_k = (AΩ)(ΩᵀAΩ)⁺(AΩ)ᵀ, and x = (A_k + ρI)⁻¹ g by Woodbury.
 
     Ω has ``rank`` orthonormal columns; AΩ is one batched product. They span a random subspace, drawn from a Gaussian with a
@@ -57,7 +57,7 @@ class Nystrom(Solver):
         if not (is_finite(self.rho) and self.rho > 0):
             raise ValueError(f"rho={self.rho!r}: give a positive number")
 
-    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """The products with Ω, the small matrices in float64, and one product for the residual."""
         check_symmetric(self, A)
         batched = A.is_batched(g)
@@ -77,20 +77,23 @@ class Nystrom(Solver):
         scale = torch.where(start > 0, start, 1.0)
         residual = trees.norm(left, batched=batched) / scale
         damped = trees.norm(trees.add_(left, x, alpha=-self.rho), batched=batched) / scale
+        flat, negative = highest == lowest == 0, lowest < NEGATIVE * max(highest, -lowest)
         flags = {
             Status.NON_FINITE_GRADIENT: ~start.isfinite(),
             Status.NON_FINITE_PRODUCT: ~residual.isfinite(),
+            Status.NO_CURVATURE: (start > 0) & flat,
+            Status.NEGATIVE_CURVATURE: torch.full_like(start, negative, dtype=torch.bool),
             Status.LARGE_RESIDUAL: damped > 1 + 1e-5,
+            Status.FINISHED: torch.ones_like(start, dtype=torch.bool),
         }
-        status, (worst,) = ended(flags, damped.amax())
-        detail = f"‖g − (A + {self.rho:g} I)x‖ / ‖g‖ = {worst:.3g}"
-        if status.ok and highest == lowest == 0 and start.any():
-            status = Status.NO_CURVATURE
-        elif status.ok and lowest < NEGATIVE * max(highest, -lowest):
-            status, detail = Status.NEGATIVE_CURVATURE, f"met a curvature of {lowest:.3g}; {detail}"
-        elif status is Status.CONVERGED:
-            status = Status.FINISHED
-        return Solution(value=x, status=status, detail=detail, residuals=residual[None], products=rank + 1, state={})
+
+        def then(status: Status, figures: list[float]) -> Solution:
+            detail = f"‖g − (A + {self.rho:g} I)x‖ / ‖g‖ = {figures[0]:.3g}"
+            if status is Status.NEGATIVE_CURVATURE:
+                detail = f"met a curvature of {lowest:.3g}; {detail}"
+            return Solution(value=x, status=status, detail=detail, residuals=residual[None], products=rank + 1, state={})
+
+        return ending(x, flags, [damped.amax()], then)
 
 
 def _core(small: list[Tensor], rho: float, rounding: float) -> tuple[Tensor, float, float]:
@@ -113,10 +116,14 @@ def _core(small: list[Tensor], rho: float, rounding: float) -> tuple[Tensor, flo
 
 
 def _orthonormal(probes: Tree) -> Tree:
-    """L⁻¹Ω with LLᵀ = ΩΩᵀ, rows being vectors, twice: once leaves the rounding of an ill-conditioned draw."""
+    """L⁻¹Ω with LLᵀ = ΩΩᵀ, rows being vectors, twice: once leaves the rounding of an ill-conditioned draw.
+
+    Where the draw was degenerate all becomes NaN, without a look of the host.
+    """
     for _ in range(2):
-        L = torch.linalg.cholesky(_gram(probes, probes))
-        inverse = torch.linalg.inv(L)
+        L, failed = torch.linalg.cholesky_ex(_gram(probes, probes))
+        L = torch.where(failed == 0, L, torch.nan)
+        inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
         probes = trees.map_tree(lambda value: _rows(inverse, value), probes)  # noqa: B023 (used at once)
     return probes
 

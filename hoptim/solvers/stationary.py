@@ -17,13 +17,14 @@ from hoptim.solvers.base import (
     GROWTH_LIMIT,
     NEGATIVE,
     READ_EVERY,
+    Deferring,
     Solution,
-    Solver,
     State,
     Status,
+    Unread,
     carried,
     check_tolerance,
-    rayleigh,
+    ending,
     time_to_look,
 )
 from hoptim.spectral import spectral_norm, start_vector
@@ -33,7 +34,7 @@ FIRST_PRODUCTS, LATER_PRODUCTS = 10, 2  # of the power iteration: from a fresh v
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity(Solver):
+class Identity(Deferring):
     """The identity in place of the inverse curvature: x = g, without a product (T1–T2).
 
     Source: Luketina et al. 2016 (arXiv 1511.06727).
@@ -44,21 +45,20 @@ class Identity(Solver):
     {'w': tensor([1.])}
     """
 
-    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Return g itself; the residual is not known, since no product was spent."""
-        start = trees.norm(g, batched=A.is_batched(g))
-        finite = bool(start.isfinite().all())
-        return Solution(
-            value=trees.clone(g),
-            status=Status.FINISHED if finite else Status.NON_FINITE_GRADIENT,
-            residuals=start.new_empty((0, *start.shape)),
-            products=0,
-            state={},
-        )
+        x, start = trees.clone(g), trees.norm(g, batched=A.is_batched(g))
+        none = start.new_empty((0, *start.shape))
+
+        def then(status: Status, _: list[float]) -> Solution:
+            return Solution(value=x, status=status, residuals=none, products=0, state={})
+
+        flags = {Status.NON_FINITE_GRADIENT: ~start.isfinite(), Status.FINISHED: torch.ones_like(start, dtype=torch.bool)}
+        return ending(x, flags, [], then)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neumann(Solver):
+class Neumann(Deferring):
     """The Neumann series for the inverse: x_K = α Σ_{j=0..K} (I − αAᵀ)^j g.
 
     It converges to A⁻ᵀg when every eigenvalue of αA lies in (0, 2); of an unsymmetric A, when |1 − αμ| < 1 for every
@@ -99,45 +99,57 @@ class Neumann(Solver):
             raise ValueError(f"step_size={self.step_size!r}: give a positive number, or None to choose it")
         check_tolerance(self.tolerance)
 
-    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Sum the series; a step chosen too large, which a poor start of the power iteration allows, is chosen again."""
         if self.step_size is not None:
             return _series(A, g, self.terms, self.step_size, self.tolerance)
         return with_bound(A, g, state, lambda bound: _series(A, g, self.terms, 1.0 / bound, self.tolerance))
 
 
-def with_bound(A: Operator, g: Tree, state: State | None, attempt: Callable[[float], Solution]) -> Solution:
+def with_bound(A: Operator, g: Tree, state: State | None, attempt: Callable[[float], Unread]) -> Unread:
     """``attempt(‖A‖₂)``, estimated from the carried direction; again where the estimate turns out too low."""
     known = carried(state, "direction", A.like)
-    spent, direction = 0, known or _start(A, g)
-    for products in (LATER_PRODUCTS if known else FIRST_PRODUCTS, FIRST_PRODUCTS, FIRST_PRODUCTS):
-        norm, direction = spectral_norm(A.T, direction, products)
-        spent += products
-        length, bound = torch.stack([trees.norm(g), norm]).tolist()
-        if not (math.isfinite(length) and math.isfinite(bound) and bound > 0):
-            return _without_bound(A, g, length, bound, spent)
-        solution = attempt(bound)
-        spent += solution.products
-        direction = solution.state.get("direction", direction)
-        if solution.status is not Status.STEP_TOO_LARGE or not A.symmetric:  # a better norm cures no complex spectrum
-            break
-    return replace(solution, products=spent, state={"direction": direction})
+    products = (LATER_PRODUCTS if known else FIRST_PRODUCTS, FIRST_PRODUCTS, FIRST_PRODUCTS)
+    return _attempted(A, g, known or _start(A, g), products, 0, attempt)
 
 
-def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> Solution:
+def _attempted(
+    A: Operator, g: Tree, start: Tree, products: tuple[int, ...], spent: int, attempt: Callable[[float], Unread]
+) -> Unread:
+    """One attempt, after ``products[0]`` of the power iteration; where it fails for the bound, the next when it is read."""
+    norm, direction = spectral_norm(A.T, start, products[0])
+    before = spent + products[0]
+    length, bound = torch.stack([trees.norm(g), norm]).tolist()
+    if not (math.isfinite(length) and math.isfinite(bound) and bound > 0):
+        return Unread.known(_without_bound(A, g, length, bound, before))
+    tried = attempt(bound)
+
+    def read(figures: list[float]) -> Solution:
+        solution = tried.read(figures)
+        after, towards = before + solution.products, solution.state.get("direction", direction)
+        again = solution.status is Status.STEP_TOO_LARGE and A.symmetric  # a better norm cures no complex spectrum
+        if again and products[1:]:
+            return _attempted(A, g, towards, products[1:], after, attempt).solution()
+        return replace(solution, products=after, state={"direction": towards})
+
+    return replace(tried, read=read)
+
+
+def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> Unread:
     """α Σ_{j=0..K} (I − αAᵀ)^j g, stopped where it has converged or failed."""
-    batched = A.is_batched(g)
+    batched, A_T = A.is_batched(g), A.T
     vector, total = trees.clone(g), trees.clone(g)
     parts = [trees.norm_parts(g, batched=batched)]  # norms are put together where they are looked at: it is cheaper
-    start = trees.joined(parts)[0]
-    curvature, active = torch.zeros_like(start), start > 0
+    active = start = trees.joined(parts)[0] if tolerance else parts[0][0]
+    along: list[Tensor] = []
     for term in range(1, terms + 1):
-        product = A.T @ vector
+        product = A_T @ vector
         if term == terms:
-            curvature = rayleigh(vector, product, batched)
+            along = [trees.dot(vector, product, batched=batched)]
         if tolerance:  # what has converged is frozen by coefficients of zero, so that the host need not look
+            active = active > 0
             trees.axpy_(vector, product, -step * active)
-            trees.axpy_(total, vector, active.to(curvature.dtype))
+            trees.axpy_(total, vector, active.to(start.dtype))
         else:
             trees.add_(vector, product, alpha=-step)
             trees.add_(total, vector)
@@ -149,21 +161,27 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
         if term % READ_EVERY == 0 and term < terms and _is_bad(trees.joined(parts)):
             break
     history = trees.joined(parts)
-    *norms, ends = torch.cat([history, curvature[None]]).reshape(len(history) + 1, -1).tolist()  # the host looks once
-    bad, state = _bad_row(norms), State()
-    if bad is None:
-        status, detail = _remark(A, norms, ends, step, tolerance)
-    else:
-        status, detail, state = _diagnose(A, g, step, history, bad)
-    return Solution(
-        value=trees.scale_(total, step),
-        status=status,
-        detail=detail,
-        residuals=history[1:] / torch.where(history[0] > 0, history[0], 1.0),
-        products=len(history) - 1 + (bad or 0),
-        step_size=step,
-        state=state,
-    )
+    x, lead = trees.scale_(total, step), history.shape[1:].numel()
+
+    def read(found: list[float]) -> Solution:
+        *norms, ends = [found[i : i + lead] for i in range(0, len(found), lead)] + ([] if along else [[0.0] * lead])
+        bad, told = _bad_row(norms), State()
+        if bad is None:
+            curvatures = [a / n / n if n else 0.0 for a, n in zip(ends, norms[-2:][0], strict=True)]
+            status, detail = _remark(A, norms, curvatures, step, tolerance)
+        else:
+            status, detail, told = _diagnose(A, g, step, history, bad)
+        return Solution(
+            value=x,
+            status=status,
+            detail=detail,
+            residuals=history[1:] / torch.where(history[0] > 0, history[0], 1.0),
+            products=len(history) - 1 + (bad or 0),
+            step_size=step,
+            state=told,
+        )
+
+    return Unread(value=x, figures=torch.cat([history.flatten(), *(a.reshape(-1) for a in along)]), read=read)
 
 
 def _is_bad(history: Tensor) -> bool:

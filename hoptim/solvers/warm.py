@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hoptim import trees
 from hoptim.operators import Operator
+from hoptim.options import kind
 from hoptim.solvers.base import GROWTH_LIMIT, NEGATIVE, Solution, Solver, State, Status, carried, ended, inverse, rayleigh
 from hoptim.trees import Tree
 
@@ -52,7 +53,7 @@ class WarmStart(Solver):
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver) or isinstance(self.solver, WarmStart):
-            raise TypeError(f"solver is a {type(self.solver).__name__}: give a solver to start, such as hoptim.CG(terms=5)")
+            raise TypeError(f"solver is {kind(self.solver)}: give a solver to start, such as hoptim.CG(terms=5)")
 
     def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
         """One product for the residual of the start, and the inner solver on what is left."""

@@ -1,0 +1,162 @@
+"""A model as a pure function: what running it leaves behind is put back, and its second derivatives exist."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+
+_TORCHS = frozenset(vars(nn.Module()))  # attributes that are torch's own
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@contextmanager
+def as_function(module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` can be run at any tensors and differentiated twice; afterwards it is as it was.
+
+    Modes and plain attributes are put back: caches, counters, lists and dicts, the list in which an RNN keeps its weights.
+    Backward hooks of modules rest, as those of the live weights do: what they make of a gradient is not the loss's.
+    Embeddings have dense gradients; weight norm is made of operations whose second derivative torch has right (that of its
+    own lacks a term); reentrant checkpointing, which ``autograd.grad`` passes by, is done the other way; and
+    ``parametrize.cached()`` holds nothing of other tensors.
+    """
+    parts = list(module.modules())
+    with ExitStack() as stack:
+        for context in (_kept(parts), _without_backward_hooks(parts), _dense(parts), _not_reentrant(), _uncached()):
+            stack.enter_context(context)
+        if any(_has_weight_norm(part) for part in parts):
+            stack.enter_context(_PlainWeightNorm())
+        yield
+
+
+@contextmanager
+def in_place_of(module: nn.Module, given: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, ``given`` stands in the places of the parameters and buffers of these ids, tied ones in all of theirs.
+
+    As ``torch.func.functional_call``, with one walk in place of six: on a small net that is some 2 % of a hypergradient.
+    """
+    held: list[dict[str, Any]] = [tensors for part in module.modules() for tensors in (part._parameters, part._buffers)]
+    places = [(tensors, name, t) for tensors in held for name, t in tensors.items() if id(t) in given]
+    try:
+        for tensors, name, t in places:
+            tensors[name] = given[id(t)]
+        yield
+    finally:
+        for tensors, name, t in places:
+            tensors[name] = t
+
+
+@contextmanager
+def without_cudnn_rnns(module: nn.Module) -> Iterator[None]:
+    """Inside, the RNNs in ``module`` do without cuDNN, which has no double backward for them."""
+    before = torch.backends.cudnn.enabled
+    try:
+        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+            torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+def renormed(module: nn.Module) -> list[Tensor]:
+    """The weights that a forward pass writes into: those of embeddings with a ``max_norm``."""
+    return [part.weight for part in module.modules() if isinstance(part, _EMBEDDINGS) and part.max_norm is not None]
+
+
+@contextmanager
+def _kept(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Modes and plain attributes, and what is in those that are lists and dicts, are as before afterwards."""
+    before = [(own := vars(part), own.copy()) for part in parts]
+    plain = [v for own, _ in before for key, v in own.items() if type(v) in (list, dict) and key not in _TORCHS]
+    held = [(container, container.copy()) for container in plain]
+    try:
+        yield
+    finally:
+        for own, attributes in before:
+            if len(own) == len(attributes) and all(map(operator.is_, own.values(), attributes.values())):
+                continue
+            for key in own.keys() - attributes.keys():
+                del own[key]
+            own.update({key: value for key, value in attributes.items() if own.get(key) is not value})
+        for container, items in held:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(items)
+
+
+@contextmanager
+def _without_backward_hooks(parts: Sequence[nn.Module]) -> Iterator[None]:
+    own = [hooks for part in parts for hooks in (part._backward_hooks, part._backward_pre_hooks) if hooks]
+    of_all = [global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks]
+    before = [(hooks, list(hooks.items())) for hooks in (*own, *of_all)]
+    try:
+        for hooks, _ in before:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, items in before:
+            hooks.update(items)
+
+
+@contextmanager
+def _dense(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Sparse gradients have no second derivative."""
+    sparse = [part for part in parts if isinstance(part, _EMBEDDINGS) and part.sparse]
+    try:
+        for part in sparse:
+            part.sparse = False
+        yield
+    finally:
+        for part in sparse:
+            part.sparse = True
+
+
+class _NotReentrant:
+    """In the place of torch's function for ``use_reentrant=True``."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+@contextmanager
+def _not_reentrant() -> Iterator[None]:
+    before = checkpoint.CheckpointFunction
+    try:
+        checkpoint.CheckpointFunction = _NotReentrant  # type: ignore[assignment, misc]
+        yield
+    finally:
+        checkpoint.CheckpointFunction = before  # type: ignore[misc]
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    before = parametrize._cache_enabled, parametrize._cache
+    try:
+        parametrize._cache_enabled, parametrize._cache = 0, {}
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
+
+
+def _has_weight_norm(part: nn.Module) -> bool:
+    old = any(isinstance(hook, WeightNorm) for hook in part._forward_pre_hooks.values())
+    return old or isinstance(part, parametrizations._WeightNorm)
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """g·v/‖v‖ from its parts: the backward pass of torch's own takes ‖v‖ for a constant, so that A came out unsymmetric."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        v, g, dim = (*args, 0)[:3]
+        return v * (g / torch.norm_except_dim(v, 2, dim))

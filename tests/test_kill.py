@@ -1,0 +1,154 @@
+"""SIGKILL at random moments of a run: what is on the disk is whole, and a resumed run ends in the same bits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from jobs import ROOT, command, env, result, rows
+from wandb_file import read
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from train import read_checkpoint
+
+OPTIONS = ("outer_steps=60", "inner_steps=10", "task.hidden=16", "checkpoint_every=2", "plots=false")
+KILLS_A_RUN = 5
+
+
+def start(folder, processes):
+    """The run in ``folder``, begun or gone on with, in one process or in several under torchrun."""
+    run = command(f"hydra.run.dir={folder}", *OPTIONS, "resume=true")
+    if processes > 1:
+        run[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with open(said(folder), "ab") as output:
+        return subprocess.Popen(run, cwd=ROOT, env=env(OMP_NUM_THREADS="1"), stdout=output, stderr=output)
+
+
+def said(folder):
+    return folder.with_suffix(".out")
+
+
+def finish(folder, processes):
+    assert start(folder, processes).wait() == 0, said(folder).read_text()
+
+
+def descendants(pid):
+    """The process and all that it has begun, whatever session they are in."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it has ended
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in parents.items() if its == parent]
+    return found
+
+
+def begun_at(folder):
+    """When the job in the folder was last begun, after the imports."""
+    path = folder / ".hydra" / "config.yaml"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def killed(folder, draw, seconds, processes):
+    """Start, and kill at a random moment of the next ``seconds`` of the job; false where it had ended before.
+
+    Sometimes all processes die, as when the machine is switched off, and sometimes only one, as when its memory is full.
+    """
+    before, process = begun_at(folder), start(folder, processes)
+    while begun_at(folder) == before:
+        assert process.poll() is None, said(folder).read_text()
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, seconds))
+    everyone = descendants(process.pid)
+    for pid in everyone if processes > 1 or draw.random() < 0.5 else everyone[:1]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return process.wait() == -signal.SIGKILL
+
+
+def timeless(row):
+    return {key: value for key, value in row.items() if "seconds" not in key}
+
+
+def check_disk(folder, whole):
+    """After a kill: the checkpoint is whole, and the rows are those of the whole run, the last of them perhaps in part."""
+    lines = (folder / "metrics.jsonl").read_text().split("\n") if (folder / "metrics.jsonl").exists() else [""]
+    found = [timeless(json.loads(line)) for line in lines[:-1]]
+    assert found == whole[: len(found)]
+    path = folder / "checkpoint.pt"
+    at = read_checkpoint(path)["outer_step"] if path.exists() else 0
+    assert at <= len(found)
+    return at
+
+
+def check_end(folder, whole):
+    """After the end: the same files as the run that was never killed."""
+    assert result(folder) == result(whole)
+    assert [timeless(row) for row in rows(folder)] == [timeless(row) for row in rows(whole)]
+    values = [(where / "hyperparameters.safetensors").read_bytes() for where in (folder, whole)]
+    assert values[0] == values[1]
+    assert not list(folder.glob("*.part"))
+
+
+def check_wandb(folder, whole, beginnings):
+    """One run of W&B for each beginning; how many rows of figures no file of W&B's holds, since it was killed as well."""
+    runs = [run for run in map(read, folder.glob("wandb/offline-run-*/*.wandb")) if run["id"]]
+    assert len({run["id"] for run in runs}) <= beginnings
+    history = {row["outer_step"]: row for run in runs for row in run["history"] if "outer_step" in row}
+    for line in rows(whole):
+        if (row := history.get(line["outer_step"])) is not None:
+            assert row["outer/test_loss"] == line["test_loss"]
+    return len(rows(whole)) - len(history)
+
+
+def moment(folder, at):
+    if (folder / "result.json").exists():
+        return "after the result"
+    parts = [path.name for path in folder.glob("*.part")]
+    return f"while writing {parts}" if parts else "after a checkpoint" if at else "before the first checkpoint"
+
+
+def experiment(root, kills, seed, processes=1):
+    """Kill so many times, up to five times a run; compare each run's end with the one that was never killed."""
+    draw, counts = random.Random(seed), Counter()
+    whole = root / "whole"
+    finish(whole, processes)
+    lines = [timeless(row) for row in rows(whole)]
+    seconds = ((whole / "result.json").stat().st_mtime_ns - begun_at(whole)) / 1e9
+    while counts["kills"] < kills:
+        folder, at, beginnings = root / f"run{counts['runs']}", 0, 1
+        for _ in range(min(KILLS_A_RUN, kills - counts["kills"])):
+            if not killed(folder, draw, seconds, processes):
+                break
+            counts["kills"] += 1
+            before, at = at, check_disk(folder, lines)
+            assert at >= before
+            beginnings += not at
+            counts[moment(folder, at)] += 1
+        finish(folder, processes)
+        check_end(folder, whole)
+        counts["W&B rows lost"] += check_wandb(folder, whole, beginnings)
+        counts["runs"] += 1
+    return counts
+
+
+def test_a_run_that_is_killed_three_times_ends_in_the_same_bits(tmp_path):
+    assert experiment(tmp_path, kills=3, seed=time.time_ns())["kills"] == 3
+
+
+@pytest.mark.slow
+def test_fifty_kills(tmp_path):
+    counts = experiment(tmp_path, kills=50, seed=0)
+    print(dict(counts))
+    assert counts["kills"] == 50
