@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from hoptim import reads, splitting
-from hoptim.derivatives import Found, Way, derivatives
+from hoptim.derivatives import Way, derivatives
 from hoptim.precision import lowered
 from hoptim.problem import Problem
 from hoptim.splitting import Piece, Run, UntraceableError
-from hoptim.trees import Tree
+from hoptim.trees import Found, Tree
 
 Kind = Literal["product", "mixed"]
 WAYS: tuple[Way, ...] = ("forward", "reverse")  # of tracing, tried in turn
@@ -139,7 +139,7 @@ class _Point:
         """(w, λ, frozen weights, constant hyperparameters, buffers, batch), taken apart."""
         frozen = {name: p for name, p in problem.model.named_parameters() if name not in weights}
         constant = {name: p for name, p in problem.hparams.named_parameters() if name not in leaves}
-        buffers = dict(problem._joint.named_buffers())
+        buffers = dict(problem.joint.named_buffers())
         found, spec = tree_flatten((weights, leaves, frozen, constant, buffers, batch))
         for value in found:
             if not isinstance(value, (Tensor, *reads.PLAIN)):
@@ -160,7 +160,7 @@ class _Point:
             tuple((value.shape, value.stride(), value.dtype, value.device) for value in self.tensors),
             lowered(),
             torch.get_default_dtype(),
-            tuple(reads.options(problem._joint)),
+            tuple(reads.options(problem.joint)),
             id(problem.train_loss),
             tuple(reads.read(problem.train_loss)),
         )

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hoptim.options import kind
 from hoptim.trees import Tree
 
+ONLY_READS = "a loss only reads; do that after optimizer.step()"
+
 
 def check_takes(name: str, function: Any, arguments: str) -> None:
     """Raise where ``function`` is none, or can't be called with these arguments.
@@ -114,7 +116,7 @@ def left_alone(name: str, weights: Tree, leaves: Tree, *, values: bool = False) 
         if t.dtype is not dtype or t.requires_grad is not learned:
             faults.append(f"changes the dtype or requires_grad of {what} {key!r}: do that before the training")
         elif t._version != version or not (copy is None or torch.allclose(t, copy, rtol=0, atol=0, equal_nan=True)):
-            faults.append(f"writes into {what} {key!r}: a loss only reads; do that after optimizer.step()")
+            faults.append(f"writes into {what} {key!r}: {ONLY_READS}")
             if copy is not None:
                 t.detach().copy_(copy)
         elif t.is_leaf and t.grad is not None:

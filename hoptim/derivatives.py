@@ -8,14 +8,13 @@ from typing import Any, Literal
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.func import functional_call
 
 from hoptim import trees
+from hoptim.modules import in_place_of
 from hoptim.parts import Parts
 from hoptim.problem import Problem
-from hoptim.trees import Tree
+from hoptim.trees import Found, Tree
 
-Found = dict[str, Tensor | None]  # by name; None for what does not exist
 Derivatives = tuple[Tensor, Found, Found, Found]  # L_T, F, A v, Bᵀv
 Then = Callable[[Tensor, Parts | None], Derivatives]
 Way = Literal["forward", "reverse"]
@@ -35,12 +34,10 @@ def derivatives(
     forward = way == "forward"
     then = _forward(weights, leaves, gauss_newton) if forward else _reverse(weights, leaves, v, gauss_newton)
 
-    def run(*_: Any) -> Derivatives:
+    given = {id(live): buffers[name] for name, live in problem.joint.named_buffers()}
+    with torch.enable_grad(), forward_ad.dual_level(), in_place_of(list(problem.joint.modules()), given):
         at = {name: forward_ad.make_dual(w, v[name]) for name, w in weights.items()} if forward else weights
-        return problem.pure("train_loss", at | frozen, leaves | constant, batch, then)
-
-    with torch.enable_grad(), forward_ad.dual_level():
-        loss, *found = functional_call(problem._joint, buffers, (run, None), tie_weights=True)
+        loss, *found = problem.pure("train_loss", at | frozen, leaves | constant, batch, then)
     F, product, mixed = ({name: None if t is None else t.detach() for name, t in tree.items()} for tree in found)
     return loss.detach(), F, product, mixed
 

@@ -20,8 +20,11 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @contextmanager
-def as_function(module: nn.Module) -> Iterator[None]:
-    """Inside, ``module`` can be run at any tensors and differentiated twice; afterwards it is as it was.
+def as_function(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, modules can be run at any tensors and differentiated twice; afterwards they are as they were.
+
+    Args:
+        parts: they and all that is in them, each by itself.
 
     Modes and plain attributes are put back: caches, counters, lists and dicts, the list in which an RNN keeps its weights.
     Backward hooks of modules rest, as those of the live weights do: what they make of a gradient is not the loss's.
@@ -29,7 +32,6 @@ def as_function(module: nn.Module) -> Iterator[None]:
     own lacks a term); reentrant checkpointing, which ``autograd.grad`` passes by, is done the other way; and
     ``parametrize.cached()`` holds nothing of other tensors.
     """
-    parts = list(module.modules())
     with ExitStack() as stack:
         for context in (_kept(parts), _without_backward_hooks(parts), _dense(parts), _not_reentrant(), _uncached()):
             stack.enter_context(context)
@@ -39,12 +41,12 @@ def as_function(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_place_of(module: nn.Module, given: Mapping[int, Tensor]) -> Iterator[None]:
+def in_place_of(parts: Sequence[nn.Module], given: Mapping[int, Tensor]) -> Iterator[None]:
     """Inside, ``given`` stands in the places of the parameters and buffers of these ids, tied ones in all of theirs.
 
     As ``torch.func.functional_call``, with one walk in place of six: on a small net that is some 2 % of a hypergradient.
     """
-    held: list[dict[str, Any]] = [tensors for part in module.modules() for tensors in (part._parameters, part._buffers)]
+    held: list[dict[str, Any]] = [tensors for part in parts for tensors in (part._parameters, part._buffers)]
     places = [(tensors, name, t) for tensors in held for name, t in tensors.items() if id(t) in given]
     try:
         for tensors, name, t in places:
@@ -67,9 +69,9 @@ def without_cudnn_rnns(module: nn.Module) -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
-def renormed(module: nn.Module) -> list[Tensor]:
+def renormed(parts: Sequence[nn.Module]) -> list[Tensor]:
     """The weights that a forward pass writes into: those of embeddings with a ``max_norm``."""
-    return [part.weight for part in module.modules() if isinstance(part, _EMBEDDINGS) and part.max_norm is not None]
+    return [part.weight for part in parts if isinstance(part, _EMBEDDINGS) and part.max_norm is not None]
 
 
 @contextmanager

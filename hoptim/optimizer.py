@@ -110,16 +110,17 @@ class BilevelOptimizer(Optimizer):
         """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``."""
         if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
             return self.problem.loss(batch)
-        progress = self._progress
+        progress, step = self._progress, self._progress.inner_steps + 1
         if is_cleared(self.inner):
             progress.cleared()
-        kept = is_kept(progress.inner_steps + 1, self.every, self.warmup, self.hypergradient.keeps_steps)
-        noted = progress.recorder.saw(self.problem, self.inner, batch) if kept else None
+        kept = is_kept(step, self.every, self.warmup, self.hypergradient.keeps_steps)
+        kept_loss = progress.recorder.saw(self.problem, self.inner, batch) if kept else None
         loss = self.problem.loss(batch)
-        if noted is not None:
-            loss.register_hook(noted)
+        if kept_loss is not None:
+            loss.register_hook(kept_loss)
         if self.train_batches is None:
-            progress.window.saw(batch, loss)
+            by_hand_or_due = self.every is None or is_due(step, self.every, self.warmup)
+            progress.window.saw(batch, loss) if by_hand_or_due else progress.window.noted(batch)
         return loss
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from hoptim.parts import Parts, mean_loss
 from hoptim.precision import full_precision, of_losses
 from hoptim.ranks import Ranks
 from hoptim.trees import Tree
+from hoptim.twin import Twin
 from hoptim.wrappers import Facade, bare, check_whole, group_of, uncompiled
 
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -83,17 +83,6 @@ class CompositeLoss:
         return value if parts.penalty is None else value + parts.penalty
 
 
-class _Joint(nn.Module):
-    """One module that holds both, so that one ``functional_call`` replaces the tensors of both."""
-
-    def __init__(self, model: nn.Module, hparams: nn.Module) -> None:
-        super().__init__()
-        self.model, self.hparams = model, hparams
-
-    def forward(self, run: Callable[[nn.Module, nn.Module, Any], R], batch: Any) -> R:
-        return run(self.model, self.hparams, batch)
-
-
 class Problem:
     """A bilevel problem: min over λ of L_V(λ, w*(λ)), where w*(λ) minimises L_T(w, λ).
 
@@ -137,12 +126,12 @@ class Problem:
         self.model, self.hparams, self.train_loss, self.val_loss = bare(model), hparams, train_loss, val_loss
         self.wrapper, self.process_group = model, process_group
         check_whole(self.model)
-        self._joint = _Joint(self.model, hparams)
+        self.joint = nn.ModuleDict({"model": self.model, "hparams": hparams})
         check_real("weight", self.model.named_parameters())
         check_real("hyperparameter", hparams.named_parameters())
         self.check_learned()
         check_apart(self.model.named_parameters(), hparams.named_parameters())
-        self._twin = _detached_twin(hparams)
+        self._twin = Twin(hparams)
         self._looked_at: set[LossName] = set()  # losses that were seen to leave even the values alone
 
     def check_learned(self) -> None:
@@ -161,17 +150,11 @@ class Problem:
         return {name: p for name, p in self.hparams.named_parameters() if p.requires_grad}
 
     def loss(self, batch: Any) -> Tensor:
-        """L_T on the live model, for the inner step: hyperparameters are constants here, and pay nothing.
-
-        They reach the loss through a persistent twin of ``hparams`` whose leaves are detached views of the same memory:
-        switching ``requires_grad`` instead would break activation checkpointing, which runs the loss a second time.
-        """
-        if not _in_step(self.hparams, self._twin):
-            self._twin = _detached_twin(self.hparams)
+        """L_T on the live model, for the inner step: hyperparameters are constants here, and pay nothing."""
         torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the weights of the first step
         model = self.model if self.wrapper is self.model else Facade(self.wrapper, self.model)
-        with left_alone("train_loss", {}, dict(self._twin.named_parameters())), _noted("train_loss", batch):
-            return scalar("train_loss", self.train_loss(model, self._twin, batch))
+        with self._twin.present() as constants, _noted("train_loss", batch):
+            return scalar("train_loss", self.train_loss(model, constants, batch))
 
     def pure(self, name: LossName, weights: Tree, leaves: Tree, batch: Any, then: Callable[[Tensor, Parts | None], R]) -> R:
         """``then`` of the named loss, and of its parts where it shows them, as a pure function of the tensors given.
@@ -180,26 +163,24 @@ class Problem:
         Buffers are clones; modes and plain attributes are put back. Backward passes belong inside ``then``: activation
         checkpointing runs the model again during one, and has to find the same tensors, buffers and modes.
         """
-
-        def run(model: nn.Module, hparams: nn.Module, batch: Any) -> R:
-            with of_losses(), left_alone(name, frozen | weights, leaves, values=name not in self._looked_at):
-                value, parts = self._taken(name, model, hparams, batch)
-            self._looked_at.add(name)
-            return then(value, parts)
-
-        frozen = {key: p for key, p in self.model.named_parameters() if not p.requires_grad}
-        given = {id(p): weights[key] for key, p in self.model.named_parameters() if key in weights}
-        for p in renormed(self.model):  # a forward pass writes into these
+        live, parts = dict(self.model.named_parameters()), list(self.joint.modules())
+        frozen = {key: p for key, p in live.items() if not p.requires_grad}
+        given = {id(live[key]): value for key, value in weights.items()}
+        for p in renormed(parts):  # a forward pass writes into these
             given[id(p)] = given.get(id(p), p.detach()).clone()
         given |= {id(p): leaves[key] for key, p in self.hparams.named_parameters() if key in leaves}
-        given |= {id(buffer): buffer.clone() for buffer in self._joint.buffers()}
-        with as_function(self._joint), uncompiled(), in_place_of(self._joint, given):
-            return run(self.model, self.hparams, batch)
+        given |= {id(buffer): buffer.clone() for part in parts for buffer in part._buffers.values() if buffer is not None}
+        with as_function(parts), uncompiled(), in_place_of(parts, given):
+            with of_losses(), left_alone(name, frozen | weights, leaves, values=name not in self._looked_at):
+                value, taken_apart = self._taken(name, batch)
+            self._looked_at.add(name)
+            return then(value, taken_apart)
 
-    def _taken(self, name: LossName, model: nn.Module, hparams: nn.Module, batch: Any) -> tuple[Tensor, Parts | None]:
+    def _taken(self, name: LossName, batch: Any) -> tuple[Tensor, Parts | None]:
         """The loss and its parts, looked at."""
         if isinstance(batch, MicroBatches):
-            return mean_loss([self._taken(name, model, hparams, one) for one in batch.batches], batch.shares)
+            return mean_loss([self._taken(name, one) for one in batch.batches], batch.shares)
+        model, hparams = self.model, self.hparams
         loss, check = getattr(self, name), losses if name == "val_loss" else scalar
         with _noted(name, batch):
             parts = loss.parts(model, hparams, batch) if isinstance(loss, CompositeLoss) else None
@@ -215,6 +196,8 @@ class Problem:
 
     def check_ranks(self) -> None:
         """Raise where the ranks do not have the same weights and hyperparameters."""
+        if self.ranks.size == 1:
+            return
         remedy = "wrap the model in DistributedDataParallel and give that to Problem"
         self.ranks.check_same(self.weights(), "weights", remedy)
         self.ranks.check_same(self.leaves(), "hyperparameters", "start them from the same values, and move them alike")
@@ -222,8 +205,11 @@ class Problem:
     def generators(self) -> dict[str, Tensor]:
         """The states of the random generators that a loss may draw from, by device."""
         states = {"cpu": torch.get_rng_state()}
-        for device in {str(p.device) for p in (*self.weights().values(), *self.leaves().values()) if p.is_cuda}:
-            states[device] = torch.cuda.get_rng_state(device)
+        if torch.cuda.is_initialized():
+            tensors = (*self.weights().values(), *self.leaves().values())
+            states |= {
+                device: torch.cuda.get_rng_state(device) for device in sorted({str(p.device) for p in tensors if p.is_cuda})
+            }
         return states
 
     @contextmanager
@@ -235,8 +221,8 @@ class Problem:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
-        devices = {t.device for t in (*self.weights().values(), *self.leaves().values()) if t.device.type == "cuda"}
-        forked = torch.random.fork_rng(devices=sorted(devices, key=str))
+        devices = [torch.device(name) for name in self.generators() if name != "cpu"]
+        forked = torch.random.fork_rng(devices=devices)
         unfused, plain = sdpa_kernel(SDPBackend.MATH), without_cudnn_rnns(self.model)
         with forked, torch.enable_grad(), unfused, plain, full_precision():
             yield
@@ -253,25 +239,3 @@ def set_generators(states: Mapping[str, Tensor]) -> None:
             torch.set_rng_state(state.cpu())
         else:
             torch.cuda.set_rng_state(state.cpu(), device)
-
-
-def _detached_twin(hparams: nn.Module) -> nn.Module:
-    """A copy whose parameters are views of the same memory that require no gradient, and whose buffers are the same."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in hparams.parameters()}
-    memo |= {id(buffer): buffer for buffer in hparams.buffers()}
-    return copy.deepcopy(hparams, memo)
-
-
-def _in_step(hparams: nn.Module, twin: nn.Module) -> bool:
-    """Give the twin the modes, buffers and plain attributes of ``hparams``; say whether it still is its image."""
-    if [name for name, _ in hparams.named_modules()] != [name for name, _ in twin.named_modules()]:
-        return False
-    for module, other in zip(hparams.modules(), twin.modules(), strict=True):
-        other._buffers = module._buffers
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, Tensor))}
-        other.__dict__.update(plain)
-        for name, p in module._parameters.items():
-            q = other._parameters.get(name)
-            if p is not None and (q is None or p.data_ptr() != q.data_ptr() or p.dtype != q.dtype):
-                return False
-    return True

@@ -18,6 +18,7 @@ from hoptim.solvers.base import State, Status
 from hoptim.trajectory import Recorder
 from hoptim.trees import Tree
 
+_WHOLE = torch.ones(())
 _Seen = tuple[int, Any, Tensor]  # backward passes run last loss first: its number, the batch, and its share
 
 
@@ -30,32 +31,41 @@ class Window:
     def __init__(self) -> None:
         self._seen: list[_Seen] = []
         self._next: list[_Seen] = []  # the last one that has not gone backward yet, if there is one
-        self._over = True
+        self._cleared = self._stepped = True
         self._number = 0
 
     def saw(self, batch: Any, loss: Tensor) -> None:
         """``loss`` is that of a training batch: it counts once its backward pass is begun, with what that is begun with."""
-        self._number = number = self._number + 1
-        self._next = [(number, batch, torch.ones_like(loss))]
+        self._number += 1
+        self._next = waiting = [(self._number, batch, _WHOLE)]
 
         def counted(share: Tensor) -> None:
-            handle.remove()  # a loss that is kept for a log would keep its batch
-            if self._over:
-                self._seen, self._over = [], False
-            self._seen.append((number, batch, share.detach()))
-            self._next = []
+            if not waiting:
+                return
+            if self._cleared:
+                self._seen, self._cleared, self._stepped = [], False, False
+            number, batch, _ = waiting.pop()  # a loss that is kept for a log shall not keep its batch
+            self._seen.append((number, batch, share))
 
-        handle = loss.register_hook(counted)
+        loss.register_hook(counted)
+
+    def noted(self, batch: Any) -> None:
+        """A training batch of a step that no hyperstep is due after; quicker than :meth:`saw`, and each counts alike."""
+        if self._stepped:
+            self._seen, self._cleared, self._stepped = [], False, False
+        if not (self._seen and self._seen[-1][1] is batch):  # as a closure does that is called again and again
+            self._number += 1
+            self._seen.append((self._number, batch, _WHOLE))
 
     def cleared(self) -> None:
         """The gradients were cleared: the next loss that goes backward begins anew."""
-        self._over = True
+        self._cleared = True
 
     def stepped(self) -> None:
         """The gradients were used."""
-        if self._over and self._next:  # they came in another way than by a backward pass
+        if self._cleared and self._next:  # they came in another way than by a backward pass
             self._seen = self._next
-        self._next, self._over = [], True
+        self._next, self._cleared, self._stepped = [], True, True
 
     def batch(self) -> Any:
         """The batch, or several as one.
@@ -63,7 +73,7 @@ class Window:
         Raises:
             ValueError: none was seen.
         """
-        seen = sorted(self._next if self._over and self._next else self._seen, key=lambda one: one[0])
+        seen = sorted(self._next if self._cleared and self._next else self._seen, key=lambda one: one[0])
         if not seen:
             raise ValueError(
                 "a hyperstep needs a training batch and none has been seen: compute the loss with optimizer.loss(batch), "

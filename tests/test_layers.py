@@ -14,6 +14,7 @@ ORDER = [
     "options",
     "trees",
     "contract",
+    "twin",
     "ranks",
     "hparams",
     "wrappers",

@@ -1,0 +1,76 @@
+"""Hyperparameters without gradients, on the memory of those that have them: what the training loss of a step is given."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hoptim.contract import ONLY_READS
+
+_PLAIN = (bool, int, float, str, Tensor)
+
+
+class Twin:
+    """A persistent copy of ``module`` whose parameters are views of the same memory that require no gradient.
+
+    Switching ``requires_grad`` of the module's own would break activation checkpointing, which runs a loss a second time.
+    This is looked after at every training step, so that it is quick where nothing has changed.
+
+    >>> hparams = nn.ParameterDict({"decay": nn.Parameter(Tensor([1.0]))})
+    >>> twin = Twin(hparams)
+    >>> hparams["decay"].data.fill_(2.0)
+    tensor([2.])
+    >>> with twin.present() as seen:
+    ...     seen["decay"], seen["decay"].requires_grad
+    (Parameter containing:
+    tensor([2.]), False)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._made()
+
+    def _made(self) -> None:
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.module.parameters()}
+        memo |= {id(buffer): buffer for buffer in self.module.buffers()}
+        self._copy = copy.deepcopy(self.module, memo)
+        self._parts = list(zip(self.module.modules(), self._copy.modules(), strict=True))
+        self._tensors = [(p, memo[id(p)]) for part, _ in self._parts for p in part._parameters.values() if p is not None]
+
+    @contextmanager
+    def present(self) -> Iterator[nn.Module]:
+        """The copy, as ``module`` is now.
+
+        Raises:
+            ValueError: what runs inside has written into a hyperparameter.
+        """
+        if not self._in_step():
+            self._made()
+        versions = [q._version for _, q in self._tensors]
+        yield self._copy
+        if versions != [q._version for _, q in self._tensors]:
+            written = next(p for (p, q), version in zip(self._tensors, versions, strict=True) if q._version != version)
+            name = next(name for name, p in self.module.named_parameters() if p is written)
+            raise ValueError(f"train_loss writes into hyperparameter {name!r}: {ONLY_READS}")
+
+    def _in_step(self) -> bool:
+        """Give the copy the modes, buffers and plain attributes; say whether it still is an image."""
+        if [id(part) for part in self.module.modules()] != [id(part) for part, _ in self._parts]:
+            return False
+        live = [p for part, _ in self._parts for p in part._parameters.values() if p is not None]
+        if len(live) != len(self._tensors):
+            return False
+        for p, (known, q) in zip(live, self._tensors, strict=True):
+            if p is not known or p.data_ptr() != q.data_ptr() or p.dtype != q.dtype:
+                return False
+        for part, other in self._parts:
+            own = vars(other)
+            own["_buffers"] = part._buffers
+            for key, value in vars(part).items():
+                if own.get(key) is not value and isinstance(value, _PLAIN):
+                    own[key] = value
+        return True
