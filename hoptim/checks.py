@@ -73,7 +73,7 @@ def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> No
         ("outer", outer, leaves, weights, ("hyperparameter", "weight of the model"), "hparams.parameters()"),
     ):
         held = {id(p): None for group in optimizer.param_groups for p in group["params"]}
-        if wrong := [other[p] for p in held if p in other]:
+        if wrong := [other[p] for p in held if p in other and not (p in own and p not in learned)]:
             raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {kinds[1]}: build it on {remedy}")
         if not any(p in own for p in held):
             raise ValueError(f"the {name} optimizer holds no {kinds[0]} of the problem: build it on {remedy}")

@@ -54,7 +54,10 @@ def check_apart(weights: Iterable[tuple[str, nn.Parameter]], leaves: Iterable[tu
     tensors = list(weights)
     same = {id(p): name for name, p in tensors}
     memory = {place: name for name, p in tensors if (place := p.data_ptr())}
+    frozen = {id(p) for _, p in tensors if not p.requires_grad}
     for name, p in leaves:
+        if id(p) in frozen and not p.requires_grad:  # neither learned nor trained: both may read it
+            continue
         if id(p) in same:
             raise ValueError(f"weight {same[id(p)]!r} and hyperparameter {name!r} are the same tensor: part them")
         if weight := memory.get(p.data_ptr()):
@@ -110,16 +113,27 @@ def left_alone(name: str, weights: Tree, leaves: Tree, *, values: bool = False) 
     tensors = [("weight", *one) for one in weights.items()] + [("hyperparameter", *one) for one in leaves.items()]
     states = [(t._version, t.dtype, t.requires_grad) for _, _, t in tensors]
     copies = [t.detach().clone() if values and t.requires_grad else None for _, _, t in tensors]
+    frozen = [t for _, _, t in tensors if values and not t.requires_grad and t.is_floating_point()]
+    sizes = _norms(frozen)  # a copy could be as large as the model
     yield
+    moved = {id(t) for t, was, now in zip(frozen, sizes, _norms(frozen), strict=True) if not torch.equal(was, now)}
     faults = []
     for (what, key, t), (version, dtype, learned), copy in zip(tensors, states, copies, strict=True):
         if t.dtype is not dtype or t.requires_grad is not learned:
             faults.append(f"changes the dtype or requires_grad of {what} {key!r}: do that before the training")
-        elif t._version != version or not (copy is None or torch.allclose(t, copy, rtol=0, atol=0, equal_nan=True)):
+        elif t._version != version or id(t) in moved or not (copy is None or _same(t, copy)):
             faults.append(f"writes into {what} {key!r}: {ONLY_READS}")
             if copy is not None:
                 t.detach().copy_(copy)
-        elif t.is_leaf and t.grad is not None:
+        elif learned and t.is_leaf and t.grad is not None:  # a frozen one may keep that of the time before
             faults.append("calls backward(): a loss only returns its value, and the caller differentiates it")
     if faults:
         raise ValueError(f"{name} {faults[0]}")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    return [norm.nan_to_num() for norm in torch._foreach_norm([t.detach() for t in tensors])] if tensors else []

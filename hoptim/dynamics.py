@@ -31,6 +31,7 @@ _FOLLOWED: dict[Kind, frozenset[str]] = {
     optim.Rprop: frozenset(),
     optim.ASGD: frozenset(),
 }
+ADAMS = (optim.Adam, optim.AdamW)  # before torch 2.7 the one is no subclass of the other
 KINDS = tuple(_FOLLOWED)
 
 
@@ -153,7 +154,9 @@ class Dynamics:
         new = {name: value.clone() for name, value in weights.items()}
         optimizer, held, still = self._instance(new, gradients, leaves, state)
         dtypes: dict[str, torch.dtype] = {}
-        if issubclass(self.kind, optim.Adam):  # 1 − βᵗ is a tensor in differentiable Adam: in float32 it loses three digits
+        if issubclass(
+            self.kind, (optim.Adam, optim.AdamW)
+        ):  # 1 − βᵗ is a tensor in differentiable Adam: in float32 it loses three digits
             for name in held:
                 entries = optimizer.state[new[name]]
                 dtypes[name] = entries["step"].dtype
@@ -179,7 +182,7 @@ class Dynamics:
         for group in self.groups:
             names = [name for name in group.names if name in new and gradients.get(name) is not None]
             options = {key: self._value(key, option, leaves) for key, option in group.options.items()} | _PLAIN
-            if issubclass(self.kind, optim.Adam) and group.options["lr"] == 0:  # its 1/lr has no derivative: w stays
+            if issubclass(self.kind, ADAMS) and group.options["lr"] == 0:  # its 1/lr has no derivative: w stays
                 options["lr"], still = 1.0, still + names
             if self.kind is optim.SGD and options["momentum"] != 0:
                 empty = [name for name in names if "momentum_buffer" not in state.get(name, {})]
@@ -216,7 +219,7 @@ class Dynamics:
         if option.name not in leaves:
             raise ValueError(f"leaves lack {option.name!r}, which is the {key} of {self.kind.__name__}: give it")
         value = leaves[option.name].reshape(())
-        if (key == "momentum" or (key == "lr" and issubclass(self.kind, optim.Adam))) and value == 0:
+        if (key == "momentum" or (key == "lr" and issubclass(self.kind, ADAMS))) and value == 0:
             raise ValueError(
                 f"{option.name!r}, the {key} of {self.kind.__name__}, is 0, where torch's step has no derivative in it: "
                 "set it above 0; constraints.nonnegative keeps it from falling below"

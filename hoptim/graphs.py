@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,16 @@ def nodes(ends: Iterable[Tensor]) -> set[Any]:
             seen.add(node)
             todo += [following for following, _ in node.next_functions]
     return seen
+
+
+def check_given(name: str, loss: Tensor, live: Mapping[int, str]) -> None:
+    """Raise where a loss goes past the tensors it is given to the live ones: by a list of parameters made beforehand."""
+    ends = (node for node in nodes([loss]) if node.name().endswith("AccumulateGrad"))
+    if past := sorted({live[id(node.variable)] for node in ends if id(node.variable) in live}):
+        raise ValueError(
+            f"{name} uses {past[:5]} past the model and hparams that it is given, so that their derivative would be missed: "
+            "take them from its arguments, inside the loss, not from a list or a value made before"
+        )
 
 
 def not_twice(why: str) -> TypeError:

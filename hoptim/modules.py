@@ -48,11 +48,16 @@ def in_place_of(parts: Sequence[nn.Module], given: Mapping[int, Tensor]) -> Iter
     """
     held: list[dict[str, Any]] = [tensors for part in parts for tensors in (part._parameters, part._buffers)]
     places = [(tensors, name, t) for tensors in held for name, t in tensors.items() if id(t) in given]
+    sizes = [(tensors, len(tensors)) for tensors in held]
     try:
         for tensors, name, t in places:
             tensors[name] = given[id(t)]
         yield
     finally:
+        for tensors, size in sizes:  # a first forward pass may register a buffer
+            if len(tensors) > size:
+                for name in list(tensors.keys())[size:]:
+                    del tensors[name]
         for tensors, name, t in places:
             tensors[name] = t
 
@@ -76,10 +81,12 @@ def renormed(parts: Sequence[nn.Module]) -> list[Tensor]:
 
 @contextmanager
 def _kept(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Modes and plain attributes, and what is in those that are lists and dicts, are as before afterwards."""
+    """Modes and plain attributes, and what is in those that are tensors, lists and dicts, are as before afterwards."""
     before = [(own := vars(part), own.copy()) for part in parts]
-    plain = [v for own, _ in before for key, v in own.items() if type(v) in (list, dict) and key not in _TORCHS]
-    held = [(container, container.copy()) for container in plain]
+    plain = [value for own, _ in before for key, value in own.items() if key not in _TORCHS]
+    held = [(container, container.copy()) for container in plain if type(container) in (list, dict)]
+    tensors = [t for t in plain if isinstance(t, Tensor) and not t.is_inference()]  # such as the states of a metric
+    values = [(t, t._version, t.detach().clone()) for t in tensors]
     try:
         yield
     finally:
@@ -89,6 +96,9 @@ def _kept(parts: Sequence[nn.Module]) -> Iterator[None]:
             for key in own.keys() - attributes.keys():
                 del own[key]
             own.update({key: value for key, value in attributes.items() if own.get(key) is not value})
+        for t, version, value in values:
+            if t._version != version:
+                t.detach().copy_(value)
         for container, items in held:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(items)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hoptim.batches import MicroBatches
 from hoptim.contract import check_apart, check_real, check_takes, left_alone, losses, noted, scalar
+from hoptim.graphs import check_given
 from hoptim.hparams import HyperParameters
 from hoptim.modules import as_function, in_place_of, renormed, without_cudnn_rnns
 from hoptim.options import kind
@@ -123,15 +124,15 @@ class Problem:
             raise TypeError("model is a HyperParameters: the order is Problem(model, hparams, train_loss, val_loss)")
         for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
             check_takes(name, loss, "model, hparams, batch")
-        self.model, self.hparams, self.train_loss, self.val_loss = bare(model), hparams, train_loss, val_loss
+        self.model, self.hparams, self.train_loss, self.val_loss = bare(model), bare(hparams), train_loss, val_loss
         self.wrapper, self.process_group = model, process_group
         check_whole(self.model)
-        self.joint = nn.ModuleDict({"model": self.model, "hparams": hparams})
+        self.joint = nn.ModuleDict({"model": self.model, "hparams": self.hparams})
         check_real("weight", self.model.named_parameters())
-        check_real("hyperparameter", hparams.named_parameters())
+        check_real("hyperparameter", self.hparams.named_parameters())
         self.check_learned()
-        check_apart(self.model.named_parameters(), hparams.named_parameters())
-        self._twin = Twin(hparams)
+        check_apart(self.model.named_parameters(), self.hparams.named_parameters())
+        self._twin = Twin(self.hparams, beside=self.model)
         self._looked_at: set[LossName] = set()  # losses that were seen to leave even the values alone
 
     def check_learned(self) -> None:
@@ -163,17 +164,21 @@ class Problem:
         Buffers are clones; modes and plain attributes are put back. Backward passes belong inside ``then``: activation
         checkpointing runs the model again during one, and has to find the same tensors, buffers and modes.
         """
-        live, parts = dict(self.model.named_parameters()), list(self.joint.modules())
+        first, parts = name not in self._looked_at, list(self.joint.modules())
+        live, live_leaves = dict(self.model.named_parameters()), dict(self.hparams.named_parameters())
         frozen = {key: p for key, p in live.items() if not p.requires_grad}
         given = {id(live[key]): value for key, value in weights.items()}
         for p in renormed(parts):  # a forward pass writes into these
             given[id(p)] = given.get(id(p), p.detach()).clone()
-        given |= {id(p): leaves[key] for key, p in self.hparams.named_parameters() if key in leaves}
+        given |= {id(live_leaves[key]): value for key, value in leaves.items()}
         given |= {id(buffer): buffer.clone() for part in parts for buffer in part._buffers.values() if buffer is not None}
         with as_function(parts), uncompiled(), in_place_of(parts, given):
-            with of_losses(), left_alone(name, frozen | weights, leaves, values=name not in self._looked_at):
+            with of_losses(), left_alone(name, frozen | weights, leaves, values=first):
                 value, taken_apart = self._taken(name, batch)
-            self._looked_at.add(name)
+            if first:
+                past = {key: p for key, p in (live | live_leaves).items() if given.get(id(p), p) is not p}
+                check_given(name, value, {id(p): key for key, p in past.items()})
+                self._looked_at.add(name)
             return then(value, taken_apart)
 
     def _taken(self, name: LossName, batch: Any) -> tuple[Tensor, Parts | None]:
@@ -206,7 +211,7 @@ class Problem:
         """The states of the random generators that a loss may draw from, by device."""
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
-            tensors = (*self.weights().values(), *self.leaves().values())
+            tensors = (*self.joint.parameters(), *self.joint.buffers())
             states |= {
                 device: torch.cuda.get_rng_state(device) for device in sorted({str(p.device) for p in tensors if p.is_cuda})
             }

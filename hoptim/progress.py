@@ -82,7 +82,8 @@ class Window:
         if len(seen) == 1:
             return seen[0][1]
         shares = torch.stack([share.to(torch.promote_types(share.dtype, torch.float32)) for _, _, share in seen])
-        return MicroBatches(tuple(batch for _, batch, _ in seen), shares / shares.abs().sum())
+        total = shares.abs().sum()
+        return MicroBatches(tuple(batch for _, batch, _ in seen), shares / torch.where(total > 0, total, 1.0))
 
 
 @dataclass

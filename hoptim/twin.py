@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from hoptim.contract import ONLY_READS
 
 _PLAIN = (bool, int, float, str, Tensor)
+_TORCHS = frozenset(vars(nn.Module()))  # attributes that are torch's own
 
 
 class Twin:
     """A persistent copy of ``module`` whose parameters are views of the same memory that require no gradient.
 
     Switching ``requires_grad`` of the module's own would break activation checkpointing, which runs a loss a second time.
-    This is looked after at every training step, so that it is quick where nothing has changed.
+    This is looked after at every training step, so that it is quick where nothing has changed. What is ``beside`` it, as the
+    model is, is not copied where the module refers to it.
 
     >>> hparams = nn.ParameterDict({"decay": nn.Parameter(Tensor([1.0]))})
     >>> twin = Twin(hparams)
@@ -30,12 +32,14 @@ class Twin:
     tensor([2.]), False)
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, beside: nn.Module | None = None) -> None:
+        self.module, self.beside = module, beside
         self._made()
 
     def _made(self) -> None:
-        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.module.parameters()}
+        kept = () if (model := self.beside) is None else (*model.modules(), *model.parameters(), *model.buffers())
+        memo: dict[int, Any] = {id(one): one for one in kept}  # the hyperparameters' module may refer to the model
+        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.module.parameters()}
         memo |= {id(buffer): buffer for buffer in self.module.buffers()}
         self._copy = copy.deepcopy(self.module, memo)
         self._parts = list(zip(self.module.modules(), self._copy.modules(), strict=True))
@@ -61,16 +65,16 @@ class Twin:
         """Give the copy the modes, buffers and plain attributes; say whether it still is an image."""
         if [id(part) for part in self.module.modules()] != [id(part) for part, _ in self._parts]:
             return False
-        live = [p for part, _ in self._parts for p in part._parameters.values() if p is not None]
-        if len(live) != len(self._tensors):
+        tensors = [p for part, _ in self._parts for p in part._parameters.values() if p is not None]
+        if len(tensors) != len(self._tensors):
             return False
-        for p, (known, q) in zip(live, self._tensors, strict=True):
+        for p, (known, q) in zip(tensors, self._tensors, strict=True):
             if p is not known or p.data_ptr() != q.data_ptr() or p.dtype != q.dtype:
                 return False
         for part, other in self._parts:
-            own = vars(other)
-            own["_buffers"] = part._buffers
-            for key, value in vars(part).items():
-                if own.get(key) is not value and isinstance(value, _PLAIN):
+            live, own = vars(part), vars(other)
+            own["_buffers"], own["training"] = part._buffers, part.training
+            for key in live.keys() - _TORCHS:
+                if own.get(key) is not (value := live[key]) and isinstance(value, _PLAIN):
                     own[key] = value
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from contextlib import AbstractContextManager
 from typing import Any
@@ -55,6 +56,30 @@ class Facade:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_model"], name)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(vars(self)["_model"], name)
+
+    def __bool__(self) -> bool:
+        return bool(vars(self)["_model"])
+
+    def __contains__(self, item: Any) -> bool:
+        return item in vars(self)["_model"]
+
+    def __dir__(self) -> list[str]:
+        return dir(vars(self)["_model"])
+
+    def __repr__(self) -> str:
+        return repr(vars(self)["_model"])
+
+    def __copy__(self) -> Any:
+        return copy.copy(vars(self)["_model"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(vars(self)["_model"], memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return vars(self)["_model"].__reduce_ex__(protocol)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(vars(self)["_model"], name, value)

@@ -13,6 +13,7 @@ PACKAGE = Path(hoptim.__file__).parent
 ORDER = [
     "options",
     "trees",
+    "graphs",
     "contract",
     "twin",
     "ranks",
@@ -29,7 +30,6 @@ ORDER = [
     "derivatives",
     "splitting",
     "compiled",
-    "graphs",
     "stationarity",
     "curvature",
     "differences",
