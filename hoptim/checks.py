@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from hoptim.method import Method
+from hoptim.method import Method, check_method, checked_problem, held
 from hoptim.options import is_finite, is_whole, kind
 from hoptim.problem import Problem
 
@@ -40,8 +40,7 @@ def check_weights(val_weights: Sequence[float] | None) -> list[float] | None:
 
 def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: int | None) -> None:
     """The method is one whose steps all come after the last hyperstep, and the hooks are functions."""
-    if hypergradient is not None and not isinstance(hypergradient, Method):
-        raise TypeError(f"hypergradient is {kind(hypergradient)}: give a method, such as hoptim.Implicit()")
+    check_method("hypergradient", hypergradient)
     steps = 0 if hypergradient is None else hypergradient.keeps_steps
     if every is not None and steps > every:
         raise ValueError(
@@ -62,8 +61,7 @@ def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> No
             raise TypeError(f"{name} is {kind(optimizer)}: give a torch.optim.Optimizer")
         if isinstance(getattr(optimizer, "problem", None), Problem):
             raise TypeError(f"{name} is {kind(optimizer)} already: give the optimizer inside it, as its .{name}")
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem is {kind(problem)}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+    checked_problem(problem)
     if isinstance(outer, LBFGS):
         raise ValueError("outer is an LBFGS, which needs a closure that a hyperstep has not: take SGD or Adam")
     weights, leaves = _names(problem)
@@ -72,12 +70,12 @@ def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> No
         ("inner", inner, weights, leaves, ("weight of the model", "hyperparameter"), "model.parameters()"),
         ("outer", outer, leaves, weights, ("hyperparameter", "weight of the model"), "hparams.parameters()"),
     ):
-        held = {id(p): None for group in optimizer.param_groups for p in group["params"]}
-        if wrong := [other[p] for p in held if p in other and not (p in own and p not in learned)]:
+        here = held(optimizer)
+        if wrong := [other[p] for p in here if p in other and not (p in own and p not in learned)]:
             raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {kinds[1]}: build it on {remedy}")
-        if not any(p in own for p in held):
+        if not any(p in own for p in here):
             raise ValueError(f"the {name} optimizer holds no {kinds[0]} of the problem: build it on {remedy}")
-        if not any(p in own and p in learned for p in held):
+        if not any(p in own and p in learned for p in here):
             raise ValueError(f"the {name} optimizer holds no {kinds[0]} that requires a gradient: build it on {remedy}")
 
 
@@ -88,8 +86,8 @@ def warn_of_left(inner: Optimizer, outer: Optimizer, problem: Problem, known: Le
     """Warn of what requires a gradient, is in neither of the two and not ``known``, as of a layer replaced since."""
     found: Left = []
     for name, optimizer, live in (("inner", inner, problem.weights()), ("outer", outer, problem.leaves())):
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        found += [(name, key) for key, p in live.items() if id(p) not in held]
+        here = held(optimizer)
+        found += [(name, key) for key, p in live.items() if id(p) not in here]
         if left := [key for which, key in found if which == name and (which, key) not in (known or ())]:
             warnings.warn(
                 f"the {name} optimizer does not hold {left}, though they require a gradient: the hypergradient takes them "

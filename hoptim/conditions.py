@@ -117,7 +117,7 @@ class _Jacobian(Operator):
         rows = {key: part for key, part in zip(inputs, found, strict=True) if part is not None and part.requires_grad}
         along = {key: tangent[key[0]][key[2:]] for key in rows}
         pushed = pulled_back(rows, along, q, batched=batched)
-        return {name: torch.zeros_like(v[name]) if (part := pushed[name]) is None else part for name in v}
+        return trees.filled(pushed, v)
 
 
 def _zeros(value: torch.Tensor, v: Tree, like: Tree) -> torch.Tensor:

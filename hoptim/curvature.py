@@ -132,8 +132,8 @@ class GaussNewton(_Graph):
         at = {"z": parts.z.detach().requires_grad_()}
         slope = {"z": _gradient(parts.criterion(at["z"]), at)["z"]}
         u = {"z": torch.zeros_like(parts.z).requires_grad_()}  # Jᵀu is linear in u, so that its derivative along v is J v
-        pulled = _present(_graph_of(z, u, weights)) if parts.z.requires_grad else {}
-        penalty = _present({}) if parts.penalty is None else _penalty_gradient(parts.penalty, weights)
+        pulled = trees.present(_graph_of(z, u, weights)) if parts.z.requires_grad else {}
+        penalty = {} if parts.penalty is None else _penalty_gradient(parts.penalty, weights)
 
         def product(v: Tree, batched: bool) -> Tree:
             found = {name: torch.zeros_like(value) for name, value in v.items()}
@@ -141,9 +141,9 @@ class GaussNewton(_Graph):
                 Jv = pulled_back(pulled, v, u, batched=batched)["z"]
                 HJv = None if Jv is None else pulled_back(slope, {"z": Jv}, at, batched=batched)["z"]
                 if HJv is not None:
-                    found |= _present(pulled_back(z, {"z": HJv}, weights, batched=batched))
+                    found |= trees.present(pulled_back(z, {"z": HJv}, weights, batched=batched))
             if penalty:
-                second = _present(pulled_back(penalty, v, weights, batched=batched))
+                second = trees.present(pulled_back(penalty, v, weights, batched=batched))
                 found |= {name: found[name] + part for name, part in second.items()}
             return found
 
@@ -171,8 +171,4 @@ def _penalty_gradient(penalty: Tensor, weights: Tree) -> Tree:
     if not penalty.requires_grad:
         return {}
     found = torch.autograd.grad(penalty, list(weights.values()), create_graph=True, allow_unused=True)
-    return {name: part for name, part in _present(dict(zip(weights, found, strict=True))).items() if part.requires_grad}
-
-
-def _present(found: Found) -> Tree:
-    return {name: part for name, part in found.items() if part is not None}
+    return {name: part for name, part in trees.present(dict(zip(weights, found, strict=True))).items() if part.requires_grad}

@@ -46,7 +46,7 @@ class FiniteDifference(Curvature):
         """``then`` of F; each product evaluates two gradients elsewhere."""
         states = point.problem.generators()  # of the masks: a batch that is drawn between two products must not change them
         loss, gradient, _ = gradients(point, point.weights)
-        touched = {name: part for name, part in gradient.items() if part is not None}
+        touched = trees.present(gradient)
         weights = {name: point.weights[name].detach() for name in touched}
         length = trees.norm(weights) if weights else torch.ones(())
         reach = torch.where(length > 0, length, 1.0) * (self.step or epsilon_of_losses(length.dtype) ** (1 / 3))
@@ -64,15 +64,13 @@ class FiniteDifference(Curvature):
         def product(v: Tree, batched: bool) -> Tree:
             if batched:
                 return trees.stack([product(trees.part(v, i), False) for i in range(trees.length(v))])
-            found = difference(v)[0]
-            return {name: torch.zeros_like(v[name]) if (part := found[name]) is None else part for name in v}
+            return trees.filled(difference(v)[0], v)
 
         def mixed(x: Tree) -> Found:
             name, value = next(iter(x.items()))
             if value.ndim == weights[name].ndim:
                 return difference(x)[1]
-            parts = [difference(trees.part(x, i))[1] for i in range(len(value))]
-            return {name: _stacked([part[name] for part in parts]) for name in parts[0]}
+            return trees.stack_found([difference(trees.part(x, i))[1] for i in range(len(value))])
 
         untouched = tuple(name for name in gradient if name not in touched)
         A = symmetric(product, weights, "finite differences")
@@ -102,8 +100,3 @@ def _quotient(up: Found, down: Found, width: Tensor) -> Found:
         low = down[name]
         found[name] = None if high is None or low is None else (high - low) / width
     return found
-
-
-def _stacked(parts: list[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.stack(present) if present else None

@@ -225,7 +225,7 @@ def _mixed_norm(point: Point, F: Linearized, products: int = 10) -> float:
         Bu = trees.scale_({name: Bu[name] for name in F.A.like}, 1 / (2 * reach))
         size = max(size, float(trees.norm(Bu)))
         back = F.mixed(Bu)
-        u = trees.unit({n: torch.zeros_like(v) if (part := back[n]) is None else part for n, v in leaves.items()})
+        u = trees.unit(trees.filled(back, leaves))
     return size
 
 

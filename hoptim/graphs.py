@@ -83,12 +83,7 @@ def _at_once(outputs: Tree, v: Tree, inputs: Tree) -> Found:
 
 
 def _row_by_row(outputs: Tree, v: Tree, inputs: Tree) -> Found:
-    found = [_one(outputs, trees.part(v, row), inputs) for row in range(trees.length(v))]
-    stacked: Found = {}
-    for name in inputs:
-        parts = [part for row in found if (part := row[name]) is not None]
-        stacked[name] = torch.stack(parts) if parts else None
-    return stacked
+    return trees.stack_found([_one(outputs, trees.part(v, row), inputs) for row in range(trees.length(v))])
 
 
 def _is_wrong_at_once(outputs: Tree) -> bool:

@@ -109,22 +109,34 @@ class Method(ABC):
 
 def checked(problem: object, method: object, inner: Any) -> Optimizer | None:
     """What a hypergradient and an audit are given, looked at; of a :class:`BilevelOptimizer` the optimizer inside."""
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem is {kind(problem)}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+    problem = checked_problem(problem)
     problem.check_learned()
-    if method is not None and not isinstance(method, Method):
-        raise TypeError(f"method is {kind(method)}: give a method, such as hoptim.Implicit(solver)")
-    held = getattr(inner, "inner", None)
-    inner = held if isinstance(inner, Optimizer) and isinstance(held, Optimizer) else inner
+    check_method("method", method)
+    inside = getattr(inner, "inner", None)
+    inner = inside if isinstance(inner, Optimizer) and isinstance(inside, Optimizer) else inner
     if inner is not None and not isinstance(inner, Optimizer):
         raise TypeError(f"inner is {kind(inner)}: give the torch.optim.Optimizer of the model's weights")
-    if inner is not None and not _held(inner) & {id(p) for p in problem.model.parameters()}:
+    if inner is not None and not held(inner).keys() & {id(p) for p in problem.model.parameters()}:
         raise ValueError("inner holds no weight of the problem's model: give the optimizer that trains it")
     return inner
 
 
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def checked_problem(problem: object) -> Problem:
+    """It, if it is one."""
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem is {kind(problem)}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
+    return problem
+
+
+def check_method(name: str, method: object) -> None:
+    """Raise unless it is one, or None for the default."""
+    if method is not None and not isinstance(method, Method):
+        raise TypeError(f"{name} is {kind(method)}: give a method, such as hoptim.Implicit()")
+
+
+def held(optimizer: Optimizer) -> dict[int, None]:
+    """The ids of the tensors that the optimizer holds, in its order."""
+    return {id(p): None for group in optimizer.param_groups for p in group["params"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +177,10 @@ def _over_ranks(local: Validation, ranks: Ranks, leaves: Tree) -> Validation:
     g = {f"w:{name}": value for name, value in local.g.items()}
     like = {f"l:{name}": leaf for name, leaf in trees.expanded(leaves, local.loss.shape).items()}
     direct = {f"l:{name}": value for name, value in local.direct.items()}
-    found = ranks.mean_of_found({":loss": local.loss, **g, **direct}, {":loss": local.loss, **g, **like})
-    loss, of_weights = found[":loss"], {name: found[f"w:{name}"] for name in local.g}
-    assert loss is not None
+    loss, found = ranks.mean_with_loss(local.loss, {**g, **direct}, {**g, **like})
     return Validation(
         loss=loss,
-        g={name: value for name, value in of_weights.items() if value is not None},
+        g=trees.present({name: found[f"w:{name}"] for name in local.g}),
         direct={name: found[f"l:{name}"] for name in leaves},
     )
 

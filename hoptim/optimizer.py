@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim import checks
+from hoptim.around import Around
 from hoptim.batches import Batches
 from hoptim.checkpoint import KEY, Checkpoint, check_loadable
 from hoptim.checks import OnFailure
 from hoptim.contract import noted
 from hoptim.dynamics import check_unscheduled
-from hoptim.hooks import own_hooks
 from hoptim.hparams import HyperParameters
 from hoptim.hypergradient import Implicit
 from hoptim.method import Hypergradient, Loop, Method
@@ -29,7 +29,7 @@ from hoptim.record import Record, natural_values
 from hoptim.trees import Tree
 
 
-class BilevelOptimizer(Optimizer):
+class BilevelOptimizer(Around):
     """An optimizer that trains the weights, and every few steps moves the hyperparameters down the validation loss.
 
     It **is** a ``torch.optim.Optimizer``: ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, so
@@ -74,8 +74,6 @@ class BilevelOptimizer(Optimizer):
     ('CONVERGED', 1.1)
     """
 
-    profile_hook_step = staticmethod(own_hooks)  # type: ignore[assignment]  # with which torch wraps ``step``
-
     def __init__(
         self,
         inner: Optimizer,
@@ -95,7 +93,7 @@ class BilevelOptimizer(Optimizer):
         self._left = checks.warn_of_left(inner, outer, problem)
         checks.check_schedule(every, warmup, on_failure)
         checks.check_strategies(hypergradient, hooks, every)
-        super().__setstate__({})  # makes the hooks; Optimizer.__init__ would also write param_groups, which are the inner's
+        super().__init__()
         self.inner, self.outer, self.problem = inner, outer, problem
         self.hypergradient = Implicit() if hypergradient is None else hypergradient
         self.every, self.warmup, self.on_failure, self.hooks = every, warmup, on_failure, tuple(hooks)
@@ -140,20 +138,21 @@ class BilevelOptimizer(Optimizer):
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
         """Move the hyperparameters once, now; batches that are not given are drawn. Returns the record.
 
+        The training batches are those whose losses went backward in the last step, or, where no hyperstep was due, all whose
+        losses were computed for it.
+
         After a failed solve they do not move; the record and a warning say why.
 
         Raises:
             ValueError: there is no training batch: none given, none seen by ``loss``, no ``train_batches``.
             RuntimeError: the solve failed and ``on_failure`` is ``"raise"``; the record is there, the hooks have seen it.
         """
-        begun = time.perf_counter()
-        drawn = self._progress.window.batch if self.train_batches is None else self.train_batches.draw
-        train_batch = drawn() if train_batch is None else train_batch
+        progress, begun = self._progress, time.perf_counter()
+        draw = None if self.train_batches is None else self.train_batches.draw
+        train_batch = (draw or progress.window.batch)() if train_batch is None else train_batch
         val_batch = self.val_batches.draw() if val_batch is None else val_batch
-        progress = self._progress
         if not progress.hyper_steps:
             self.problem.check_ranks()
-        draw = None if self.train_batches is None else self.train_batches.draw
         loop = Loop(inner=self.inner, draw=draw, trajectory=progress.recorder.trajectory())
         with noted(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
             self.problem.check_learned()
@@ -273,43 +272,10 @@ class BilevelOptimizer(Optimizer):
             self._progress.warned.add(status)
             warnings.warn(f"{words}. Later ones of this kind are only recorded", stacklevel=5)
 
-    # An Optimizer in the eyes of all that accept one: what they read is the inner optimizer's, never a second copy.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's groups."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The inner optimizer's state."""
-        return self.inner.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's defaults; none where it has none, or before it is here."""
-        return getattr(self.__dict__.get("inner"), "defaults", {})
-
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(value, "_wrapped_by_lr_sched", False):  # the ``step`` that a scheduler puts here when it is built
             check_unscheduled(self.param_groups, self.problem.leaves())
         super().__setattr__(name, value)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        inner: dict[str, Any] = {key: state.pop(key) for key in ("state", "param_groups") if key in state}
-        super().__setstate__(state)
-        if inner:
-            self.inner.__setstate__(inner)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in self.__dict__.items() if key != "step"
-        }  # a scheduler's patch, bound to this one
 
     def __repr__(self) -> str:
         parts = f"every={self.every}, hypergradient={self.hypergradient},\ninner={self.inner},\nouter={self.outer}"

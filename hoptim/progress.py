@@ -171,4 +171,4 @@ def is_due(step: int, every: int | None, warmup: int) -> bool:
 
 def is_kept(step: int, every: int | None, warmup: int, steps: int) -> bool:
     """Whether inner step number ``step`` is among the last ``steps`` before a hyperstep."""
-    return any(is_due(later, every, warmup) for later in range(step, step + steps)) if every is not None else False
+    return any(is_due(later, every, warmup) for later in range(step, step + steps))

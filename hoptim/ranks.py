@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from hoptim import trees
 from hoptim.trees import Found, Tree
 
 SAME = 1e-6  # of a vector's length: how far apart the ranks' may be and still pass for the same
@@ -65,11 +66,17 @@ class Ranks:
         """The mean of what may be there, shaped as ``like``: zero on a rank that lacks it, ``None`` where all lack it."""
         if self.size == 1:
             return dict(found)
-        whole = {n: torch.zeros_like(value) if (part := found.get(n)) is None else part for n, value in like.items()}
         there = torch.tensor([float(found.get(name) is not None) for name in like], device=next(iter(like.values())).device)
-        averaged = self.mean({**whole, "": there})
+        averaged = self.mean({**trees.filled(found, like), "": there})
         seen = averaged.pop("").tolist()
         return {name: value if share else None for (name, value), share in zip(averaged.items(), seen, strict=True)}
+
+    def mean_with_loss(self, loss: Tensor, found: Mapping[str, Tensor | None], like: Tree) -> tuple[Tensor, Found]:
+        """The means of a loss, which all ranks have, and of what may be there, by one all-reduce."""
+        averaged = self.mean_of_found({**found, ":loss": loss}, {**like, ":loss": loss})
+        mean = averaged.pop(":loss")
+        assert mean is not None
+        return mean, averaged
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Give all ranks what the first has, as ``DistributedDataParallel`` does with the weights."""

@@ -90,10 +90,8 @@ def over_ranks(local: Linearized, ranks: Ranks, at: Point) -> Linearized:
     """F and its derivatives averaged over the ranks; a weight counts where any of them touches it."""
     if ranks.size == 1:
         return local
-    found = ranks.mean_of_found({**local.value, ":loss": local.loss}, {**at.weights, ":loss": local.loss})
-    loss = found.pop(":loss")
-    assert loss is not None
-    value = {name: part for name, part in found.items() if part is not None}
+    loss, found = ranks.mean_with_loss(local.loss, local.value, at.weights)
+    value = trees.present(found)
 
     def mixed(x: Tree) -> Found:
         name, first = next(iter(x.items()))
@@ -145,7 +143,7 @@ class StationarityGraph:
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
         found = dict(zip(weights, gradients, strict=True))
         check_dense(found)
-        self.value: Tree = {name: gradient for name, gradient in found.items() if gradient is not None}
+        self.value = trees.present(found)
         self.weights = {name: weights[name] for name in self.value}
         self.leaves = leaves
         self._outputs = {name: value for name, value in self.value.items() if value.requires_grad}
@@ -162,8 +160,7 @@ class StationarityGraph:
         """A = ∂F/∂w = the Hessian of L_T: symmetric, so that vᵀA is A v."""
 
         def product(v: Tree, batched: bool) -> Tree:
-            found = self.vjp(v, self.weights, batched=batched)
-            return {name: torch.zeros_like(v[name]) if part is None else part for name, part in found.items()}
+            return trees.filled(self.vjp(v, self.weights, batched=batched), v)
 
         return symmetric(product, self.weights, "Hessian")
 
@@ -214,9 +211,7 @@ def _off_differences(problem: Problem, weights: Tree, leaves: Tree, batch: Any) 
         def inside(loss: Tensor, _: Any) -> Tree:
             graph = StationarityGraph(loss, moved, leaves)
             found = graph.vjp({name: v[name] for name in graph.value}, graph.weights) if twice else graph.value
-            return {
-                name: torch.zeros_like(w) if (f := found.get(name)) is None else f.detach() for name, w in weights.items()
-            }
+            return trees.map_tree(torch.Tensor.detach, trees.filled(found, weights))
 
         with problem.untouched():  # from the same random state each time
             return problem.pure("train_loss", moved, leaves, batch, inside)

@@ -172,7 +172,7 @@ def _gathered(
             check_twice_differentiable(problem, loss, weights, leaves, first.batch)
         loss = loss * first.share
         parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
-        touched = {name: part for name, part in zip(weights, parts, strict=True) if part is not None}
+        touched = trees.present(dict(zip(weights, parts, strict=True)))
         check_dense(touched)
         summed = found | {name: found[name] + part if name in found else part for name, part in touched.items()}
         return _gathered(problem, tuple(others), weights, leaves, then, graph, summed, total + loss.detach())
@@ -186,16 +186,9 @@ def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> 
     ranks = problem.ranks
     if ranks.size == 1:
         return found, total
-    averaged = ranks.mean_of_found({**found, ":loss": total}, {**weights, ":loss": total})
-    loss = averaged.pop(":loss")
-    assert loss is not None
-    slope = {name: value for name, value in averaged.items() if value is not None}
-    return {name: _passing_on(value, found[name]) if name in found else value for name, value in slope.items()}, loss
-
-
-def _passing_on(mean: Tensor, own: Tensor) -> Tensor:
-    """The value of the one, the derivative of the other."""
-    return mean + (own - own.detach())
+    loss, averaged = ranks.mean_with_loss(total, found, weights)
+    slope = trees.present(averaged)
+    return {n: mean + (found[n] - found[n].detach()) if n in found else mean for n, mean in slope.items()}, loss
 
 
 def _moved(entries: Tree, device: torch.device) -> Tree:

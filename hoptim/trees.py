@@ -6,7 +6,7 @@ scalar then becomes a tensor of shape (R,). Functions that end in an underscore 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -101,6 +101,25 @@ def part(x: Tree, index: int | slice) -> Tree:
 def stack(parts: Sequence[Tree]) -> Tree:
     """R vectors as one with a leading axis."""
     return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def present(x: Mapping[str, Tensor | None]) -> Tree:
+    """What is there."""
+    return {name: value for name, value in x.items() if value is not None}
+
+
+def filled(x: Mapping[str, Tensor | None], like: Tree) -> Tree:
+    """Over the names of ``like``, with its zeros for what is not there."""
+    return {name: torch.zeros_like(value) if (part := x.get(name)) is None else part for name, value in like.items()}
+
+
+def stack_found(parts: Sequence[Found]) -> Found:
+    """R vectors as one with a leading axis, each of what is there in all of them or in none."""
+    found: Found = {}
+    for name in parts[0]:
+        there = [value for part in parts if (value := part[name]) is not None]
+        found[name] = torch.stack(there) if there else None
+    return found
 
 
 def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -147,8 +147,7 @@ def _through(problem: Problem, step: Step, at: Place, leaves: Tree, back: _Back)
         outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
         inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
         found = pulled_back(outputs, cotangents, inputs, batched=batched)
-        kept = {name: part for name in w if (part := found["w" + name]) is not None}
-        before = problem.ranks.mean({name: kept.get(name, torch.zeros_like(back.weights[name])) for name in w})
+        before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
         return _Back(
             weights=before,
             state={name: part for name in flat if (part := found["s" + name]) is not None},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,25 +16,20 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 def bare(model: nn.Module) -> nn.Module:
     """The module inside all wrappers: under ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``."""
-    while True:
-        inside = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else _uncompiled(model)
-        if not isinstance(inside, nn.Module):
-            return model
-        model = inside
+    return list(_layers(model))[-1]
 
 
 def group_of(model: nn.Module) -> Any:
     """The process group of the ``DistributedDataParallel`` that ``model`` is wrapped in, or ``None``."""
-    found: Any = model
-    while found is not None:
-        if isinstance(found, DistributedDataParallel):
-            return found.process_group
-        found = getattr(found, "module", None) if isinstance(found, DataParallel) else _uncompiled(found)
-    return None
+    return next((one.process_group for one in _layers(model) if isinstance(one, DistributedDataParallel)), None)
 
 
-def _uncompiled(model: nn.Module) -> Any:
-    return model._modules.get("_orig_mod")
+def _layers(model: nn.Module | None) -> Iterator[nn.Module]:
+    """The wrappers from the outside in, and the module inside them all."""
+    while model is not None:
+        yield model
+        parallel = isinstance(model, (DistributedDataParallel, DataParallel))
+        model = model._modules.get("module" if parallel else "_orig_mod")
 
 
 class Facade:

@@ -31,3 +31,8 @@ def result(folder):
 
 def rows(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(row):
+    """What is the same in each run of the same bits."""
+    return {key: value for key, value in row.items() if "seconds" not in key}

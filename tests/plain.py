@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases import Tree, same, snapshot
+from cases import Tree, same, snapshot, unflat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -68,7 +68,7 @@ def plain(problem: Problem, train_batch: Any, val_batch: Any, *, dense: bool = T
         v = v - STEP * (pulled(v, weights) if H is None else H @ v)
         x = x + v
     x = STEP * x
-    return _named(direct - pulled(x, leaves), problem.leaves()), _named(x, problem.weights())
+    return unflat(direct - pulled(x, leaves), problem.leaves()), unflat(x, problem.weights())
 
 
 def _copied(problem: Problem, loss: Any, batch: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -91,11 +91,6 @@ def _gradients(value: Tensor, inputs: Sequence[Tensor]) -> Tensor:
 def _flat(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     whole = [torch.zeros_like(t) if part is None else part for part, t in zip(parts, like, strict=True)]
     return torch.cat([part.flatten().double() for part in whole])
-
-
-def _named(vector: Tensor, like: Tree) -> Tree:
-    parts = vector.split([t.numel() for t in like.values()])
-    return {name: part.reshape(t.shape) for (name, t), part in zip(like.items(), parts, strict=True)}
 
 
 # No trace

@@ -107,6 +107,13 @@ def vector(rank: int, size: int) -> Answer:
     return answer(wrapped(tiny(val=several)), shard(rank), val_shard(rank))
 
 
+def wrapped_hyperparameters(rank: int, size: int) -> Answer:
+    """Theirs are wrapped as well: the gradients are averaged in the solve, and the wrapper is only looked through."""
+    problem = tiny()
+    model, hparams = DistributedDataParallel(problem.model), DistributedDataParallel(problem.hparams)
+    return answer(hoptim.Problem(model, hparams, problem.train_loss, problem.val_loss), shard(rank), val_shard(rank))
+
+
 def uneven(rank: int, size: int) -> Answer:
     return answer(wrapped(tiny()), shard(rank, size=SIZE - 2 * rank), val_shard(rank), "neumann")
 

@@ -85,6 +85,11 @@ def test_vector_of_losses_goes_through_the_same_products(world: list[dict[str, A
     close(equal_on_all_ranks(world, "vector"), job.answer(tiny(val=job.several), train_of(size), val))
 
 
+def test_hyperparameters_may_be_wrapped_too(world: list[dict[str, Any]]) -> None:
+    expected = job.answer(tiny(), train_of(len(world)), val_of(len(world)))
+    close(equal_on_all_ranks(world, "wrapped_hyperparameters"), expected)
+
+
 def test_uneven_batches_count_as_their_means_do(world: list[dict[str, Any]]) -> None:
     """As in DistributedDataParallel: the training loss is the mean of the ranks' means, whatever their sizes."""
     size = len(world)

@@ -2,23 +2,19 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import fidelity
 import numpy as np
 import pytest
 import torch
-from jobs import ROOT
+from fidelity_problems import boston, learning, measure, methods, pictures, problems, ranking
+from fidelity_problems.truth import Training, trained
 from torch import nn
 
 import hoptim
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import fidelity
-from fidelity_problems import boston, learning, measure, methods, pictures, problems, ranking
-from fidelity_problems.truth import Training, trained
 
 TINY = Training(steps=23, lr=0.1, momentum=0.8)
 NOWHERE = Path("nowhere")
@@ -153,7 +149,7 @@ def test_solved_to_the_end_ridge_has_its_closed_form_and_the_identity_has_not():
         assert (rows[name].cosine, rows[name].length) == pytest.approx((1.0, 1.0), abs=1e-4)
     assert rows["Identity, 0"].cosine < 0.9
     assert rows["Identity, 0"].products == 0 < rows["CG, exact, 50"].products <= 50
-    assert 0 < rows["Identity, 0"].cost < rows["CG, exact, 50"].cost
+    assert rows["Identity, 0"].cost > 0  # measured: how long each took is no matter of a test
 
 
 @pytest.mark.parametrize("name", ["batches", "digits", "cnn"])

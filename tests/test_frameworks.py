@@ -7,17 +7,22 @@ import copy
 import random
 import re
 import runpy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate_digits
 import lightning as L
+import lightning_digits
+import minilm
 import pytest
+import reviews
 import torch
+import trainer_text
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 from cases import same
+from digits import digits, example_weights, network, train_loss, val_loss
 from jobs import ROOT
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -27,14 +32,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 import hoptim
-
-sys.path.extend([str(ROOT / "scripts"), str(ROOT / "scripts" / "examples")])
-import accelerate_digits
-import lightning_digits
-import minilm
-import reviews
-import trainer_text
-from digits import digits, example_weights, network, train_loss, val_loss
 
 TRAIN, VAL, TEST = digits()
 BATCHES = [tuple(part[i : i + 100] for part in TRAIN) for i in range(0, 600, 100)]

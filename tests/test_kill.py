@@ -5,17 +5,14 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, command, env, result, rows
-from wandb_file import read
-
-sys.path.insert(0, str(ROOT / "scripts"))
+from jobs import ROOT, command, env, result, rows, timeless
 from train import read_checkpoint
+from wandb_file import read
 
 OPTIONS = ("outer_steps=60", "inner_steps=10", "task.hidden=16", "checkpoint_every=2", "plots=false")
 KILLS_A_RUN = 5
@@ -75,10 +72,6 @@ def killed(folder, draw, seconds, processes):
         except ProcessLookupError:
             continue
     return process.wait() == -signal.SIGKILL
-
-
-def timeless(row):
-    return {key: value for key, value in row.items() if "seconds" not in key}
 
 
 def check_disk(folder, whole):
@@ -143,8 +136,9 @@ def experiment(root, kills, seed, processes=1):
     return counts
 
 
-def test_a_run_that_is_killed_three_times_ends_in_the_same_bits(tmp_path):
-    assert experiment(tmp_path, kills=3, seed=time.time_ns())["kills"] == 3
+@pytest.mark.parametrize(("kills", "processes"), [(3, 1), (1, 2)])
+def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, kills, processes):
+    assert experiment(tmp_path, kills, seed=time.time_ns(), processes=processes)["kills"] == kills
 
 
 @pytest.mark.slow

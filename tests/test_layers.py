@@ -50,7 +50,7 @@ ORDER = [
     "trajectory",
     "unrolled",
     "checks",
-    "hooks",
+    "around",
     "record",
     "progress",
     "checkpoint",

@@ -604,3 +604,14 @@ def test_a_step_without_a_loss_of_the_optimizers_is_an_error() -> None:
     problem.train_loss(problem.model, problem.hparams, BATCHES[0]).backward()
     with pytest.raises(ValueError, match=r"optimizer.loss\(batch\)"):
         optimizer.step()
+
+
+def test_losses_that_count_for_nothing_are_no_fault() -> None:
+    optimizer, _ = listening()
+    for name in "ab":
+        (0 * optimizer.loss(Named(name))).backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="NO_CURVATURE"):
+        record = optimizer.hyperstep()
+    assert record.status.name == "NO_CURVATURE"
+    assert record.result.train_loss == 0

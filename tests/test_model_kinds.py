@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hoptim
 from hoptim import CG, MINRES, Exact, FiniteDifference, Implicit, Neumann, Problem, Unrolled, WarmStart
+from hoptim.wrappers import Facade
 
 DIFFERENCES = FiniteDifference()
 BOTH = pytest.mark.parametrize("curvature", [Exact(), DIFFERENCES], ids=["exact", "differences"])
@@ -524,3 +525,15 @@ def test_first_part_is_read_and_a_namespace_is_a_batch() -> None:
     problem = problem_of(model, lambda m, b: first(m, b.x))
     found = hoptim.hypergradient(problem, b, b, few()).grads["decay"]
     assert same(found, found_by(problem_of(model, first), x=b.x))
+
+
+def test_a_wrapper_is_walked_through_as_the_model_inside() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Tanh()})
+    seen = Facade(nn.DataParallel(model), model)
+    assert (list(seen), len(seen), seen["a"]) == (["a", "b"], 2, model["a"])
+
+
+def test_fully_sharded_models_of_the_first_kind_are_refused() -> None:
+    sharded = type("FullyShardedDataParallel", (nn.Linear,), {})
+    with pytest.raises(TypeError, match=r"holds a FullyShardedDataParallel.*use DistributedDataParallel"):
+        problem_of(nn.Sequential(sharded(4, 2)))

@@ -126,7 +126,7 @@ def test_under_autocast_losses_alone_are_in_lower_precision(monkeypatch: pytest.
     with autocast():
         found = hoptim.hypergradient(problem, TRAIN[0], VAL, method, train_batches=TRAIN[1:2])
         assert torch.is_autocast_enabled("cpu")
-    assert set(outputs) <= {(BF16, True)} | ({(torch.float32, False)} if name == "compiled" else set())
+    assert {(BF16, True)} <= set(outputs) <= {(BF16, True)} | ({(torch.float32, False)} if name == "compiled" else set())
     assert set(seen) == {False, torch.float32}
     assert {value.dtype for tree in (found.grads, found.indirect, found.direct) for value in tree.values()} == {
         torch.float32
@@ -247,7 +247,6 @@ def test_the_weighted_sum_of_several_losses_is_in_full_precision() -> None:
     problem.val_loss = lambda m, h, b: F.cross_entropy(m(b[0]), b[1], reduction="none").reshape(4, 8).mean(1)
     result = hoptim.hypergradient(problem, TRAIN[0], VAL)
     with autocast():
-        assert torch.equal(vector(result.combined([0.1, 0.2, 0.3, 0.4])), vector(result.combined([0.1, 0.2, 0.3, 0.4])))
         found = result.combined([0.1, 0.2, 0.3, 0.4])
     assert torch.equal(vector(found), vector(result.combined([0.1, 0.2, 0.3, 0.4])))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from cases import classes, noisy_problem, same, snapshot
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import hoptim
 from hoptim import HyperParameters, Problem
 
 
@@ -160,3 +162,125 @@ def test_training_step_sees_the_buffers_and_attributes_of_the_hyperparameters() 
     hparams.more = nn.Linear(1, 1)
     seen.append(problem.loss(None).item())
     assert seen == pytest.approx([1.0, 5.0, 10.0, 10.0])
+
+
+# What only a whole hypergradient shows
+
+X = torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(5, 2)
+
+
+@pytest.mark.parametrize("which", ["train_loss", "val_loss"])
+@pytest.mark.parametrize("what", ["weights", "a hyperparameter"])
+def test_a_loss_that_goes_past_what_it_is_given_is_refused(which: str, what: str) -> None:
+    problem = linear_problem()
+    before = list(problem.model.parameters()) if what == "weights" else [problem.hparams["a"]]
+    name = "'bias', 'weight'" if what == "weights" else "'a'"
+
+    def past(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return mean_square(model, hparams, batch) + sum(p.square().sum() for p in before)
+
+    setattr(problem, which, past)
+    with pytest.raises(ValueError, match=rf"{which} uses \[{name}\] past the model and hparams that it is given"):
+        hoptim.hypergradient(problem, X, X)
+
+
+class Merging(nn.Linear):
+    """Folds a learned part into a frozen weight when it is evaluated, as LoRA's own library does."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1, bias=False)
+        self.weight.requires_grad_(False)
+        self.part = nn.Parameter(torch.ones(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.weight.data = self.weight.data + self.part.data
+        return x @ (self.weight + self.part).T
+
+
+def test_a_frozen_weight_that_is_written_through_its_data_is_seen() -> None:
+    def val(m: Any, h: Any, b: Any) -> Tensor:
+        return m.eval()(b).square().mean()
+
+    problem = Problem(Merging(), HyperParameters({"a": torch.tensor(0.5)}), mean_square, val)
+    with pytest.raises(ValueError, match="val_loss writes into weight 'weight'"):
+        hoptim.hypergradient(problem, X, X)
+
+
+def test_a_frozen_weight_may_keep_a_gradient_of_before() -> None:
+    problem = linear_problem()
+    problem.model(X).sum().backward()
+    problem.model.bias.requires_grad_(False)
+    kept = problem.model.bias.grad.clone()
+    assert hoptim.hypergradient(problem, X, X).solution.status.ok
+    assert torch.equal(problem.model.bias.grad, kept)
+
+
+class Borrowing(nn.Module):
+    """Hyperparameters that look at the model, by a plain reference, and share a frozen layer with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.looks_at, self.frozen, self.a = [model], model[0], nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a * self.looks_at[0](x).detach().square().mean() * self.frozen(x).square().mean()
+
+
+def test_hyperparameters_may_look_at_the_model_and_share_what_is_frozen() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    hparams = Borrowing(model)
+
+    def train(m: Any, h: Any, b: Any) -> Tensor:
+        return h(b) * m(b).square().mean()
+
+    problem = Problem(model, hparams, train, lambda m, h, b: (m(b) - 1).square().mean())
+    inner, outer = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD([hparams.a], lr=0.1)
+    optimizer = hoptim.BilevelOptimizer(inner, outer, problem, val_batches=[X], every=None)
+    for _ in range(3):
+        assert torch.equal(optimizer.loss(X), train(model, hparams, X))
+        optimizer.zero_grad()
+        optimizer.loss(X).backward()
+        optimizer.step()
+    assert optimizer.hyperstep().status.ok
+
+
+class Counting(nn.Linear):
+    """Keeps the state of a metric, and makes a buffer when it is first called."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1)
+        self.calls = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if not hasattr(self, "mask"):
+            self.register_buffer("mask", torch.ones(2))
+        return super().forward(x * self.mask)
+
+
+def test_what_a_forward_pass_counts_or_registers_is_not_there_afterwards() -> None:
+    problem = Problem(Counting(), HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
+    hoptim.hypergradient(problem, X, X)
+    assert problem.model.calls == 0
+    assert "mask" not in problem.model.state_dict()
+    problem.model(X)
+    hoptim.hypergradient(problem, X, X)
+    assert problem.model.calls == 1
+    assert "mask" in problem.model.state_dict()
+
+
+def test_a_wrapped_model_answers_in_a_loss_as_the_one_inside_does() -> None:
+    seen: list[Any] = []
+
+    def train(m: Any, h: Any, b: Any) -> Tensor:
+        other = copy.deepcopy(m)
+        seen.append((bool(m), repr(m), "bias" in dir(m), type(other), isinstance(m, nn.Linear)))
+        m.note = 1
+        del m.note
+        return mean_square(m, h, b)
+
+    inside = nn.Linear(2, 1)
+    Problem(nn.DataParallel(inside), HyperParameters({"a": torch.tensor(0.5)}), train, mean_square).loss(X)
+    assert seen == [(True, repr(inside), True, nn.Linear, True)]
