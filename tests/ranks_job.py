@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hoptim
 from hoptim.ranks import Ranks
+from hoptim.tracking import Console, JsonLines
 
 Answer = dict[str, Any]
 SIZE = 6  # examples of each rank
@@ -212,21 +213,59 @@ def accumulated(rank: int, size: int) -> Answer:
 
 
 def communication(rank: int, size: int) -> Answer:
-    """How many numbers go into each all-reduce of a hypergradient with five products."""
-    problem, sizes = wrapped(tiny()), []
+    """How many numbers go into each all-reduce of a hypergradient with five products, of one loss and of two."""
+    return {"one": counted(wrapped(tiny()), rank), "two": counted(wrapped(tiny(val=several)), rank)}
+
+
+def counted(problem: hoptim.Problem, rank: int) -> list[int]:
+    sizes: list[int] = []
     original = distributed.all_reduce
 
-    def counted(tensor: Tensor, *args: Any, **options: Any) -> Any:
+    def noting(tensor: Tensor, *args: Any, **options: Any) -> Any:
         sizes.append(tensor.numel())
         return original(tensor, *args, **options)
 
-    distributed.all_reduce = counted
+    distributed.all_reduce = noting
     try:
         method = hoptim.Implicit(hoptim.Neumann(terms=5, step_size=0.1))
         method(problem, shard(rank), val_shard(rank))
     finally:
         distributed.all_reduce = original
-    return {"sizes": sizes}
+    return sizes
+
+
+def logging(rank: int, size: int) -> Answer:
+    """Three hypersteps, written down by trackers that all ranks have."""
+    path = Path(sys.argv[1]) / "rows.jsonl"
+    optimizer = bilevel(wrapped(tiny()), VAL, every=1, hooks=[JsonLines(path=path), Console()])
+    for _ in range(3):
+        optimizer.loss(shard(rank)).backward()
+        optimizer.step()
+    return {"hypersteps": optimizer.hyper_steps}
+
+
+def normed() -> hoptim.Problem:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    def loss(m: Any, h: Any, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1]) + h["decay"] * sum(p.square().sum() for p in m.parameters())
+
+    return hoptim.Problem(model, nn.ParameterDict({"decay": torch.tensor(0.1)}), loss, loss)
+
+
+def synchronised_norm(rank: int, size: int) -> Answer:
+    """SyncBatchNorm, which torch has for GPUs alone: in training its own error, in evaluation that of BatchNorm."""
+    problem = normed()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(problem.model)
+    problem = hoptim.Problem(model, problem.hparams, problem.train_loss, problem.val_loss)
+    try:
+        hoptim.hypergradient(problem, shard(rank), val_shard(rank))
+        message = ""
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        message = str(error)
+    model.eval()
+    return {"message": message, "grads": hoptim.hypergradient(problem, shard(rank), val_shard(rank)).grads}
 
 
 def start(rank: int, size: int) -> Answer:
@@ -304,8 +343,12 @@ CASES = [
     communication,
     start,
     groups,
+    sharded,
+    alone,
+    wrapped_hyperparameters,
+    logging,
+    synchronised_norm,
 ]
-CASES += [sharded, alone]
 
 
 def main(folder: str) -> None:

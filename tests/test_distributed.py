@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +36,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         timeout=400,
     )
     assert process.returncode == 0, process.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return [{**one, "rows": (folder / "rows.jsonl").read_text(), "printed": process.stdout} for one in found]
 
 
 def train_of(size: int, step: int = 0) -> Any:
@@ -165,8 +168,25 @@ def test_accumulation_without_sync_sees_the_micro_batches_of_all_ranks(world: li
 def test_one_all_reduce_of_the_weights_size_a_product(world: list[dict[str, Any]]) -> None:
     """L_V, g and ∂L_V/∂λ; L_T and F; five products; the mixed product: eight, each with a flag for what may be missing."""
     weights, leaves, entries = 17, 3, 4
-    validation, gradient = 1 + weights + leaves + (1 + entries + 2), weights + 1 + entries + 1
-    assert equal_on_all_ranks(world, "communication")["sizes"] == [validation, gradient, *[weights] * 5, leaves + 2]
+    found = equal_on_all_ranks(world, "communication")
+    for losses, sizes in ((1, found["one"]), (2, found["two"])):
+        validation, gradient = losses * (1 + weights + leaves) + (1 + entries + 2), weights + 1 + entries + 1
+        assert sizes == [validation, gradient, *[losses * weights] * 5, losses * leaves + 2]
+
+
+def test_the_first_rank_alone_logs(world: list[dict[str, Any]]) -> None:
+    rows = [json.loads(line) for line in world[0]["rows"].splitlines()]
+    assert [row["hyper_step"] for row in rows] == [1, 2, 3]
+    assert [answers["logging"]["hypersteps"] for answers in world] == [3] * len(world)
+    assert len(re.findall(r"step \d+  val ", world[0]["printed"])) == 3
+
+
+def test_synchronised_norms_have_torchs_own_error_on_a_cpu_and_are_right_in_evaluation(world: list[dict[str, Any]]) -> None:
+    found, size = equal_on_all_ranks(world, "synchronised_norm"), len(world)
+    assert "SyncBatchNorm" in found["message"]
+    problem = job.normed()
+    problem.model.eval()
+    close(found, {"grads": hoptim.hypergradient(problem, train_of(size), val_of(size)).grads})
 
 
 def test_hyperparameters_start_alike_and_weights_that_are_apart_are_an_error(world: list[dict[str, Any]]) -> None:
