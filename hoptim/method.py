@@ -33,7 +33,7 @@ class Hypergradient:
     Attributes:
         grads: dL_V/dλ = direct + indirect, by the names of ``hparams.named_parameters()``: with respect to the leaves.
         direct: ∂L_V/∂λ; a view of a single zero where the validation loss does not depend on it.
-        indirect: −Bᵀx.
+        indirect: −Bᵀx; the very tensors of ``grads`` where the validation loss does not depend on them.
         solution: x, its status and its residuals.
         val_loss: L_V, on the device.
         train_loss: L_T, a scalar on the device.
@@ -228,7 +228,9 @@ def assembled(
     """∂L_V/∂λ − Bᵀx, with zeros for what was not touched; the host looks once, and a failed one is filled with NaN."""
     found = mixed(unread.value)
     direct, pulled = (_whole(part, leaves, validation.loss) for part in (validation.direct, found))
-    grads = trees.add(direct, pulled, alpha=-1.0)
+    indirect = dict(zip(leaves, torch._foreach_neg(list(pulled.values())), strict=True))
+    both = {name: part for name, part in direct.items() if validation.direct[name] is not None}
+    grads = indirect | (trees.add(both, indirect) if both else {})
     tensors = [validation.loss.sum(), train_loss, gradient_norm, trees.norm(grads)]
     device = unread.figures.device  # hyperparameters may live on another one
     figures = torch.cat([unread.figures, *(t.reshape(1).to(device) for t in tensors)]).tolist()
@@ -238,7 +240,7 @@ def assembled(
     result = Hypergradient(
         grads=grads,
         direct=direct,
-        indirect=dict(zip(leaves, torch._foreach_neg(list(pulled.values())), strict=True)),
+        indirect=indirect,
         solution=solution,
         val_loss=validation.loss,
         train_loss=train_loss,

@@ -138,7 +138,9 @@ def _attempted(
 def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> Unread:
     """α Σ_{j=0..K} (I − αAᵀ)^j g, stopped where it has converged or failed."""
     batched, A_T = A.is_batched(g), A.T
-    vector, total = trees.clone(g), trees.clone(g)
+    vector = total = g  # which the first term leaves alone, and with it a pass over the weights for each copy
+    if tolerance:
+        vector, total = trees.clone(g), trees.clone(g)
     parts = [trees.norm_parts(g, batched=batched)]  # norms are put together where they are looked at: it is cheaper
     active = start = trees.joined(parts)[0] if tolerance else parts[0][0]
     along: list[Tensor] = []
@@ -151,8 +153,9 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
             trees.axpy_(vector, product, -step * active)
             trees.axpy_(total, vector, active.to(start.dtype))
         else:
-            trees.add_(vector, product, alpha=-step)
-            trees.add_(total, vector)
+            plus = trees.add if vector is g else trees.add_
+            vector = plus(vector, product, alpha=-step)
+            total = plus(total, vector)
         parts.append(trees.norm_parts(vector, batched=batched))
         if tolerance:
             active = active & ~(trees.joined(parts[-1:])[0] <= tolerance * start)
@@ -161,7 +164,7 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
         if term % READ_EVERY == 0 and term < terms and _is_bad(trees.joined(parts)):
             break
     history = trees.joined(parts)
-    x, lead = trees.scale_(total, step), history.shape[1:].numel()
+    x, lead = trees.scale_(trees.clone(g) if total is g else total, step), history.shape[1:].numel()
 
     def read(found: list[float]) -> Solution:
         *norms, ends = [found[i : i + lead] for i in range(0, len(found), lead)] + ([] if along else [[0.0] * lead])
