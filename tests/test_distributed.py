@@ -55,7 +55,7 @@ def equal_on_all_ranks(world: list[dict[str, Any]], case: str) -> dict[str, Any]
     return answers[0]
 
 
-def close(found: dict[str, Any], expected: dict[str, Any], **tolerance: float) -> None:
+def assert_answer(found: dict[str, Any], expected: dict[str, Any], **tolerance: float) -> None:
     tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-12}
     for name, value in expected.items():
         if isinstance(value, (Tensor, dict)):
@@ -69,7 +69,7 @@ def test_hypergradient_is_that_of_the_joined_batch(world: list[dict[str, Any]], 
     found = equal_on_all_ranks(world, "methods")[method]
     expected = job.answer(tiny(), train_of(len(world)), val_of(len(world)), method)
     tolerance = {"rtol": 1e-5, "atol": 1e-7} if method == "differences" else {"rtol": 1e-9, "atol": 1e-12}
-    close(found, expected, **tolerance)
+    assert_answer(found, expected, **tolerance)
 
 
 @pytest.mark.parametrize("method", ["default", "unrolled"])
@@ -85,12 +85,12 @@ def test_vector_of_losses_goes_through_the_same_products(world: list[dict[str, A
         [tuple(part[rows] for part in job.val_shard(rank)) for rank in range(size)] for rows in (slice(4), slice(4, 8))
     ]
     val = joined([joined(half) for half in halves])
-    close(equal_on_all_ranks(world, "vector"), job.answer(tiny(val=job.several), train_of(size), val))
+    assert_answer(equal_on_all_ranks(world, "vector"), job.answer(tiny(val=job.several), train_of(size), val))
 
 
 def test_hyperparameters_may_be_wrapped_too(world: list[dict[str, Any]]) -> None:
     expected = job.answer(tiny(), train_of(len(world)), val_of(len(world)))
-    close(equal_on_all_ranks(world, "wrapped_hyperparameters"), expected)
+    assert_answer(equal_on_all_ranks(world, "wrapped_hyperparameters"), expected)
 
 
 def test_uneven_batches_count_as_their_means_do(world: list[dict[str, Any]]) -> None:
@@ -103,14 +103,14 @@ def test_uneven_batches_count_as_their_means_do(world: list[dict[str, Any]]) -> 
 
     uneven = hoptim.Problem(plain.model, plain.hparams, mean_of_means, plain.val_loss)
     shards = [job.shard(rank, size=job.SIZE - 2 * rank) for rank in range(size)]
-    close(equal_on_all_ranks(world, "uneven"), job.answer(uneven, shards, val_of(size), "neumann"))
+    assert_answer(equal_on_all_ranks(world, "uneven"), job.answer(uneven, shards, val_of(size), "neumann"))
 
 
 def test_averaged_curvature_is_that_of_all_batches_of_all_ranks(world: list[dict[str, Any]]) -> None:
     method = hoptim.Implicit(hoptim.CG(terms=9), curvature=hoptim.Averaged(batches=2), damping=0.5)
     size = len(world)
     expected = hoptim.hypergradient(tiny(), train_of(size), val_of(size), method, train_batches=[train_of(size, 1)])
-    close(equal_on_all_ranks(world, "averaged"), {"grads": expected.grads})
+    assert_answer(equal_on_all_ranks(world, "averaged"), {"grads": expected.grads})
 
 
 def test_weights_and_hyperparameters_that_only_some_ranks_touch(world: list[dict[str, Any]]) -> None:
@@ -140,7 +140,7 @@ def test_after_200_hypersteps_all_ranks_hold_the_same_bits_and_those_of_one_proc
         optimizer.loss(train_of(size, step % 7)).backward()
         optimizer.step()
     assert found["hypersteps"] == 200
-    close(found, job.end(optimizer), rtol=1e-6, atol=1e-9)
+    assert_answer(found, job.end(optimizer), rtol=1e-6, atol=1e-9)
 
 
 def test_steps_that_were_taken_together_are_unrolled_together(world: list[dict[str, Any]]) -> None:
@@ -151,7 +151,7 @@ def test_steps_that_were_taken_together_are_unrolled_together(world: list[dict[s
         optimizer.loss(train_of(size, step)).backward()
         optimizer.step()
     assert found["status"] == "FINISHED"
-    close(found, job.end(optimizer), rtol=1e-6, atol=1e-9)
+    assert_answer(found, job.end(optimizer), rtol=1e-6, atol=1e-9)
 
 
 def test_accumulation_without_sync_sees_the_micro_batches_of_all_ranks(world: list[dict[str, Any]]) -> None:
@@ -162,7 +162,7 @@ def test_accumulation_without_sync_sees_the_micro_batches_of_all_ranks(world: li
         optimizer.zero_grad()
         optimizer.loss(joined([train_of(size, 2 * step), train_of(size, 2 * step + 1)])).backward()
         optimizer.step()
-    close(found, job.end(optimizer), rtol=1e-6, atol=1e-9)
+    assert_answer(found, job.end(optimizer), rtol=1e-6, atol=1e-9)
 
 
 def test_one_all_reduce_of_the_weights_size_a_product(world: list[dict[str, Any]]) -> None:
@@ -186,7 +186,7 @@ def test_synchronised_norms_have_torchs_own_error_on_a_cpu_and_are_right_in_eval
     assert "SyncBatchNorm" in found["message"]
     problem = job.normed()
     problem.model.eval()
-    close(found, {"grads": hoptim.hypergradient(problem, train_of(size), val_of(size)).grads})
+    assert_answer(found, {"grads": hoptim.hypergradient(problem, train_of(size), val_of(size)).grads})
 
 
 def test_hyperparameters_start_alike_and_weights_that_are_apart_are_an_error(world: list[dict[str, Any]]) -> None:
@@ -211,7 +211,7 @@ def test_a_group_of_some_ranks(world: list[dict[str, Any]]) -> None:
     pair = job.answer(tiny(), train_of(2), val_of(2))
     for rank, answers in enumerate(world):
         single = job.answer(tiny(), job.shard(rank), job.val_shard(rank))
-        close(answers["groups"], pair if rank < 2 else single)
+        assert_answer(answers["groups"], pair if rank < 2 else single)
         assert answers["groups"]["size"] == (2 if rank < 2 else 1)
 
 
