@@ -142,7 +142,8 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, kills, processes):
 
 
 @pytest.mark.slow
-def test_fifty_kills(tmp_path):
-    counts = experiment(tmp_path, kills=50, seed=0)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fifty_kills(tmp_path, processes):
+    counts = experiment(tmp_path, kills=50, seed=0, processes=processes)
     print(dict(counts))
     assert counts["kills"] == 50
