@@ -90,7 +90,6 @@ class BilevelOptimizer(Around):
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
         checks.check_optimizers(inner, outer, problem)
-        self._left = checks.warn_of_left(inner, outer, problem)
         checks.check_schedule(every, warmup, on_failure)
         checks.check_strategies(hypergradient, hooks, every)
         super().__init__()
@@ -100,7 +99,7 @@ class BilevelOptimizer(Around):
         self.val_weights = checks.check_weights(val_weights)
         self.val_batches = Batches(val_batches, "val_batches")
         self.train_batches = None if train_batches is None else Batches(train_batches, "train_batches")
-        self._progress = Progress()
+        self._progress = Progress(left=checks.warn_of_left(inner, outer, problem))
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
         self.register_state_dict_post_hook(_add_state)
 
@@ -157,7 +156,7 @@ class BilevelOptimizer(Around):
         with noted(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
             self.problem.check_learned()
             checks.check_optimizers(self.inner, self.outer, self.problem)  # again: layers may have been replaced since
-            self._left = checks.warn_of_left(self.inner, self.outer, self.problem, known=self._left)
+            progress.left = checks.warn_of_left(self.inner, self.outer, self.problem, known=progress.left)
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         if not progress.hyper_steps:
             result.check_touched()

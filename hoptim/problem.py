@@ -99,9 +99,11 @@ class Problem:
             the ``DistributedDataParallel``, else all, where ``torch.distributed`` is initialised; ``None``: this one alone.
 
     Raises:
-        TypeError: ``model`` or ``hparams`` is no module, or a loss can't be called with (model, hparams, batch).
-        ValueError: there is no weight or no hyperparameter to learn, or a tensor is both. When called, a loss that returns
-            no real scalar, or that writes into weights or hyperparameters instead of only reading them.
+        TypeError: ``model`` or ``hparams`` is no module, a loss can't be called with (model, hparams, batch), or a weight is
+            complex or sharded.
+        ValueError: there is no weight or no hyperparameter to learn, one has no values yet, or a tensor is both. When
+            called, a loss that returns no real scalar, that writes into weights or hyperparameters instead of only reading
+            them, or that uses others than those it is given.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590).
 

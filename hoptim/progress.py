@@ -97,6 +97,7 @@ class Progress:
     record: Record | None = None
     window: Window = field(default_factory=Window)
     warned: set[Status] = field(default_factory=set)
+    left: list[tuple[str, str]] = field(default_factory=list)  # what neither optimizer held, and was warned of
     recorder: Recorder = field(default_factory=Recorder)
 
     def cleared(self) -> None:

@@ -190,7 +190,7 @@ class Dense:
         return self.direct - self.B.T @ x
 
 
-def close(found: Tensor, expected: Tensor, rtol: float = 1e-7) -> None:
+def assert_near(found: Tensor, expected: Tensor, rtol: float = 1e-7) -> None:
     """Equal up to ``rtol`` of the length of the whole vector."""
     assert expected.isfinite().all()
     assert (found - expected).norm() <= rtol * (1 + expected.norm()), f"{found}\n{expected}"
@@ -231,7 +231,7 @@ def test_it_is_linear_in_the_validation_loss(solver: str, curvature: str, net: N
     method = implicit(LINEAR[solver](dense, damping), curvature, damping)
     found = [flat(net.gradient(method, val).grads) for val in (squares, cosines)]
     both = net.gradient(method, lambda m, h, b_: a * squares(m, h, b_) + b * cosines(m, h, b_))
-    close(flat(both.grads), a * found[0] + b * found[1], PRECISION[curvature])
+    assert_near(flat(both.grads), a * found[0] + b * found[1], PRECISION[curvature])
 
 
 @given(net=nets, a=factors, b=factors)
@@ -243,7 +243,7 @@ def test_unrolled_steps_are_linear_in_the_validation_loss(net: Net, a: float, b:
         return flat(hoptim.hypergradient(problem, *batches, hoptim.Unrolled(3), inner=sgd(problem)).grads)
 
     both = unrolled(lambda m, h, b_: a * squares(m, h, b_) + b * cosines(m, h, b_))
-    close(both, a * unrolled(squares) + b * unrolled(cosines))
+    assert_near(both, a * unrolled(squares) + b * unrolled(cosines))
 
 
 # Blind to how units are numbered and modules are named ---------------------------------------------------------------------
@@ -270,8 +270,8 @@ def compared(net: Net, other: Net, method: Any, rtol: float = 1e-7) -> None:
     assert found.solution.status is moved.solution.status
     if not found.solution.status.ok:
         return
-    close(flat(other.reordered(found.grads)), flat({name: moved.grads[name] for name in net.initial("", 0.0)}), rtol)
-    close(found.grads["example"], moved.grads["example"], rtol)
+    assert_near(flat(other.reordered(found.grads)), flat({name: moved.grads[name] for name in net.initial("", 0.0)}), rtol)
+    assert_near(found.grads["example"], moved.grads["example"], rtol)
 
 
 @curvatures
@@ -317,8 +317,8 @@ def test_losses_at_once_have_the_hypergradients_of_each_by_itself(solver: str, c
     if not all(one.solution.status.ok for one in each):
         assert not whole.solution.status.ok
         return
-    close(flat(whole.grads, (3,)), torch.stack([flat(one.grads) for one in each]), PRECISION[curvature])
-    close(whole.val_loss, torch.stack([one.val_loss for one in each]))
+    assert_near(flat(whole.grads, (3,)), torch.stack([flat(one.grads) for one in each]), PRECISION[curvature])
+    assert_near(whole.val_loss, torch.stack([one.val_loss for one in each]))
 
 
 # The dense answer ----------------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_what_is_solved_is_the_dense_answer(solver: str, curvature: str, net: Ne
     tolerance = 1e-7 if curvature == "differences" else 1e-11
     result = net.gradient(implicit(SOLVED[solver](terms=400, tolerance=tolerance, **options), curvature, damping))
     assert result.solution.status.ok
-    close(flat(result.grads), dense.answer(dense.solved(damping)), PRECISION[curvature])
+    assert_near(flat(result.grads), dense.answer(dense.solved(damping)), PRECISION[curvature])
 
 
 @curvatures
@@ -347,7 +347,7 @@ def test_neumann_is_its_polynomial(curvature: str, net: Net, terms: int, share: 
     dense = Dense.of(net, gauss_newton=curvature == "gauss_newton")
     step = share / (dense.top() + damping)
     result = net.gradient(implicit(Neumann(terms=terms, step_size=step), curvature, damping))
-    close(flat(result.grads), dense.answer(dense.polynomial(terms, step, damping)), PRECISION[curvature])
+    assert_near(flat(result.grads), dense.answer(dense.polynomial(terms, step, damping)), PRECISION[curvature])
 
 
 @given(net=nets, rho=st.floats(0.1, 1), damping=st.floats(0, 1))
@@ -355,14 +355,14 @@ def test_neumann_is_its_polynomial(curvature: str, net: Net, terms: int, share: 
 def test_nystrom_of_full_rank_is_the_dense_answer(net: Net, rho: float, damping: float) -> None:
     dense = Dense.of(net, gauss_newton=True)
     result = net.gradient(implicit(Nystrom(rank=100, rho=rho), "gauss_newton", damping))
-    close(flat(result.grads), dense.answer(dense.solved(damping + rho)))
+    assert_near(flat(result.grads), dense.answer(dense.solved(damping + rho)))
 
 
 @given(net=nets)
 @examples(6)
 def test_identity_takes_g_for_x(net: Net) -> None:
     dense = Dense.of(net)
-    close(flat(net.gradient(implicit(Identity())).grads), dense.answer(dense.g))
+    assert_near(flat(net.gradient(implicit(Identity())).grads), dense.answer(dense.g))
 
 
 @given(net=nets, steps=st.integers(1, 5))
@@ -390,7 +390,7 @@ def test_unrolled_steps_are_a_plain_loop_differentiated(net: Net, steps: int) ->
     for checkpoint in (False, True):
         method = hoptim.Unrolled(steps, checkpoint=checkpoint)
         found = hoptim.hypergradient(problem, (x, y), (x_val, y_val), method, inner=sgd(problem))
-        close(flat(found.grads), flat(expected))
+        assert_near(flat(found.grads), flat(expected))
 
 
 # The scale of the training loss, and no trace ------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_the_training_losss_scale_cancels(solver: str, curvature: str, net: Net,
     one, other = net.gradient(method), net.gradient(method, scale=scale)
     assert one.solution.status is other.solution.status
     if one.solution.status.ok:
-        close(flat(other.grads), flat(one.grads), 1e-6)
+        assert_near(flat(other.grads), flat(one.grads), 1e-6)
 
 
 TRACELESS = {
