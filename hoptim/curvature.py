@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hoptim import trees
-from hoptim.graphs import pulled_back
+from hoptim.graphs import Pullback
 from hoptim.operators import Operator, Symmetric
 from hoptim.parts import Parts
 from hoptim.problem import CompositeLoss
@@ -135,17 +135,20 @@ class GaussNewton(_Graph):
         pulled = trees.present(_graph_of(z, u, weights)) if parts.z.requires_grad else {}
         penalty = {} if parts.penalty is None else _penalty_gradient(parts.penalty, weights)
 
+        along, curved, back, second = (
+            Pullback(*ends) for ends in ((pulled, u), (slope, at), (z, weights), (penalty, weights))
+        )
+        bends = bool(pulled) and slope["z"].requires_grad
+
         def product(v: Tree, batched: bool) -> Tree:
-            found = {name: torch.zeros_like(value) for name, value in v.items()}
-            if pulled and slope["z"].requires_grad:
-                Jv = pulled_back(pulled, v, u, batched=batched)["z"]
-                HJv = None if Jv is None else pulled_back(slope, {"z": Jv}, at, batched=batched)["z"]
-                if HJv is not None:
-                    found |= trees.present(pulled_back(z, {"z": HJv}, weights, batched=batched))
+            found: Found = dict.fromkeys(v)
+            Jv = along(v, batched)["z"] if bends else None
+            HJv = None if Jv is None else curved({"z": Jv}, batched)["z"]
+            if HJv is not None:
+                found = back({"z": HJv}, batched)
             if penalty:
-                second = trees.present(pulled_back(penalty, v, weights, batched=batched))
-                found |= {name: found[name] + part for name, part in second.items()}
-            return found
+                found = {name: trees.sum_of(found[name], part) for name, part in second(v, batched).items()}
+            return trees.filled(found, v)
 
         return symmetric(product, weights, "Gauss-Newton")
 

@@ -14,6 +14,8 @@ from hoptim.trees import Found, Tree
 _WRONG_AT_ONCE = "NativeGroupNorm"  # torch's rule for several vectors at once fails here, or answers wrongly
 _KEY = "hoptim: one by one"
 
+Tensors = tuple[Tensor, ...]
+
 
 def nodes(ends: Iterable[Tensor]) -> set[Any]:
     """All that autograd may go through from here.
@@ -48,51 +50,74 @@ def not_twice(why: str) -> TypeError:
 
 
 def pulled_back(outputs: Tree, v: Tree, inputs: Tree, *, batched: bool) -> Found:
-    """vᵀ ∂outputs/∂inputs through a graph that is kept; ``batched``: R products, at once where torch can.
+    """vᵀ ∂outputs/∂inputs, once."""
+    return Pullback(outputs, inputs)(v, batched)
+
+
+class Pullback:
+    """v ↦ vᵀ ∂outputs/∂inputs through a graph that is kept; with ``batched`` for R vectors, at once where torch can.
 
     Raises:
-        TypeError: an operation has no second derivative.
+        TypeError: when called, an operation has no second derivative.
+
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> Pullback({"w": w**2}, {"w": w})({"w": torch.tensor([1.0, 3.0])})
+    {'w': tensor([2., 6.])}
     """
-    try:
-        if not batched:
-            return _one(outputs, v, inputs)
-        return _row_by_row(outputs, v, inputs) if _is_wrong_at_once(outputs) else _at_once(outputs, v, inputs)
-    except RuntimeError as error:
-        if "derivative" in str(error) and "is not implemented" in str(error):
-            raise not_twice(str(error).rstrip(".")) from error
-        if not batched:
-            raise
-    return _row_by_row(outputs, v, inputs)  # an operation without a rule for several at once
+
+    def __init__(self, outputs: Tree, inputs: Tree) -> None:
+        self._names, self._ends = tuple(outputs), tuple(outputs.values())
+        self._keys, self._inputs = tuple(inputs), tuple(inputs.values())
+        on_cpu = all(end.device.type == "cpu" for end in self._ends)
+        self._back = _run if on_cpu else _autograd
+
+    def __call__(self, v: Tree, batched: bool = False) -> Found:
+        """The product, by the names of the inputs; ``None`` for one that the outputs do not depend on."""
+        if not self._ends or not self._inputs:
+            return dict.fromkeys(self._keys)
+        try:
+            if not batched:
+                return self._one(v)
+            return self._row_by_row(v) if _is_wrong_at_once(self._ends) else self._at_once(v)
+        except RuntimeError as error:
+            if "derivative" in str(error) and "is not implemented" in str(error):
+                raise not_twice(str(error).rstrip(".")) from error
+            if not batched:
+                raise
+        return self._row_by_row(v)  # an operation without a rule for several at once
+
+    def _one(self, v: Tree) -> Found:
+        return dict(
+            zip(self._keys, self._back(self._ends, tuple([v[name] for name in self._names]), self._inputs), strict=True)
+        )
+
+    def _at_once(self, v: Tree) -> Found:
+        vectors = [v[name] for name in self._names]
+        options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
+        return dict(zip(self._keys, torch.autograd.grad(self._ends, self._inputs, vectors, **options), strict=True))
+
+    def _row_by_row(self, v: Tree) -> Found:
+        return trees.stack_found([self._one(trees.part(v, row)) for row in range(trees.length(v))])
 
 
-def _one(outputs: Tree, v: Tree, inputs: Tree) -> Found:
-    ends, vectors = tuple(outputs.values()), tuple(v[name] for name in outputs)
-    if _engine is not None:  # autograd.grad without what it looks at each time: a tenth of a small product
-        found = _engine(ends, vectors, True, False, tuple(inputs.values()), True, accumulate_grad=False)
-    else:
-        found = torch.autograd.grad(ends, list(inputs.values()), vectors, retain_graph=True, allow_unused=True)
-    return dict(zip(inputs, found, strict=True))
+def _autograd(ends: Tensors, vectors: Tensors, inputs: Tensors) -> Tensors:
+    return torch.autograd.grad(ends, inputs, vectors, retain_graph=True, allow_unused=True)
 
 
-def _at_once(outputs: Tree, v: Tree, inputs: Tree) -> Found:
-    ends, vectors = tuple(outputs.values()), tuple(v[name] for name in outputs)
-    found = torch.autograd.grad(
-        ends, list(inputs.values()), vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
-    )
-    return dict(zip(inputs, found, strict=True))
+def _engine(ends: Tensors, vectors: Tensors, inputs: Tensors) -> Tensors:
+    """As ``autograd.grad``, without what that looks at and keeps for other threads each time: a tenth of a small product."""
+    return tuple(_BACKWARD(ends, vectors, True, False, inputs, True, accumulate_grad=False))
 
 
-def _row_by_row(outputs: Tree, v: Tree, inputs: Tree) -> Found:
-    return trees.stack_found([_one(outputs, trees.part(v, row), inputs) for row in range(trees.length(v))])
-
-
-def _is_wrong_at_once(outputs: Tree) -> bool:
+def _is_wrong_at_once(ends: Tensors) -> bool:
     """Looked up in the graph once, and written down there."""
-    first: Any = next(iter(outputs.values())).grad_fn
+    first: Any = ends[0].grad_fn
     known = {} if first is None else first.metadata
     if _KEY not in known:
-        known[_KEY] = any(node.name().startswith(_WRONG_AT_ONCE) for node in nodes(outputs.values()))
+        known[_KEY] = any(node.name().startswith(_WRONG_AT_ONCE) for node in nodes(ends))
     return bool(known[_KEY])
 
 
-_engine = getattr(torch.autograd.graph, "_engine_run_backward", None)  # private; without it autograd.grad serves
+# Private; without it autograd.grad serves. On a CPU a backward pass stays in the thread that asks for it.
+_BACKWARD: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+_run = _autograd if _BACKWARD is None else _engine

@@ -92,19 +92,20 @@ class Implicit(Method):
     ) -> Hypergradient:
         """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
         loop = loop or Loop()
-        point, chosen = Point.of(problem, train_batch, loop.draw), self.chosen(problem)
+        chosen = self.chosen(problem)
 
         def implicit(gradient: Linearized) -> Hypergradient:
             F = self.condition(gradient, point, loop.inner)
             _check_weights(F)
             unread = self._solved(chosen.solver, F, validation, point, loop.inner, state)
 
-            def mixed(x: Tree) -> Found:
-                return F.mixed(trees.cast(x, F.A.like))
+            def pulled(x: Tree) -> Found:
+                return F.mixed(trees.cast(trees.negative(x), F.A.like))
 
-            return assembled(validation, point.leaves, unread, mixed, F.loss, trees.norm(F.value))
+            return assembled(validation, point.leaves, unread, pulled, F.loss, F.value)
 
         with problem.untouched():
+            point = Point.of(problem, train_batch, loop.draw)
             validation = validate(problem, point.weights, point.leaves, val_batch)
             return chosen.curvature.linearize(point, lambda local: implicit(over_ranks(local, problem.ranks, point)))
 

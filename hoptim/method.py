@@ -221,22 +221,28 @@ def assembled(
     validation: Validation,
     leaves: Tree,
     unread: Unread,
-    mixed: Callable[[Tree], Found],
+    pulled: Callable[[Tree], Found],
     train_loss: Tensor,
-    gradient_norm: Tensor,
+    value: Tree,
 ) -> Hypergradient:
-    """∂L_V/∂λ − Bᵀx, with zeros for what was not touched; the host looks once, and a failed one is filled with NaN."""
-    found = mixed(unread.value)
-    direct, pulled = (_whole(part, leaves, validation.loss) for part in (validation.direct, found))
-    indirect = dict(zip(leaves, torch._foreach_neg(list(pulled.values())), strict=True))
+    """∂L_V/∂λ + ``pulled(x)``, which is −Bᵀx, with zeros for what was not touched; ``value`` is F.
+
+    The host looks once, also at what the solver left for it; a failed one is filled with NaN.
+    """
+    found = pulled(unread.value)
+    direct, indirect = (_whole(part, leaves, validation.loss) for part in (validation.direct, found))
     both = {name: part for name, part in direct.items() if validation.direct[name] is not None}
     grads = indirect | (trees.add(both, indirect) if both else {})
-    tensors = [validation.loss.sum(), train_loss, gradient_norm, trees.norm(grads)]
+    norms = [trees.norm_parts(value), trees.norm_parts(grads)]
+    tensors = [validation.loss.sum(), train_loss, *norms[0], *norms[1]]
     device = unread.figures.device  # hyperparameters may live on another one
-    figures = torch.cat([unread.figures, *(t.reshape(1).to(device) for t in tensors)]).tolist()
-    solution = unread.read(figures[:-4])
+    small = torch.stack([t if t.device == device else t.to(device) for t in tensors])
+    figures = torch.cat([unread.figures, small]).tolist()
+    rest = figures[len(unread.figures) :]
+    solution = unread.read(figures[: len(unread.figures)])
     if solution.value is not unread.value:  # what was read asked for another attempt
-        return assembled(validation, leaves, Unread.known(solution), mixed, train_loss, gradient_norm)
+        return assembled(validation, leaves, Unread.known(solution), pulled, train_loss, value)
+    gradient, length = math.hypot(*rest[2 : 2 + len(value)]), math.hypot(*rest[2 + len(value) :])
     result = Hypergradient(
         grads=grads,
         direct=direct,
@@ -244,10 +250,10 @@ def assembled(
         solution=solution,
         val_loss=validation.loss,
         train_loss=train_loss,
-        gradient_norm=gradient_norm,
+        gradient_norm=train_loss.new_tensor(gradient),
         untouched=tuple(name for name in leaves if validation.direct[name] is None and found[name] is None),
     )
-    return _judged(result, *figures[-4:])
+    return _judged(result, rest[0], rest[1], gradient, length)
 
 
 def _whole(found: Found, leaves: Tree, loss: Tensor) -> Tree:

@@ -15,7 +15,7 @@ from hoptim.batches import MicroBatches
 from hoptim.contract import check_apart, check_real, check_takes, left_alone, losses, noted, scalar
 from hoptim.graphs import check_given
 from hoptim.hparams import HyperParameters
-from hoptim.modules import as_function, in_place_of, renormed, without_cudnn_rnns
+from hoptim.modules import as_function, in_place_of, parts_of, renormed, without_cudnn_rnns
 from hoptim.options import kind
 from hoptim.parts import Parts, mean_loss
 from hoptim.precision import full_precision, of_losses
@@ -84,6 +84,20 @@ class CompositeLoss:
         return value if parts.penalty is None else value + parts.penalty
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """The modules and parameters of a problem as they stand."""
+
+    parts: list[nn.Module]
+    weights: dict[str, nn.Parameter]
+    leaves: dict[str, nn.Parameter]
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Standing:
+        model, hparams = problem.model, problem.hparams
+        return cls(parts_of(model, hparams), dict(model.named_parameters()), dict(hparams.named_parameters()))
+
+
 class Problem:
     """A bilevel problem: min over λ of L_V(λ, w*(λ)), where w*(λ) minimises L_T(w, λ).
 
@@ -116,6 +130,8 @@ class Problem:
     (['weight'], ['decay'])
     """
 
+    _standing: _Standing | None = None  # where it has been looked through, and no others stand in their places
+
     def __init__(
         self, model: nn.Module, hparams: nn.Module, train_loss: Loss, val_loss: Loss, *, process_group: Any = "auto"
     ) -> None:
@@ -146,11 +162,15 @@ class Problem:
 
     def weights(self) -> Tree:
         """The live weights w that require a gradient, by the model's names."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        now = self._standing
+        live = self.model.named_parameters() if now is None else now.weights.items()
+        return {name: p for name, p in live if p.requires_grad}
 
     def leaves(self) -> Tree:
         """The live unconstrained hyperparameters that require a gradient, by the names of ``hparams``."""
-        return {name: p for name, p in self.hparams.named_parameters() if p.requires_grad}
+        now = self._standing
+        live = self.hparams.named_parameters() if now is None else now.leaves.items()
+        return {name: p for name, p in live if p.requires_grad}
 
     def loss(self, batch: Any) -> Tensor:
         """L_T on the live model, for the inner step: hyperparameters are constants here, and pay nothing."""
@@ -166,19 +186,19 @@ class Problem:
         Buffers are clones; modes and plain attributes are put back. Backward passes belong inside ``then``: activation
         checkpointing runs the model again during one, and has to find the same tensors, buffers and modes.
         """
-        first, parts = name not in self._looked_at, list(self.joint.modules())
-        live, live_leaves = dict(self.model.named_parameters()), dict(self.hparams.named_parameters())
+        now, first = self._standing or _Standing.of(self), name not in self._looked_at
+        parts, live = now.parts, now.weights
         frozen = {key: p for key, p in live.items() if not p.requires_grad}
         given = {id(live[key]): value for key, value in weights.items()}
         for p in renormed(parts):  # a forward pass writes into these
             given[id(p)] = given.get(id(p), p.detach()).clone()
-        given |= {id(live_leaves[key]): value for key, value in leaves.items()}
+        given |= {id(now.leaves[key]): value for key, value in leaves.items()}
         given |= {id(buffer): buffer.clone() for part in parts for buffer in part._buffers.values() if buffer is not None}
-        with as_function(parts), uncompiled(), in_place_of(parts, given):
+        with as_function(parts), in_place_of(parts, given), self._standing_as(None):
             with of_losses(), left_alone(name, frozen | weights, leaves, values=first):
                 value, taken_apart = self._taken(name, batch)
             if first:
-                past = {key: p for key, p in (live | live_leaves).items() if given.get(id(p), p) is not p}
+                past = {key: p for key, p in (live | now.leaves).items() if given.get(id(p), p) is not p}
                 check_given(name, value, {id(p): key for key, p in past.items()})
                 self._looked_at.add(name)
             return then(value, taken_apart)
@@ -228,11 +248,22 @@ class Problem:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
-        devices = [torch.device(name) for name in self.generators() if name != "cpu"]
-        forked = torch.random.fork_rng(devices=devices)
-        unfused, plain = sdpa_kernel(SDPBackend.MATH), without_cudnn_rnns(self.model)
-        with forked, torch.enable_grad(), unfused, plain, full_precision():
+        states, now = self.generators(), _Standing.of(self)
+        unfused, plain = sdpa_kernel(SDPBackend.MATH), without_cudnn_rnns(now.parts)
+        try:
+            with torch.enable_grad(), unfused, plain, uncompiled(), full_precision(), self._standing_as(now):
+                yield
+        finally:
+            set_generators(states)
+
+    @contextmanager
+    def _standing_as(self, now: _Standing | None) -> Iterator[None]:
+        """Inside, it need not be looked through again; ``None``: others stand in the places, and it must."""
+        outside, self._standing = self._standing, now
+        try:
             yield
+        finally:
+            self._standing = outside
 
 
 def _noted(name: str, batch: Any) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from hoptim import trees
-from hoptim.graphs import nodes, not_twice, pulled_back
+from hoptim.graphs import Pullback, nodes, not_twice
 from hoptim.operators import Operator, OverRanks, Symmetric, rows
 from hoptim.options import kind
 from hoptim.parts import Parts
@@ -149,25 +149,23 @@ class StationarityGraph:
         self._outputs = {name: value for name, value in self.value.items() if value.requires_grad}
         self.untouched_weights = [name for name, gradient in found.items() if gradient is None]
 
-    def vjp(self, v: Tree, inputs: Tree, *, batched: bool = False) -> Found:
-        """vᵀ ∂F/∂inputs; ``None`` for an input that F does not depend on. ``batched``: R products in one vmapped pass."""
-        outputs = self._outputs
-        if not outputs or not inputs:
-            return dict.fromkeys(inputs)
-        return pulled_back(outputs, v, inputs, batched=batched)
+    def vjp(self, inputs: Tree) -> Pullback:
+        """v ↦ vᵀ ∂F/∂inputs; ``None`` for an input that F does not depend on."""
+        return Pullback(self._outputs, inputs)
 
     def jacobian(self) -> Operator:
         """A = ∂F/∂w = the Hessian of L_T: symmetric, so that vᵀA is A v."""
+        vjp = self.vjp(self.weights)
 
         def product(v: Tree, batched: bool) -> Tree:
-            return trees.filled(self.vjp(v, self.weights, batched=batched), v)
+            return trees.filled(vjp(v, batched), v)
 
         return symmetric(product, self.weights, "Hessian")
 
     def mixed(self, x: Tree) -> Found:
         """Bᵀx, shaped as λ, or R of them; ``None`` for a hyperparameter that F does not depend on."""
         name, value = next(iter(x.items()))
-        return self.vjp(x, self.leaves, batched=value.ndim > self.weights[name].ndim)
+        return self.vjp(self.leaves)(x, value.ndim > self.weights[name].ndim)
 
 
 def check_dense(gradients: Mapping[str, Tensor | None]) -> None:
@@ -210,7 +208,7 @@ def _off_differences(problem: Problem, weights: Tree, leaves: Tree, batch: Any) 
     def at(moved: Tree, twice: bool) -> Tree:
         def inside(loss: Tensor, _: Any) -> Tree:
             graph = StationarityGraph(loss, moved, leaves)
-            found = graph.vjp({name: v[name] for name in graph.value}, graph.weights) if twice else graph.value
+            found = graph.vjp(graph.weights)(v) if twice else graph.value
             return trees.map_tree(torch.Tensor.detach, trees.filled(found, weights))
 
         with problem.untouched():  # from the same random state each time

@@ -132,6 +132,11 @@ def times(x: Tree, y: Tree) -> Tree:
     return {name: value * y[name] for name, value in x.items()}
 
 
+def negative(x: Tree) -> Tree:
+    """−x, a new vector."""
+    return dict(zip(x, torch._foreach_neg(list(x.values())), strict=True))
+
+
 def scale_(x: Tree, alpha: float) -> Tree:
     """x ← alpha·x, in place; returns ``x``."""
     torch._foreach_mul_(list(x.values()), alpha)
@@ -144,9 +149,14 @@ def dot(x: Tree, y: Tree, *, batched: bool = False) -> Tensor:
     >>> dot({"w": torch.ones(3), "b": torch.ones(1)}, {"w": torch.full((3,), 2.0), "b": torch.ones(1)})
     tensor(7.)
     """
+    return torch.stack(dot_parts(x, y, batched=batched)).sum(0)
+
+
+def dot_parts(x: Tree, y: Tree, *, batched: bool = False) -> list[Tensor]:
+    """⟨x, y⟩ for each entry: what a dot product is the sum of."""
     if batched:
-        return torch.stack([(x[name] * y[name]).reshape(len(x[name]), -1).sum(1) for name in x]).sum(0)
-    return torch.stack([torch.dot(x[name].flatten(), y[name].flatten()) for name in x]).sum()
+        return [(x[name] * y[name]).reshape(len(x[name]), -1).sum(1) for name in x]
+    return [torch.dot(x[name].flatten(), y[name].flatten()) for name in x]
 
 
 def norm(x: Tree, *, batched: bool = False) -> Tensor:

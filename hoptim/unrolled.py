@@ -88,8 +88,7 @@ class Unrolled(Method):
             back = _back(problem, way, places, stride, leaves, {n: validation.g[n] for n in end.weights})
             solution = _judged(back, self.steps, replayed=None if taken is None else _missed(way, end, problem.weights()))
             total = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
-            mixed = {name: None if part is None else -part for name, part in total.items()}
-            return assembled(validation, leaves, Unread.known(solution), lambda _: mixed, loss, trees.norm(slope))
+            return assembled(validation, leaves, Unread.known(solution), lambda _: total, loss, slope)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,7 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
     for term in range(1, terms + 1):
         product = A_T @ vector
         if term == terms:
-            along = [trees.dot(vector, product, batched=batched)]
+            along = trees.dot_parts(vector, product, batched=batched)
         if tolerance:  # what has converged is frozen by coefficients of zero, so that the host need not look
             active = active > 0
             trees.axpy_(vector, product, -step * active)
@@ -161,30 +161,34 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
             active = active & ~(trees.joined(parts[-1:])[0] <= tolerance * start)
             if time_to_look(term, terms, start) and not bool(active.any()):
                 break
-        if term % READ_EVERY == 0 and term < terms and _is_bad(trees.joined(parts)):
+        if term % READ_EVERY == 0 and terms - term >= READ_EVERY and _is_bad(trees.joined(parts)):
             break
-    history = trees.joined(parts)
-    x, lead = trees.scale_(trees.clone(g) if total is g else total, step), history.shape[1:].numel()
+    x, last = trees.scale_(trees.clone(g) if total is g else total, step), along or [torch.zeros_like(parts[0][0])]
+    figures = torch.stack([part for vector_parts in (*parts, last) for part in vector_parts])
 
     def read(found: list[float]) -> Solution:
-        *norms, ends = [found[i : i + lead] for i in range(0, len(found), lead)] + ([] if along else [[0.0] * lead])
+        lead, size = figures[0].numel(), len(parts[0])
+        rows = [found[i : i + lead] for i in range(0, len(found), lead)]  # of partial norms, by vector and by entry
+        norms = [list(map(math.hypot, *rows[i : i + size])) for i in range(0, size * len(parts), size)]
         bad, told = _bad_row(norms), State()
         if bad is None:
+            ends = [sum(parts_of_one) for parts_of_one in zip(*rows[size * len(parts) :], strict=True)]
             curvatures = [a / n / n if n else 0.0 for a, n in zip(ends, norms[-2:][0], strict=True)]
             status, detail = _remark(A, norms, curvatures, step, tolerance)
         else:
-            status, detail, told = _diagnose(A, g, step, history, bad)
+            status, detail, told = _diagnose(A, g, step, norms, bad)
+        residuals = [[norm / (start or 1.0) for norm, start in zip(row, norms[0], strict=True)] for row in norms[1:]]
         return Solution(
             value=x,
             status=status,
             detail=detail,
-            residuals=history[1:] / torch.where(history[0] > 0, history[0], 1.0),
-            products=len(history) - 1 + (bad or 0),
+            residuals=figures.new_tensor(residuals).reshape(len(residuals), *figures.shape[1:]),
+            products=len(norms) - 1 + (bad or 0),
             step_size=step,
             state=told,
         )
 
-    return Unread(value=x, figures=torch.cat([history.flatten(), *(a.reshape(-1) for a in along)]), read=read)
+    return Unread(value=x, figures=figures.flatten(), read=read)
 
 
 def _is_bad(history: Tensor) -> bool:
@@ -220,13 +224,13 @@ def _remark(
     return Status.FINISHED, ""
 
 
-def _diagnose(A: Operator, g: Tree, step: float, history: Tensor, bad: int) -> tuple[Status, str, State]:
+def _diagnose(A: Operator, g: Tree, step: float, norms: list[list[float]], bad: int) -> tuple[Status, str, State]:
     """Walk to the bad term again with vectors kept at unit length, to see which curvature the series grew along."""
     if bad == 0:
         return Status.NON_FINITE_GRADIENT, "the right-hand side of the system is not finite", {}
+    worst = max(range(len(norms[bad])), key=lambda r: norms[bad][r] if math.isfinite(norms[bad][r]) else math.inf)
     if A.is_batched(g):
-        worst = int(history[bad].nan_to_num(math.inf, math.inf).argmax())
-        g, history = trees.map_tree(lambda value: value[worst], g), history[:, worst]
+        g = trees.part(g, worst)
     vector, curvature, square = trees.clone(g), 0.0, 0.0
     for _ in range(bad):
         vector = trees.unit(vector)
@@ -235,7 +239,8 @@ def _diagnose(A: Operator, g: Tree, step: float, history: Tensor, bad: int) -> t
         if not math.isfinite(curvature):
             return Status.NON_FINITE_PRODUCT, f"at term {bad}", {}
         trees.add_(vector, product, alpha=-step)
-    grown = f"the series grew to {float(history[bad] / history[0]):.3g} times its start at term {bad}"
+    times = norms[bad][worst] / norms[0][worst] if norms[0][worst] else math.inf
+    grown = f"the series grew to {times:.3g} times its start at term {bad}"
     if step * curvature > 1 or (curvature > 0 and not A.symmetric):
         allowed = 2 * curvature / square  # for a longer step than this, v − αAᵀv is longer than v
         advice = f"step size {step:.3g} against a curvature of {curvature:.3g}, which allows less than {allowed:.3g}"
