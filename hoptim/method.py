@@ -233,7 +233,7 @@ def assembled(
     direct, indirect = (_whole(part, leaves, validation.loss) for part in (validation.direct, found))
     both = {name: part for name, part in direct.items() if validation.direct[name] is not None}
     grads = indirect | (trees.add(both, indirect) if both else {})
-    norms = [trees.norm_parts(value), trees.norm_parts(grads)]
+    norms = [trees.norm_parts(list(tree.values())) for tree in (value, grads)]
     tensors = [validation.loss.sum(), train_loss, *norms[0], *norms[1]]
     device = unread.figures.device  # hyperparameters may live on another one
     small = torch.stack([t if t.device == device else t.to(device) for t in tensors])

@@ -1,4 +1,4 @@
-"""A model as a pure function: what running it leaves behind is put back, and its second derivatives exist."""
+"""A model as a pure function: its second derivatives exist, and what running it leaves behind is put back."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ Undo = Callable[[], None]
 _TORCHS = frozenset(vars(nn.Module()))  # attributes that are torch's own
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
+# Of attention: whether it is enabled, and what chooses that. The last one is that of devices with kernels of their own.
+_KERNELS: list[tuple[Callable[[], bool], Callable[[bool], Any]]] = [
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+]
+if hasattr(torch._C, "_get_overrideable_sdp_enabled"):
+    _KERNELS.append((torch._C._get_overrideable_sdp_enabled, torch._C._set_sdp_use_overrideable))
+
 
 def parts_of(*modules: nn.Module) -> list[nn.Module]:
     """The modules and all that is in them, each once, in one quick walk.
@@ -38,27 +48,54 @@ def parts_of(*modules: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def as_function(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, modules can be run at any tensors and differentiated twice; afterwards they are as they were.
+def twice_differentiable(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, what modules compute has a second derivative, and that of the loss alone.
 
     Args:
         parts: they and all that is in them, each by itself.
 
-    Modes and plain attributes are put back: caches, counters, lists and dicts, the list in which an RNN keeps its weights.
-    Backward hooks of modules rest, as those of the live weights do: what they make of a gradient is not the loss's.
-    Embeddings have dense gradients; weight norm is made of operations whose second derivative torch has right (that of its
-    own lacks a term); reentrant checkpointing, which ``autograd.grad`` passes by, is done the other way; and
-    ``parametrize.cached()`` holds nothing of other tensors.
+    Attention is unfused, RNNs do without cuDNN and embeddings have dense gradients; weight norm is made of operations whose
+    second derivative torch has right (that of its own lacks a term); reentrant checkpointing, which ``autograd.grad`` passes
+    by, is done the other way; and ``parametrize.cached()`` holds nothing of other tensors. Backward hooks of modules rest,
+    as those of the live weights do: what they make of a gradient is not the loss's. The user's own choices serve outside.
     """
     weight_norm = _PlainWeightNorm() if any(map(_has_weight_norm, parts)) else nullcontext()
     undo: list[Undo] = []
     try:
-        undo.extend(change(parts) for change in (_keep, _rest_backward_hooks, _make_dense, _leave_reentry, _leave_cache))
+        undo.extend(change(parts) for change in _CHANGES)
         with weight_norm:
             yield
     finally:
         for back in reversed(undo):
             back()
+
+
+@contextmanager
+def kept(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Modes and plain attributes of modules are as before afterwards: caches, counters, what lists, dicts and tensors hold.
+
+    So is the list in which an RNN keeps its weights.
+    """
+    before = [(own := vars(part), own.copy()) for part in parts]
+    plain = [own[key] for own, _ in before for key in own.keys() - _TORCHS]
+    held = [(container, container.copy()) for container in plain if type(container) in (list, dict)]
+    tensors = [t for t in plain if isinstance(t, Tensor) and not t.is_inference()]  # such as the states of a metric
+    values = [(t, t._version, t.detach().clone()) for t in tensors]
+    try:
+        yield
+    finally:
+        for own, attributes in before:
+            if len(own) == len(attributes) and all(map(operator.is_, own.values(), attributes.values())):
+                continue
+            for key in own.keys() - attributes.keys():
+                del own[key]
+            own.update({key: value for key, value in attributes.items() if own.get(key) is not value})
+        for t, version, value in values:
+            if t._version != version:
+                t.detach().copy_(value)
+        for container, items in held:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(items)
 
 
 @contextmanager
@@ -83,18 +120,6 @@ def in_place_of(parts: Sequence[nn.Module], given: Mapping[int, Tensor]) -> Iter
             tensors[name] = t
 
 
-@contextmanager
-def without_cudnn_rnns(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, the RNNs among ``parts`` do without cuDNN, which has no double backward for them."""
-    before = torch.backends.cudnn.enabled
-    try:
-        if any(isinstance(part, nn.RNNBase) for part in parts):
-            torch.backends.cudnn.enabled = False
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
-
-
 def renormed(parts: Sequence[nn.Module]) -> list[Tensor]:
     """The weights that a forward pass writes into: those of embeddings with a ``max_norm``."""
     return [part.weight for part in parts if isinstance(part, _EMBEDDINGS) and part.max_norm is not None]
@@ -103,27 +128,29 @@ def renormed(parts: Sequence[nn.Module]) -> list[Tensor]:
 # Each of these changes something, and returns what puts it back.
 
 
-def _keep(parts: Sequence[nn.Module]) -> Undo:
-    """Modes and plain attributes, and what is in those that are tensors, lists and dicts, will be as before."""
-    before = [(own := vars(part), own.copy()) for part in parts]
-    plain = [own[key] for own, _ in before for key in own.keys() - _TORCHS]
-    held = [(container, container.copy()) for container in plain if type(container) in (list, dict)]
-    tensors = [t for t in plain if isinstance(t, Tensor) and not t.is_inference()]  # such as the states of a metric
-    values = [(t, t._version, t.detach().clone()) for t in tensors]
+def _unfuse_attention(_: Sequence[nn.Module]) -> Undo:
+    """As ``sdpa_kernel(SDPBackend.MATH)``, in a quarter of its time."""
+    before = [(choose, enabled()) for enabled, choose in _KERNELS]
+    for choose, enabled in before:
+        if enabled is not (choose is torch.backends.cuda.enable_math_sdp):
+            choose(not enabled)
 
     def back() -> None:
-        for own, attributes in before:
-            if len(own) == len(attributes) and all(map(operator.is_, own.values(), attributes.values())):
-                continue
-            for key in own.keys() - attributes.keys():
-                del own[key]
-            own.update({key: value for key, value in attributes.items() if own.get(key) is not value})
-        for t, version, value in values:
-            if t._version != version:
-                t.detach().copy_(value)
-        for container, items in held:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(items)
+        for choose, enabled in before:
+            choose(enabled)
+
+    return back
+
+
+def _leave_cudnn(parts: Sequence[nn.Module]) -> Undo:
+    """For RNNs it has no double backward."""
+    before = torch.backends.cudnn.enabled
+    if before and any(isinstance(part, nn.RNNBase) for part in parts):
+        torch.backends.cudnn.enabled = False
+
+    def back() -> None:
+        if torch.backends.cudnn.enabled is not before:
+            torch.backends.cudnn.enabled = before
 
     return back
 
@@ -181,6 +208,9 @@ def _leave_cache(_: Sequence[nn.Module]) -> Undo:
         parametrize._cache_enabled, parametrize._cache = before
 
     return back
+
+
+_CHANGES = (_unfuse_attention, _leave_cudnn, _rest_backward_hooks, _make_dense, _leave_reentry, _leave_cache)
 
 
 def _has_weight_norm(part: nn.Module) -> bool:

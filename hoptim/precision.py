@@ -49,12 +49,14 @@ def of_losses() -> Iterator[None]:
     What autocast keeps of the weights in lower precision would outlive the tensors that stand in for them: it is dropped.
     """
     kinds = lowered()
+    if not kinds:
+        yield
+        return
     with ExitStack() as stack:
         for kind, dtype in kinds:
             stack.enter_context(torch.autocast(kind, dtype=dtype))
         yield
-    if kinds:
-        torch.clear_autocast_cache()
+    torch.clear_autocast_cache()
 
 
 def epsilon_of_losses(dtype: torch.dtype) -> float:

@@ -9,13 +9,12 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hoptim.batches import MicroBatches
 from hoptim.contract import check_apart, check_real, check_takes, left_alone, losses, noted, scalar
 from hoptim.graphs import check_given
 from hoptim.hparams import HyperParameters
-from hoptim.modules import as_function, in_place_of, parts_of, renormed, without_cudnn_rnns
+from hoptim.modules import in_place_of, kept, parts_of, renormed, twice_differentiable
 from hoptim.options import kind
 from hoptim.parts import Parts, mean_loss
 from hoptim.precision import full_precision, of_losses
@@ -194,7 +193,7 @@ class Problem:
             given[id(p)] = given.get(id(p), p.detach()).clone()
         given |= {id(now.leaves[key]): value for key, value in leaves.items()}
         given |= {id(buffer): buffer.clone() for part in parts for buffer in part._buffers.values() if buffer is not None}
-        with as_function(parts), in_place_of(parts, given), self._standing_as(None):
+        with kept(parts), in_place_of(parts, given), self._standing_as(None):
             with of_losses(), left_alone(name, frozen | weights, leaves, values=first):
                 value, taken_apart = self._taken(name, batch)
             if first:
@@ -241,17 +240,21 @@ class Problem:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """What runs inside draws from a copy of the generators' states, with gradients enabled and attention unfused.
+        """What runs inside draws from a copy of the generators' states, with gradients enabled, twice differentiable.
 
-        So the masks of a hyperstep's training loss are those of the next training step. Fused attention has no double
-        backward: the plain kernel serves inside, the user's own choice outside.
+        So the masks of a hyperstep's training loss are those of the next training step.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
         states, now = self.generators(), _Standing.of(self)
-        unfused, plain = sdpa_kernel(SDPBackend.MATH), without_cudnn_rnns(now.parts)
         try:
-            with torch.enable_grad(), unfused, plain, uncompiled(), full_precision(), self._standing_as(now):
+            with (
+                torch.enable_grad(),
+                twice_differentiable(now.parts),
+                uncompiled(),
+                full_precision(),
+                self._standing_as(now),
+            ):
                 yield
         finally:
             set_generators(states)
@@ -271,9 +274,9 @@ def _noted(name: str, batch: Any) -> AbstractContextManager[None]:
 
 
 def set_generators(states: Mapping[str, Tensor]) -> None:
-    """Put the random generators into these states."""
+    """Put the random generators into these states, which are on the host."""
     for device, state in states.items():
         if device == "cpu":
-            torch.set_rng_state(state.cpu())
+            torch.set_rng_state(state)
         else:
-            torch.cuda.set_rng_state(state.cpu(), device)
+            torch.cuda.set_rng_state(state, device)

@@ -162,4 +162,4 @@ def orthogonalise_(w: Tree, basis: list[Tree], *, batched: bool) -> Tensor:
 
 def scaled(x: Tree, a: Tensor) -> Tree:
     """a·x, a new vector, with ``a`` on the device: a scalar, or one coefficient for each of R."""
-    return trees.axpy_(trees.zeros_like(x), x, a)
+    return trees.scaled(x, a)

@@ -141,7 +141,10 @@ class Recorder:
         )
         dynamics = Dynamics.of(inner, {}, {})
         for step in saved["steps"]:
-            seen = tuple(Seen(batch=batch, generators=states, share=share) for batch, states, share in step["seen"])
+            seen = tuple(
+                Seen(batch=batch, generators=states and trees.map_tree(Tensor.cpu, states), share=share)
+                for batch, states, share in step["seen"]
+            )
             self._steps.append(Step(seen=seen, dynamics=replace(dynamics, groups=_groups(step["groups"]))))
 
 

@@ -7,6 +7,7 @@ scalar then becomes a tensor of shape (R,). Functions that end in an underscore 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,6 +63,8 @@ def add(x: Tree, y: Tree, alpha: float = 1.0) -> Tree:
 
 def axpy_(x: Tree, y: Tree, a: Tensor) -> Tree:
     """x ← x + a·y, in place, with ``a`` on the device: a scalar, or one coefficient for each of R right-hand sides."""
+    if _is_at_hand(a):
+        return add_(x, y, a.item())
     values = list(x.values())
     torch._foreach_addcmul_(values, [y[name] for name in x], [_spread(a, value) for value in values])
     return x
@@ -69,10 +72,27 @@ def axpy_(x: Tree, y: Tree, a: Tensor) -> Tree:
 
 def xpay_(x: Tree, y: Tree, a: Tensor) -> Tree:
     """x ← y + a·x, in place, likewise."""
+    if _is_at_hand(a):
+        number = a.item()
+        for name, value in x.items():
+            torch.add(y[name], value, alpha=number, out=value)
+        return x
     values = list(x.values())
     torch._foreach_mul_(values, [_spread(a, value) for value in values])
     torch._foreach_add_(values, [y[name] for name in x])
     return x
+
+
+def scaled(x: Tree, a: Tensor) -> Tree:
+    """a·x, a new vector, likewise."""
+    values = list(x.values())
+    found = torch._foreach_mul(values, a.item() if _is_at_hand(a) else [_spread(a, value) for value in values])
+    return dict(zip(x, found, strict=True))
+
+
+def _is_at_hand(a: Tensor) -> bool:
+    """A number that the host can read for nothing: operations with a plain number are several times as fast."""
+    return not a.ndim and a.device.type == "cpu"
 
 
 def _spread(a: Tensor, like: Tensor) -> Tensor:
@@ -149,14 +169,14 @@ def dot(x: Tree, y: Tree, *, batched: bool = False) -> Tensor:
     >>> dot({"w": torch.ones(3), "b": torch.ones(1)}, {"w": torch.full((3,), 2.0), "b": torch.ones(1)})
     tensor(7.)
     """
-    return torch.stack(dot_parts(x, y, batched=batched)).sum(0)
+    return torch.stack(dot_parts(list(x.values()), [y[name] for name in x], batched=batched)).sum(0)
 
 
-def dot_parts(x: Tree, y: Tree, *, batched: bool = False) -> list[Tensor]:
-    """⟨x, y⟩ for each entry: what a dot product is the sum of."""
+def dot_parts(x: Sequence[Tensor], y: Sequence[Tensor], *, batched: bool = False) -> list[Tensor]:
+    """⟨x, y⟩ of each pair: what a dot product is the sum of."""
     if batched:
-        return [(x[name] * y[name]).reshape(len(x[name]), -1).sum(1) for name in x]
-    return [torch.dot(x[name].flatten(), y[name].flatten()) for name in x]
+        return [(a * b).reshape(len(a), -1).sum(1) for a, b in zip(x, y, strict=True)]
+    return [torch.dot(a.flatten(), b.flatten()) for a, b in zip(x, y, strict=True)]
 
 
 def norm(x: Tree, *, batched: bool = False) -> Tensor:
@@ -165,20 +185,47 @@ def norm(x: Tree, *, batched: bool = False) -> Tensor:
     >>> norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
-    return joined([norm_parts(x, batched=batched)])[0]
+    return torch.linalg.vector_norm(torch.stack(norm_parts(list(x.values()), batched=batched)), dim=0)
 
 
-def norm_parts(x: Tree, *, batched: bool = False) -> list[Tensor]:
-    """The norm of each entry: what :func:`joined` makes norms of, for many vectors at once."""
+def norm_parts(tensors: list[Tensor], *, batched: bool = False) -> list[Tensor]:
+    """The norm of each tensor."""
     if batched:
-        return [torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) for value in x.values()]
-    return list(torch._foreach_norm(list(x.values())))
+        return [torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) for value in tensors]
+    return list(torch._foreach_norm(tensors))
 
 
-def joined(parts: Sequence[Sequence[Tensor]]) -> Tensor:
-    """‖x‖₂ of several vectors of the same entries from the norms of these: shape (vectors,), or (vectors, R)."""
-    flat = torch.stack([part for vector in parts for part in vector])
-    return torch.linalg.vector_norm(flat.reshape(len(parts), -1, *flat.shape[1:]), dim=1)
+@dataclass(frozen=True)
+class Packed:
+    """A vector and the tensors that hold it: one for all entries of a type on a device, whose views the entries are.
+
+    What is done to all of the vector alike is one operation on these.
+
+    >>> packed = Packed.of({"w": torch.ones(2), "b": torch.zeros(1)})
+    >>> packed.held[0].add_(1)
+    tensor([2., 2., 1.])
+    >>> packed.entries
+    {'w': tensor([2., 2.]), 'b': tensor([1.])}
+    """
+
+    entries: Tree
+    held: list[Tensor]
+
+    @classmethod
+    def of(cls, x: Tree, *, batched: bool = False) -> Packed:
+        """A copy; of R right-hand sides, whose norms are taken apart, each entry stays by itself."""
+        if batched:
+            entries = clone(x)
+            return cls(entries, list(entries.values()))
+        groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        for name, value in x.items():
+            groups.setdefault((value.dtype, value.device), []).append(name)
+        held = [torch.cat([x[name].reshape(-1) for name in names]) for names in groups.values()]
+        entries = dict.fromkeys(x, held[0])
+        for names, whole in zip(groups.values(), held, strict=True):
+            pieces = whole.split([x[name].numel() for name in names])
+            entries |= {name: piece.view(x[name].shape) for name, piece in zip(names, pieces, strict=True)}
+        return cls(entries, held)
 
 
 def unit(x: Tree) -> Tree:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from benchmark_cases import PROBLEMS, Case, make
+from benchmark_cases import PROBLEMS, Case, make, training
 from benchmark_measure import Calls, Row, in_turn, ratio
 from benchmark_sections import solvers
 
@@ -72,9 +73,8 @@ def caught(case: Case, method: Callable[[hoptim.Solver], hoptim.Implicit]) -> tu
     return box[0], box[1]
 
 
-def system(name: str) -> System:
+def system(case: Case) -> System:
     """The exact Hessian's system where no negative curvature shows in 300 products, else damped Gauss-Newton's."""
-    case = make(name, dropout=0.0).composite()
     wide = case.in_float64()
 
     def exact(solver: hoptim.Solver) -> hoptim.Implicit:
@@ -90,15 +90,15 @@ def system(name: str) -> System:
     x = hoptim.CG(terms=20_000, tolerance=1e-9).solve(A, g).value
     left = norm(subtract(g, A @ x)) / norm(g)  # by a product, not by the solver's word
     if not left < 1e-7:
-        raise RuntimeError(f"{name}: the exact solution has a residual of {left:.1e}")
+        raise RuntimeError(f"{case.name}: the exact solution has a residual of {left:.1e}")
     return System(case, method, matrix, *caught(case, method), x)
 
 
-def least(solver: Callable[[int], hoptim.Solver], to: System, goal: str) -> int | None:
+def least(solver: Callable[[int], hoptim.Solver], to: System, goal: str, state: Any = None) -> int | None:
     """The fewest terms that reach the goal: doubled until they do, then halved in between."""
 
     def reaches(terms: int) -> bool:
-        solution = solver(terms).solve(to.A, to.g)
+        solution = solver(terms).solve(to.A, to.g, state)
         return solution.status.ok and to.reached(goal, solution.value)
 
     high = 1
@@ -111,6 +111,15 @@ def least(solver: Callable[[int], hoptim.Solver], to: System, goal: str) -> int 
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(middle) else (middle, high)
     return high
+
+
+def warm(terms: int) -> hoptim.Solver:
+    return hoptim.WarmStart(hoptim.CG(terms=terms, tolerance=0.0))
+
+
+def carried(to: System, goal: str) -> dict[str, Tree]:
+    """What a warm start would carry from here: a solution that reaches the goal."""
+    return dict(warm(least(warm, to, goal) or MOST).solve(to.A, to.g).state)
 
 
 def best_fixed_step(to: System, goal: str, at_most: int) -> tuple[float, int, bool]:
@@ -142,40 +151,58 @@ def accuracy(rounds: int) -> list[Row]:
     """Whole hypergradients whose x reaches a goal with the fewest terms: CPU seconds, and over the fastest one's.
 
     "Neumann, best step": the fixed step of a grid of six that gets there first; ">": given up there, so a lower bound.
+    "best cold": the fastest eager one that starts from zero. "CG, warm": from a solution as good of ten training steps ago,
+    on the same batch. "compiled": with a compiled curvature, once it is.
     """
     rows = []
     for name in PROBLEMS:
-        to = system(name)
+        torch.manual_seed(0)
+        case = make(name, dropout=0.0).composite()
+        before = system(case)
+        carry = {goal: carried(before, goal) for goal in GOALS.values()}
+        step = training(
+            torch.optim.SGD(case.problem.model.parameters(), lr=0.05, momentum=0.9), case.problem.loss, case.batch
+        )
+        for _ in range(10):
+            step()
+        case.problem.model.zero_grad()
+        to = system(case)
         for label, goal in GOALS.items():
-            rows += _to_goal(to, label, goal, max(3, rounds // 3))
+            rows += _to_goal(to, label, goal, carry[goal], max(3, rounds // 3))
     return rows
 
 
-def _to_goal(to: System, label: str, goal: str, rounds: int) -> list[Row]:
+def _to_goal(to: System, label: str, goal: str, state: dict[str, Tree], rounds: int) -> list[Row]:
     builders = {name: lambda terms, name=name: solvers(terms)[name] for name in solvers(1)}
     terms = {
         name: least(build, to, goal) for name, build in builders.items() if name not in ("Identity", "Neumann, step given")
     }
-    found = {name: builders[name](k) for name, k in terms.items() if k is not None}
-    spent = {name: solver.solve(to.A, to.g).products for name, solver in found.items()}
-    step, fixed, arrived = best_fixed_step(to, goal, BEHIND * min(spent.values()))
-    found["Neumann, best step"], spent["Neumann, best step"] = hoptim.Neumann(terms=fixed, step_size=step), fixed
-    methods = {name: to.method(solver) for name, solver in found.items()}
-    calls: Calls = {name: lambda m=m: to.case.implicit(m) for name, m in methods.items()}
+    ways: dict[str, tuple[hoptim.Implicit, Any, int]] = {}  # the method, what it starts from, its products
+    for name, k in terms.items():
+        if k is not None:
+            ways[name] = to.method(builders[name](k)), None, builders[name](k).solve(to.A, to.g).products
+    times = in_turn({name: partial(to.case.implicit, *way[:2]) for name, way in ways.items()}, rounds)
+    cold = min(ways, key=lambda name: median(times[name]))
+    step, fixed, arrived = best_fixed_step(to, goal, BEHIND * min(products for *_, products in ways.values()))
+    if (k := least(warm, to, goal, state)) is not None:
+        ways["CG, warm"] = to.method(warm(k)), state, k + 1
+    for name in [name for name in (cold, "CG, warm") if name in ways]:
+        method, start, products = ways[name]
+        fast = replace(method, curvature=replace(method.curvature, compile=True))
+        ways[f"{name}, compiled"] = fast, start, products
+    ways["Neumann, best step"] = to.method(hoptim.Neumann(terms=fixed, step_size=step)), None, fixed
+
+    calls: Calls = {name: partial(to.case.implicit, *way[:2]) for name, way in ways.items()}
     times = in_turn(calls, rounds)
-    fastest = min(found, key=lambda name: median(times[name]))
+    fastest = min(calls, key=lambda name: median(times[name]))
     rows = []
-    for name in (*found, *(name for name, k in terms.items() if k is None)):
+    for name in (*calls, *(name for name, k in terms.items() if k is None)):
         labels = {"system": to.matrix, "to": label, "solver": name}
-        if name not in found:
+        if name not in calls:
             rows.append(Row(to.case.name, labels, {"note": f"not within {MOST} terms"}))
             continue
-        behind = ratio(times, name, fastest)
-        figures: dict[str, float | str] = {
-            "products": float(spent[name]),
-            "s": median(times[name]),
-            "over the fastest": behind,
-        }
+        figures: dict[str, float | str] = {"products": float(ways[name][2]), "s": median(times[name])}
+        figures |= {"over the best cold": ratio(times, name, cold), "over the fastest": ratio(times, name, fastest)}
         goals = {}
         if name == "Neumann, best step":
             goals, figures["note"] = {"over the fastest": 5.0}, "there" if arrived else "> (given up)"

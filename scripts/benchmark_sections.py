@@ -6,12 +6,13 @@ import copy
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from benchmark_cases import PROBLEMS, Case, around, difference, make, mlp, training, validation
+from benchmark_cases import PROBLEMS, Case, around, difference, make, mlp, plain, train_loss, training, validation
 from benchmark_measure import Calls, Row, elsewhere, in_turn, peak, ratio
 from torch._inductor import config as inductor
 from torch.distributions import constraints
@@ -126,27 +127,59 @@ def unrolling(_: int) -> list[Row]:
 
 
 def growth(rounds: int) -> list[Row]:
-    """n example weights, of which a batch gathers 128: the time should not grow with n (K = 20, step given)."""
+    """n hyperparameters of one model: the time should not grow with n (K = 20, step given).
+
+    An MLP of 10⁷ weights with decays, up to one a weight; one of 270,000 with n example weights, of which a batch gathers
+    128: there 10⁷ of them are more than the model, and their gradient alone takes a while to write.
+    """
+    model = mlp(784, 2790, 2790, 10)
+    base = around("MLP", model, 128, (784,), 10, steps=3)
+    counts = {"1": None, "one a tensor": "layer", "one a weight": "weight"}
+    cases = {label: decays(base, each) for label, each in counts.items()}
+    rows = _growing("MLP of 10⁷ weights, decays", cases, max(3, rounds // 5), 1e-3, {"over n = 1": 1.1})
+    base = make("784 MLP")
+    cases = {f"{n:,}": examples(base, n) for n in (1, 10**2, 10**4, 10**6, 10**7)}
+    return rows + _growing("784 MLP, example weights", cases, rounds, 1e-2, {"over by hand": 1.05})
+
+
+def _growing(name: str, cases: dict[str, Case], rounds: int, step: float, goals: dict[str, float]) -> list[Row]:
+    method = hoptim.Implicit(hoptim.Neumann(terms=20, step_size=step), curvature=hoptim.Exact())
+    calls: Calls = {label: partial(case.implicit, method) for label, case in cases.items()}
+    calls |= {f"{label} by hand": partial(case.by_hand, 20, step) for label, case in cases.items()}
+    times, rows = in_turn(calls, rounds), []
+    for label, case in cases.items():
+        n = f"{sum(leaf.numel() for leaf in case.problem.leaves().values()):,}"
+        figures = {"call, ms": 1e3 * median(times[label]), "over by hand": ratio(times, label, f"{label} by hand")}
+        first = ratio(times, f"{label} by hand", "1 by hand")
+        figures |= {"over n = 1": ratio(times, label, "1"), "by hand, over n = 1": first}
+        rows.append(Row(name, {"n": n}, figures, goals))
+    return rows
+
+
+def decays(base: Case, each: str | None) -> Case:
+    """One decay for all weights, for each tensor, or for each weight."""
+    shapes = {"all": torch.ones(())} if each is None else dict(base.problem.model.named_parameters())
+    values = {name: torch.full_like(like if each == "weight" else torch.ones(()), 1e-3) for name, like in shapes.items()}
+
+    def penalty(model: Any, hparams: Any) -> torch.Tensor:
+        of = {name: hparams["all" if each is None else name] for name, _ in model.named_parameters()}
+        return 0.5 * sum((of[name] * weight.square()).sum() for name, weight in model.named_parameters())
+
+    hparams = hoptim.HyperParameters(values, dict.fromkeys(values, constraints.positive))
+    loss = partial(train_loss, criterion=plain, penalty=penalty)
+    return replace(base, problem=hoptim.Problem(base.problem.model, hparams, loss, validation))
+
+
+def examples(base: Case, n: int) -> Case:
+    """n example weights, of which a batch gathers as many as it has examples."""
 
     def gathered(model: Any, hparams: Any, batch: Any) -> torch.Tensor:
         weight = hparams["example"]
         chosen = weight[torch.arange(len(batch[1])) % len(weight)]
         return (chosen * cross_entropy(model(batch[0]), batch[1], reduction="none")).mean()
 
-    base, calls = make("784 MLP"), {}
-    for n in (1, 10**2, 10**4, 10**6, 10**7):
-        hparams = hoptim.HyperParameters({"example": torch.ones(n)}, {"example": constraints.nonnegative})
-        problem = hoptim.Problem(base.problem.model, hparams, gathered, validation)
-        case = Case("784 MLP", problem, base.batch, base.val_batch)
-        method = hoptim.Implicit(hoptim.Neumann(terms=20, step_size=0.01), curvature=hoptim.Exact())
-        calls[f"{n:,}"] = partial(case.implicit, method)
-        calls[f"{n:,} by hand"] = partial(case.by_hand, 20, 0.01)
-    times, rows = in_turn(calls, rounds), []
-    for n in list(calls)[::2]:
-        figures = {"call, ms": 1e3 * median(times[n]), "over by hand": ratio(times, n, f"{n} by hand")}
-        figures |= {"over n = 1": ratio(times, n, "1"), "by hand, over n = 1": ratio(times, f"{n} by hand", "1 by hand")}
-        rows.append(Row("784 MLP", {"n": n}, figures, {"over n = 1": 1.1}))
-    return rows
+    hparams = hoptim.HyperParameters({"example": torch.ones(n)}, {"example": constraints.nonnegative})
+    return replace(base, problem=hoptim.Problem(base.problem.model, hparams, gathered, validation))
 
 
 def size(rounds: int) -> list[Row]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import classes, noisy_problem, same, snapshot
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import hoptim
@@ -62,6 +63,66 @@ def test_pure_loss_leaves_no_trace() -> None:
         for name in ("train_loss", "val_loss"):
             problem.pure(name, problem.weights(), problem.leaves(), classes(8, 0), itself)
     assert same(snapshot(problem), before)
+
+
+KERNELS = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+
+
+def kernels() -> list[bool]:
+    cuda = torch.backends.cuda
+    return [cuda.math_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()]
+
+
+@pytest.mark.parametrize("chosen", [KERNELS, KERNELS[1:], [SDPBackend.CUDNN_ATTENTION]])
+def test_attention_is_unfused_inside_and_as_the_user_chose_outside_even_after_an_error(chosen: list[SDPBackend]) -> None:
+    problem = linear_problem()
+    seen = []
+
+    def fails() -> None:
+        with problem.untouched():
+            seen.append(kernels())
+            with problem.untouched():
+                seen.append(kernels())
+            seen.append(kernels())
+            raise ZeroDivisionError
+
+    with sdpa_kernel(chosen):
+        before = kernels()
+        assert before == [kernel in chosen for kernel in KERNELS]
+        with pytest.raises(ZeroDivisionError):
+            fails()
+        assert kernels() == before
+    assert seen == [[True, False, False, False]] * 3
+
+
+def test_a_pure_loss_inside_another_is_that_of_its_own_tensors() -> None:
+    problem, x = linear_problem(), torch.randn(5, 2)
+    first, second = ({"weight": torch.randn(1, 2), "bias": torch.randn(1)} for _ in range(2))
+    leaves = {"a": torch.tensor(0.0)}
+    losses = [(x @ w["weight"].T + w["bias"]).square().mean() for w in (first, second)]
+
+    def inner(outer: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+        assert problem.weights()["weight"] is w["weight"]
+        with problem.untouched():
+            return outer, problem.pure("train_loss", second, leaves, x, itself)
+
+    w = {name: value.requires_grad_() for name, value in first.items()}
+    second = {name: value.requires_grad_() for name, value in second.items()}
+    with problem.untouched():
+        found = problem.pure("train_loss", w, leaves, x, inner)
+        assert problem.weights()["weight"] is problem.model.weight
+        again = problem.pure("train_loss", second, leaves, x, itself)
+    torch.testing.assert_close(found, (losses[0], losses[1]))
+    torch.testing.assert_close(again, losses[1])
+
+
+def test_weights_that_are_put_in_between_two_hypersteps_are_seen() -> None:
+    problem = linear_problem()
+    with problem.untouched():
+        pass
+    problem.model.weight = nn.Parameter(torch.ones(1, 2))
+    with problem.untouched():
+        assert problem.weights()["weight"] is problem.model.weight
 
 
 def test_live_loss_is_the_training_loss_and_moves_buffers_as_training_does() -> None:

@@ -8,6 +8,7 @@ from cases import OPERATORS, SIZE, Counted, classes, flat, like, noisy_problem, 
 from torch import Tensor
 
 from hoptim import Identity, Neumann, Solution, Status
+from hoptim.operators import Symmetric
 from hoptim.stationarity import StationarityGraph
 
 
@@ -221,6 +222,23 @@ def test_each_status_says_what_to_do() -> None:
     assert {"CONVERGED", "FINISHED", "NEGATIVE_CURVATURE", "GROWING", "LARGE_RESIDUAL"} <= {s.name for s in Status if s.ok}
     assert len({status.message for status in Status}) == len(Status)
     assert all(len(status.message) > 20 for status in Status)
+
+
+def test_entries_of_several_types_and_shapes_are_one_vector() -> None:
+    like = {"a": torch.ones(2, 3), "b": torch.ones((), dtype=torch.float64), "c": torch.ones(5), "d": torch.ones(0)}
+    scale = {"a": 0.5, "b": 1.5, "c": 1.0, "d": 1.0}
+    A = Symmetric(lambda v: {name: scale[name] * value for name, value in v.items()}, like)
+    g = {name: torch.randn(value.shape).to(value) for name, value in like.items()}
+    found = Neumann(terms=3, step_size=0.5).solve(A, g)
+    size = math.sqrt(sum(float(value.double().square().sum()) for value in g.values()))
+    for k in (1, 2, 3):
+        left = {name: (1 - 0.5 * scale[name]) ** k * value.double() for name, value in g.items()}
+        expected = math.sqrt(sum(float(value.square().sum()) for value in left.values())) / size
+        assert float(found.residuals[k - 1]) == pytest.approx(expected, rel=1e-5)
+    for name, value in g.items():
+        series = 0.5 * sum((1 - 0.5 * scale[name]) ** j for j in range(4))
+        assert found.value[name].dtype == value.dtype
+        torch.testing.assert_close(found.value[name], series * value)
 
 
 # On the graph of a real model

@@ -263,7 +263,7 @@ def ended(flags: dict[Status, Tensor], *figures: Tensor) -> tuple[Status, list[T
 
 def inverse(a: Tensor) -> Tensor:
     """1 / a, and zero where a is zero."""
-    return torch.where(a == 0, 0.0, 1 / a)
+    return torch.where(a == 0, 0.0, a.reciprocal())
 
 
 def rayleigh(v: Tree, product: Tree, batched: bool) -> Tensor:

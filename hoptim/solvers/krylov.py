@@ -56,16 +56,16 @@ class CG(Iterative):
         check_symmetric(self, A)
         batched = A.is_batched(g)
         x, r, p = trees.zeros_like(g), trees.clone(g), trees.clone(g)
-        square = start = trees.dot(g, g, batched=batched)
+        square = start = length = trees.dot(g, g, batched=batched)  # ‖r‖², ‖g‖² and ‖p‖²
         goal = start * self.tolerance**2
         active = square > goal
         flat = downward = torch.zeros_like(active)
         lowest = highest = torch.zeros_like(square)
-        residuals, rounding = [], torch.finfo(square.dtype).eps
+        squares, rounding = [], torch.finfo(square.dtype).eps
         for term in range(1, self.terms + 1):
             product = A @ p
             along = trees.dot(p, product, batched=batched)
-            curvature = along / trees.dot(p, p, batched=batched)
+            curvature = along / length
             highest = torch.fmax(highest, curvature)  # where p is zero the curvature is NaN, and nothing is active
             flat_below = rounding * highest  # a flat direction would be walked along for ever
             turned = active & (curvature <= flat_below)
@@ -78,11 +78,14 @@ class CG(Iterative):
             trees.axpy_(x, p, step)
             trees.axpy_(r, product, -step)
             before, square = square, trees.dot(r, r, batched=batched)
-            residuals.append((square / torch.where(start > 0, start, 1.0)).sqrt())
+            squares.append(square)
             active = active & (square > goal)
-            trees.xpay_(p, r, torch.where(active, square / before, 0.0))
+            share = torch.where(active, square / before, 0.0)
+            trees.xpay_(p, r, share)
+            length = square + share.square() * length  # r is orthogonal to the last p
             if time_to_look(term, self.terms, square) and not bool(active.any()):
                 break
+        residuals = (torch.stack(squares) / torch.where(start > 0, start, 1.0)).sqrt()
         flags = {
             Status.NON_FINITE_GRADIENT: ~start.isfinite(),
             Status.NON_FINITE_PRODUCT: ~square.isfinite(),
@@ -121,57 +124,61 @@ class MINRES(Iterative):
     """
 
     def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
-        """Lanczos vectors v, a QR factorisation of their tridiagonal matrix by rotations (c, s), directions w."""
+        """Lanczos vectors v, a QR factorisation of their tridiagonal matrix by rotations (c, s), directions d = γw."""
         check_symmetric(self, A)
         batched = A.is_batched(g)
-        x, w, w_before = trees.zeros_like(g), trees.zeros_like(g), trees.zeros_like(g)
+        x, d, d_before = trees.zeros_like(g), trees.zeros_like(g), trees.zeros_like(g)
         u, u_before = trees.clone(g), trees.zeros_like(g)  # the Lanczos vectors, not yet of unit length
         start = beta = phi_bar = trees.norm(g, batched=batched)
-        zero = torch.zeros_like(start)
-        c, s, delta_bar, epsilon, beta_before = zero - 1, zero, zero, zero, zero + 1
-        active = start > 0
-        downward = flat = torch.zeros_like(active)
-        lowest, largest, residuals, eps = zero, zero, [], torch.finfo(zero.dtype).eps
+        zero, goal = torch.zeros_like(start), start * self.tolerance
+        c, s, delta_bar, epsilon, one_before, largest = zero - 1, zero, zero, zero, zero + 1, zero
+        one_gamma = one_gamma_before = zero
+        active, almost_none = start > 0, torch.finfo(zero.dtype).eps ** 0.5
+        going, kept, lefts, bends, sizes = [], [], [], [], []  # of each term, looked at together in the end
         for term in range(1, self.terms + 1):
-            v = trees.axpy_(trees.zeros_like(u), u, inverse(beta))
-            product = trees.axpy_(A @ v, u_before, -beta * inverse(beta_before))
+            going.append(active)
+            one = inverse(beta)
+            v = trees.scaled(u, one)
+            product = trees.axpy_(A @ v, u_before, -beta * one_before)
             alpha = trees.dot(v, product, batched=batched)
-            trees.axpy_(product, u, -alpha * inverse(beta))
-            u_before, u = u, product
-            beta_before, beta = beta, trees.norm(u, batched=batched)
+            trees.axpy_(product, u, -alpha * one)
+            u_before, u, one_before, beta = u, product, one, trees.norm(product, batched=batched)
 
             delta, gamma_bar = c * delta_bar + s * alpha, s * delta_bar - c * alpha
             epsilon_before, epsilon, delta_bar = epsilon, s * beta, -c * beta
             gamma = torch.hypot(gamma_bar, beta)
             largest = torch.maximum(largest, gamma)
-            turned = active & (c * gamma_bar > 10 * eps * largest)  # ⟨r, A r⟩ < 0 for the residual r before this term
-            downward, lowest = downward | turned, torch.where(turned, torch.minimum(lowest, -c * gamma_bar), lowest)
-            active = active & ~(torch.hypot(gamma_bar, delta_bar) <= eps**0.5 * largest)  # ‖Ar‖/‖r‖; a NaN stays, to be seen
-            if term == 1:
-                flat = (start > 0) & ~active
-            c, s = gamma_bar * inverse(gamma), beta * inverse(gamma)
-            phi, phi_bar = torch.where(active, c * phi_bar, 0.0), torch.where(active, s * phi_bar, phi_bar)
+            bends.append(c * gamma_bar)  # −⟨r, A r⟩ / ⟨r, r⟩ for the residual r before this term
+            active = active & ~(
+                torch.hypot(gamma_bar, delta_bar) <= almost_none * largest
+            )  # ‖Ar‖/‖r‖; a NaN stays, to be seen
+            sizes.append(largest)
+            kept.append(active)
+            trees.axpy_(v, d_before, -epsilon_before * one_gamma_before)
+            trees.axpy_(v, d, -delta * one_gamma)
+            d_before, d, one_gamma_before, one_gamma = d, v, one_gamma, inverse(gamma)
 
-            trees.axpy_(v, w_before, -epsilon_before)
-            trees.axpy_(v, w, -delta)
-            w_before, w = w, trees.axpy_(trees.zeros_like(v), v, inverse(gamma))
-            trees.axpy_(x, w, phi)
-            residuals.append(phi_bar.abs() * inverse(start))
-            active = active & ~(residuals[-1] <= self.tolerance)
+            c, s = gamma_bar * one_gamma, beta * one_gamma
+            phi, phi_bar = torch.where(active, c * phi_bar, 0.0), torch.where(active, s * phi_bar, phi_bar)
+            trees.axpy_(x, d, phi * one_gamma)
+            lefts.append(phi_bar.abs())
+            active = active & ~(lefts[-1] <= goal)
             if time_to_look(term, self.terms, start) and not bool(active.any()):
                 break
+        residuals, bend = torch.stack(lefts) * inverse(start), torch.stack(bends)
+        turned = torch.stack(going) & (bend > 10 * almost_none**2 * torch.stack(sizes))
         flags = {
             Status.NON_FINITE_GRADIENT: ~start.isfinite(),
             Status.NON_FINITE_PRODUCT: ~residuals[-1].isfinite(),
-            Status.NO_CURVATURE: flat,
-            Status.NEGATIVE_CURVATURE: downward,
+            Status.NO_CURVATURE: (start > 0) & ~kept[0],
+            Status.NEGATIVE_CURVATURE: turned.any(0),
             Status.FINISHED: residuals[-1] > self.tolerance,
         }
-        return _krylov(x, residuals, flags, lowest, "met a direction of curvature")
+        return _krylov(x, residuals, flags, torch.where(turned, -bend, 0.0).amin(0), "met a direction of curvature")
 
 
-def _krylov(x: Tree, residuals: list[Tensor], flags: dict[Status, Tensor], lowest: Tensor, met: str) -> Unread:
-    history, products = torch.stack(residuals), len(residuals)
+def _krylov(x: Tree, history: Tensor, flags: dict[Status, Tensor], lowest: Tensor, met: str) -> Unread:
+    products = len(history)
 
     def then(status: Status, figures: list[float]) -> Solution:
         detail = f"{met} {figures[0]:.3g}, within {products} products" if status is Status.NEGATIVE_CURVATURE else ""

@@ -138,52 +138,49 @@ def _attempted(
 def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> Unread:
     """α Σ_{j=0..K} (I − αAᵀ)^j g, stopped where it has converged or failed."""
     batched, A_T = A.is_batched(g), A.T
-    vector = total = g  # which the first term leaves alone, and with it a pass over the weights for each copy
-    if tolerance:
-        vector, total = trees.clone(g), trees.clone(g)
-    parts = [trees.norm_parts(g, batched=batched)]  # norms are put together where they are looked at: it is cheaper
-    active = start = trees.joined(parts)[0] if tolerance else parts[0][0]
-    along: list[Tensor] = []
+    vector, total = (trees.Packed.of(g, batched=batched) for _ in range(2))
+    squares = [trees.dot_parts(vector.held, vector.held, batched=batched)]  # put together where they are looked at
+    active = start = _lengths(squares)[0] if tolerance else squares[0][0]
+    last = [torch.zeros_like(squares[0][0])]
     for term in range(1, terms + 1):
-        product = A_T @ vector
+        product = A_T @ vector.entries
         if term == terms:
-            along = trees.dot_parts(vector, product, batched=batched)
+            last = trees.dot_parts(list(vector.entries.values()), [product[name] for name in g], batched=batched)
         if tolerance:  # what has converged is frozen by coefficients of zero, so that the host need not look
             active = active > 0
-            trees.axpy_(vector, product, -step * active)
-            trees.axpy_(total, vector, active.to(start.dtype))
+            trees.axpy_(vector.entries, product, -step * active)
+            trees.axpy_(total.entries, vector.entries, active.to(start.dtype))
         else:
-            plus = trees.add if vector is g else trees.add_
-            vector = plus(vector, product, alpha=-step)
-            total = plus(total, vector)
-        parts.append(trees.norm_parts(vector, batched=batched))
+            trees.add_(vector.entries, product, alpha=-step)
+            torch._foreach_add_(total.held, vector.held)
+        squares.append(trees.dot_parts(vector.held, vector.held, batched=batched))
         if tolerance:
-            active = active & ~(trees.joined(parts[-1:])[0] <= tolerance * start)
+            active = active & ~(_lengths(squares[-1:])[0] <= tolerance * start)
             if time_to_look(term, terms, start) and not bool(active.any()):
                 break
-        if term % READ_EVERY == 0 and terms - term >= READ_EVERY and _is_bad(trees.joined(parts)):
+        if term % READ_EVERY == 0 and terms - term >= READ_EVERY and _is_bad(_lengths(squares)):
             break
-    x, last = trees.scale_(trees.clone(g) if total is g else total, step), along or [torch.zeros_like(parts[0][0])]
-    figures = torch.stack([part for vector_parts in (*parts, last) for part in vector_parts])
+    torch._foreach_mul_(total.held, step)
+    x, figures = total.entries, torch.stack([part for parts in (*squares, last) for part in parts])
 
     def read(found: list[float]) -> Solution:
-        lead, size = figures[0].numel(), len(parts[0])
-        rows = [found[i : i + lead] for i in range(0, len(found), lead)]  # of partial norms, by vector and by entry
-        norms = [list(map(math.hypot, *rows[i : i + size])) for i in range(0, size * len(parts), size)]
-        bad, told = _bad_row(norms), State()
+        sides, size = figures[0].numel(), len(squares[0])
+        count = sides * size * len(squares)
+        pieces = [iter(found[r:count:sides]) for r in range(sides)]
+        norms = [[math.sqrt(sum(parts)) for parts in zip(*[one] * size, strict=True)] for one in pieces]  # of each side
+        bad, told = _bad_term(norms), State()
         if bad is None:
-            ends = [sum(parts_of_one) for parts_of_one in zip(*rows[size * len(parts) :], strict=True)]
-            curvatures = [a / n / n if n else 0.0 for a, n in zip(ends, norms[-2:][0], strict=True)]
+            curvatures = [sum(found[count + r :: sides]) / (of_one[-2:][0] ** 2 or 1.0) for r, of_one in enumerate(norms)]
             status, detail = _remark(A, norms, curvatures, step, tolerance)
         else:
             status, detail, told = _diagnose(A, g, step, norms, bad)
-        residuals = [[norm / (start or 1.0) for norm, start in zip(row, norms[0], strict=True)] for row in norms[1:]]
+        history = figures.new_tensor([[norm / (of_one[0] or 1.0) for norm in of_one[1:]] for of_one in norms])
         return Solution(
             value=x,
             status=status,
             detail=detail,
-            residuals=figures.new_tensor(residuals).reshape(len(residuals), *figures.shape[1:]),
-            products=len(norms) - 1 + (bad or 0),
+            residuals=history.T if batched else history[0],
+            products=len(squares) - 1 + (bad or 0),
             step_size=step,
             state=told,
         )
@@ -191,26 +188,32 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
     return Unread(value=x, figures=figures.flatten(), read=read)
 
 
+def _lengths(squares: list[list[Tensor]]) -> Tensor:
+    """The norms of some vectors from the squares of their parts: shape (vectors,), or (vectors, R)."""
+    flat = torch.stack([part for parts in squares for part in parts])
+    return flat.reshape(len(squares), -1, *flat.shape[1:]).sum(1).sqrt()
+
+
 def _is_bad(history: Tensor) -> bool:
     """Whether a norm is not finite or over the limit. One look of the host at the device."""
     return not bool(((history <= GROWTH_LIMIT * history[0]) & history.isfinite()).all())
 
 
-def _bad_row(norms: list[list[float]]) -> int | None:
-    """The first row with a norm that is not finite or over the limit, or ``None``."""
-    for number, row in enumerate(norms):
-        if not all(math.isfinite(now) and now <= GROWTH_LIMIT * start for now, start in zip(row, norms[0], strict=True)):
-            return number
-    return None
+def _bad_term(norms: list[list[float]]) -> int | None:
+    """The first term whose norm is not finite or over the limit for any right-hand side, or ``None``."""
+    found = [
+        next((k for k, norm in enumerate(of_one) if not norm <= GROWTH_LIMIT * of_one[0] < math.inf), None)
+        for of_one in norms
+    ]
+    return min((k for k in found if k is not None), default=None)
 
 
 def _remark(
     A: Operator, norms: list[list[float]], curvatures: list[float], step: float, tolerance: float
 ) -> tuple[Status, str]:
     """What a bounded series tells: its vectors shrink steadily where every eigenvalue of αA lies in [0, 1]."""
-    pairs = [(before, now) for rows in pairwise(norms) for before, now in zip(*rows, strict=True)]
-    growth = any(now > before * (1 + 1e-5) for before, now in pairs)
-    if tolerance and all(now <= tolerance * start for now, start in zip(norms[-1], norms[0], strict=True)):
+    growth = any(now > before * (1 + 1e-5) for of_one in norms for before, now in pairwise(of_one))
+    if tolerance and all(of_one[-1] <= tolerance * of_one[0] for of_one in norms):
         return Status.CONVERGED, ""
     low, high = min(curvatures), max(curvatures)
     if low * step < NEGATIVE:
@@ -228,7 +231,7 @@ def _diagnose(A: Operator, g: Tree, step: float, norms: list[list[float]], bad: 
     """Walk to the bad term again with vectors kept at unit length, to see which curvature the series grew along."""
     if bad == 0:
         return Status.NON_FINITE_GRADIENT, "the right-hand side of the system is not finite", {}
-    worst = max(range(len(norms[bad])), key=lambda r: norms[bad][r] if math.isfinite(norms[bad][r]) else math.inf)
+    worst = max(range(len(norms)), key=lambda r: norms[r][bad] if math.isfinite(norms[r][bad]) else math.inf)
     if A.is_batched(g):
         g = trees.part(g, worst)
     vector, curvature, square = trees.clone(g), 0.0, 0.0
@@ -239,7 +242,7 @@ def _diagnose(A: Operator, g: Tree, step: float, norms: list[list[float]], bad: 
         if not math.isfinite(curvature):
             return Status.NON_FINITE_PRODUCT, f"at term {bad}", {}
         trees.add_(vector, product, alpha=-step)
-    times = norms[bad][worst] / norms[0][worst] if norms[0][worst] else math.inf
+    times = norms[worst][bad] / norms[worst][0] if norms[worst][0] else math.inf
     grown = f"the series grew to {times:.3g} times its start at term {bad}"
     if step * curvature > 1 or (curvature > 0 and not A.symmetric):
         allowed = 2 * curvature / square  # for a longer step than this, v − αAᵀv is longer than v

@@ -64,13 +64,13 @@ class WarmStart(Solver):
         batched = A.is_batched(g)
         start = trees.norm(g, batched=batched)
         scale = torch.where(start > 0, start, 1.0)
-        x = trees.axpy_(trees.zeros_like(g), last, (start > 0).to(start.dtype))
+        x = trees.scaled(last, (start > 0).to(start.dtype))
         product = A.T @ x
         along = rayleigh(x, product, batched)
         begun = trees.norm(trees.add(g, product, alpha=-1.0), batched=batched) / scale
         dropped = begun > GROWTH_LIMIT
         kept = (~dropped).to(start.dtype)
-        x = trees.axpy_(trees.zeros_like(g), x, kept)
+        x = trees.scaled(x, kept)
         r = trees.axpy_(trees.clone(g), product, -kept)
         left = torch.where(dropped, 1.0, begun)
         inner = self._solved(A, r, rest, left)
