@@ -19,7 +19,7 @@ from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.krylov import CG, MINRES
 from hoptim.solvers.nystrom import Nystrom
 from hoptim.solvers.stationary import Identity, Neumann
-from hoptim.solvers.warm import WarmStart
+from hoptim.solvers.warm import SOBA, WarmStart
 from hoptim.unrolled import Unrolled
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "CG",
     "GMRES",
     "MINRES",
+    "SOBA",
     "Audit",
     "Averaged",
     "BilevelOptimizer",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import hoptim
-from hoptim import CG, GMRES, MINRES, Chebyshev, Implicit, Neumann, Nystrom, Unrolled, WarmStart
+from hoptim import CG, GMRES, MINRES, SOBA, Chebyshev, Implicit, Neumann, Nystrom, Unrolled, WarmStart
 from hoptim.checkpoint import REQUIRED, VERSION
 
 
@@ -45,6 +45,7 @@ CARRYING: dict[str, Callable[[], Any]] = {
     "interval": lambda: Implicit(Chebyshev(terms=3), damping=1.0),
     "nystrom": lambda: Implicit(Nystrom(rank=2)),
     "solution": lambda: Implicit(WarmStart(MINRES(terms=2))),
+    "solution, before its step": lambda: Implicit(SOBA(step_size=0.1)),
     "solution and direction": lambda: Implicit(WarmStart(Neumann(terms=2))),
     "solution, update": lambda: Implicit(WarmStart(GMRES(terms=2)), condition=hoptim.Update()),
     "trajectory": lambda: Unrolled(3),

@@ -1,4 +1,4 @@
-"""Warm starts: each solve begins at the solution of the last one."""
+"""Warm starts: each solve begins at the solution of the last one, or is one step on from it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hoptim import trees
 from hoptim.operators import Operator
-from hoptim.options import kind
+from hoptim.options import is_finite, kind
 from hoptim.solvers.base import GROWTH_LIMIT, NEGATIVE, Solution, Solver, State, Status, carried, ended, inverse, rayleigh
+from hoptim.solvers.stationary import Neumann
 from hoptim.trees import Tree
 
 
@@ -27,7 +28,7 @@ class WarmStart(Solver):
     that right-hand side is solved from zero. After a failed solve nothing is carried. Negative curvature along x₀ is
     a remark.
 
-    ``WarmStart(Neumann(terms=0, step_size=ρ))`` is the step of SOBA, v ← v − ρ(Aᵀv − g), for one product.
+    ``WarmStart(Neumann(terms=0, step_size=ρ))`` is :class:`SOBA` with the newest v.
 
     Args:
         solver: the inner solver, which sees its own state as without the warm start.
@@ -35,9 +36,7 @@ class WarmStart(Solver):
     Raises:
         TypeError: ``solver`` is no ``Solver``, or is a warm start itself.
 
-    Source: Arbel and Mairal 2022, "Amortized implicit differentiation for stochastic bilevel optimization" (AmIGO);
-    Dagréou, Ablin, Vaiter and Moreau 2022, "A framework for bilevel optimization that enables stochastic and global variance
-    reduction algorithms" (SOBA).
+    Source: Arbel and Mairal 2022, "Amortized implicit differentiation for stochastic bilevel optimization" (AmIGO).
 
     >>> from hoptim.operators import Symmetric
     >>> from hoptim.solvers.stationary import Neumann
@@ -119,3 +118,46 @@ def _renamed(inner: Solution, start: Tensor) -> dict[str, Any]:
 
 def _remembered(solution: Solution) -> Solution:
     return replace(solution, state={"solution": solution.value, **solution.state} if solution.status.ok else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SOBA(Solver):
+    """One step towards the solution a hyperstep, v ← v − ρ(Aᵀv − g), and x = v from before it; v = 0 at first.
+
+    So x is known before its product is, and one product gives its residual and the next v. With ``every=None`` and
+    ``hyperstep()`` after the backward pass but before ``step()``, weights, v and hyperparameters all move from the same
+    point, as in the paper. The first hyperstep sees the direct term alone. Starts are watched as in :class:`WarmStart`:
+    one whose residual is more than 10·‖g‖ is dropped, and v begins again at ρg.
+
+    Args:
+        step_size: ρ > 0, less than 2/‖A‖₂; in the paper the inner learning rate.
+
+    Raises:
+        ValueError: ``step_size`` is not positive.
+
+    Source: Dagréou, Ablin, Vaiter and Moreau 2022, "A framework for bilevel optimization that enables stochastic and global
+    variance reduction algorithms" (arXiv 2201.13409), algorithm 1; its v has the other sign.
+
+    >>> from hoptim.operators import Symmetric
+    >>> A = Symmetric(lambda v: {"w": 2 * v["w"]}, like={"w": torch.ones(1)})
+    >>> first = SOBA(step_size=0.25).solve(A, {"w": torch.ones(1)})
+    >>> second = SOBA(step_size=0.25).solve(A, {"w": torch.ones(1)}, first.state)
+    >>> second.value["w"], second.residuals, second.state["solution"]["w"]
+    (tensor([0.2500]), tensor([0.5000]), tensor([0.3750]))
+    """
+
+    step_size: float
+
+    def __post_init__(self) -> None:
+        if not (is_finite(self.step_size) and self.step_size > 0):
+            raise ValueError(f"step_size={self.step_size!r}: give a positive number")
+
+    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+        """The carried v, and its step for the next time."""
+        moved = WarmStart(Neumann(terms=0, step_size=self.step_size)).solve(A, g, state)
+        last = carried(state, "solution", g)
+        if last is None:
+            return replace(moved, value=trees.zeros_like(g))
+        begun = moved.residuals[0]
+        kept = (trees.norm(g, batched=A.is_batched(g)) > 0) & ~(begun > GROWTH_LIMIT)
+        return replace(moved, value=trees.scaled(last, kept.to(begun.dtype)))
