@@ -61,10 +61,11 @@ class FiniteDifference(Curvature):
             (up, up_leaves), (down, down_leaves) = ends
             return _quotient(up, down, 2 * epsilon), _quotient(up_leaves, down_leaves, 2 * epsilon)
 
-        def product(v: Tree, batched: bool) -> Tree:
-            if batched:
-                return trees.stack([product(trees.part(v, i), False) for i in range(trees.length(v))])
+        def one(v: Tree) -> Tree:
             return trees.filled(difference(v)[0], v)
+
+        def product(v: Tree, batched: bool) -> Tree:
+            return trees.stack([one(trees.part(v, i)) for i in range(trees.length(v))]) if batched else one(v)
 
         def mixed(x: Tree) -> Found:
             name, value = next(iter(x.items()))

@@ -242,7 +242,7 @@ def assembled(
     solution = unread.read(figures[: len(unread.figures)])
     if solution.value is not unread.value:  # what was read asked for another attempt
         return assembled(validation, leaves, Unread.known(solution), pulled, train_loss, value)
-    gradient, length = math.hypot(*rest[2 : 2 + len(value)]), math.hypot(*rest[2 + len(value) :])
+    gradient, length = math.hypot(*rest[2 : 2 + len(norms[0])]), math.hypot(*rest[2 + len(norms[0]) :])
     result = Hypergradient(
         grads=grads,
         direct=direct,
@@ -250,7 +250,7 @@ def assembled(
         solution=solution,
         val_loss=validation.loss,
         train_loss=train_loss,
-        gradient_norm=train_loss.new_tensor(gradient),
+        gradient_norm=train_loss.new_tensor(gradient, dtype=torch.promote_types(train_loss.dtype, torch.float32)),
         untouched=tuple(name for name in leaves if validation.direct[name] is None and found[name] is None),
     )
     return _judged(result, rest[0], rest[1], gradient, length)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -128,7 +129,31 @@ def renormed(parts: Sequence[nn.Module]) -> list[Tensor]:
 # Each of these changes something, and returns what puts it back.
 
 
-def _unfuse_attention(_: Sequence[nn.Module]) -> Undo:
+def _of_the_process(change: Callable[[], Undo]) -> Callable[..., Undo]:
+    """A change that all threads see: made by the first who is inside, put back by the last who leaves."""
+    lock, inside = threading.Lock(), 0
+    undo: Undo
+
+    def enter(_: Sequence[nn.Module] = ()) -> Undo:
+        nonlocal inside, undo
+        with lock:
+            if not inside:
+                undo = change()
+            inside += 1
+        return leave
+
+    def leave() -> None:
+        nonlocal inside
+        with lock:
+            inside -= 1
+            if not inside:
+                undo()
+
+    return enter
+
+
+@_of_the_process
+def _unfuse_attention() -> Undo:
     """As ``sdpa_kernel(SDPBackend.MATH)``, in a quarter of its time."""
     before = [(choose, enabled()) for enabled, choose in _KERNELS]
     for choose, enabled in before:
@@ -144,21 +169,31 @@ def _unfuse_attention(_: Sequence[nn.Module]) -> Undo:
 
 def _leave_cudnn(parts: Sequence[nn.Module]) -> Undo:
     """For RNNs it has no double backward."""
+    return _switch_cudnn_off() if any(isinstance(part, nn.RNNBase) for part in parts) else _nothing
+
+
+@_of_the_process
+def _switch_cudnn_off() -> Undo:
     before = torch.backends.cudnn.enabled
-    if before and any(isinstance(part, nn.RNNBase) for part in parts):
-        torch.backends.cudnn.enabled = False
+    torch.backends.cudnn.enabled = False
 
     def back() -> None:
-        if torch.backends.cudnn.enabled is not before:
-            torch.backends.cudnn.enabled = before
+        torch.backends.cudnn.enabled = before
 
     return back
 
 
 def _rest_backward_hooks(parts: Sequence[nn.Module]) -> Undo:
-    own = [hooks for part in parts for hooks in (part._backward_hooks, part._backward_pre_hooks) if hooks]
-    of_all = [global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks]
-    before = [(hooks, list(hooks.items())) for hooks in (*own, *of_all) if hooks]
+    return _rest(hooks for part in parts for hooks in (part._backward_hooks, part._backward_pre_hooks) if hooks)
+
+
+@_of_the_process
+def _rest_hooks_of_all() -> Undo:
+    return _rest((global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks))
+
+
+def _rest(which: Iterable[dict[int, Any]]) -> Undo:
+    before = [(hooks, list(hooks.items())) for hooks in which]
     for hooks, _ in before:
         hooks.clear()
 
@@ -167,6 +202,10 @@ def _rest_backward_hooks(parts: Sequence[nn.Module]) -> Undo:
             hooks.update(items)
 
     return back
+
+
+def _nothing() -> None:
+    pass
 
 
 def _make_dense(parts: Sequence[nn.Module]) -> Undo:
@@ -190,7 +229,8 @@ class _NotReentrant:
         return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
-def _leave_reentry(_: Sequence[nn.Module]) -> Undo:
+@_of_the_process
+def _leave_reentry() -> Undo:
     before = checkpoint.CheckpointFunction
     checkpoint.CheckpointFunction = _NotReentrant  # type: ignore[assignment, misc]
 
@@ -200,7 +240,8 @@ def _leave_reentry(_: Sequence[nn.Module]) -> Undo:
     return back
 
 
-def _leave_cache(_: Sequence[nn.Module]) -> Undo:
+@_of_the_process
+def _leave_cache() -> Undo:
     before = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
 
@@ -210,7 +251,15 @@ def _leave_cache(_: Sequence[nn.Module]) -> Undo:
     return back
 
 
-_CHANGES = (_unfuse_attention, _leave_cudnn, _rest_backward_hooks, _make_dense, _leave_reentry, _leave_cache)
+_CHANGES: tuple[Callable[..., Undo], ...] = (
+    _unfuse_attention,
+    _leave_cudnn,
+    _rest_backward_hooks,
+    _rest_hooks_of_all,
+    _make_dense,
+    _leave_reentry,
+    _leave_cache,
+)
 
 
 def _has_weight_norm(part: nn.Module) -> bool:

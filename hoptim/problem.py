@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -185,7 +185,8 @@ class Problem:
         Buffers are clones; modes and plain attributes are put back. Backward passes belong inside ``then``: activation
         checkpointing runs the model again during one, and has to find the same tensors, buffers and modes.
         """
-        now, first = self._standing or _Standing.of(self), name not in self._looked_at
+        first = name not in self._looked_at
+        now = self._standing or _Standing.of(self)
         parts, live = now.parts, now.weights
         frozen = {key: p for key, p in live.items() if not p.requires_grad}
         given = {id(live[key]): value for key, value in weights.items()}
@@ -193,14 +194,18 @@ class Problem:
             given[id(p)] = given.get(id(p), p.detach()).clone()
         given |= {id(now.leaves[key]): value for key, value in leaves.items()}
         given |= {id(buffer): buffer.clone() for part in parts for buffer in part._buffers.values() if buffer is not None}
-        with kept(parts), in_place_of(parts, given), self._standing_as(None):
+        twice = twice_differentiable(parts) if self._standing is None else nullcontext()
+        with twice, uncompiled(), kept(parts), in_place_of(parts, given), self._standing_as(None):
             with of_losses(), left_alone(name, frozen | weights, leaves, values=first):
                 value, taken_apart = self._taken(name, batch)
             if first:
                 past = {key: p for key, p in (live | now.leaves).items() if given.get(id(p), p) is not p}
                 check_given(name, value, {id(p): key for key, p in past.items()})
                 self._looked_at.add(name)
-            return then(value, taken_apart)
+            result = then(value, taken_apart)
+        if first and self._standing is not None:  # a first forward pass may have added a part
+            self._standing = _Standing.of(self)
+        return result
 
     def _taken(self, name: LossName, batch: Any) -> tuple[Tensor, Parts | None]:
         """The loss and its parts, looked at."""
@@ -251,7 +256,6 @@ class Problem:
             with (
                 torch.enable_grad(),
                 twice_differentiable(now.parts),
-                uncompiled(),
                 full_precision(),
                 self._standing_as(now),
             ):

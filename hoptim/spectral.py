@@ -122,7 +122,7 @@ def lanczos(A: Operator, start: Tree, steps: int) -> Ritz:
     batched = A.is_batched(start)
     length = trees.norm(start, batched=batched)
     active, taken = torch.ones_like(length, dtype=torch.bool), torch.zeros_like(length)
-    basis = [scaled(start, 1 / length)]
+    basis = [trees.scaled(start, 1 / length)]
     diagonal: list[Tensor] = []
     beside: list[Tensor] = []
     for step in range(steps):
@@ -135,7 +135,7 @@ def lanczos(A: Operator, start: Tree, steps: int) -> Ritz:
         active = active & ~(beta <= 10 * torch.finfo(beta.dtype).eps * size)
         beside.append(torch.where(active, beta, 0.0))
         if step + 1 < steps:
-            basis.append(scaled(vector, torch.where(active, 1 / beta, 0.0)))
+            basis.append(trees.scaled(vector, torch.where(active, 1 / beta, 0.0)))
     main, off = (torch.stack(part, -1).double().cpu() for part in (diagonal, beside))
     if not bool((main.isfinite() & off.isfinite()).all()):
         raise ValueError("a product with A is infinite or NaN: look for functions without a second derivative in the loss")
@@ -158,8 +158,3 @@ def orthogonalise_(w: Tree, basis: list[Tree], *, batched: bool) -> Tensor:
             found.append(along)
         total.append(torch.stack(found))
     return total[0] + total[1]
-
-
-def scaled(x: Tree, a: Tensor) -> Tree:
-    """a·x, a new vector, with ``a`` on the device: a scalar, or one coefficient for each of R."""
-    return trees.scaled(x, a)

@@ -28,8 +28,8 @@ def _layers(model: nn.Module | None) -> Iterator[nn.Module]:
     """The wrappers from the outside in, and the module inside them all."""
     while model is not None:
         yield model
-        parallel = isinstance(model, (DistributedDataParallel, DataParallel))
-        model = model._modules.get("module" if parallel else "_orig_mod")
+        name = "module" if isinstance(model, (DistributedDataParallel, DataParallel)) else "_orig_mod"
+        model = getattr(model, name) if name in model._modules else None
 
 
 class Facade:
@@ -102,7 +102,12 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise where weights are sharded, or not there yet."""
+    """Raise where weights are sharded, or held by TorchScript."""
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError(
+            "the model is, or holds, a TorchScript module, whose weights no others can stand in for: give the module that "
+            "was scripted or traced; torch.compile works"
+        )
     for name, p in model.named_parameters():
         if hasattr(p, "device_mesh"):
             raise TypeError(

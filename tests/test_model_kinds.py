@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,6 +127,46 @@ def compiled(model: nn.Module, how: str) -> nn.Module:
         model.compile(backend="aot_eager")
         return model
     return torch.compile(model, backend=how)
+
+
+LATE = """
+import sys
+import torch
+from torch import nn
+import hoptim
+
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def eager(self, x):
+        return self.layer(x).tanh()
+
+    def forward(self, x):
+        run = torch.compile(self.eager, backend="aot_eager") if "torch._dynamo" in sys.modules else self.eager
+        return run(x)
+
+def val_loss(model, hparams, x):
+    import torch._dynamo
+    return model(x).square().mean()
+
+def train_loss(model, hparams, x):
+    return model(x).square().mean() + hparams["a"] * model.layer.weight.square().sum()
+
+problem = hoptim.Problem(Late(), hoptim.HyperParameters({"a": torch.tensor(0.1)}), train_loss, val_loss)
+assert "torch._dynamo" not in sys.modules
+x = torch.randn(5, 3)
+found = [hoptim.hypergradient(problem, x, x, hoptim.Implicit(hoptim.CG(terms=3))).grads["a"] for _ in range(2)]
+assert "torch._dynamo" in sys.modules
+torch.testing.assert_close(*found)
+print("the same")
+"""
+
+
+def test_a_compiler_that_is_first_imported_by_a_loss_is_stood_off_too() -> None:
+    process = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert (process.stdout, process.returncode) == ("the same\n", 0), process.stderr
 
 
 @pytest.mark.parametrize("how", ["eager", "aot_eager", "in place"])
@@ -531,6 +573,14 @@ def test_a_wrapper_is_walked_through_as_the_model_inside() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Tanh()})
     seen = Facade(nn.DataParallel(model), model)
     assert (list(seen), len(seen), seen["a"]) == (["a", "b"], 2, model["a"])
+
+
+def test_models_held_by_torchscript_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(mlp())
+    with pytest.raises(TypeError, match="TorchScript"):
+        problem_of(scripted)
 
 
 def test_fully_sharded_models_of_the_first_kind_are_refused() -> None:

@@ -397,6 +397,7 @@ def test_models_in_half_precision_are_solved_in_float32(dtype: torch.dtype, name
     found = hoptim.hypergradient(problem_of(dtype=dtype), batch, VAL, method)
     assert set(seen) == {False, torch.float32}
     assert {value.dtype for value in found.grads.values()} == {dtype}
+    assert found.gradient_norm.dtype == torch.float32
     assert_near(found, expected, 0.2 if name == "differences" else 0.06)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -114,6 +115,71 @@ def test_a_pure_loss_inside_another_is_that_of_its_own_tensors() -> None:
         again = problem.pure("train_loss", second, leaves, x, itself)
     torch.testing.assert_close(found, (losses[0], losses[1]))
     torch.testing.assert_close(again, losses[1])
+
+
+def test_threads_leave_the_settings_of_the_process_as_they_were() -> None:
+    """The last to leave puts them back: not what the first had already changed when the second came."""
+    before, seen = kernels(), []
+    first_in, second_in = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with linear_problem().untouched():
+            first_in.set()
+            second_in.wait(10)
+
+    def second() -> None:
+        first_in.wait(10)
+        with linear_problem().untouched():
+            second_in.set()
+            one.join()
+            seen.append(kernels())
+
+    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    one.start(), other.start()
+    other.join()
+    assert seen == [[True, False, False, False]]
+    assert kernels() == before
+
+
+def test_a_pure_loss_by_itself_is_twice_differentiable() -> None:
+    """Weight norm's own backward pass has no right second derivative."""
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2).double())
+    problem = Problem(model, HyperParameters({"a": torch.tensor(0.5, dtype=torch.float64)}), mean_square, mean_square)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in problem.weights().items()}
+    values = list(weights.values())
+
+    def hessian(loss: Tensor, _: Any) -> Tensor:
+        slopes = torch.cat([one.flatten() for one in torch.autograd.grad(loss, values, create_graph=True)])
+        rows = [torch.autograd.grad(slope, values, retain_graph=True, materialize_grads=True) for slope in slopes]
+        return torch.stack([torch.cat([one.flatten() for one in row]) for row in rows])
+
+    bare = problem.pure("train_loss", weights, problem.leaves(), x, hessian)
+    with problem.untouched():
+        inside = problem.pure("train_loss", weights, problem.leaves(), x, hessian)
+    torch.testing.assert_close(bare, bare.T)
+    torch.testing.assert_close(bare, inside)
+
+
+def test_a_part_that_the_first_forward_pass_builds_keeps_its_buffers() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "norm"):
+                self.norm = nn.BatchNorm1d(2, affine=False)
+            return self.norm(self.layer(x))
+
+    problem = Problem(Late(), HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
+    x = torch.randn(5, 2)
+    with problem.untouched():
+        problem.pure("train_loss", problem.weights(), problem.leaves(), x, itself)
+        built = problem.model.norm.running_mean.clone()
+        for name in ("val_loss", "train_loss"):
+            problem.pure(name, problem.weights(), problem.leaves(), x, itself)
+    assert torch.equal(problem.model.norm.running_mean, built)
 
 
 def test_weights_that_are_put_in_between_two_hypersteps_are_seen() -> None:

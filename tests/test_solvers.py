@@ -7,7 +7,7 @@ import torch
 from cases import OPERATORS, SIZE, Counted, classes, flat, like, noisy_problem, spd, unflat
 from torch import Tensor
 
-from hoptim import Identity, Neumann, Solution, Status
+from hoptim import Identity, Neumann, Solution, Status, trees
 from hoptim.operators import Symmetric
 from hoptim.stationarity import StationarityGraph
 
@@ -182,6 +182,23 @@ def test_how_a_solve_ends(name: str) -> None:
     solution, calls = solve(H, g, solver)
     assert solution.status is expected, solution.detail
     assert solution.products == calls
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_product_that_is_bad_once_only_is_named_and_not_taken_for_growth(at: int, bad: float) -> None:
+    H, calls = spd(), []
+
+    def product(v: trees.Tree) -> trees.Tree:
+        calls.append(v)
+        found = unflat(flat(v) @ H, like(H.dtype))
+        return {name: value * bad for name, value in found.items()} if len(calls) == at else found
+
+    A = Symmetric(product, like=like(H.dtype))
+    solution = Neumann(terms=5, step_size=0.5).solve(A, unflat(ONES, like(H.dtype)))
+    assert solution.status is Status.NON_FINITE_PRODUCT
+    assert f"at term {at}" in solution.detail
+    assert solution.products == len(calls)
 
 
 @pytest.mark.parametrize("name", ["step far too large", "strongly negative", "product NaN"])

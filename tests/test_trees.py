@@ -57,3 +57,23 @@ def test_clone_and_zeros_like_are_copies() -> None:
     trees.scale_(copy, 2.0)
     assert torch.equal(flat(x), X)
     assert not flat(trees.zeros_like(x)).any()
+
+
+def test_long_sums_are_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "PIECE", 3)
+    x, y = unflat(X, like()), unflat(Y, like())
+    for batched, a, b in ((False, x, y), (True, unflat(BATCH, like()), unflat(BATCH.flip(0), like()))):
+        dots = trees.dot_parts(list(a.values()), list(b.values()), batched=batched)
+        norms = trees.norm_parts(list(a.values()), batched=batched)
+        assert len(norms) > len(a)
+        assert len(dots) == (len(a) if batched else len(norms))  # a sum over an axis is pairwise
+        torch.testing.assert_close(sum(dots), (flat(a, (3,)) * flat(b, (3,))).sum(1) if batched else X @ Y)
+    torch.testing.assert_close(trees.norm(x), X.norm())
+    torch.testing.assert_close(trees.dot(x, y), X @ Y)
+
+
+def test_a_long_sum_in_float32_is_that_of_float64() -> None:
+    x = {"w": torch.full((3 * 2**23,), 0.1, dtype=torch.float32)}
+    expected = x["w"].double().square().sum()
+    torch.testing.assert_close(trees.dot(x, x).double(), expected, rtol=2e-4, atol=0.0)
+    torch.testing.assert_close(trees.norm(x).double(), expected.sqrt(), rtol=2e-4, atol=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from hoptim.trees import Tree
 READ_EVERY = 16  # products between two looks of the host at the device's norms
 GROWTH_LIMIT = 10.0  # what outgrows ‖g‖ by this factor has failed
 NEGATIVE = -1e-6  # curvature below this share of the largest is negative, and no rounding
+SLACK = 2.0  # a true residual above the tolerance by this factor has not converged
 
 State = dict[str, Tree]  # what a solver carries to its next call, by kind: {"direction": …}
 
@@ -48,6 +50,12 @@ class Status(Enum):
         "the answer leaves a residual longer than the right-hand side, so that it solves the system less well than zero "
         "does: the curvature is nearly singular there, or a low rank misses what curves well above rho. Add damping, take "
         "MINRES, a higher rank or a larger rho, if progress is poor",
+    )
+    ROUNDED = (
+        "remark",
+        "the residual that the solver reckons with is below the tolerance, the true one is not: rounding adds up where the "
+        "curvature is ill-conditioned; the answer is used. Add damping or a preconditioner, take a larger tolerance or "
+        "fewer terms, or weights in float64",
     )
     REPLAY_DIFFERS = (
         "remark",
@@ -110,8 +118,9 @@ class Solution:
         value: x by weight name; with a leading axis where the right-hand side had one.
         status: how the solve ended.
         detail: the figures behind the status, in words; empty where there is nothing to add.
-        residuals: ‖g − Aᵀx‖ / ‖g‖, one a product of the series, on the device: shape (products,) or (products, R).
-        products: how many products with A were spent, those for the spectrum included.
+        residuals: ‖g − Aᵀx‖ / ‖g‖, one a term, on the device: shape (terms,) or (terms, R). They are reckoned along the way,
+            but for the last one of a solve that converged: that is by a product with x.
+        products: how many products with A were spent, those for the spectrum and for that last residual included.
         step_size: the step that was used; ``None`` for a solver without one.
         state: what the solver wants to see again at its next call, such as a vector for the spectrum under "direction";
             may be empty.
@@ -192,10 +201,18 @@ class Deferring(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class Iterative(Deferring):
-    """A solver of at most ``terms`` products that stops at a relative residual of ``tolerance``."""
+    """A solver of at most ``terms`` products that stops at a relative residual of ``tolerance``, and then looks at it."""
 
     terms: int = 20
     tolerance: float = 1e-5
+
+    @abstractmethod
+    def iterated(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
+        """As :meth:`unread`, before the look."""
+
+    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
+        """Solve; where that converged, one product more is for the true residual."""
+        return proved(self.iterated(A, g, state), A, g, self.tolerance)
 
     def __post_init__(self) -> None:
         if not (is_whole(self.terms) and self.terms >= 1):
@@ -230,6 +247,27 @@ def carried(state: State | None, name: str, like: Tree) -> Tree | None:
         return None
     kinds = [{key: (v.shape, v.dtype, v.device) for key, v in tree.items()} for tree in (found, like)]
     return found if kinds[0] == kinds[1] else None
+
+
+def proved(tried: Unread, A: Operator, g: Tree, tolerance: float) -> Unread:
+    """What is reckoned along the way drifts from ‖g − Aᵀx‖ by rounding, by κ of float's own or more, so x is put in once."""
+
+    def read(figures: list[float]) -> Solution:
+        solution = tried.read(figures)
+        if solution.status is not Status.CONVERGED or not len(solution.residuals):
+            return solution
+        batched = A.is_batched(g)
+        left = trees.add(g, A.T @ solution.value, alpha=-1.0)
+        true = (trees.norm(left, batched=batched) * inverse(trees.norm(g, batched=batched))).to(solution.residuals)
+        worst, reckoned = torch.stack([true.amax(), solution.residuals[-1].amax()]).tolist()
+        found = replace(solution, residuals=torch.cat([solution.residuals[:-1], true[None]]), products=solution.products + 1)
+        if not math.isfinite(worst):
+            return replace(found, status=Status.NON_FINITE_PRODUCT, detail="with the solution")
+        if worst > SLACK * tolerance:
+            return replace(found, status=Status.ROUNDED, detail=f"a residual of {worst:.3g}, reckoned to be {reckoned:.3g}")
+        return found
+
+    return replace(tried, read=read)
 
 
 def time_to_look(term: int, terms: int, on: Tensor) -> bool:

@@ -78,7 +78,7 @@ class Chebyshev(Iterative):
         if self.ratio is not None and not (is_finite(self.ratio) and self.ratio >= 1):
             raise ValueError(f"ratio={self.ratio!r}: give a finite number, 1 or more, or None to choose it")
 
-    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
+    def iterated(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Iterate from x = 0; an interval chosen too short, which a poor start of the power iteration allows, anew."""
         check_symmetric(self, A)
         if self.interval is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hoptim import trees
 from hoptim.operators import Operator
 from hoptim.solvers.base import NEGATIVE, Iterative, Solution, State, Status, Unread, ended, inverse, time_to_look
-from hoptim.spectral import orthogonalise_, scaled
+from hoptim.spectral import orthogonalise_
 from hoptim.trees import Tree
 
 
@@ -35,15 +35,15 @@ class GMRES(Iterative):
     >>> A = Symmetric(lambda v: {"w": torch.tensor([2.0, 4.0]) * v["w"]}, like={"w": torch.ones(2)})
     >>> solution = GMRES().solve(A, {"w": torch.ones(2)})
     >>> solution.value["w"].round(decimals=4), solution.status.name, solution.products
-    (tensor([0.5000, 0.2500]), 'CONVERGED', 2)
+    (tensor([0.5000, 0.2500]), 'CONVERGED', 3)
     """
 
-    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
+    def iterated(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Arnoldi vectors v: rotations of their Hessenberg matrix H tell when to stop, its singular values give x."""
         batched = A.is_batched(g)
         start = trees.norm(g, batched=batched)
         eps = torch.finfo(start.dtype).eps
-        basis, rotated = [scaled(g, inverse(start))], _Rotated(start, self.terms)
+        basis, rotated = [trees.scaled(g, inverse(start))], _Rotated(start, self.terms)
         active, largest, residuals = start > 0, torch.zeros_like(start), []
         for term in range(1, self.terms + 1):
             w = A.T @ basis[-1]
@@ -55,7 +55,7 @@ class GMRES(Iterative):
             if time_to_look(term, self.terms, start) and not bool(active.any()):
                 break
             if term < self.terms:
-                basis.append(scaled(w, torch.where(active, inverse(beside), 0.0)))
+                basis.append(trees.scaled(w, torch.where(active, inverse(beside), 0.0)))
         flags = {Status.NON_FINITE_GRADIENT: ~start.isfinite(), Status.NON_FINITE_PRODUCT: ~rotated.hessenberg().isfinite()}
         status, (H, length) = ended(flags, rotated.hessenberg(), start)
         x, detail = trees.zeros_like(g), ""

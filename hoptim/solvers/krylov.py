@@ -11,6 +11,7 @@ from hoptim import trees
 from hoptim.operators import Operator
 from hoptim.solvers.base import (
     GROWTH_LIMIT,
+    NEGATIVE,
     Iterative,
     Solution,
     State,
@@ -48,10 +49,10 @@ class CG(Iterative):
     >>> A = Symmetric(lambda v: {"w": torch.tensor([2.0, 4.0]) * v["w"]}, like={"w": torch.ones(2)})
     >>> solution = CG().solve(A, {"w": torch.ones(2)})
     >>> solution.value, solution.status.name, solution.products
-    ({'w': tensor([0.5000, 0.2500])}, 'CONVERGED', 2)
+    ({'w': tensor([0.5000, 0.2500])}, 'CONVERGED', 3)
     """
 
-    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
+    def iterated(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Iterate from x = 0; what has stopped is frozen by coefficients of zero, so that the host need not look."""
         check_symmetric(self, A)
         batched = A.is_batched(g)
@@ -69,7 +70,7 @@ class CG(Iterative):
             highest = torch.fmax(highest, curvature)  # where p is zero the curvature is NaN, and nothing is active
             flat_below = rounding * highest  # a flat direction would be walked along for ever
             turned = active & (curvature <= flat_below)
-            downward, active = downward | (turned & (curvature < -flat_below)), active & ~turned
+            downward, active = downward | (turned & (curvature < NEGATIVE * highest)), active & ~turned
             lowest = torch.where(turned, curvature, lowest)
             step = torch.where(active, square / along, 0.0)
             if term == 1:
@@ -123,7 +124,7 @@ class MINRES(Iterative):
     (tensor([-0.5000,  0.2500]), 'NEGATIVE_CURVATURE', 2)
     """
 
-    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
+    def iterated(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Lanczos vectors v, a QR factorisation of their tridiagonal matrix by rotations (c, s), directions d = γw."""
         check_symmetric(self, A)
         batched = A.is_batched(g)
@@ -131,42 +132,41 @@ class MINRES(Iterative):
         u, u_before = trees.clone(g), trees.zeros_like(g)  # the Lanczos vectors, not yet of unit length
         start = beta = phi_bar = trees.norm(g, batched=batched)
         zero, goal = torch.zeros_like(start), start * self.tolerance
-        c, s, delta_bar, epsilon, one_before, largest = zero - 1, zero, zero, zero, zero + 1, zero
-        one_gamma = one_gamma_before = zero
-        active, almost_none = start > 0, torch.finfo(zero.dtype).eps ** 0.5
+        c, s, delta_bar, epsilon, over_beta_before, largest = zero - 1, zero, zero, zero, zero + 1, zero
+        over_gamma = over_gamma_before = zero
+        active, eps = start > 0, torch.finfo(zero.dtype).eps
         going, kept, lefts, bends, sizes = [], [], [], [], []  # of each term, looked at together in the end
         for term in range(1, self.terms + 1):
             going.append(active)
-            one = inverse(beta)
-            v = trees.scaled(u, one)
-            product = trees.axpy_(A @ v, u_before, -beta * one_before)
+            over_beta = inverse(beta)
+            v = trees.scaled(u, over_beta)
+            product = trees.axpy_(A @ v, u_before, -beta * over_beta_before)
             alpha = trees.dot(v, product, batched=batched)
-            trees.axpy_(product, u, -alpha * one)
-            u_before, u, one_before, beta = u, product, one, trees.norm(product, batched=batched)
+            trees.axpy_(product, u, -alpha * over_beta)
+            u_before, u, over_beta_before, beta = u, product, over_beta, trees.norm(product, batched=batched)
 
             delta, gamma_bar = c * delta_bar + s * alpha, s * delta_bar - c * alpha
             epsilon_before, epsilon, delta_bar = epsilon, s * beta, -c * beta
             gamma = torch.hypot(gamma_bar, beta)
             largest = torch.maximum(largest, gamma)
             bends.append(c * gamma_bar)  # −⟨r, A r⟩ / ⟨r, r⟩ for the residual r before this term
-            active = active & ~(
-                torch.hypot(gamma_bar, delta_bar) <= almost_none * largest
-            )  # ‖Ar‖/‖r‖; a NaN stays, to be seen
+            moved = torch.hypot(gamma_bar, delta_bar)  # ‖Ar‖/‖r‖
+            active = active & ~(moved <= eps**0.5 * largest)  # a NaN stays, to be seen
             sizes.append(largest)
             kept.append(active)
-            trees.axpy_(v, d_before, -epsilon_before * one_gamma_before)
-            trees.axpy_(v, d, -delta * one_gamma)
-            d_before, d, one_gamma_before, one_gamma = d, v, one_gamma, inverse(gamma)
+            trees.axpy_(v, d_before, -epsilon_before * over_gamma_before)
+            trees.axpy_(v, d, -delta * over_gamma)
+            d_before, d, over_gamma_before, over_gamma = d, v, over_gamma, inverse(gamma)
 
-            c, s = gamma_bar * one_gamma, beta * one_gamma
+            c, s = gamma_bar * over_gamma, beta * over_gamma
             phi, phi_bar = torch.where(active, c * phi_bar, 0.0), torch.where(active, s * phi_bar, phi_bar)
-            trees.axpy_(x, d, phi * one_gamma)
+            trees.axpy_(x, d, phi * over_gamma)
             lefts.append(phi_bar.abs())
             active = active & ~(lefts[-1] <= goal)
             if time_to_look(term, self.terms, start) and not bool(active.any()):
                 break
         residuals, bend = torch.stack(lefts) * inverse(start), torch.stack(bends)
-        turned = torch.stack(going) & (bend > 10 * almost_none**2 * torch.stack(sizes))
+        turned = torch.stack(going) & (bend > 10 * eps * torch.stack(sizes))
         flags = {
             Status.NON_FINITE_GRADIENT: ~start.isfinite(),
             Status.NON_FINITE_PRODUCT: ~residuals[-1].isfinite(),

@@ -25,6 +25,7 @@ from hoptim.solvers.base import (
     carried,
     check_tolerance,
     ending,
+    proved,
     time_to_look,
 )
 from hoptim.spectral import spectral_norm, start_vector
@@ -101,9 +102,14 @@ class Neumann(Deferring):
 
     def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
         """Sum the series; a step chosen too large, which a poor start of the power iteration allows, is chosen again."""
-        if self.step_size is not None:
-            return _series(A, g, self.terms, self.step_size, self.tolerance)
-        return with_bound(A, g, state, lambda bound: _series(A, g, self.terms, 1.0 / bound, self.tolerance))
+
+        def series(step: float) -> Unread:
+            return _series(A, g, self.terms, step, self.tolerance)
+
+        tried = (
+            with_bound(A, g, state, lambda bound: series(1 / bound)) if self.step_size is None else series(self.step_size)
+        )
+        return proved(tried, A, g, self.tolerance)
 
 
 def with_bound(A: Operator, g: Tree, state: State | None, attempt: Callable[[float], Unread]) -> Unread:
@@ -148,8 +154,9 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
             last = trees.dot_parts(list(vector.entries.values()), [product[name] for name in g], batched=batched)
         if tolerance:  # what has converged is frozen by coefficients of zero, so that the host need not look
             active = active > 0
-            trees.axpy_(vector.entries, product, -step * active)
-            trees.axpy_(total.entries, vector.entries, active.to(start.dtype))
+            going = active.to(start.dtype)
+            trees.axpy_(vector.entries, product, -step * going)
+            trees.axpy_(total.entries, vector.entries, going)
         else:
             trees.add_(vector.entries, product, alpha=-step)
             torch._foreach_add_(total.held, vector.held)
@@ -168,19 +175,19 @@ def _series(A: Operator, g: Tree, terms: int, step: float, tolerance: float) -> 
         count = sides * size * len(squares)
         pieces = [iter(found[r:count:sides]) for r in range(sides)]
         norms = [[math.sqrt(sum(parts)) for parts in zip(*[one] * size, strict=True)] for one in pieces]  # of each side
-        bad, told = _bad_term(norms), State()
+        bad, told, walked = _bad_term(norms), State(), 0
         if bad is None:
             curvatures = [sum(found[count + r :: sides]) / (of_one[-2:][0] ** 2 or 1.0) for r, of_one in enumerate(norms)]
             status, detail = _remark(A, norms, curvatures, step, tolerance)
         else:
-            status, detail, told = _diagnose(A, g, step, norms, bad)
+            status, detail, told, walked = _diagnose(A, g, step, norms, bad)
         history = figures.new_tensor([[norm / (of_one[0] or 1.0) for norm in of_one[1:]] for of_one in norms])
         return Solution(
             value=x,
             status=status,
             detail=detail,
             residuals=history.T if batched else history[0],
-            products=len(squares) - 1 + (bad or 0),
+            products=len(squares) - 1 + walked,
             step_size=step,
             state=told,
         )
@@ -227,28 +234,35 @@ def _remark(
     return Status.FINISHED, ""
 
 
-def _diagnose(A: Operator, g: Tree, step: float, norms: list[list[float]], bad: int) -> tuple[Status, str, State]:
-    """Walk to the bad term again with vectors kept at unit length, to see which curvature the series grew along."""
+def _diagnose(A: Operator, g: Tree, step: float, norms: list[list[float]], bad: int) -> tuple[Status, str, State, int]:
+    """Walk to the bad term again with vectors kept at unit length, to see which curvature the series grew along.
+
+    Returns what happened, in words too, a direction for the next bound, and the products spent.
+    """
     if bad == 0:
-        return Status.NON_FINITE_GRADIENT, "the right-hand side of the system is not finite", {}
+        return Status.NON_FINITE_GRADIENT, "the right-hand side of the system is not finite", {}, 0
+    if any(math.isnan(of_one[bad]) for of_one in norms):  # growth makes infinities first
+        return Status.NON_FINITE_PRODUCT, f"at term {bad}", {}, 0
     worst = max(range(len(norms)), key=lambda r: norms[r][bad] if math.isfinite(norms[r][bad]) else math.inf)
     if A.is_batched(g):
         g = trees.part(g, worst)
     vector, curvature, square = trees.clone(g), 0.0, 0.0
-    for _ in range(bad):
+    for walked in range(1, bad + 1):
         vector = trees.unit(vector)
         product = A.T @ vector
         curvature, square = torch.stack([trees.dot(vector, product), trees.dot(product, product)]).tolist()
         if not math.isfinite(curvature):
-            return Status.NON_FINITE_PRODUCT, f"at term {bad}", {}
+            return Status.NON_FINITE_PRODUCT, f"at term {bad}", {}, walked
         trees.add_(vector, product, alpha=-step)
     times = norms[worst][bad] / norms[worst][0] if norms[worst][0] else math.inf
     grown = f"the series grew to {times:.3g} times its start at term {bad}"
     if step * curvature > 1 or (curvature > 0 and not A.symmetric):
         allowed = 2 * curvature / square  # for a longer step than this, v − αAᵀv is longer than v
         advice = f"step size {step:.3g} against a curvature of {curvature:.3g}, which allows less than {allowed:.3g}"
-        return Status.STEP_TOO_LARGE, f"{grown}: {advice}", {"direction": trees.unit(vector)}
-    return Status.CURVATURE_TOO_NEGATIVE, f"{grown}, along a curvature of {curvature:.3g}", {}
+        return Status.STEP_TOO_LARGE, f"{grown}: {advice}", {"direction": trees.unit(vector)}, bad
+    if curvature > 0 and math.isinf(norms[worst][bad]):  # of a longer vector than this walk's
+        return Status.NON_FINITE_PRODUCT, f"at term {bad}", {}, bad
+    return Status.CURVATURE_TOO_NEGATIVE, f"{grown}, along a curvature of {curvature:.3g}", {}, bad
 
 
 def _without_bound(A: Operator, g: Tree, length: float, bound: float, spent: int) -> Solution:
