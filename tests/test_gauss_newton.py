@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
@@ -82,6 +83,37 @@ def dense(problem: Problem, batch: Any, penalty: Any = quartic) -> Tensor:
 def test_products_are_those_of_the_dense_matrix(name: str) -> None:
     problem, batch = made(name)
     torch.testing.assert_close(matrix(operator(problem, batch, GaussNewton())), dense(problem, batch), rtol=1e-9, atol=1e-12)
+
+
+CURVLINOPS = {
+    "cross-entropy": nn.CrossEntropyLoss(),
+    "mean square": nn.MSELoss(),
+    "binary": nn.BCEWithLogitsLoss(),
+}
+MODELS = {
+    "MLP": lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)),
+    "convolutions": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 1, 2)),
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["Exact", "GaussNewton"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", CURVLINOPS)
+def test_products_are_those_of_curvlinops(name: str, model: str, kind: str) -> None:
+    """Not of norms: its exact products (3.0.1) through a LayerNorm differ from finite differences, ours do not."""
+    problem, batch = made(name, MODELS[model](), penalty=None)
+    theirs = {"Exact": HessianLinearOperator, "GaussNewton": GGNLinearOperator}[kind](
+        problem.model, CURVLINOPS[name], list(problem.model.parameters()), [batch]
+    )
+    found = matrix(operator(problem, batch, {"Exact": Exact(), "GaussNewton": GaussNewton()}[kind]))
+    torch.testing.assert_close(found, theirs @ torch.eye(len(found), dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    assert found.abs().max() > 1e-3
 
 
 def test_without_a_penalty() -> None:
