@@ -41,7 +41,7 @@ CASES: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "asgd": (optim.ASGD, {"lr": 0.1, "lambd": 0.1, "t0": 1, "weight_decay": 0.1}),
 }
 # Differentiable Adam and NAdam fold the step size into another factor than the plain ones: their last bit differs.
-ROUNDED = (optim.Adam, optim.NAdam)
+INEXACT = (optim.Adam, optim.NAdam)
 # Every option in which a step may be differentiated, in addition to weights, gradients and state.
 FOLLOWED = {
     **{(optim.SGD, key): {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1} for key in ("lr", "momentum", "weight_decay")},
@@ -165,7 +165,7 @@ def test_three_steps_are_those_of_the_real_optimizer(name: str, steps_before: in
         new, state = dynamics.step(new, gradient(new), {}, state)
         real_step(inner, live)
     assert state is not None
-    exact = not issubclass(kind, ROUNDED) and not foreach
+    exact = not issubclass(kind, INEXACT) and not foreach
     for key, p in live.items():
         assert set(state[key]) == set(inner.state.get(p, {}))
         pairs = [(new[key], p, before[key]), *((state[key][k], v, torch.zeros_like(v)) for k, v in inner.state[p].items())]

@@ -51,11 +51,11 @@ class Status(Enum):
         "does: the curvature is nearly singular there, or a low rank misses what curves well above rho. Add damping, take "
         "MINRES, a higher rank or a larger rho, if progress is poor",
     )
-    ROUNDED = (
+    INEXACT = (
         "remark",
-        "the residual that the solver reckons with is below the tolerance, the true one is not: rounding adds up where the "
-        "curvature is ill-conditioned; the answer is used. Add damping or a preconditioner, take a larger tolerance or "
-        "fewer terms, or weights in float64",
+        "the residual that the solver reckons with is below the tolerance, the true one is not: rounding, differences or "
+        "fresh batches change the products, which adds up where the curvature is ill-conditioned; the answer is used. Add "
+        "damping or a preconditioner, or take a larger tolerance or fewer terms",
     )
     REPLAY_DIFFERS = (
         "remark",
@@ -264,7 +264,7 @@ def proved(tried: Unread, A: Operator, g: Tree, tolerance: float) -> Unread:
         if not math.isfinite(worst):
             return replace(found, status=Status.NON_FINITE_PRODUCT, detail="with the solution")
         if worst > SLACK * tolerance:
-            return replace(found, status=Status.ROUNDED, detail=f"a residual of {worst:.3g}, reckoned to be {reckoned:.3g}")
+            return replace(found, status=Status.INEXACT, detail=f"a residual of {worst:.3g}, reckoned to be {reckoned:.3g}")
         return found
 
     return replace(tried, read=read)
