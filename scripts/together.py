@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,15 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import hoptim
+
+
+def _part() -> None:
+    """Gloo's threads outlive the group, since DDP keeps it, and free what the last collective held.
+
+    They need the interpreter for that, and abort the process where it ends first (pytorch/pytorch issue 190489).
+    """
+    time.sleep(0.1)
+    distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Together:
             return cls()
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-            atexit.register(distributed.destroy_process_group)
+            atexit.register(_part)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
