@@ -102,7 +102,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise where weights are sharded, or held by TorchScript."""
+    """Raise where weights are sharded, or TorchScript holds them."""
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise TypeError(
             "the model is, or holds, a TorchScript module, whose weights no others can stand in for: give the module that "

@@ -25,7 +25,7 @@ from hoptim.spectral import spectral_norm, start_vector
 
 FINISHED, CONVERGED, NEGATIVE, GROWING = Status.FINISHED, Status.CONVERGED, Status.NEGATIVE_CURVATURE, Status.GROWING
 TOO_LARGE, TOO_NEGATIVE, FLAT = Status.STEP_TOO_LARGE, Status.CURVATURE_TOO_NEGATIVE, Status.NO_CURVATURE
-LARGE, INEXACT = Status.LARGE_RESIDUAL, Status.INEXACT
+LARGE, INEXACT, NON_FINITE = Status.LARGE_RESIDUAL, Status.INEXACT, Status.NON_FINITE_PRODUCT
 LEADS = [(), (1,), (3,)]
 
 
@@ -432,11 +432,13 @@ def test_what_is_called_converged_is_so_by_the_true_residual(kind: Any, lead: tu
     assert any(status is INEXACT for _, status in found)
 
 
-def test_products_of_fresh_batches_are_not_called_converged() -> None:
-    factors = iter([1.0, 3.0])
+@pytest.mark.parametrize(("second", "status"), [(3.0, INEXACT), (math.inf, NON_FINITE), (math.nan, NON_FINITE)])
+def test_products_of_fresh_batches_are_not_called_converged(second: float, status: Status) -> None:
+    factors = iter([1.0, second])
     A = Symmetric(lambda v: {"w": next(factors) * v["w"]}, like={"w": torch.ones(2)})
     solution = CG().solve(A, {"w": torch.ones(2)})
-    assert (solution.status, solution.residuals.tolist(), solution.products) == (INEXACT, [2.0], 2)
+    assert (solution.status, solution.products) == (status, 2)
+    torch.testing.assert_close(solution.residuals, torch.tensor([abs(1 - second)]), equal_nan=True)
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])

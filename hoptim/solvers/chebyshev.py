@@ -42,7 +42,7 @@ class Chebyshev(Iterative):
     ``residuals`` holds that of the returned iterate. Each of several right-hand sides stops for itself.
 
     Args:
-        terms: the most products, ≥ 1, default 20.
+        terms: the most products, ≥ 1, default 20; one more is for the residual of what converged.
         tolerance: the relative residual at which to stop, ≥ 0, default 1e-5.
         interval: (a, b) with 0 < a ≤ b; ``None``, the default, takes b = 1.2·‖A‖₂, estimated by power iteration as Neumann's
             step is, and a = b / ratio.

@@ -23,7 +23,7 @@ class GMRES(Iterative):
     stops for itself; one whose Krylov space ends before the system is solved, which only a singular A allows, stops there.
 
     Args:
-        terms: the most products, ≥ 1, default 20.
+        terms: the most products, ≥ 1, default 20; one more is for the residual of what converged.
         tolerance: the relative residual ‖g − Aᵀx‖ / ‖g‖ at which to stop, ≥ 0, default 1e-5.
 
     Raises:

@@ -35,7 +35,8 @@ class CG(Iterative):
     above 10·‖g‖ is a remark: where A is singular and g not in its range, CG has no limit.
 
     Args:
-        terms: the most products, ≥ 1, default 20. Stopping early is also a regulariser.
+        terms: the most products, ≥ 1, default 20; one more is for the residual of what converged. Stopping early is a
+            regulariser too.
         tolerance: the relative residual ‖g − Ax‖ / ‖g‖ at which to stop, ≥ 0, default 1e-5.
 
     Raises:
@@ -107,7 +108,7 @@ class MINRES(Iterative):
     is singular and g not in its range, it stops at the least residual there is: once ‖Ar‖ is nothing beside ‖A‖·‖r‖.
 
     Args:
-        terms: the most products, ≥ 1, default 20.
+        terms: the most products, ≥ 1, default 20; one more is for the residual of what converged.
         tolerance: the relative residual ‖g − Ax‖ / ‖g‖ at which to stop, ≥ 0, default 1e-5.
 
     Raises:

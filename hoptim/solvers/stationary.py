@@ -70,7 +70,7 @@ class Neumann(Deferring):
     holds, and the last one is that of x_{K−1}. A series whose vectors outgrow 10·‖g‖ has failed, and stops.
 
     Args:
-        terms: K ≥ 0, default 20; with a tolerance, the most.
+        terms: K ≥ 0, default 20; with a tolerance, the most, and one more for the residual of what converged.
         step_size: α > 0; ``None``, the default, takes 1/‖A‖₂, estimated by power iteration: 10 products at first, then 2
             each time, from the vector carried over from the last solve. Of an unsymmetric A it takes 1 / max ‖Aᵀv‖/‖v‖ over
             the iterates, between the inverses of norm and spectral radius; eigenvalues far from the real axis may need
