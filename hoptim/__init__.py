@@ -1,26 +1,32 @@
 """hoptim: hyperparameters learned by gradient, inside the training loop that is already there."""
 
-from hoptim.audit import audit
-from hoptim.conditions import Gradient, Update
-from hoptim.curvature import Exact, GaussNewton
-from hoptim.differences import FiniteDifference
-from hoptim.hparams import HyperParameters
-from hoptim.hypergradient import Implicit, hypergradient
-from hoptim.method import Hypergradient
-from hoptim.optimizer import BilevelOptimizer
-from hoptim.preconditioners import Jacobi, SecondMoments
-from hoptim.problem import CompositeLoss, Problem
-from hoptim.record import Record
-from hoptim.report import Audit
-from hoptim.sampling import Averaged, Sampled
-from hoptim.solvers.base import Solution, Solver, Status
+from hoptim.curvature.exact import Exact
+from hoptim.curvature.finite_difference import FiniteDifference
+from hoptim.curvature.gauss_newton import GaussNewton
+from hoptim.curvature.minibatch import Averaged, Sampled
+from hoptim.diagnostics.audit import audit
+from hoptim.diagnostics.report import Audit
+from hoptim.methods.compute import hypergradient
+from hoptim.methods.conditions import Gradient, Update
+from hoptim.methods.implicit import Implicit
+from hoptim.methods.method import Hypergradient
+from hoptim.methods.preconditioners import Jacobi, SecondMoments
+from hoptim.methods.unrolled import Unrolled
+from hoptim.problem.composite_loss import CompositeLoss
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.problem.problem import Problem
+from hoptim.solvers.base import Solver
+from hoptim.solvers.cg import CG
 from hoptim.solvers.chebyshev import Chebyshev
 from hoptim.solvers.gmres import GMRES
-from hoptim.solvers.krylov import CG, MINRES
+from hoptim.solvers.identity import Identity
+from hoptim.solvers.minres import MINRES
+from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.nystrom import Nystrom
-from hoptim.solvers.stationary import Identity, Neumann
-from hoptim.solvers.warm import SOBA, WarmStart
-from hoptim.unrolled import Unrolled
+from hoptim.solvers.solution import Solution, Status
+from hoptim.solvers.warm_start import SOBA, WarmStart
+from hoptim.training.optimizer import BilevelOptimizer
+from hoptim.training.record import Record
 
 __version__ = "0.1.0"
 

@@ -19,9 +19,9 @@ from weakref import WeakSet
 
 import numpy as np
 
-from hoptim.ranks import is_first
-from hoptim.record import Record
-from hoptim.trees import Tree
+from hoptim.linalg.trees import Tree
+from hoptim.problem.distributed import is_first
+from hoptim.training.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Strategies for the linear system Aᵀx = g."""
+"""Solvers of Aᵀx = g. They see an operator and a vector, never a model."""

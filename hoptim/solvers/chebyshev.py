@@ -8,24 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
-from hoptim import trees
-from hoptim.operators import Operator
-from hoptim.options import is_finite
+from hoptim.linalg import trees
+from hoptim.linalg.operators import Operator
+from hoptim.linalg.trees import Tree
 from hoptim.solvers.base import (
     GROWTH_LIMIT,
     NEGATIVE,
     Iterative,
-    Solution,
-    State,
-    Status,
-    Unread,
     check_symmetric,
     ending,
     rayleigh,
-    time_to_look,
+    should_check_convergence,
 )
-from hoptim.solvers.stationary import with_bound
-from hoptim.trees import Tree
+from hoptim.solvers.neumann import with_bound
+from hoptim.solvers.solution import Solution, State, Status, Unread
+from hoptim.validation import is_finite
 
 SAFETY = 1.2  # the power iteration estimates from below, and what lies above the interval grows fast
 
@@ -56,7 +53,7 @@ class Chebyshev(Iterative):
     Source: Golub and Varga 1961, "Chebyshev semi-iterative methods"; Saad, "Iterative Methods for Sparse Linear Systems",
     algorithm 12.1.
 
-    >>> from hoptim.operators import Symmetric
+    >>> from hoptim.linalg.operators import Symmetric
     >>> A = Symmetric(lambda v: {"w": torch.tensor([1.0, 4.0]) * v["w"]}, like={"w": torch.ones(2)})
     >>> solution = Chebyshev(terms=10, interval=(1.0, 4.0)).solve(A, {"w": torch.ones(2)})
     >>> solution.value["w"].round(decimals=3), bool(solution.residuals[-1] <= 1 / math.cosh(10 * math.acosh(5 / 3)))
@@ -104,7 +101,9 @@ class Chebyshev(Iterative):
             trees.axpy_(r, product, -active.to(start.dtype))
             residuals.append(trees.norm(r, batched=batched) / scale)
             active = active & (residuals[-1] > self.tolerance) & (residuals[-1] <= GROWTH_LIMIT)
-            if time_to_look(term, self.terms, start) and not bool(active.any() & (residuals[-1] <= GROWTH_LIMIT).all()):
+            if should_check_convergence(term, self.terms, start) and not bool(
+                active.any() & (residuals[-1] <= GROWTH_LIMIT).all()
+            ):
                 break
             last, weight = weight, 1 / (2 * middle - half**2 * weight)
             trees.add_(trees.scale_(d, half**2 * weight * last), r, alpha=2 * weight)

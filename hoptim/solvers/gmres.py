@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hoptim import trees
-from hoptim.operators import Operator
-from hoptim.solvers.base import NEGATIVE, Iterative, Solution, State, Status, Unread, ended, inverse, time_to_look
-from hoptim.spectral import orthogonalise_
-from hoptim.trees import Tree
+from hoptim.linalg import trees
+from hoptim.linalg.lanczos import orthogonalise_
+from hoptim.linalg.operators import Operator
+from hoptim.linalg.trees import Tree
+from hoptim.solvers.base import NEGATIVE, Iterative, ended, inverse, should_check_convergence
+from hoptim.solvers.solution import Solution, State, Status, Unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class GMRES(Iterative):
 
     Source: Saad and Schultz 1986, "GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems".
 
-    >>> from hoptim.operators import Symmetric
+    >>> from hoptim.linalg.operators import Symmetric
     >>> A = Symmetric(lambda v: {"w": torch.tensor([2.0, 4.0]) * v["w"]}, like={"w": torch.ones(2)})
     >>> solution = GMRES().solve(A, {"w": torch.ones(2)})
     >>> solution.value["w"].round(decimals=4), solution.status.name, solution.products
@@ -52,7 +53,7 @@ class GMRES(Iterative):
             beside = trees.norm(w, batched=batched)
             residuals.append(rotated.add(along, beside, active).to(start.dtype))
             active = active & ~(residuals[-1] <= self.tolerance) & ~(beside <= 10 * eps * largest)
-            if time_to_look(term, self.terms, start) and not bool(active.any()):
+            if should_check_convergence(term, self.terms, start) and not bool(active.any()):
                 break
             if term < self.terms:
                 basis.append(trees.scaled(w, torch.where(active, inverse(beside), 0.0)))

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hoptim import trees
-from hoptim.operators import Operator
-from hoptim.options import is_finite, is_whole
-from hoptim.solvers.base import NEGATIVE, Deferring, Solution, State, Status, Unread, check_symmetric, ending
-from hoptim.spectral import gaussian
-from hoptim.trees import Tree
+from hoptim.linalg import trees
+from hoptim.linalg.lanczos import gaussian
+from hoptim.linalg.operators import Operator
+from hoptim.linalg.trees import Tree
+from hoptim.solvers.base import NEGATIVE, Deferring, check_symmetric, ending
+from hoptim.solvers.solution import Solution, State, Status, Unread
+from hoptim.validation import is_finite, is_whole
 
 CHUNK = 1 << 18  # columns that are widened to float64 at a time
 
@@ -41,7 +42,7 @@ class Nystrom(Deferring):
     Gaussian test matrices: Frangella, Tropp and Udell 2023, "Randomized Nyström preconditioning". Its shift against rounding
     presumes a definite A; here eigenvalues of ΩᵀAΩ below rounding are left out instead.
 
-    >>> from hoptim.operators import Symmetric
+    >>> from hoptim.linalg.operators import Symmetric
     >>> A = Symmetric(lambda v: {"w": torch.tensor([2.0, 4.0]) * v["w"]}, like={"w": torch.ones(2)})
     >>> solution = Nystrom(rank=2, rho=1.0).solve(A, {"w": torch.tensor([3.0, 5.0])})
     >>> solution.value["w"].round(decimals=4), solution.products

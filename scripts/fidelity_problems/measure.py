@@ -18,8 +18,8 @@ import hoptim
 from fidelity_problems.methods import Entry
 from fidelity_problems.problems import Batch, Setup, Spec
 from fidelity_problems.truth import Trained, Tree
-from hoptim.method import Loop
-from hoptim.trajectory import Recorder, Trajectory
+from hoptim.methods.method import TrainingContext
+from hoptim.methods.replay import Recorder, Trajectory
 
 AT_LEAST = 2e-3  # seconds of training gradients in one sample of the unit of cost
 
@@ -65,7 +65,7 @@ class Case:
 
     def hypergradient(self, entry: Entry, state: Any = None, steps_back: int = 0) -> hoptim.Hypergradient:
         back = itertools.count(steps_back + 1)
-        loop = Loop(inner=self.inner, draw=lambda: self.batch(next(back)), trajectory=self._trajectory)
+        loop = TrainingContext(inner=self.inner, draw=lambda: self.batch(next(back)), trajectory=self._trajectory)
         return entry.method(self.problem, self.batch(steps_back), self.setup.val, state, loop)
 
     @cached_property

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import hoptim
-from hoptim.method import Method
+from hoptim.methods.method import Method
 
 TERMS = (5, 10, 20, 50)
 KRYLOV_TERMS = (5, 7, 10, 20, 50)  # where a term more or less matters

@@ -1,0 +1,1 @@
+"""Products with A and Bᵀ by compiled graphs."""

@@ -1,0 +1,1 @@
+"""Is this hypergradient right, on this model?"""

@@ -1,0 +1,221 @@
+"""audit: is this hypergradient right, on this model?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from hoptim.curvature.exact import Exact
+from hoptim.diagnostics.evidence import Case, bound, compared, look, seconds, slopes, standard_error
+from hoptim.diagnostics.report import Audit, brief
+from hoptim.methods.conditions import Gradient
+from hoptim.methods.implicit import Implicit
+from hoptim.methods.inner_step import KINDS
+from hoptim.methods.method import Hypergradient, Method, TrainingContext, checked
+from hoptim.problem.composite_loss import CompositeLoss
+from hoptim.problem.data import Batches
+from hoptim.problem.problem import Problem
+from hoptim.solvers.base import Solver
+from hoptim.solvers.cg import CG
+from hoptim.solvers.chebyshev import Chebyshev
+from hoptim.solvers.gmres import GMRES
+from hoptim.solvers.minres import MINRES
+from hoptim.solvers.neumann import Neumann
+from hoptim.solvers.warm_start import WarmStart
+from hoptim.training.record import cosine
+from hoptim.validation import is_whole
+
+PATH = (1, 2, 5, 10, 20, 50, 100)  # terms at which the way to the answer is looked at
+
+
+def audit(
+    problem: Problem,
+    train_batch: Any,
+    val_batch: Any,
+    method: Method | None = None,
+    *,
+    inner: Optimizer | None = None,
+    train_batches: Iterable[Any] | None = None,
+    longer: int = 200,
+    steps: int = 100,
+    directions: int = 2,
+    chunks: int = 8,
+) -> Audit:
+    """Is this hypergradient right, on this model? Measured at the model's present weights, without a trace in it.
+
+    It looks at the residual of the solve, the spectrum, a much longer solve of the same system, unrolled steps, finite
+    differences of real retraining along the hypergradient and along random directions, and the noise of the validation
+    batch. About 4·``steps``·(``directions`` + 1) training gradients go into retraining, most of the time.
+
+    Args:
+        problem: the bilevel problem, trained as far as it will be at a hyperstep.
+        train_batch: the batch for the training loss.
+        val_batch: the batch for the validation loss.
+        method: the method to audit; default ``Implicit()``.
+        inner: the inner optimizer, to retrain with; by default plain gradient descent with the step 1 / ‖A‖.
+        train_batches: batches to retrain on; by default ``train_batch`` again and again.
+        longer: the most products of the longer solve, ≥ 1, default 200.
+        steps: inner steps of each retraining, ≥ 1, default 100.
+        directions: random directions besides the hypergradient's own, ≥ 0, default 2.
+        chunks: parts of the validation batch for the standard error, ≥ 2, default 8.
+
+    Returns:
+        What was found: print it, or take ``.to_dict()``, ``.plot(path)``, ``.advice``.
+
+    Raises:
+        TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method.
+        ValueError: a number out of its range, or what ``hypergradient`` raises.
+
+    Source: the bound of the solve: Ehrhardt and Roberts 2023 (arXiv 2301.04764), section 3.
+
+    >>> from torch import nn
+    >>> model, hparams = nn.Linear(1, 1, bias=False), nn.ParameterDict({"decay": torch.tensor(1.0)})
+    >>> _ = model.weight.data.fill_(2.0)
+    >>> def train(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 4.0).square().mean() + 0.5 * hparams["decay"] * model.weight.square().sum()
+    >>> def val(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 1.0).square().mean()
+    >>> found = audit(Problem(model, hparams, train, val), torch.ones(8, 1), torch.ones(8, 1), steps=20)
+    >>> found.status.name, round(found.compared[0].cosine, 3), found.directions[0].verdict, found.advice
+    ('CONVERGED', 1.0, 'agrees', ())
+    """
+    inner = checked(problem, method, inner)
+    if problem.ranks.size > 1:
+        raise ValueError(
+            f"an audit is for one process, and {problem.ranks.size} train together here: audit on one of them, on a problem "
+            "of the model inside the wrapper, Problem(model.module, ..., process_group=None)"
+        )
+    for name, value, least in (
+        ("longer", longer, 1),
+        ("steps", steps, 1),
+        ("directions", directions, 0),
+        ("chunks", chunks, 2),
+    ):
+        _check_whole(name, value, least)
+    method = Implicit() if method is None else method
+    implicit = _whole(method if isinstance(method, Implicit) else Implicit(), problem)
+    method = implicit if isinstance(method, Implicit) else method
+    draw = cycle([train_batch]).__next__ if train_batches is None else Batches(train_batches, "train_batches").draw
+    case = Case(problem=problem, train=train_batch, val=val_batch, loop=TrainingContext(inner=inner, draw=draw))
+
+    result = case(method)
+    result.check_touched()
+    gradient_seconds = seconds(lambda: case.gradient())
+    cost = seconds(lambda: case(method)) / gradient_seconds
+    local = look(case, implicit)
+    reference = case(replace(implicit, solver=_longer(implicit, longer)))
+    retrainer = inner or torch.optim.SGD(problem.weights().values(), lr=1 / max(local.top, 1e-12))
+    error = standard_error(case, method, chunks)
+    found = Audit(
+        method=brief(method),
+        status=result.solution.status,
+        detail=result.solution.detail,
+        gradient_norm=float(result.gradient_norm),
+        distance=local.distance,
+        spectrum=local.spectrum,
+        residuals=tuple(float(row.amax()) for row in result.solution.residuals),
+        compared=tuple(compared(case, method, result, reference, retrainer, steps)),
+        directions=tuple(slopes(case, result, retrainer, steps, directions)),
+        standard_error=None if isinstance(error, str) else error,
+        bound=bound(case, implicit, result, local) if implicit is method else None,
+        product_cost=local.product_seconds / gradient_seconds,
+        cost=cost,
+        path=tuple(_path(case, method, reference)),
+        missing=tuple(_missing(error, result, reference, retrainer)),
+    )
+    return replace(found, advice=advised(found, method, shows_parts=isinstance(problem.train_loss, CompositeLoss)))
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if not (is_whole(value) and value >= least):
+        raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
+
+
+def _missing(error: float | str, result: Hypergradient, reference: Hypergradient, inner: Optimizer) -> Iterator[str]:
+    """What could not be measured, and why."""
+    if isinstance(error, str):
+        yield error
+    if not reference.solution.status.ok:
+        yield f"the longer solve: it ended in {reference.solution.status.name}"
+    if not result.solution.status.ok:
+        yield "retraining: the hypergradient itself has failed"
+    elif not isinstance(inner, KINDS):
+        yield f"retraining and unrolling: torch can't differentiate a step of {type(inner).__name__}"
+
+
+def _whole(method: Implicit, problem: Problem) -> Implicit:
+    """The method with nothing left open."""
+    chosen = method.chosen(problem)
+    return replace(method, solver=chosen.solver, curvature=chosen.curvature)
+
+
+def _longer(method: Implicit, terms: int) -> Solver:
+    """The solver that goes on until nothing changes: for a symmetric curvature MINRES, else GMRES."""
+    return (
+        MINRES(terms=terms, tolerance=1e-6)
+        if isinstance(method.condition, Gradient)
+        else GMRES(terms=min(terms, 100), tolerance=1e-6)
+    )
+
+
+def _path(case: Case, method: Method, reference: Hypergradient) -> Iterator[tuple[int, float, float]]:
+    """Residual and cosine to the longer solve for fewer terms of the same solver, and for its own."""
+    if not isinstance(method, Implicit) or not reference.solution.status.ok:
+        return
+    solver = method.solver.solver if isinstance(method.solver, WarmStart) else method.solver
+    if not isinstance(solver, (Neumann, Chebyshev, CG, MINRES, GMRES)):
+        return
+    most = solver.terms
+    for terms in sorted({*(t for t in PATH if t < most), most}):
+        result = case(replace(method, solver=replace(solver, terms=terms)))
+        if result.solution.status.ok and len(result.solution.residuals):
+            residual = float(result.solution.residuals[-1].amax())
+            yield terms, residual, cosine(result.combined(), reference.combined())
+
+
+def advised(found: Audit, method: Method, *, shows_parts: bool) -> tuple[str, ...]:
+    """What to change, in words, the gravest first; nothing where the evidence is good."""
+    return tuple(_advice(found, method, shows_parts))
+
+
+def _advice(found: Audit, method: Method, shows_parts: bool) -> Iterator[str]:
+    if not found.status.ok:
+        yield f"the solve failed: {found.status.message}"
+        return
+    if found.distance is not None and found.distance > 0.1:
+        yield (
+            f"the weights are {found.distance:.0%} of their length from a stationary point: train longer before a hyperstep "
+            "(warmup, every), or take hoptim.Unrolled, which does not need one"
+        )
+    low, high = (found.spectrum.lowest, found.spectrum.highest) if found.spectrum else (0.0, 1.0)
+    if isinstance(method, Implicit) and isinstance(method.curvature, Exact) and low < -1e-3 * abs(high):
+        way = "GaussNewton()" if shows_parts else "GaussNewton(), with the loss as a hoptim.CompositeLoss"
+        yield f"the curvature goes down to {low:.1e}: take curvature=hoptim.{way}, or damping above {-low:.1e}"
+    wrong = [line.name for line in found.directions if line.verdict == "opposite sign"]
+    if wrong:
+        yield (
+            f"retraining has the opposite sign along {', '.join(wrong)}: do not trust it there. Try another solver, or "
+            "fewer terms (stopping early regularises), and retrain for longer (steps=) to be sure"
+        )
+    own = found.directions[0] if found.directions else None
+    if own and own.verdict.startswith("same sign"):
+        yield (
+            f"it points downhill, but is {own.predicted / own.measured:.2g} times as long as retraining says: choose the "
+            "outer learning rate by that, or an outer optimizer that looks at no lengths, such as Adam"
+        )
+    if own and own.verdict == "lost in noise":
+        yield "along the hypergradient retraining shows no slope beyond its noise: retrain for longer (steps=) to be sure"
+    last = found.residuals[-1] if found.residuals else 0.0
+    if found.compared and found.compared[0].cosine < 0.9 and last > 0.1:
+        but = "" if wrong or not found.directions else ", though retraining agrees with it as it is"
+        yield f"the solve has not converged (residual {last:.1g}): more terms, or hoptim.CG in place of Neumann{but}"
+    if found.standard_error is not None and found.standard_error > 0.5:
+        yield (
+            f"the validation batch's noise is {found.standard_error:.0%} of the hypergradient: a larger validation batch, "
+            "or a smaller outer learning rate"
+        )

@@ -1,0 +1,261 @@
+"""What an audit measures: the spectrum, other methods, real retraining, the noise of the validation batch, a bound."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from hoptim.curvature.finite_difference import gradients
+from hoptim.curvature.gauss_newton import GaussNewton
+from hoptim.curvature.linearization import Linearization, Point, as_leaves
+from hoptim.diagnostics.report import Bound, Compared, Direction, Spectrum
+from hoptim.linalg import trees
+from hoptim.linalg.lanczos import gaussian, lanczos
+from hoptim.linalg.operators import in_float32
+from hoptim.linalg.trees import Tree
+from hoptim.methods.implicit import Implicit
+from hoptim.methods.inner_step import KINDS
+from hoptim.methods.method import Hypergradient, Method, TrainingContext, validate
+from hoptim.methods.replay import Trajectory, look_ahead
+from hoptim.methods.unrolled import Unrolled, replay
+from hoptim.problem.mixed_precision import epsilon_of_losses
+from hoptim.problem.problem import Problem
+from hoptim.solvers.gmres import GMRES
+from hoptim.solvers.minres import MINRES
+from hoptim.training.record import cosine
+from hoptim.training.record import standard_error as spread_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The problem with its batches; called with a method, it gives the hypergradient."""
+
+    problem: Problem
+    train: Any
+    val: Any
+    loop: TrainingContext
+
+    def __call__(self, method: Method) -> Hypergradient:
+        """The hypergradient by this method."""
+        return method(self.problem, self.train, self.val, loop=self.loop)
+
+    def gradient(self) -> None:
+        """One training gradient: the unit of cost."""
+        weights = as_leaves(self.problem.weights())
+        leaves = _values(self.problem.leaves())
+        with self.problem.untouched():
+            self.problem.pure(
+                "train_loss",
+                weights,
+                leaves,
+                self.train,
+                lambda loss, _: torch.autograd.grad(loss, list(weights.values()), allow_unused=True),
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What one graph at the present weights tells."""
+
+    spectrum: Spectrum | None
+    top: float
+    distance: float | None
+    newton: Tree
+    product_seconds: float
+
+
+def look(case: Case, method: Implicit) -> Local:
+    """The spectrum, a Newton step and the cost of a product, from one graph."""
+    point = Point.of(case.problem, case.train, case.loop.draw)
+
+    def inside(gradient: Linearization) -> Local:
+        F = method.condition(gradient, point, case.loop.inner)
+        A = in_float32(F.A) + method.damping
+        probe = gaussian(A.like)
+        cost = seconds(lambda: A.T @ probe)
+        size = min(trees.size(A.like), 30)
+        ritz = lanczos(A, gaussian(A.like, 2), size) if A.symmetric else None
+        newton = (MINRES if A.symmetric else GMRES)(terms=30).solve(A.T, trees.widened(F.value))
+        length = trees.norm({name: value.detach() for name, value in point.live[0].items()})
+        away = float(trees.norm(newton.value) / length) if newton.status.ok else math.nan
+        spectrum = None if ritz is None else Spectrum.of(ritz)
+        return Local(
+            spectrum=spectrum,
+            top=max(abs(spectrum.lowest), abs(spectrum.highest)) if spectrum else 1.0,
+            distance=away if math.isfinite(away) else None,
+            newton=trees.cast(newton.value, F.A.like),
+            product_seconds=cost,
+        )
+
+    with case.problem.untouched():
+        return method.chosen(case.problem).curvature.linearize(point, inside)
+
+
+def compared(
+    case: Case, method: Method, result: Hypergradient, reference: Hypergradient, inner: Optimizer, steps: int
+) -> Iterator[Compared]:
+    """This hypergradient beside a longer solve of the same system, and beside unrolled steps."""
+    if reference.solution.status.ok:
+        name = f"{reference.solution.products} products (residual {float(reference.solution.residuals[-1].amax()):.0e})"
+        yield _beside(name, result, reference)
+    if not isinstance(method, Unrolled) and isinstance(inner, KINDS):
+        unrolled = Unrolled(steps)(case.problem, case.train, case.val, loop=replace(case.loop, inner=inner))
+        if unrolled.solution.status.ok:
+            yield _beside(f"unrolling {steps} steps", result, unrolled)
+
+
+def _beside(name: str, this: Hypergradient, other: Hypergradient) -> Compared:
+    a, b = this.combined(), other.combined()
+    return Compared(other=name, cosine=cosine(a, b), length=float(trees.norm(a) / trees.norm(b)))
+
+
+def slopes(case: Case, result: Hypergradient, inner: Optimizer, steps: int, count: int) -> Iterator[Direction]:
+    """Slopes of the validation loss, predicted and by central differences of retraining, each measured twice."""
+    if not result.solution.status.ok or not isinstance(inner, KINDS):
+        return
+    gradient, leaves = result.combined(), case.problem.leaves()
+    lines = {"the hypergradient": trees.unit(gradient)}
+    lines |= {f"random direction {n + 1}": trees.unit(gaussian(gradient, seed=n)) for n in range(count)}
+    reach = float(epsilon_of_losses(next(iter(gradient.values())).dtype) ** (1 / 3) * (1 + trees.norm(_values(leaves))))
+    ways = [_way(case, inner, steps, repeat) for repeat in (0, 1)]  # the same batches and masks for all that is compared
+    for name, line in lines.items():
+        found, values = [], []
+        for way, epsilon in zip(ways, (reach, reach / 2), strict=True):
+            ends = [_retrained(case, way, trees.add(_values(leaves), line, alpha=s * epsilon)) for s in (1, -1)]
+            found.append((ends[0] - ends[1]) / (2 * epsilon))
+            values += ends
+        rounding = epsilon_of_losses(next(iter(case.problem.weights().values())).dtype) * max(map(abs, values)) / reach
+        measured, noise = sum(found) / 2, abs(found[0] - found[1]) + rounding
+        yield Direction(name=name, predicted=float(trees.dot(gradient, line)), measured=measured, noise=noise)
+
+
+def _way(case: Case, inner: Optimizer, steps: int, repeat: int) -> Trajectory:
+    """The inner steps that would come next; another ``repeat`` has other batches, if there are more, and other masks."""
+    assert case.loop.draw is not None
+    with case.problem.untouched():
+        torch.manual_seed(repeat)
+        return look_ahead(case.problem, inner, case.loop.draw, steps)
+
+
+def _retrained(case: Case, way: Trajectory, leaves: Tree) -> float:
+    """The validation loss at the end of the steps, taken with these hyperparameters."""
+    problem = case.problem
+    with problem.untouched():
+        _, end, _, _ = replay(problem, way, leaves, stride=len(way.steps))
+        weights = as_leaves(end.weights)
+        return float(problem.pure("val_loss", weights, leaves, case.val, lambda loss, _: loss.detach().mean()))
+
+
+def standard_error(case: Case, method: Method, chunks: int) -> float | str:
+    """√(Σ_r ‖h_r − h‖² / (R(R−1))) / ‖h‖ over R chunks of the validation batch; or why there is none."""
+    parts = _split(case.val, chunks)
+    if parts is None:
+        return "the standard error: the validation batch's tensors share no first axis to split along"
+
+    def losses(model: Any, hparams: Any, batches: list[Any]) -> Tensor:
+        return torch.stack([case.problem.val_loss(model, hparams, batch).mean() for batch in batches])
+
+    problem = Problem(case.problem.model, case.problem.hparams, case.problem.train_loss, losses)
+    result = method(problem, case.train, parts, loop=case.loop)
+    error = spread_of(result)
+    if not result.solution.status.ok or error is None or not math.isfinite(error):
+        return f"the standard error: for a part of the validation batch the solve ended in {result.solution.status.name}"
+    return error
+
+
+def _split(batch: Any, chunks: int) -> list[Any] | None:
+    """The batch in parts along the first axis that its tensors share."""
+    leaves, spec = pytree.tree_flatten(batch)
+    sizes = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(sizes) != 1 or (size := sizes.pop()) < 2:
+        return None
+    bounds = torch.linspace(0, size, min(chunks, size) + 1).round().long().tolist()
+    return [
+        pytree.tree_unflatten([leaf[a:b] if isinstance(leaf, Tensor) and leaf.ndim else leaf for leaf in leaves], spec)
+        for a, b in pairwise(bounds)
+    ]
+
+
+def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> Bound | None:
+    """How far the hypergradient can be off; ``None`` where A is not positive definite."""
+    lowest = local.spectrum.lowest if local.spectrum else 0.0
+    known = isinstance(method.curvature, GaussNewton) and 0 < 0.99 * method.damping <= lowest
+    mu = method.damping if known else lowest
+    if not result.solution.status.ok or result.val_loss.ndim or mu <= 1e-6 * local.top:  # Update's A has no such spectrum
+        return None
+    point = Point.of(case.problem, case.train, case.loop.draw)
+
+    def inside(F: Linearization) -> tuple[float, float]:
+        A = in_float32(F.A) + method.damping
+        product = A.T @ {name: result.solution.value[name] for name in A.like}
+        residual = trees.norm({name: g[name] - part for name, part in product.items()})
+        return float(residual), _mixed_norm(point, F)
+
+    with case.problem.untouched():
+        g = validate(case.problem, point.weights, point.leaves, case.val).g
+        residual, B = method.chosen(case.problem).curvature.linearize(point, inside)
+    with _moved(point.live[0], local.newton):
+        there = case(method)
+    length = float(trees.norm(result.grads))
+    change = float(trees.norm(trees.add(there.grads, result.grads, alpha=-1.0)))
+    return Bound(mu=mu, known=known, solve=B * residual / (mu * length), inner=change / length)
+
+
+def _mixed_norm(point: Point, F: Linearization, products: int = 10) -> float:
+    """‖B‖₂ by power iteration on BᵀB; B u is a central difference of gradients in λ."""
+    leaves = trees.map_tree(torch.Tensor.detach, point.leaves)
+    u, size = trees.unit(gaussian(leaves)), 0.0
+    reach = float(epsilon_of_losses(next(iter(u.values())).dtype) ** (1 / 3) * (1 + trees.norm(leaves)))
+    for _ in range(products):
+        ends = []
+        for sign in (1, -1):
+            moved = {name: value.requires_grad_() for name, value in trees.add(leaves, u, alpha=sign * reach).items()}
+            ends.append(gradients(replace(point, leaves=moved), point.weights)[1])
+        Bu = {n: up - down for n, up in ends[0].items() if up is not None and (down := ends[1][n]) is not None}
+        Bu = trees.scale_({name: Bu[name] for name in F.A.like}, 1 / (2 * reach))
+        size = max(size, float(trees.norm(Bu)))
+        back = F.mixed(Bu)
+        u = trees.unit(trees.filled(back, leaves))
+    return size
+
+
+@contextmanager
+def _moved(live: Tree, step: Tree) -> Iterator[None]:
+    """The live weights, less a step, in other memory: what was computed from them can still go back through them."""
+    before = {name: live[name].data for name in step}
+    try:
+        for name, part in step.items():
+            live[name].data = before[name] - part
+        yield
+    finally:
+        for name, value in before.items():
+            live[name].data = value
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall-clock time of a call: the least of three, after one to warm up."""
+    call()
+    found = []
+    for _ in range(3):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
+def _values(leaves: Tree) -> Tree:
+    return trees.map_tree(torch.Tensor.detach, leaves)

@@ -1,0 +1,1 @@
+"""Vectors, operators and Lanczos: it imports torch and nothing else."""

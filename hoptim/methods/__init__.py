@@ -1,0 +1,1 @@
+"""Ways to the hypergradient dL_V/dλ."""

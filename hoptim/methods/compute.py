@@ -1,0 +1,66 @@
+"""One hypergradient, for any loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from hoptim.methods.implicit import Implicit
+from hoptim.methods.method import Hypergradient, Method, TrainingContext, checked
+from hoptim.problem.data import Batches
+from hoptim.problem.problem import Problem
+
+
+def hypergradient(
+    problem: Problem,
+    train_batch: Any,
+    val_batch: Any,
+    method: Method | None = None,
+    *,
+    inner: Optimizer | None = None,
+    train_batches: Iterable[Any] | None = None,
+) -> Hypergradient:
+    """One hypergradient dL_V/dλ at the model's present weights, for any loop; it touches nothing.
+
+    Args:
+        problem: the bilevel problem.
+        train_batch: the batch for the training loss.
+        val_batch: the batch for the validation loss.
+        method: how to compute it; default ``Implicit()``.
+        inner: the inner optimizer, for methods that look into it: ``Update``, ``Unrolled``, ``SecondMoments``.
+        train_batches: more training batches, for the methods that average over several or draw a fresh one a product.
+
+    Returns:
+        The result; look at ``result.solution.status`` before using ``result.grads``.
+
+    Raises:
+        TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method.
+        ValueError: a hyperparameter that neither loss touches, no weight that the training loss touches, or a loss that is
+            no scalar.
+
+    Ridge regression with one weight, in closed form: w = sxy / (sxx + λ), and dL_V/dλ = −(w − y_V)·w / (sxx + λ).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from hoptim import Neumann, Problem
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> hparams = nn.ParameterDict({"decay": torch.tensor(1.0)})
+    >>> def train(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 4.0).square().sum() + 0.5 * hparams["decay"] * model.weight.square().sum()
+    >>> def val(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 1.0).square().sum()
+    >>> _ = model.weight.data.fill_(2.0)                             # stationary: 4 / (1 + 1)
+    >>> one = torch.ones(1, 1)
+    >>> result = hypergradient(Problem(model, hparams, train, val), one, one, Implicit(Neumann(terms=50)))
+    >>> round(result.grads["decay"].item(), 6), result.solution.status.name
+    (-1.0, 'FINISHED')
+    """
+    inner = checked(problem, method, inner)
+    problem.check_ranks()
+    draw = None if train_batches is None else Batches(train_batches, "train_batches").draw
+    loop = TrainingContext(inner=inner, draw=draw)
+    result = (Implicit() if method is None else method)(problem, train_batch, val_batch, loop=loop)
+    result.check_touched()
+    return result

@@ -1,0 +1,111 @@
+"""Strategies for a diagonal D near A: solvers then see D^(−1/2) A D^(−1/2), whose eigenvalues lie closer together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+
+from hoptim.curvature.linearization import Point
+from hoptim.linalg import trees
+from hoptim.linalg.operators import Operator
+from hoptim.linalg.trees import Tree
+from hoptim.validation import is_finite, is_whole
+
+
+class Preconditioner(ABC):
+    """A strategy for D: a frozen dataclass."""
+
+    @abstractmethod
+    def __call__(self, A: Operator, point: Point, inner: Optimizer | None) -> Tree:
+        """The diagonal of D, every entry positive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jacobi(Preconditioner):
+    """The diagonal of A itself, estimated: D = |mean over probes z of z ⊙ A z|, z of random signs.
+
+    Args:
+        probes: products to spend on it, ≥ 1, default 4: they go through A at once.
+        floor: the least entry, relative to the largest, in (0, 1], default 1e-3.
+
+    Raises:
+        ValueError: an option out of its range.
+
+    Source: Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a matrix".
+
+    >>> from hoptim.linalg.operators import Symmetric
+    >>> A = Symmetric(lambda v: {"w": torch.tensor([1.0, 4.0]) * v["w"]}, like={"w": torch.ones(2)})
+    >>> Jacobi(probes=1)(A, None, None)
+    {'w': tensor([1., 4.])}
+    """
+
+    probes: int = 4
+    floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not (is_whole(self.probes) and self.probes >= 1):
+            raise ValueError(f"probes={self.probes!r}: give a whole number, 1 or more")
+        if not (is_finite(self.floor) and 0 < self.floor <= 1):
+            raise ValueError(f"floor={self.floor!r}: give a number above 0 and at most 1")
+
+    def __call__(self, A: Operator, point: Point | None, inner: Optimizer | None) -> Tree:
+        """The diagonal of D, every entry positive."""
+        device = next(iter(A.like.values())).device
+        generator = torch.Generator(device).manual_seed(0)
+        z = {
+            name: torch.randint(0, 2, (self.probes, *value.shape), generator=generator, device=device).to(value.dtype) * 2
+            - 1
+            for name, value in A.like.items()
+        }
+        diagonal = trees.map_tree(lambda value: value.mean(0).abs(), trees.times(A @ z, z))
+        largest = torch.stack([value.amax() for value in diagonal.values() if value.numel()]).amax()
+        least = torch.where(largest > 0, largest * self.floor, 1.0)  # a flat A is left as it is
+        return trees.map_tree(lambda value: torch.maximum(value, least), diagonal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondMoments(Preconditioner):
+    """What Adam holds already: D = √v̂ + ε for the second moments v̂ of the inner optimizer's gradients. It costs no product.
+
+    With ``Identity`` this is SAMA's hypergradient, x = g / (√v̂ + ε).
+
+    Args:
+        epsilon: ε > 0; ``None``, the default, takes the optimizer's own.
+
+    Raises:
+        ValueError: ``epsilon`` is not positive; when called, no inner optimizer, or one without second moments yet.
+
+    Source: Choe et al. 2023 (arXiv 2310.05674), section 3.2.
+
+    >>> SecondMoments(epsilon=1e-6)
+    SecondMoments(epsilon=1e-06)
+    """
+
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and not (is_finite(self.epsilon) and self.epsilon > 0):
+            raise ValueError(f"epsilon={self.epsilon!r}: give a positive number, or None for the optimizer's own")
+
+    def __call__(self, A: Operator, point: Point, inner: Optimizer | None) -> Tree:
+        """The diagonal of D, every entry positive."""
+        if inner is None:
+            raise ValueError("SecondMoments needs the inner optimizer: call hypergradient(..., inner=optimizer)")
+        live = {id(p): name for name, p in point.live[0].items()}
+        found: Tree = {}
+        for group in inner.param_groups:
+            for p in group["params"]:
+                moment = inner.state.get(p, {}).get("exp_avg_sq")
+                if id(p) in live and moment is not None:
+                    correction = 1 - group["betas"][1] ** float(inner.state[p]["step"]) if "betas" in group else 1.0
+                    found[live[id(p)]] = (moment / correction).sqrt() + (self.epsilon or group["eps"])
+        if missing := [name for name in A.like if name not in found]:
+            kind = type(inner).__name__
+            raise ValueError(
+                f"{kind} holds no second moments of the weights {missing}: take an inner optimizer such as Adam or AdamW, "
+                "after its first step, or Jacobi()"
+            )
+        return {name: found[name].to(value.dtype).reshape(value.shape) for name, value in A.like.items()}

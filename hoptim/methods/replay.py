@@ -1,0 +1,225 @@
+"""The last inner steps before a hyperstep, kept so that they can be taken again: batches, masks, options, their start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hoptim.curvature.linearization import check_dense, check_twice_differentiable
+from hoptim.linalg import trees
+from hoptim.linalg.trees import Tree
+from hoptim.methods.inner_step import Bound, Group, InnerStep, State
+from hoptim.problem.problem import Problem, set_generators
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One training loss: its batch, and the random states it began with, by device; ``None`` for whatever they are.
+
+    ``share`` is what its backward pass was begun with: 1, or less where losses are scaled to be added up.
+    """
+
+    batch: Any
+    generators: dict[str, Tensor] | None = None
+    share: float | Tensor = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One inner step: the losses whose gradients it added up, and the dynamics with the options it had."""
+
+    seen: tuple[Seen, ...]
+    dynamics: InnerStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Weights and the inner optimizer's state between two steps."""
+
+    weights: Tree
+    state: State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """Where some inner steps began, and the steps."""
+
+    start: Place
+    steps: tuple[Step, ...]
+
+
+def look_ahead(problem: Problem, inner: Optimizer, draw: Callable[[], Any], steps: int) -> Trajectory:
+    """The steps that would come next from the present weights, on the batches that ``draw`` gives."""
+    dynamics = InnerStep.of(inner, problem.weights(), problem.leaves())
+    start = Place(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
+    seen = [Seen(batch=draw(), generators=problem.generators()) for _ in range(steps)]  # one mask, in all passes over a step
+    taken = tuple(Step(seen=(one,), dynamics=dynamics) for one in seen)
+    return Trajectory(start=start, steps=taken)
+
+
+class Recorder:
+    """Keeps the inner steps from the first loss on that it is told of, until it begins anew.
+
+    A loss belongs to the step before which its backward pass runs, unless gradients are cleared in between.
+    """
+
+    def __init__(self) -> None:
+        self._start: Place | None = None
+        self._steps: list[Step] = []
+        self._added: list[Seen] = []
+        self._dynamics: InnerStep | None = None
+
+    def cleared(self) -> None:
+        """The gradients were cleared: the backward passes since the last step count no more."""
+        self._added = []
+
+    def saw(self, problem: Problem, inner: Optimizer, batch: Any) -> Callable[[Tensor], None]:
+        """A training loss is about to be computed; what is returned belongs on its backward pass."""
+        if not self._added:  # options may change between steps, but not between the losses of one
+            first = self._start is None
+            dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), with_state=first)
+            if first:
+                self._start = Place(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
+            self._dynamics = replace(dynamics, state={})
+        seen = Seen(batch=batch, generators=problem.generators())
+        return lambda share: self._added.append(replace(seen, share=share.detach()))
+
+    def stepped(self) -> None:
+        """The inner step was taken."""
+        if self._added and self._dynamics is not None:
+            self._steps.append(Step(seen=tuple(self._added), dynamics=self._dynamics))
+        self._added = []
+
+    def check(self, steps: int) -> None:
+        """Raise where none of the last inner steps is there, though ``steps`` are to be unrolled."""
+        if steps and not self._steps:
+            raise ValueError(
+                f"none of the last {steps} inner steps, which are to be unrolled, is known: compute the training loss by "
+                "optimizer.loss(batch), and call backward() on it"
+            )
+
+    def trajectory(self) -> Trajectory | None:
+        """The steps kept so far, if any."""
+        start, steps = self._start, tuple(self._steps)
+        return Trajectory(start=start, steps=steps) if start is not None and steps else None
+
+    def restart(self) -> None:
+        """The next loss begins anew."""
+        self._start, self._steps, self._added = None, [], []
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The steps kept so far, for a checkpoint; batches as they are."""
+        if self._start is None:
+            return None
+        return {
+            "weights": self._start.weights,
+            "state": self._start.state,
+            "steps": [
+                {
+                    "seen": [(one.batch, one.generators, float(one.share)) for one in step.seen],
+                    "groups": _plain(step.dynamics),
+                }
+                for step in self._steps
+            ],
+        }
+
+    def load_state_dict(self, saved: dict[str, Any] | None, live: Tree, inner: Optimizer) -> None:
+        """The other half, for an inner optimizer of the same class; ``live`` are the weights."""
+        self._start, self._steps, self._added = None, [], []
+        if saved is None:
+            return
+        self._start = Place(
+            weights={name: value.to(live[name].device) for name, value in saved["weights"].items()},
+            state={name: _moved(entries, live[name].device) for name, entries in saved["state"].items()},
+        )
+        dynamics = InnerStep.of(inner, {}, {})
+        for step in saved["steps"]:
+            seen = tuple(
+                Seen(batch=batch, generators=states and trees.map_tree(Tensor.cpu, states), share=share)
+                for batch, states, share in step["seen"]
+            )
+            self._steps.append(Step(seen=seen, dynamics=replace(dynamics, groups=_groups(step["groups"]))))
+
+
+def gradient(
+    problem: Problem, seen: tuple[Seen, ...], weights: Tree, leaves: Tree, then: Callable[[Tree, Tensor], T], *, graph: bool
+) -> T:
+    """``then`` of ∇_w of the sum of the losses by their shares, and of the sum; with its graph where asked."""
+    return _gathered(problem, seen, weights, leaves, then, graph, {}, next(iter(weights.values())).new_zeros(()))
+
+
+def _gathered(
+    problem: Problem,
+    left: tuple[Seen, ...],
+    weights: Tree,
+    leaves: Tree,
+    then: Callable[[Tree, Tensor], T],
+    graph: bool,
+    found: Tree,
+    total: Tensor,
+) -> T:
+    """The losses that are left, added to what was found. A closure that called itself would keep the graph alive."""
+    if not left:
+        return then(*_over_ranks(problem, found, total, weights))
+    first, *others = left
+
+    def add(loss: Tensor, _: Any) -> T:
+        if graph:
+            check_twice_differentiable(problem, loss, weights, leaves, first.batch)
+        loss = loss * first.share
+        parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
+        touched = trees.present(dict(zip(weights, parts, strict=True)))
+        check_dense(touched)
+        summed = found | {name: found[name] + part if name in found else part for name, part in touched.items()}
+        return _gathered(problem, tuple(others), weights, leaves, then, graph, summed, total + loss.detach())
+
+    set_generators(first.generators or {})
+    return problem.pure("train_loss", weights, leaves, first.batch, add)
+
+
+def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> tuple[Tree, Tensor]:
+    """Their means over the ranks, which pass a derivative on to this rank's own gradient."""
+    ranks = problem.ranks
+    if ranks.size == 1:
+        return found, total
+    loss, averaged = ranks.mean_with_loss(total, found, weights)
+    slope = trees.present(averaged)
+    return {n: mean + (found[n] - found[n].detach()) if n in found else mean for n, mean in slope.items()}, loss
+
+
+def _moved(entries: Tree, device: torch.device) -> Tree:
+    return {key: value if key == "step" else value.to(device) for key, value in entries.items()}
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().clone()
+
+
+def _plain(dynamics: InnerStep) -> list[tuple[list[str], dict[str, Any]]]:
+    """The groups as plain values: a bound option is the name of its leaf in a dict."""
+
+    def plain(option: Any) -> Any:
+        if isinstance(option, tuple):
+            return tuple(plain(member) for member in option)
+        return {"leaf": option.name} if isinstance(option, Bound) else option
+
+    return [(list(group.names), {key: plain(option) for key, option in group.options.items()}) for group in dynamics.groups]
+
+
+def _groups(saved: list[tuple[list[str], dict[str, Any]]]) -> tuple[Group, ...]:
+    def whole(option: Any) -> Any:
+        if isinstance(option, (tuple, list)):
+            return tuple(whole(member) for member in option)
+        return Bound(name=option["leaf"]) if isinstance(option, dict) else option
+
+    return tuple(
+        Group(names=tuple(names), options={key: whole(option) for key, option in options.items()})
+        for names, options in saved
+    )

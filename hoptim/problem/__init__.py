@@ -1,0 +1,1 @@
+"""A model and two losses as pure functions of weights, hyperparameters and a batch."""

@@ -1,0 +1,99 @@
+"""A training loss that shows its parts, L = criterion(z) + penalty, and the mean of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoptim.problem.loss_checks import check_takes, scalar
+from hoptim.problem.mixed_precision import losses_precision
+from hoptim.validation import describe_type
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossParts:
+    """A training loss at one point, taken apart: L_T = criterion(z) + penalty."""
+
+    z: Tensor
+    criterion: Callable[[Tensor], Tensor]
+    penalty: Tensor | None
+
+
+@dataclass(frozen=True)
+class CompositeLoss:
+    """A loss that also shows its parts: L(w, λ) = criterion(predict(w), λ) + penalty(w, λ). ``GaussNewton`` needs them.
+
+    Args:
+        predict: z = ``predict(model, batch)``, a tensor of any shape: the model's output for the batch.
+        criterion: ``criterion(z, hparams, batch) -> scalar``, convex in z for a positive semidefinite curvature.
+        penalty: ``penalty(model, hparams) -> scalar``; ``None`` for none.
+
+    Raises:
+        TypeError: a part can't be called so; when called, ``predict`` returned no tensor of real or complex numbers.
+
+    >>> loss = CompositeLoss(lambda model, x: model(x), lambda z, hparams, x: z.square().mean())
+    >>> loss(torch.nn.Identity(), None, torch.tensor([3.0, 4.0]))
+    tensor(12.5000)
+    """
+
+    predict: Callable[[Any, Any], Tensor]
+    criterion: Callable[[Tensor, Any, Any], Tensor]
+    penalty: Callable[[Any, Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        check_takes("predict", self.predict, "model, batch")
+        check_takes("criterion", self.criterion, "z, hparams, batch")
+        if self.penalty is not None:
+            check_takes("penalty", self.penalty, "model, hparams")
+
+    def __call__(self, model: Any, hparams: Any, batch: Any) -> Tensor:
+        """The loss, as any other."""
+        return self.total(self.parts(model, hparams, batch))
+
+    def parts(self, model: Any, hparams: Any, batch: Any) -> LossParts:
+        """z, the criterion as a function of z alone, and the penalty's value."""
+        z = self.predict(model, batch)
+        if not isinstance(z, Tensor):
+            raise TypeError(f"predict returned {describe_type(z)}: return one tensor, such as the logits")
+        if not (z.is_floating_point() or z.is_complex()):
+            raise TypeError(f"predict returned a tensor of {z.dtype}: return what has a gradient, such as the logits")
+        penalty = None if self.penalty is None else scalar("penalty", self.penalty(model, hparams), needs_gradient=False)
+
+        def criterion(z: Tensor) -> Tensor:  # again by itself, for its curvature: as the first time
+            with losses_precision():
+                return self.criterion(z, hparams, batch)
+
+        return LossParts(z=z, criterion=criterion, penalty=penalty)
+
+    @staticmethod
+    def total(parts: LossParts) -> Tensor:
+        """The loss from its parts."""
+        value = parts.criterion(parts.z)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"criterion returned {describe_type(value)}: return a scalar tensor")
+        return value if parts.penalty is None else value + parts.penalty
+
+
+def mean_loss(found: Sequence[tuple[Tensor, LossParts | None]], shares: Tensor) -> tuple[Tensor, LossParts | None]:
+    """The mean of losses by their shares, and of their parts, whose z is all of theirs, one after the other."""
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
+
+    loss = mean(value for value, _ in found)
+    parts = [part for _, part in found if part is not None]
+    if not parts:
+        return loss, None
+    shapes = [part.z.shape for part in parts]
+
+    def criterion(z: Tensor) -> Tensor:
+        pieces = z.split([shape.numel() for shape in shapes])
+        return mean(part.criterion(piece.view(shape)) for part, piece, shape in zip(parts, pieces, shapes, strict=True))
+
+    penalties = [part.penalty for part in parts if part.penalty is not None]
+    z = torch.cat([part.z.reshape(-1) for part in parts])
+    return loss, LossParts(z=z, criterion=criterion, penalty=mean(penalties) if penalties else None)

@@ -1,0 +1,131 @@
+"""The processes that train together: what they find is averaged, by one all-reduce for each product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from hoptim.linalg import trees
+from hoptim.linalg.operators import Operator
+from hoptim.linalg.trees import Found, Tree
+
+SAME = 1e-6  # of a vector's length: how far apart the ranks' may be and still pass for the same
+
+
+def is_first() -> bool:
+    """Whether this process is the one that logs: rank 0 of all, or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes with the same weights and hyperparameters, each with batches of its own.
+
+    Their training loss is the mean of each one's, as ``DistributedDataParallel`` has it, and so are its derivatives. These
+    are averaged *inside* a solve: the mean of the solutions that each rank finds alone would be a different, wrong answer.
+
+    Args:
+        group: the process group; ``None``: this process alone, for which nothing here does anything.
+    """
+
+    group: Any = None
+
+    @classmethod
+    def all(cls) -> Ranks:
+        """All processes where ``torch.distributed`` is initialised, else this one alone."""
+        return cls(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else cls()
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def mean(self, x: Tree) -> Tree:
+        """The mean of a vector, which all ranks have: flattened into one all-reduce a device, in float32 or wider."""
+        if self.size == 1:
+            return x
+        averaged: Tree = {}
+        for device in dict.fromkeys(value.device for value in x.values()):
+            here = {name: value.detach() for name, value in x.items() if value.device == device}
+            dtype = reduce(torch.promote_types, (value.dtype for value in here.values()), torch.float32)
+            flat = torch.cat([value.reshape(-1).to(dtype) for value in here.values()])
+            dist.all_reduce(flat, group=self.group)
+            pieces = flat.div_(self.size).split([value.numel() for value in here.values()])
+            averaged |= {
+                name: piece.view(value.shape).to(value.dtype)
+                for (name, value), piece in zip(here.items(), pieces, strict=True)
+            }
+        return {name: averaged[name] for name in x}
+
+    def mean_of_found(self, found: Mapping[str, Tensor | None], like: Tree) -> Found:
+        """The mean of what may be there, shaped as ``like``: zero on a rank that lacks it, ``None`` where all lack it."""
+        if self.size == 1:
+            return dict(found)
+        there = torch.tensor([float(found.get(name) is not None) for name in like], device=next(iter(like.values())).device)
+        averaged = self.mean({**trees.filled(found, like), "": there})
+        seen = averaged.pop("").tolist()
+        return {name: value if share else None for (name, value), share in zip(averaged.items(), seen, strict=True)}
+
+    def mean_with_loss(self, loss: Tensor, found: Mapping[str, Tensor | None], like: Tree) -> tuple[Tensor, Found]:
+        """The means of a loss, which all ranks have, and of what may be there, by one all-reduce."""
+        averaged = self.mean_of_found({**found, ":loss": loss}, {**like, ":loss": loss})
+        mean = averaged.pop(":loss")
+        assert mean is not None
+        return mean, averaged
+
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks what the first has, as ``DistributedDataParallel`` does with the weights."""
+        if self.size > 1:
+            with torch.no_grad():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
+
+    def check_same(self, x: Tree, what: str, remedy: str) -> None:
+        """Raise where the ranks' vectors differ, seen by their lengths and their sums.
+
+        Raises:
+            ValueError: they do.
+        """
+        if self.size == 1:
+            return
+        first = next(iter(x.values())).device
+        parts = [value.detach().double().to(first) for value in x.values()]
+        length = torch.stack([part.norm() for part in parts]).norm()
+        figures = torch.stack([length, torch.stack([part.sum() for part in parts]).sum()])
+        ends = torch.cat([figures, -figures])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
+        high, total, low, least = ends.tolist()
+        if max(high + low, total + least) > SAME * high:
+            raise ValueError(
+                f"the {what} differ between the {self.size} ranks (their norms go from {-low:.7g} to {high:.7g}): {remedy}. "
+                "Where each rank trains alone, say so with Problem(..., process_group=None)"
+            )
+
+
+class OverRanks(Operator):
+    """The mean of each rank's operator, on the weights that any of them touches: one all-reduce a product, or R products.
+
+    >>> from hoptim.linalg.operators import Symmetric
+    >>> A = OverRanks(Symmetric(lambda v: {"w": 2 * v["w"]}, like={"w": torch.ones(1)}), {"w": torch.ones(1)}, Ranks())
+    >>> (A @ {"w": torch.ones(1)})["w"]
+    tensor([2.])
+    """
+
+    def __init__(self, local: Operator, like: Tree, ranks: Ranks) -> None:
+        super().__init__(like)
+        self.local, self.ranks, self.symmetric = local, ranks, local.symmetric
+
+    def __matmul__(self, v: Tree) -> Tree:
+        here = self.local @ {name: v[name] for name in self.local.like} if self.local.like else {}
+        return self.ranks.mean({name: here[name] if name in here else torch.zeros_like(value) for name, value in v.items()})
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """The mean of the transposes."""
+        return OverRanks(self.local.T, self.like, self.ranks)

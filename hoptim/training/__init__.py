@@ -1,0 +1,1 @@
+"""The code that changes anything: the optimizer, its record and its checkpoint."""

@@ -1,0 +1,116 @@
+"""What BilevelOptimizer is given, checked before anything runs: each error names the value and the remedy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from hoptim.methods.method import Method, check_method, checked_problem, held
+from hoptim.problem.problem import Problem
+from hoptim.validation import describe_type, is_finite, is_whole
+
+OnFailure = Literal["skip", "raise"]
+
+
+def check_schedule(every: int | None, warmup: int, on_failure: object) -> None:
+    """``every`` is a positive number of steps or None, ``warmup`` a number of steps, ``on_failure`` one of two words."""
+    if every is not None and not (is_whole(every) and every >= 1):
+        raise ValueError(f"every={every!r}: give a whole number of inner steps, 1 or more, or None for never")
+    if not (is_whole(warmup) and warmup >= 0):
+        raise ValueError(f"warmup={warmup!r}: give a whole number of inner steps, 0 or more")
+    if on_failure not in get_args(OnFailure):
+        raise ValueError(f"on_failure={on_failure!r}: give 'skip', to go on with a warning, or 'raise'")
+
+
+def check_weights(val_weights: Sequence[float] | None) -> list[float] | None:
+    """Finite numbers, one for each validation loss."""
+    if val_weights is None:
+        return None
+    if not isinstance(val_weights, (Sequence, Tensor)) or isinstance(val_weights, str):
+        raise TypeError(f"val_weights is {describe_type(val_weights)}: give a list of numbers, one for each validation loss")
+    found = val_weights.tolist() if isinstance(val_weights, Tensor) else list(val_weights)
+    if not isinstance(found, list) or not found or not all(is_finite(weight) for weight in found):
+        raise ValueError(f"val_weights={found!r}: give one finite number for each validation loss")
+    return [float(weight) for weight in found]
+
+
+def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: int | None) -> None:
+    """The method is one whose steps all come after the last hyperstep, and the hooks are functions."""
+    check_method("hypergradient", hypergradient)
+    steps = 0 if hypergradient is None else hypergradient.keeps_steps
+    if every is not None and steps > every:
+        raise ValueError(
+            f"{hypergradient} goes back {steps} inner steps, but hypersteps come every {every}: unroll at most {every}"
+        )
+    if not isinstance(hooks, Sequence):
+        raise TypeError(f"hooks is {describe_type(hooks)}: give a list of functions of the record")
+    if bad := [hook for hook in hooks if not callable(hook)]:
+        raise TypeError(f"hook {bad[0]!r} can't be called: give functions of the record")
+    if made := [hook for hook in hooks if isinstance(hook, type)]:
+        raise TypeError(f"hook {made[0].__name__} is a class: give an instance, such as hoptim.tracking.Console()")
+
+
+def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> None:
+    """The inner optimizer holds weights and no hyperparameter; the outer one the other way round."""
+    for name, optimizer in (("inner", inner), ("outer", outer)):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{name} is {describe_type(optimizer)}: give a torch.optim.Optimizer")
+        if isinstance(getattr(optimizer, "problem", None), Problem):
+            raise TypeError(f"{name} is {describe_type(optimizer)} already: give the optimizer inside it, as its .{name}")
+    checked_problem(problem)
+    if isinstance(outer, LBFGS):
+        raise ValueError("outer is an LBFGS, which needs a closure that a hyperstep has not: take SGD or Adam")
+    weights, leaves = _names(problem)
+    learned = {id(p) for p in (*problem.weights().values(), *problem.leaves().values())}
+    for name, optimizer, own, other, kinds, remedy in (
+        ("inner", inner, weights, leaves, ("weight of the model", "hyperparameter"), "model.parameters()"),
+        ("outer", outer, leaves, weights, ("hyperparameter", "weight of the model"), "hparams.parameters()"),
+    ):
+        here = held(optimizer)
+        if wrong := [other[p] for p in here if p in other and not (p in own and p not in learned)]:
+            raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {kinds[1]}: build it on {remedy}")
+        if not any(p in own for p in here):
+            raise ValueError(f"the {name} optimizer holds no {kinds[0]} of the problem: build it on {remedy}")
+        if not any(p in own and p in learned for p in here):
+            raise ValueError(f"the {name} optimizer holds no {kinds[0]} that requires a gradient: build it on {remedy}")
+
+
+Left = list[tuple[str, str]]  # optimizer, tensor
+
+
+def warn_of_left(inner: Optimizer, outer: Optimizer, problem: Problem, known: Left | None = None) -> Left:
+    """Warn of what requires a gradient, is in neither of the two and not ``known``, as of a layer replaced since."""
+    found: Left = []
+    for name, optimizer, live in (("inner", inner, problem.weights()), ("outer", outer, problem.leaves())):
+        here = held(optimizer)
+        found += [(name, key) for key, p in live.items() if id(p) not in here]
+        if left := [key for which, key in found if which == name and (which, key) not in (known or ())]:
+            warnings.warn(
+                f"the {name} optimizer does not hold {left}, though they require a gradient: the hypergradient takes them "
+                "as learned. That is right if another optimizer trains them; else add them, or freeze them with "
+                "requires_grad_(False)",
+                stacklevel=3,
+            )
+    return found
+
+
+def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:
+    """A group that is added to the inner optimizer, as torch takes one; it holds no hyperparameter."""
+    if not isinstance(param_group, dict) or "params" not in param_group:
+        raise TypeError(f"param_group is {describe_type(param_group)}: give a dict such as {{'params': layer.parameters()}}")
+    params, leaves = param_group["params"], _names(problem)[1]
+    if isinstance(params, Iterator):
+        params = list(params)
+    if wrong := [leaves[id(p)] for p in ([params] if isinstance(params, Tensor) else params) if id(p) in leaves]:
+        raise ValueError(f"the added group holds {wrong[0]!r}, a hyperparameter: add it to the outer optimizer")
+    return {**param_group, "params": params}
+
+
+def _names(problem: Problem) -> tuple[dict[int, str], dict[int, str]]:
+    weights = {id(p): name for name, p in problem.model.named_parameters()}
+    leaves = {id(p): name for name, p in problem.hparams.named_parameters()}
+    return weights, leaves

@@ -1,0 +1,286 @@
+"""BilevelOptimizer: the user's own optimizer, which now also moves the hyperparameters. The one place that mutates."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hoptim.linalg.trees import Tree
+from hoptim.methods.implicit import Implicit
+from hoptim.methods.inner_step import check_unscheduled
+from hoptim.methods.method import Hypergradient, Method, TrainingContext
+from hoptim.problem.data import Batches
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.problem.loss_checks import annotate_errors
+from hoptim.problem.problem import Problem
+from hoptim.training import arguments as checks
+from hoptim.training.arguments import OnFailure
+from hoptim.training.checkpoint import KEY, Checkpoint, check_loadable
+from hoptim.training.optimizer_proxy import OptimizerProxy
+from hoptim.training.progress import Progress, bound_options_kept, is_cleared, is_due, is_kept
+from hoptim.training.record import Record, natural_values
+from hoptim.validation import describe_type
+
+
+class BilevelOptimizer(OptimizerProxy):
+    """An optimizer that trains the weights, and every few steps moves the hyperparameters down the validation loss.
+
+    It **is** a ``torch.optim.Optimizer``: ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, so
+    schedulers, gradient clipping and checkpoints work on it as on the inner one.
+
+    Args:
+        inner: the optimizer of the model's weights.
+        outer: the optimizer of ``hparams.parameters()``.
+        problem: the model, the hyperparameters and the two losses.
+        val_batches: validation batches: any re-iterable, cycled, one batch a hyperstep.
+        hypergradient: how to compute it; default ``Implicit()``.
+        every: inner steps between hypersteps, default 100; ``None`` for never.
+        warmup: inner steps before the first hyperstep, default 0.
+        train_batches: where a hyperstep takes its training batch; ``None``, the default: those of the last inner
+            step, as ``loss`` has seen them; of several, as in gradient accumulation, the mean of their losses.
+        val_weights: the weight of each loss in the gradient, where the validation loss is a vector; default: their mean.
+        on_failure: what a failed solve ends in, moving nothing: ``"skip"``, the default, a warning, ``"raise"`` an error.
+        hooks: functions of the :class:`Record`, called after each hyperstep.
+
+    Raises:
+        TypeError: an argument of the wrong kind, or batches that can be iterated only once.
+        ValueError: ``every`` or ``warmup`` out of range, an optimizer that holds the wrong tensors, empty batches.
+
+    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), algorithm 1.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model, hparams = nn.Linear(1, 1, bias=False), nn.ParameterDict({"decay": torch.tensor(1.0)})
+    >>> _ = model.weight.data.fill_(2.0)
+    >>> def train(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 4.0).square().sum() + 0.5 * hparams["decay"] * model.weight.square().sum()
+    >>> def val(model, hparams, batch):
+    ...     return 0.5 * (model(batch) - 1.0).square().sum()
+    >>> inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> outer = torch.optim.SGD(hparams.parameters(), lr=0.1)
+    >>> problem, one = Problem(model, hparams, train, val), torch.ones(1, 1)
+    >>> optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[one], every=1)
+    >>> optimizer.zero_grad()
+    >>> optimizer.loss(one).backward()
+    >>> optimizer.step()
+    >>> optimizer.record.status.name, round(hparams["decay"].item(), 3)
+    ('CONVERGED', 1.1)
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        outer: Optimizer,
+        problem: Problem,
+        *,
+        val_batches: Iterable[Any],
+        hypergradient: Method | None = None,
+        every: int | None = 100,
+        warmup: int = 0,
+        train_batches: Iterable[Any] | None = None,
+        val_weights: Sequence[float] | None = None,
+        on_failure: OnFailure = "skip",
+        hooks: Sequence[Callable[[Record], None]] = (),
+    ) -> None:
+        checks.check_optimizers(inner, outer, problem)
+        checks.check_schedule(every, warmup, on_failure)
+        checks.check_strategies(hypergradient, hooks, every)
+        super().__init__()
+        self.inner, self.outer, self.problem = inner, outer, problem
+        self.hypergradient = Implicit() if hypergradient is None else hypergradient
+        self.every, self.warmup, self.on_failure, self.hooks = every, warmup, on_failure, tuple(hooks)
+        self.val_weights = checks.check_weights(val_weights)
+        self.val_batches = Batches(val_batches, "val_batches")
+        self.train_batches = None if train_batches is None else Batches(train_batches, "train_batches")
+        self._progress = Progress(left=checks.warn_of_left(inner, outer, problem))
+        problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
+        self.register_state_dict_post_hook(_add_state)
+
+    def loss(self, batch: Any) -> Tensor:
+        """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``."""
+        if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
+            return self.problem.loss(batch)
+        progress, step = self._progress, self._progress.inner_steps + 1
+        if is_cleared(self.inner):
+            progress.cleared()
+        kept = is_kept(step, self.every, self.warmup, self.hypergradient.keeps_steps)
+        kept_loss = progress.recorder.saw(self.problem, self.inner, batch) if kept else None
+        loss = self.problem.loss(batch)
+        if kept_loss is not None:
+            loss.register_hook(kept_loss)
+        if self.train_batches is None:
+            by_hand_or_due = self.every is None or is_due(step, self.every, self.warmup)
+            progress.window.saw(batch, loss) if by_hand_or_due else progress.window.noted(batch)
+        return loss
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the inner optimizer, and a hyperstep where one is due."""
+        if not callable(closure) and closure is not None:
+            raise TypeError(f"closure is {describe_type(closure)}: call step() alone; batches go to optimizer.loss(batch)")
+        result = self.inner.step() if closure is None else self.inner.step(closure)
+        self._progress.stepped()
+        if is_due(self._progress.inner_steps, self.every, self.warmup):
+            self._progress.recorder.check(self.hypergradient.keeps_steps)
+            try:
+                self.hyperstep()
+            finally:
+                self._progress.recorder.restart()
+        return result
+
+    def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
+        """Move the hyperparameters once, now; batches that are not given are drawn. Returns the record.
+
+        The training batches are those whose losses went backward in the last step, or, where no hyperstep was due, all whose
+        losses were computed for it.
+
+        After a failed solve they do not move; the record and a warning say why.
+
+        Raises:
+            ValueError: there is no training batch: none given, none seen by ``loss``, no ``train_batches``.
+            RuntimeError: the solve failed and ``on_failure`` is ``"raise"``; the record is there, the hooks have seen it.
+        """
+        progress, begun = self._progress, time.perf_counter()
+        draw = None if self.train_batches is None else self.train_batches.draw
+        train_batch = (draw or progress.window.batch)() if train_batch is None else train_batch
+        val_batch = self.val_batches.draw() if val_batch is None else val_batch
+        if not progress.hyper_steps:
+            self.problem.check_ranks()
+        loop = TrainingContext(inner=self.inner, draw=draw, trajectory=progress.recorder.trajectory())
+        with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
+            self.problem.check_learned()
+            checks.check_optimizers(self.inner, self.outer, self.problem)  # again: layers may have been replaced since
+            progress.left = checks.warn_of_left(self.inner, self.outer, self.problem, known=progress.left)
+            result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
+        if not progress.hyper_steps:
+            result.check_touched()
+        progress.solver_state = result.solution.state
+        progress.hyper_steps += 1
+        gradient, moved = result.combined(self.val_weights), result.solution.status.ok
+        turned = progress.turned(gradient) if moved else None
+        if moved:
+            self._move(gradient)
+        progress.record = Record(
+            inner_step=progress.inner_steps,
+            hyper_step=progress.hyper_steps,
+            moved=moved,
+            result=result,
+            hyperparameters=natural_values(self.problem),
+            seconds=time.perf_counter() - begun,
+            cosine_to_last=turned,
+            val_weights=self.val_weights,
+        )
+        for hook in self.hooks:
+            hook(progress.record)
+        if not moved:
+            self._failed(result)
+        return progress.record
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the weights."""
+        self._progress.cleared()
+        self.inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add weights to the inner optimizer.
+
+        Raises:
+            TypeError: the group is no dict with ``"params"``.
+            ValueError: a tensor of the group is a hyperparameter.
+        """
+        self.inner.add_param_group(checks.checked_group(param_group, self.problem))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
+
+        Raises:
+            ValueError: the state is a bare optimizer's, damaged, of a newer version or of another model.
+        """
+        state_dict = copy.copy(state_dict)  # which hooks may change in place
+        for change in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = change(self, state_dict) or state_dict
+        check_loadable(state_dict, self.inner, self.problem)
+        before = copy.deepcopy(self._saved())
+        try:
+            self._load(state_dict)
+        except Exception:
+            self._load(before)
+            raise
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """By the inner optimizer's own method: it may keep its state in a form of its own."""
+        with bound_options_kept(self.inner, self.problem.leaves()):
+            self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        self._checkpoint().load_state_dict(state_dict[KEY])
+
+    def _saved(self) -> dict[str, Any]:
+        """The inner optimizer's own state, and one entry more."""
+        return {**self.inner.state_dict(), KEY: self._checkpoint().state_dict()}
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            inner=self.inner,
+            outer=self.outer,
+            problem=self.problem,
+            progress=self._progress,
+            val_batches=self.val_batches,
+            train_batches=self.train_batches,
+        )
+
+    @property
+    def record(self) -> Record | None:
+        """The record of the last hyperstep, if there was one."""
+        return self._progress.record
+
+    @property
+    def inner_steps(self) -> int:
+        """Inner steps taken so far."""
+        return self._progress.inner_steps
+
+    @property
+    def hyper_steps(self) -> int:
+        """Hypersteps taken so far, failed ones included."""
+        return self._progress.hyper_steps
+
+    def _move(self, grads: Tree) -> None:
+        for name, leaf in self.problem.leaves().items():
+            leaf.grad = grads[name].clone()
+        try:
+            self.outer.step()
+        finally:
+            for leaf in self.problem.leaves().values():
+                leaf.grad = None
+        for module in self.problem.hparams.modules():
+            if isinstance(module, HyperParameters):
+                module.project_()
+
+    def _failed(self, result: Hypergradient) -> None:
+        status, detail = result.solution.status, result.solution.detail or "no detail"
+        words = f"hyperstep {self.hyper_steps} failed and moved nothing: {status.name}: {status.message} ({detail})"
+        if self.on_failure == "raise":
+            raise RuntimeError(f"{words}. With on_failure='skip' the training would go on")
+        if status not in self._progress.warned:
+            self._progress.warned.add(status)
+            warnings.warn(f"{words}. Later ones of this kind are only recorded", stacklevel=5)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(value, "_wrapped_by_lr_sched", False):  # the ``step`` that a scheduler puts here when it is built
+            check_unscheduled(self.param_groups, self.problem.leaves())
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        parts = f"every={self.every}, hypergradient={self.hypergradient},\ninner={self.inner},\nouter={self.outer}"
+        return f"BilevelOptimizer({parts})"
+
+
+def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, BilevelOptimizer)
+    state_dict.update(optimizer._saved())

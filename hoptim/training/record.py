@@ -1,0 +1,97 @@
+"""What one hyperstep did, as a value: for the caller, for hooks and for logs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hoptim.linalg import trees
+from hoptim.linalg.trees import Tree
+from hoptim.methods.method import Hypergradient
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.problem.problem import Problem
+from hoptim.solvers.solution import Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What one hyperstep did.
+
+    Attributes:
+        inner_step: inner steps taken before it.
+        hyper_step: its number, from 1; failed ones count.
+        moved: whether the outer optimizer moved the hyperparameters: true unless the solve failed.
+        result: the hypergradient, with the solution behind it.
+        hyperparameters: their natural values after the step, detached, by name.
+        seconds: wall-clock time of the hyperstep.
+        cosine_to_last: cosine between this hypergradient and the one before: near 1 where they agree, near 0 where noise
+            leads; ``None`` at the first.
+        val_weights: the weights by which several validation losses add up, in the figures too; ``None`` for the mean.
+    """
+
+    inner_step: int
+    hyper_step: int
+    moved: bool
+    result: Hypergradient
+    hyperparameters: Tree
+    seconds: float
+    cosine_to_last: float | None = None
+    val_weights: list[float] | None = None
+
+    @property
+    def status(self) -> Status:
+        """How the solve ended."""
+        return self.result.solution.status
+
+    def row(self) -> dict[str, Any]:
+        """The figures as plain numbers and strings, for a log; ``None`` for what is not known or not finite."""
+        result, solution = self.result, self.result.solution
+        norms = {
+            name: float(trees.norm(result.mixed_by(self.val_weights, tree)))
+            for name, tree in (("hypergradient", result.grads), ("direct", result.direct), ("indirect", result.indirect))
+        }
+        row = {
+            "inner_step": self.inner_step,
+            "hyper_step": self.hyper_step,
+            "moved": self.moved,
+            "status": solution.status.name,
+            "detail": solution.detail,
+            "residual": float(solution.residuals[-1].amax()) if len(solution.residuals) else None,
+            "step_size": solution.step_size,
+            "products": solution.products,
+            "val_loss": float(result.mixed_by(self.val_weights, {"": result.val_loss})[""]),
+            "train_loss": float(self.result.train_loss),
+            "train_gradient_norm": float(self.result.gradient_norm),
+            **{f"{name}_norm": length for name, length in norms.items()},
+            "cosine_to_last": self.cosine_to_last,
+            "standard_error": standard_error(self.result),
+            "hyper_seconds": self.seconds,
+        }
+        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def cosine(a: Tree, b: Tree) -> float:
+    """⟨a, b⟩ / (‖a‖ ‖b‖); zero where one of them is."""
+    lengths = trees.norm(a) * trees.norm(b)
+    return float(trees.dot(a, b) / torch.where(lengths == 0, 1.0, lengths))
+
+
+def standard_error(result: Hypergradient) -> float | None:
+    """Of the mean of the hypergradients of R validation losses, relative to its length; ``None`` for a single loss."""
+    if not result.val_loss.ndim or len(result.val_loss) < 2:
+        return None
+    count, mean = len(result.val_loss), result.combined()
+    spread = torch.stack([((part - mean[name]) ** 2).sum() for name, part in result.grads.items()]).sum()
+    return float((spread / (count * (count - 1))).sqrt() / trees.norm(mean))
+
+
+def natural_values(problem: Problem) -> Tree:
+    """The natural values of a :class:`HyperParameters`, and the parameters of any other module; copies."""
+    hparams = problem.hparams
+    with torch.no_grad():
+        if isinstance(hparams, HyperParameters):
+            return {name: hparams[name].detach().clone() for name in hparams}
+        return trees.clone({name: leaf.detach() for name, leaf in problem.leaves().items()})
