@@ -177,7 +177,7 @@ def _constraint(name: str, constraint: Constraint | None) -> tuple[Constraint, T
         return constraint or constraints.real, identity_transform
     if not isinstance(constraint, Constraint):
         raise TypeError(
-            f"the constraint of {name!r} is {describe_type(constraint)}: take one of torch.distributions.constraints"
+            f"the constraint of {name!r} is {describe_type(constraint)}: give an instance from torch's constraints"
         )
     try:
         return constraint, biject_to(constraint)

@@ -389,10 +389,9 @@ def test_each_of_several_stops_where_it_would_alone(name: str) -> None:
 def test_a_device_is_read_each_sixteen_products_only_and_gives_the_same(name: str, monkeypatch: Any) -> None:
     case, g = SYSTEMS["spd"], SYSTEMS["spd"].sides((3,))
     here, _ = solve(case, g, replace(ALONE[name], terms=48))
-    module = {"Neumann": "stationary", "Chebyshev": "chebyshev", "GMRES": "gmres"}.get(name, "krylov")
     looks = []
     monkeypatch.setattr(
-        f"hoptim.solvers.{module}.should_check_convergence",
+        f"hoptim.solvers.{name.lower()}.should_check_convergence",
         lambda term, terms, _: term < terms and term % 16 == 0 and (looks.append(term) or True),
     )
     there, A = solve(case, g, replace(ALONE[name], terms=48))
