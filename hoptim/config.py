@@ -1,7 +1,22 @@
-"""Hydra: the search-path plugin by which any project's config finds hoptim's groups, ``- hoptim/solver: neumann``.
+"""Hydra: hoptim's config groups for any project.
 
-A wheel carries this file a second time, as ``hydra_plugins/hoptim_config.py``, which is where Hydra looks. Every Hydra
-application of the environment therefore imports it: it imports nothing heavy, torch and hoptim itself included.
+Once hoptim is installed, the config of any Hydra application finds its groups. Each file names a `_target_`, and each
+number can be overridden on the command line, as in `hoptim.solver.terms=5`:
+
+```yaml
+defaults:
+  - hoptim/solver: neumann
+  - hoptim/curvature: exact
+  - hoptim/method: implicit      # hydra.utils.instantiate(cfg.hoptim.method) is the Implicit(...)
+```
+
+There are also `hoptim/condition`, `hoptim/preconditioner`, `hoptim/tracker` and `hoptim/method: unrolled`. List a
+condition or a preconditioner after the method, into which it writes itself. hoptim's own experiments use the same files
+with [scripts/train.py](scripts/README.md#hoptims-experiments).
+
+This module is the search-path plugin behind it. A wheel holds it twice: here, and as ``hydra_plugins/hoptim_config.py``,
+where Hydra looks for plugins. Since every Hydra application of the environment imports it, it imports neither torch nor
+hoptim.
 """
 
 from __future__ import annotations
@@ -13,18 +28,17 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
-def conf_dir() -> Path:
-    """The folder of hoptim's configs: the copy inside the package, which a wheel has, else ``conf/`` of the checkout."""
-    spec = find_spec("hoptim")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("hoptim is not installed, though its Hydra plugin is: pip install hoptim again")
-    package = Path(spec.origin).parent
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
-
-
 class HoptimSearchPath(SearchPathPlugin):
-    """Adds hoptim's ``conf/`` behind the application's own search path."""
+    """Adds the folder that holds hoptim's groups, and nothing else, behind the application's own search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append the folder, so that the application's own files of the same name win."""
         search_path.append(provider="hoptim", path=f"file://{conf_dir()}")
+
+
+def conf_dir() -> Path:
+    """The folder ``hoptim/conf``: copies of the configs in a wheel, a link to the live ``conf/hoptim`` in a checkout."""
+    spec = find_spec("hoptim")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("hoptim is not installed, though its Hydra plugin is: pip install hoptim again")
+    return Path(spec.origin).parent / "conf"

@@ -1,12 +1,15 @@
-"""What every test gets: one thread, float64 as the default, and a seed."""
+"""What every test gets: one thread, also to compile, float64 as the default, and a seed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+for threads in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):  # of subprocesses too: tests run on all cores already
+    os.environ.setdefault(threads, "1")
 torch.set_num_threads(1)
 
 

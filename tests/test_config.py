@@ -1,4 +1,4 @@
-"""Hydra finds hoptim's groups from another project: with the checkout, and with a wheel alone."""
+"""Hydra finds hoptim's groups from another project, with the checkout and with a wheel alone, and nothing else of conf/."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from jobs import ROOT, env
 
 APP = """
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
 @hydra.main(version_base="1.3", config_path=".", config_name="mine")
@@ -16,6 +17,7 @@ def main(cfg):
     import hoptim
     print(hoptim.__file__)
     print(instantiate(cfg.hoptim.method))
+    print(*GlobalHydra.instance().config_loader().get_group_options("", results_filter=None))
 
 main()
 """
@@ -24,6 +26,7 @@ defaults:
   - hoptim/solver: neumann
   - hoptim/curvature: exact
   - hoptim/method: implicit
+hydra: {output_subdir: null, run: {dir: .}}
 """
 
 
@@ -38,33 +41,42 @@ def wheel(tmp_path_factory):
 
 
 def run_app(folder, **environment):
+    """What hoptim it imports, the method it makes, and what Hydra offers it at the top."""
     (folder / "app.py").write_text(APP)
     (folder / "mine.yaml").write_text(MINE)
     command = [sys.executable, "app.py", "hoptim.solver.terms=7"]
     process = subprocess.run(command, cwd=folder, env=env(**environment), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    return process.stdout
+    package, method, names = process.stdout.splitlines()
+    return package, method, set(names.split()) - {"_dummy_empty_config_", "hydra"}
 
 
-def test_another_project_finds_the_groups_of_the_checkout(tmp_path):
-    assert "Implicit(solver=Neumann(terms=7, step_size=None" in run_app(tmp_path)
+def test_another_project_finds_the_groups_of_the_checkout_and_no_other(tmp_path):
+    _, method, names = run_app(tmp_path)
+    assert "Implicit(solver=Neumann(terms=7, step_size=None" in method
+    assert names == {"hoptim", "mine"}
 
 
-def test_another_project_finds_the_groups_of_a_wheel(tmp_path, wheel):
+def test_another_project_finds_the_groups_of_a_wheel_and_no_other(tmp_path, wheel):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     project = tmp_path / "project"
     project.mkdir()
-    printed = run_app(project, PYTHONPATH=str(site))
-    assert str(site) in printed
-    assert "Implicit(solver=Neumann(terms=7, step_size=None" in printed
+    package, method, names = run_app(project, PYTHONPATH=str(site))
+    assert str(site) in package
+    assert "Implicit(solver=Neumann(terms=7, step_size=None" in method
+    assert names == {"hoptim", "mine"}
 
 
-def test_the_wheel_carries_every_config_and_no_scripts(wheel):
+def test_a_checkout_reads_its_configs_live():
+    assert (ROOT / "hoptim" / "conf" / "hoptim").samefile(ROOT / "conf" / "hoptim")
+
+
+def test_the_wheel_carries_the_configs_of_hoptim_and_no_others(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for path in (ROOT / "conf").rglob("*.yaml"):
-        assert f"hoptim/{path.relative_to(ROOT)}" in names
-    assert "hydra_plugins/hoptim_config.py" in names
+    ours = {f"hoptim/{path.relative_to(ROOT)}" for path in (ROOT / "conf" / "hoptim").rglob("*.yaml")}
+    assert {name for name in names if name.endswith(".yaml")} == ours
+    assert {"hydra_plugins/hoptim_config.py", "hoptim/py.typed"} <= names
     assert not [name for name in names if name.startswith(("scripts", "tests"))]
 
 
