@@ -1,13 +1,16 @@
-"""What the options of a strategy may be: whole numbers and finite ones, of Python or NumPy; and what was given instead."""
+"""Checks of options, and names of types for error messages."""
 
 from __future__ import annotations
 
 import math
+import re
 from numbers import Integral, Real
+
+_VOWEL_SOUND = re.compile("[aeio]|u(?!ni|[isu])", re.IGNORECASE)  # an Update, a UserDict, a Uniform, a uint8
 
 
 def is_whole(value: object) -> bool:
-    """Whether ``value`` is a whole number; a bool is none.
+    """Whether ``value`` is a whole number, of Python or NumPy, and not a bool.
 
     >>> is_whole(3), is_whole(3.0), is_whole(True)
     (True, False, False)
@@ -15,19 +18,22 @@ def is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def describe_type(value: object) -> str:
-    """What ``value`` is, for an error: a class given in place of an instance is named as such.
-
-    >>> describe_type(3), describe_type(int)
-    ('a int', 'the class int')
-    """
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-
-
 def is_finite(value: object) -> bool:
-    """Whether ``value`` is a finite real number; a bool is none.
+    """Whether ``value`` is a finite real number, of Python or NumPy, and not a bool.
 
     >>> is_finite(0.1), is_finite(float("nan")), is_finite("0.1")
     (True, False, False)
     """
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def describe_type(value: object) -> str:
+    """What ``value`` is, for an error message; a class that is given where an instance should be is called a class.
+
+    >>> describe_type(0.5), describe_type(3), describe_type(int)
+    ('a float', 'an int', 'the class int')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"an {name}" if _VOWEL_SOUND.match(name) else f"a {name}"

@@ -1,4 +1,4 @@
-"""Bounds on the spectrum of A, from a few products."""
+"""Bounds on the spectrum of A from a few products: power iteration and Lanczos."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.trees import Tree
+from hoptim.linalg.vectors import axpy_, scale_
 
 
-def spectral_norm(A: Operator, start: Tree, products: int) -> tuple[Tensor, Tree]:
+def spectral_norm(A: Operator, start: Tensor, products: int) -> tuple[Tensor, Tensor]:
     """Estimate ‖A‖₂ from below by power iteration: max over the iterates v of ‖A v‖ / ‖v‖.
 
     For a symmetric A it tends to ‖A‖₂; for another it is at most that, and in the long run at least the spectral radius.
+    Of an operator that is not fixed it is the largest over the products taken.
 
     Args:
         A: the operator.
-        start: the first iterate, not zero; the last one of an earlier call makes one or two products enough.
+        start: the first iterate, of shape (n,), not zero. The last iterate of an earlier call is a good one: with it one or
+            two products are enough.
         products: how many products to spend.
 
     Returns:
@@ -28,33 +29,30 @@ def spectral_norm(A: Operator, start: Tree, products: int) -> tuple[Tensor, Tree
     Source: Golub and Van Loan, "Matrix Computations", section 8.2.
 
     >>> from hoptim.linalg.operators import Symmetric
-    >>> A = Symmetric(lambda v: {"w": torch.tensor([3.0, 1.0]) * v["w"]}, like={"w": torch.ones(2)})
-    >>> estimate, v = spectral_norm(A, {"w": torch.ones(2)}, products=10)
+    >>> A = Symmetric(lambda v: torch.tensor([3.0, 1.0]) * v, like=torch.ones(2))
+    >>> estimate, v = spectral_norm(A, torch.ones(2), products=10)
     >>> round(float(estimate), 4)
     3.0
     """
-    v = trees.unit(start)
-    estimate = torch.zeros_like(trees.norm(v))
+    v = _unit(A, start)
+    estimate = torch.zeros_like(A.norm(v))
     for _ in range(products):
         v = A @ v
-        estimate = torch.maximum(estimate, trees.norm(v))
-        v = trees.unit(v)
+        estimate = torch.maximum(estimate, A.norm(v))
+        v = _unit(A, v)
     return estimate, v
 
 
-def start_vector(like: Tree, towards: Tree) -> Tree:
-    """A first iterate: the direction ``towards`` plus a random one of the same length, from a generator of its own."""
-    return trees.add_(trees.unit(gaussian(like)), trees.unit(towards))
+def start_vector(A: Operator, towards: Tensor) -> Tensor:
+    """A first iterate: the direction ``towards`` plus a random one of the same length, the same at each call."""
+    return _unit(A, gaussian(A)) + _unit(A, towards)
 
 
-def gaussian(like: Tree, *lead: int, seed: int = 0) -> Tree:
-    """Standard normal entries, with the leading axes asked for, from a generator of its own: the same at each call."""
-    device = next(iter(like.values())).device
-    generator = torch.Generator(device).manual_seed(seed)
-    return {
-        name: torch.randn((*lead, *value.shape), generator=generator, device=device, dtype=value.dtype)
-        for name, value in like.items()
-    }
+def gaussian(like: Tensor | Operator, *lead: int, seed: int = 0) -> Tensor:
+    """Standard normal vectors of shape (…, n), the same at each call: from a generator of their own."""
+    size = like.size if isinstance(like, Operator) else len(like)
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn((*lead, size), generator=generator, device=like.device, dtype=like.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,61 +89,61 @@ class Ritz:
         return float((self.weights * negative).sum(-1).mean())
 
 
-def lanczos(A: Operator, start: Tree, steps: int) -> Ritz:
+def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
     """Ritz values of a symmetric A by Lanczos with full reorthogonalisation, and their quadrature weights.
 
     For a unit start q with q = Σ c_i u_i in the eigenvectors of A, Σ_k weight_k f(value_k) = Σ c_i² f(λ_i) exactly for
     polynomials f of degree < 2·steps. Over random starts the mean is tr f(A) / n: stochastic Lanczos quadrature.
 
     Args:
-        A: the operator, symmetric.
-        start: the first vector, not zero; with a leading axis for R of them at once, as ``gaussian(A.like, R)`` gives.
+        A: the operator, symmetric, and the same in each product.
+        start: the first vector, of shape (n,), not zero; or R of them, (R, n), as ``gaussian(A, R)`` gives.
         steps: how many products to spend, ≥ 1; as many vectors are kept.
 
     Raises:
-        TypeError: A is not known to be symmetric.
+        TypeError: A is not known to be symmetric, or changes from product to product.
         ValueError: ``steps`` is below 1, or a product is infinite or NaN.
 
     Source: Golub and Meurant 2010, "Matrices, Moments and Quadrature"; Ubaru, Chen and Saad 2017, "Fast estimation of
     tr(f(A)) via stochastic Lanczos quadrature".
 
     >>> from hoptim.linalg.operators import Symmetric
-    >>> A = Symmetric(lambda v: {"w": torch.tensor([3.0, 1.0, -1.0]) * v["w"]}, like={"w": torch.ones(3)})
-    >>> found = lanczos(A, {"w": torch.ones(3)}, steps=3)
+    >>> A = Symmetric(lambda v: torch.tensor([3.0, 1.0, -1.0]) * v, like=torch.ones(3))
+    >>> found = lanczos(A, torch.ones(3), steps=3)
     >>> [round(value, 4) for value in found.values.tolist()], round(found.negative_share, 4)
     ([-1.0, 1.0, 3.0], 0.3333)
     """
-    if not A.symmetric:
+    if not A.is_symmetric:
         raise TypeError("Lanczos needs a symmetric operator, and this one is not known to be")
+    if not A.is_fixed:
+        raise TypeError("Lanczos needs the same operator in each product, and this one changes, as with a fresh batch each")
     if steps < 1:
         raise ValueError(f"steps={steps!r}: give a whole number of products, 1 or more")
-    batched = A.is_batched(start)
-    length = trees.norm(start, batched=batched)
+    length = A.norm(start)
     active, taken = torch.ones_like(length, dtype=torch.bool), torch.zeros_like(length)
-    basis = [trees.scaled(start, 1 / length)]
-    diagonal: list[Tensor] = []
-    beside: list[Tensor] = []
-    for step in range(steps):
-        vector = A @ basis[-1]
-        size = trees.norm(vector, batched=batched)
-        alpha = orthogonalise_(vector, basis, batched=batched)[-1]
-        diagonal.append(torch.where(active, alpha, diagonal[0] if diagonal else alpha))  # filler lies inside the spectrum
+    basis = [start / length[..., None]]
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
+    for _ in range(steps):
+        w = (A @ basis[-1]).clone()  # a product may be the vector itself
+        size = A.norm(w)
+        alpha = orthogonalise_(A, w, basis)[-1]
+        alphas.append(torch.where(active, alpha, alphas[0] if alphas else alpha))  # filler lies inside the spectrum
         taken = taken + active
-        beta = trees.norm(vector, batched=batched)
+        beta = A.norm(w)
         active = active & ~(beta <= 10 * torch.finfo(beta.dtype).eps * size)
-        beside.append(torch.where(active, beta, 0.0))
-        if step + 1 < steps:
-            basis.append(trees.scaled(vector, torch.where(active, 1 / beta, 0.0)))
-    main, off = (torch.stack(part, -1).double().cpu() for part in (diagonal, beside))
-    if not bool((main.isfinite() & off.isfinite()).all()):
+        betas.append(torch.where(active, beta, 0.0))
+        basis.append(scale_(w, torch.where(active, 1 / beta, 0.0)))
+    diagonal, beside = (torch.stack(part, -1).double().cpu() for part in (alphas, betas))
+    if not bool((diagonal.isfinite() & beside.isfinite()).all()):
         raise ValueError("a product with A is infinite or NaN: look for functions without a second derivative in the loss")
-    T = torch.diag_embed(main) + torch.diag_embed(off[..., :-1], 1) + torch.diag_embed(off[..., :-1], -1)
+    T = torch.diag_embed(diagonal) + torch.diag_embed(beside[..., :-1], 1) + torch.diag_embed(beside[..., :-1], -1)
     values, vectors = torch.linalg.eigh(T)
     return Ritz(values=values, weights=vectors[..., 0, :] ** 2, steps=taken.cpu().long())
 
 
-def orthogonalise_(w: Tree, basis: list[Tree], *, batched: bool) -> Tensor:
-    """w ← w − V Vᵀ w, in place, for orthonormal V: modified Gram-Schmidt, twice. Returns Vᵀ w, one row a vector of V.
+def orthogonalise_(A: Operator, w: Tensor, basis: list[Tensor]) -> Tensor:
+    """w ← w − V Vᵀ w in place for orthonormal vectors V, by modified Gram-Schmidt, twice. Returns Vᵀ w, one row a vector.
 
     One pass leaves behind what rounding makes of ‖w‖; the second takes it away (Giraud, Langou and Rozložník 2005).
     """
@@ -153,8 +151,12 @@ def orthogonalise_(w: Tree, basis: list[Tree], *, batched: bool) -> Tensor:
     for _ in range(2):
         found = []
         for v in basis:
-            along = trees.dot(v, w, batched=batched)
-            trees.axpy_(w, v, -along)
-            found.append(along)
+            found.append(A.dot(v, w))
+            axpy_(w, -found[-1], v)
         total.append(torch.stack(found))
     return total[0] + total[1]
+
+
+def _unit(A: Operator, v: Tensor) -> Tensor:
+    length = A.norm(v)
+    return v / torch.where(length > 0, length, 1.0)

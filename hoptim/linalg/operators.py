@@ -1,31 +1,44 @@
-"""Linear operators on dicts of tensors, and operators made from operators: transposes, shifts, means, scalings."""
+"""Linear operators on flat vectors, and operators made from operators: transposes, shifts, means, scalings."""
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-from hoptim.linalg import trees
-from hoptim.linalg.trees import Tree
+from hoptim.linalg import vectors
+from hoptim.linalg.vectors import Layout
 
 
 class Operator(ABC):
-    """A square linear operator on vectors of the names and shapes of ``like``.
+    """A square linear operator on vectors of shape (n,).
 
-    ``A @ v`` is the product; a vector whose entries have a leading axis of R right-hand sides gives R products at once.
-    ``A.T`` is the transpose, ``A + sigma`` is A + σI; ``A.symmetric`` says whether A is known to be its own transpose.
+    ``A @ v`` is the product, or R products for ``v`` of shape (R, n). It may be ``v`` itself or share memory with it, and so
+    is not to be written to. ``A.T`` is the transpose, ``A + sigma`` is A + σI. ``A.dot``, ``A.norm`` and ``A.gram`` are the
+    inner product of its space: a solver takes them from here, so that an operator whose vectors are spread over several
+    processes can add theirs.
+
+    Attributes:
+        size: n.
+        dtype: the type of its vectors.
+        device: where they live.
+        is_symmetric: whether A is known to be its own transpose.
+        is_fixed: whether each product is with the same A, as a Krylov solver needs; not so for a fresh batch a product.
     """
 
-    symmetric = False
+    size: int
+    dtype: torch.dtype
+    device: torch.device
 
-    def __init__(self, like: Tree) -> None:
-        self.like = like
+    def __init__(self, like: Tensor | Operator, *, is_symmetric: bool = False, is_fixed: bool = True) -> None:
+        self.size = like.size if isinstance(like, Operator) else len(like)
+        self.dtype, self.device = like.dtype, like.device
+        self.is_symmetric, self.is_fixed = is_symmetric, is_fixed
 
     @abstractmethod
-    def __matmul__(self, v: Tree) -> Tree:
+    def __matmul__(self, v: Tensor) -> Tensor:
         """The product A v, or R of them."""
 
     @property
@@ -36,27 +49,37 @@ class Operator(ABC):
     def __add__(self, sigma: float) -> Operator:
         return _Shifted(self, sigma) if sigma else self
 
-    def is_batched(self, v: Tree) -> bool:
-        """Whether ``v`` has the leading axis of R right-hand sides."""
-        name, value = next(iter(v.items()))
-        return value.ndim > self.like[name].ndim
+    def dot(self, u: Tensor, v: Tensor) -> Tensor:
+        """⟨u, v⟩: a scalar, or shape (R,)."""
+        return vectors.dot(u, v)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """‖v‖: a scalar, or shape (R,)."""
+        return vectors.norm(v)
+
+    def gram(self, u: Tensor, v: Tensor) -> Tensor:
+        """⟨u_i, v_j⟩ for all pairs of rows, in float64."""
+        return vectors.gram(u, v)
 
 
 class Symmetric(Operator):
     """A symmetric operator given by its product.
 
-    >>> A = Symmetric(lambda v: {"w": 2 * v["w"]}, like={"w": torch.ones(2)})
-    >>> ((A + 1.0) @ {"w": torch.ones(2)})["w"]
+    Args:
+        product: v ↦ A v, for v of shape (n,) or (R, n).
+        like: a vector of its space; only its length, type and device are used.
+        is_fixed: whether each product is with the same A, default ``True``.
+
+    >>> A = Symmetric(lambda v: 2 * v, like=torch.ones(2))
+    >>> (A + 1.0) @ torch.ones(2)
     tensor([3., 3.])
     """
 
-    symmetric = True
-
-    def __init__(self, product: Callable[[Tree], Tree], like: Tree) -> None:
-        super().__init__(like)
+    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor | Operator, *, is_fixed: bool = True) -> None:
+        super().__init__(like, is_symmetric=True, is_fixed=is_fixed)
         self._product = product
 
-    def __matmul__(self, v: Tree) -> Tree:
+    def __matmul__(self, v: Tensor) -> Tensor:
         return self._product(v)
 
     @property
@@ -65,84 +88,51 @@ class Symmetric(Operator):
         return self
 
 
-class _Shifted(Operator):
-    def __init__(self, base: Operator, sigma: float) -> None:
-        super().__init__(base.like)
-        self.base, self.sigma, self.symmetric = base, sigma, base.symmetric
+class _Made(Operator):
+    """An operator made from another one on vectors of the same kind; symmetric and fixed where that is."""
 
-    def __matmul__(self, v: Tree) -> Tree:
-        return trees.add(self.base @ v, v, alpha=self.sigma)
+    def __init__(self, base: Operator) -> None:
+        super().__init__(base, is_symmetric=base.is_symmetric, is_fixed=base.is_fixed)
+        self.base = base
+
+    def dot(self, u: Tensor, v: Tensor) -> Tensor:
+        return self.base.dot(u, v)
+
+    def norm(self, v: Tensor) -> Tensor:
+        return self.base.norm(v)
+
+    def gram(self, u: Tensor, v: Tensor) -> Tensor:
+        return self.base.gram(u, v)
+
+
+class _Shifted(_Made):
+    def __init__(self, base: Operator, sigma: float) -> None:
+        super().__init__(base)
+        self.sigma = sigma
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return torch.add(self.base @ v, v, alpha=self.sigma)
 
     @property
     def T(self) -> Operator:  # noqa: N802
         return _Shifted(self.base.T, self.sigma)
 
 
-def in_float32(A: Operator) -> Operator:
-    """A for vectors in float32 where weights are in half precision, which would lose sums of many terms; else A itself."""
-    wide = trees.widened(A.like)
-    return A if all(wide[name] is A.like[name] for name in wide) else _Widened(A, wide)
-
-
-class _Widened(Operator):
-    def __init__(self, base: Operator, like: Tree) -> None:
-        super().__init__(like)
-        self.base, self.symmetric = base, base.symmetric
-
-    def __matmul__(self, v: Tree) -> Tree:
-        largest = torch.stack(torch._foreach_norm(list(v.values()), torch.inf)).amax()
-        size = torch.where(largest > 0, largest, 1.0)  # in float16 a small vector would become zero
-        narrow = trees.cast(trees.map_tree(lambda value: value / size, v), self.base.like)
-        return trees.map_tree(lambda value: value * size, trees.widened(self.base @ narrow))
-
-    @property
-    def T(self) -> Operator:  # noqa: N802
-        return _Widened(self.base.T, self.like)
-
-
-class Mean(Operator):
-    """The mean of operators on the same weights: (A₁ + … + Aₙ) / n, as over batches. What one of them lacks counts as zero.
-
-    >>> A = Mean([Symmetric(lambda v, k=k: {"w": k * v["w"]}, like={"w": torch.ones(1)}) for k in (1, 3)])
-    >>> (A @ {"w": torch.ones(1)})["w"]
-    tensor([2.])
-    """
-
-    def __init__(self, parts: Sequence[Operator]) -> None:
-        super().__init__({name: value for part in parts for name, value in part.like.items()})
-        self.parts, self.symmetric = parts, all(part.symmetric for part in parts)
-
-    def __matmul__(self, v: Tree) -> Tree:
-        products = [part @ {name: v[name] for name in part.like} for part in self.parts]
-        return mean_of(products, like=v)
-
-    @property
-    def T(self) -> Operator:  # noqa: N802
-        """The mean of the transposes."""
-        return Mean([part.T for part in self.parts])
-
-
-def mean_of(vectors: Sequence[Tree], like: Tree) -> Tree:
-    """The mean of vectors over the names of ``like``; what one of them lacks counts as zero."""
-    total = trees.zeros_like(like)
-    for vector in vectors:
-        for name in total.keys() & vector.keys():
-            total[name] = total[name] + vector[name] / len(vectors)
-    return total
-
-
-class Scaled(Operator):
-    """S A S for a diagonal S: the curvature in weights of another scale, which takes the place of a preconditioner S⁻².
+class Scaled(_Made):
+    """S A S for a diagonal S of shape (n,): what a solver sees under a preconditioner S⁻².
 
     Source: Saad, "Iterative Methods for Sparse Linear Systems", section 9.2 (split preconditioning).
+
+    >>> (Scaled(Symmetric(lambda v: v, like=torch.ones(2)), torch.tensor([1.0, 2.0])) @ torch.ones(2)).tolist()
+    [1.0, 4.0]
     """
 
-    def __init__(self, base: Operator, scale: Tree) -> None:
-        super().__init__(base.like)
-        self.base, self.scale, self.symmetric = base, scale, base.symmetric
+    def __init__(self, base: Operator, scale: Tensor) -> None:
+        super().__init__(base)
+        self.scale = scale
 
-    def __matmul__(self, v: Tree) -> Tree:
-        return trees.times(self.base @ trees.times(v, self.scale), self.scale)
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.scale * (self.base @ (self.scale * v))
 
     @property
     def T(self) -> Operator:  # noqa: N802
@@ -150,43 +140,54 @@ class Scaled(Operator):
         return Scaled(self.base.T, self.scale)
 
 
-def rows(product: Callable[[Tree], Tree], v: Tree, key: Hashable) -> Tree:
-    """The products of R vectors, the rows of ``v``: all at once, four at a time or one by one, whichever is fastest here.
+class Embedded(_Made):
+    """A as an operator on other weights, with zero rows and columns for those that it does not touch.
 
-    The first call for a ``key`` and R times the ways on this very work and remembers the choice for the life of the process;
-    ``product`` takes a vector without a leading axis, or with one.
+    Args:
+        base: A, on vectors of the layout ``inner``.
+        inner: its layout. Weights of it that are not in ``outer`` are held fixed.
+        outer: the layout of the vectors that the operator takes.
+
+    >>> inner, outer = Layout.of({"b": torch.zeros(1)}), Layout.of({"a": torch.zeros(2), "b": torch.zeros(1)})
+    >>> (Embedded(Symmetric(lambda v: 3 * v, like=torch.ones(1)), inner, outer) @ torch.ones(3)).tolist()
+    [0.0, 0.0, 3.0]
     """
-    count = trees.length(v)
-    chosen = _CHUNK.get((key, count))
-    if chosen is None:
-        sizes = [size for size in (1, 4, count) if size <= count]
-        seconds = {size: min(_seconds(product, v, size) for _ in range(2)) for size in sizes}
-        chosen = min(seconds, key=lambda size: seconds[size] * -(-count // size))
-        _CHUNK[(key, count)] = chosen
-    return _by_chunks(product, v, chosen)
+
+    def __init__(self, base: Operator, inner: Layout, outer: Layout) -> None:
+        super().__init__(base)
+        self.size, self.inner, self.outer = outer.size, inner, outer
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        lead = v.shape[:-1]
+        product = self.base @ self.inner.flatten(self.outer.unflatten(v), lead)
+        return self.outer.flatten(self.inner.unflatten(product), lead)
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """Likewise for Aᵀ."""
+        return Embedded(self.base.T, self.inner, self.outer)
 
 
-_CHUNK: dict[Hashable, int] = {}
+class Mean(_Made):
+    """The mean of operators on the same space, (A₁ + … + Aₙ) / n, as over batches.
 
+    >>> A = Mean([Symmetric(lambda v, k=k: k * v, like=torch.ones(1)) for k in (1, 3)])
+    >>> A @ torch.ones(1)
+    tensor([2.])
+    """
 
-def _by_chunks(product: Callable[[Tree], Tree], v: Tree, size: int) -> Tree:
-    count = trees.length(v)
-    if size == 1:
-        return trees.stack([product(trees.part(v, i)) for i in range(count)])
-    if size == count:
-        return product(v)
-    found = [product(trees.part(v, slice(i, i + size))) for i in range(0, count, size)]
-    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    def __init__(self, parts: Sequence[Operator]) -> None:
+        super().__init__(parts[0])
+        self.is_symmetric, self.is_fixed = all(A.is_symmetric for A in parts), all(A.is_fixed for A in parts)
+        self.parts = parts
 
+    def __matmul__(self, v: Tensor) -> Tensor:
+        total = self.parts[0] @ v
+        for part in self.parts[1:]:
+            total = total + part @ v
+        return total / len(self.parts)
 
-def _seconds(product: Callable[[Tree], Tree], v: Tree, size: int) -> float:
-    """How long one chunk of this size takes."""
-    on_gpu = next(iter(v.values())).is_cuda
-    v = trees.part(v, 0 if size == 1 else slice(0, size))
-    if on_gpu:
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    product(v)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """The mean of the transposes."""
+        return Mean([part.T for part in self.parts])

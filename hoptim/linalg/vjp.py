@@ -1,24 +1,24 @@
-"""Going back through a graph of autograd that is kept, for one vector or for several."""
+"""Products with the transposed Jacobian, through a graph of autograd that is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hoptim.linalg import trees
-from hoptim.linalg.trees import Found, Tree
 
-_WRONG_AT_ONCE = "NativeGroupNorm"  # torch's rule for several vectors at once fails here, or answers wrongly
-_KEY = "hoptim: one by one"
+Named = Mapping[Any, Tensor]  # by names, or by any other keys
 
-Tensors = tuple[Tensor, ...]
+AT_ONCE = 2**20  # the longest vectors of which several go through the graph at once: longer ones are slower so (1.5 to 2.3)
+# Nodes for which several vectors go one by one: torch's rule for group norm answers wrongly, convolutions are slower (1.08).
+_ONE_BY_ONE = ("NativeGroupNorm", "Convolution")
 
 
 def nodes(ends: Iterable[Tensor]) -> set[Any]:
-    """All that autograd may go through from here.
+    """All nodes of the graph behind these tensors.
 
     >>> w = torch.ones(1, requires_grad=True)
     >>> sorted(node.name() for node in nodes([2 * w.exp()]))
@@ -34,18 +34,20 @@ def nodes(ends: Iterable[Tensor]) -> set[Any]:
     return seen
 
 
-def not_twice(why: str) -> TypeError:
+def no_second_derivative(why: str) -> TypeError:
     """The error where a second derivative is missing."""
     return TypeError(f"the training loss has no second derivative: {why}. Take curvature=hoptim.FiniteDifference()")
 
 
-def vjp(outputs: Tree, v: Tree, inputs: Tree, *, batched: bool) -> Found:
+def vjp(outputs: Named, v: Named, inputs: Named, *, batched: bool) -> dict[Any, Tensor | None]:
     """vᵀ ∂outputs/∂inputs, once."""
     return VJP(outputs, inputs)(v, batched)
 
 
 class VJP:
-    """v ↦ vᵀ ∂outputs/∂inputs through a graph that is kept; with ``batched`` for R vectors, at once where torch can.
+    """v ↦ vᵀ ∂outputs/∂inputs by named tensors; R products where each tensor of v has a leading axis of R.
+
+    Several go through the graph at once, one by one where torch cannot do that or where the vectors are long.
 
     Raises:
         TypeError: when called, an operation has no second derivative.
@@ -55,59 +57,47 @@ class VJP:
     {'w': tensor([2., 6.])}
     """
 
-    def __init__(self, outputs: Tree, inputs: Tree) -> None:
-        self._names, self._ends = tuple(outputs), tuple(outputs.values())
+    def __init__(self, outputs: Named, inputs: Named) -> None:
+        self._names, self._outputs = tuple(outputs), tuple(outputs.values())
         self._keys, self._inputs = tuple(inputs), tuple(inputs.values())
-        on_cpu = all(end.device.type == "cpu" for end in self._ends)
-        self._back = _run if on_cpu else _autograd
+        self._at_once: bool | None = None  # not yet decided
 
-    def __call__(self, v: Tree, batched: bool = False) -> Found:
-        """The product, by the names of the inputs; ``None`` for one that the outputs do not depend on."""
-        if not self._ends or not self._inputs:
+    def __call__(self, v: Named, batched: bool = False) -> dict[Any, Tensor | None]:
+        """The product by the names of the inputs; ``None`` for one that the outputs do not depend on."""
+        if not self._outputs or not self._inputs:
             return dict.fromkeys(self._keys)
         try:
             if not batched:
-                return self._one(v)
-            return self._row_by_row(v) if _is_wrong_at_once(self._ends) else self._at_once(v)
+                return self._back(v)
+            if self._at_once is None:
+                self._at_once = self._can_at_once()
+            if self._at_once:
+                return self._back(v, is_grads_batched=True)
         except RuntimeError as error:
             if "derivative" in str(error) and "is not implemented" in str(error):
-                raise not_twice(str(error).rstrip(".")) from error
+                raise no_second_derivative(str(error).rstrip(".")) from error
             if not batched:
                 raise
-        return self._row_by_row(v)  # an operation without a rule for several at once
+            self._at_once = False  # an operation without a rule for several at once
+        rows = len(next(iter(v.values())))
+        return trees.stack([self._back({name: t[row] for name, t in v.items()}) for row in range(rows)])
 
-    def _one(self, v: Tree) -> Found:
-        return dict(
-            zip(self._keys, self._back(self._ends, tuple([v[name] for name in self._names]), self._inputs), strict=True)
-        )
+    def _back(self, v: Named, **options: bool) -> dict[Any, Tensor | None]:
+        vectors = tuple([v[name] for name in self._names])
+        if _run_backward is not None and not options:
+            found = _run_backward(self._outputs, vectors, True, False, self._inputs, True, accumulate_grad=False)
+        else:
+            found = torch.autograd.grad(
+                self._outputs, self._inputs, vectors, retain_graph=True, allow_unused=True, **options
+            )
+        return dict(zip(self._keys, found, strict=True))
 
-    def _at_once(self, v: Tree) -> Found:
-        vectors = [v[name] for name in self._names]
-        options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
-        return dict(zip(self._keys, torch.autograd.grad(self._ends, self._inputs, vectors, **options), strict=True))
-
-    def _row_by_row(self, v: Tree) -> Found:
-        return trees.stack_found([self._one(trees.part(v, row)) for row in range(trees.length(v))])
-
-
-def _autograd(ends: Tensors, vectors: Tensors, inputs: Tensors) -> Tensors:
-    return torch.autograd.grad(ends, inputs, vectors, retain_graph=True, allow_unused=True)
-
-
-def _engine(ends: Tensors, vectors: Tensors, inputs: Tensors) -> Tensors:
-    """As ``autograd.grad``, without what that looks at and keeps for other threads each time: a tenth of a small product."""
-    return tuple(_BACKWARD(ends, vectors, True, False, inputs, True, accumulate_grad=False))
+    def _can_at_once(self) -> bool:
+        if sum(output.numel() for output in self._outputs) > AT_ONCE:
+            return False
+        return not any(node.name().startswith(_ONE_BY_ONE) for node in nodes(self._outputs))
 
 
-def _is_wrong_at_once(ends: Tensors) -> bool:
-    """Looked up in the graph once, and written down there."""
-    first: Any = ends[0].grad_fn
-    known = {} if first is None else first.metadata
-    if _KEY not in known:
-        known[_KEY] = any(node.name().startswith(_WRONG_AT_ONCE) for node in nodes(ends))
-    return bool(known[_KEY])
-
-
-# Private; without it autograd.grad serves. On a CPU a backward pass stays in the thread that asks for it.
-_BACKWARD: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
-_run = _autograd if _BACKWARD is None else _engine
+# What autograd.grad calls after checks of its arguments that a kept graph does not need each time. They are 3 to 8 % of a
+# small product. Where a version of torch has no such function, autograd.grad serves.
+_run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
