@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-from hoptim.linalg import trees
 from hoptim.linalg.lanczos import orthogonalise_
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.trees import Tree
-from hoptim.solvers.base import NEGATIVE, Iterative, ended, inverse, should_check_convergence
-from hoptim.solvers.solution import Solution, State, Status, Unread
+from hoptim.linalg.vectors import axpy_, scale_
+from hoptim.solvers.base import Iterative, check_operator, inverse
+from hoptim.solvers.run import Run, Seen
+from hoptim.solvers.solution import Solution, State, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,94 +31,52 @@ class GMRES(Iterative):
 
     Raises:
         ValueError: ``terms`` is no positive whole number, or ``tolerance`` is negative or not finite.
+        TypeError: when solving, A changes from product to product.
 
-    Source: Saad and Schultz 1986, "GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems".
+    Source: Saad and Schultz 1986, "GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems";
+    the residual without rotations: Ayachour 2003, "A fast implementation for GMRES method".
 
     >>> from hoptim.linalg.operators import Symmetric
-    >>> A = Symmetric(lambda v: {"w": torch.tensor([2.0, 4.0]) * v["w"]}, like={"w": torch.ones(2)})
-    >>> solution = GMRES().solve(A, {"w": torch.ones(2)})
-    >>> solution.value["w"].round(decimals=4), solution.status.name, solution.products
+    >>> A = Symmetric(lambda v: torch.tensor([2.0, 4.0]) * v, like=torch.ones(2))
+    >>> solution = GMRES().solve(A, torch.ones(2))
+    >>> solution.value.round(decimals=4), solution.status.name, solution.products
     (tensor([0.5000, 0.2500]), 'CONVERGED', 3)
     """
 
-    def iterated(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
-        """Arnoldi vectors v: rotations of their Hessenberg matrix H tell when to stop, its singular values give x."""
-        batched = A.is_batched(g)
-        start = trees.norm(g, batched=batched)
-        eps = torch.finfo(start.dtype).eps
-        basis, rotated = [trees.scaled(g, inverse(start))], _Rotated(start, self.terms)
-        active, largest, residuals = start > 0, torch.zeros_like(start), []
-        for term in range(1, self.terms + 1):
-            w = A.T @ basis[-1]
-            largest = torch.maximum(largest, trees.norm(w, batched=batched))
-            along = orthogonalise_(w, basis, batched=batched)
-            beside = trees.norm(w, batched=batched)
-            residuals.append(rotated.add(along, beside, active).to(start.dtype))
-            active = active & ~(residuals[-1] <= self.tolerance) & ~(beside <= 10 * eps * largest)
-            if should_check_convergence(term, self.terms, start) and not bool(active.any()):
-                break
-            if term < self.terms:
-                basis.append(trees.scaled(w, torch.where(active, inverse(beside), 0.0)))
-        flags = {Status.NON_FINITE_GRADIENT: ~start.isfinite(), Status.NON_FINITE_PRODUCT: ~rotated.hessenberg().isfinite()}
-        status, (H, length) = ended(flags, rotated.hessenberg(), start)
-        x, detail = trees.zeros_like(g), ""
-        if status.ok:
-            y, residual = _least_squares(H, length, rounding=32 * eps)
-            for v, coefficient in zip(basis, y.to(start).unbind(-1), strict=True):
-                trees.axpy_(x, v, coefficient)
-            residuals[-1] = residual.to(start)
-            status, detail = _how(H, length, residual, self.tolerance)
-        history = torch.stack(residuals)
-        products = len(history)
-        return Unread.known(Solution(value=x, status=status, detail=detail, residuals=history, products=products, state={}))
+    def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
+        """Arnoldi vectors V with Aᵀ V_k = V_{k+1} H, and x = V y for the least ‖β e₁ − H y‖."""
+        check_operator(self, A, symmetric=False)
+        run = Run(A, g, self.terms, self.tolerance)
+        beta = residual = run.start
+        V, columns = [g * inverse(beta)[..., None]], []
+        u = torch.ones_like(beta[None], dtype=torch.float64)  # uᵀ H = 0, so that the least residual is β / ‖u‖
+        largest, rounding = torch.zeros_like(beta), torch.finfo(beta.dtype).eps
+        for _ in run:
+            w = (A.T @ V[-1]).clone()  # a product may be the vector itself
+            largest = torch.maximum(largest, A.norm(w))
+            h = orthogonalise_(A, w, V)
+            below = A.norm(w)
+            columns.append(torch.cat([h, below[None]]).double())
+            uh = (u * columns[-1][:-1]).sum(0)
+            u = torch.cat([u, torch.where(uh == 0, 0.0, -uh / below)[None]])
+            residual = torch.where(run.active, beta / torch.linalg.vector_norm(u, dim=0).to(beta), residual)
+            run.record_residual(residual)
+            run.stop(below <= 10 * rounding * largest)
+            V.append(scale_(w, run.where_active(inverse(below))))  # zero for what has stopped
 
+        beta, *columns = torch.cat([beta[None].double(), *columns]).cpu().split([1, *range(2, len(columns) + 2)])
+        H = pad_sequence(columns).movedim((0, 1), (-2, -1))
+        if not bool(beta.isfinite().all() and H.isfinite().all()):
+            return run.finish(torch.zeros_like(g), run.read(), failed=Status.NON_FINITE_PRODUCT)
+        goal = pad(beta.movedim(0, -1), (0, H.shape[-1]))[..., None]  # β e₁
+        y = torch.linalg.lstsq(H, goal, rcond=32 * rounding, driver="gelsd").solution  # the shortest where H is singular
+        x = torch.zeros_like(g)
+        for v, coefficient in zip(V, y.movedim(-2, 0)[..., 0].to(g), strict=False):
+            axpy_(x, coefficient, v)
 
-class _Rotated:
-    """The Hessenberg matrix H of each right-hand side, which grows by one column a product, and its Q in H = Qᵀ R."""
-
-    def __init__(self, like: Tensor, terms: int) -> None:
-        self.Q = torch.eye(terms + 1, dtype=torch.float64, device=like.device).repeat(*like.shape, 1, 1)
-        self.residual = (like > 0).double()
-        self.columns: list[Tensor] = []
-
-    def add(self, along: Tensor, beside: Tensor, active: Tensor) -> Tensor:
-        """One column of H: Vᵀ Aᵀ v, and the length of what is left. Returns min ‖β e₁ − H y‖ / β."""
-        j, Q = len(self.columns), self.Q
-        column = torch.zeros_like(Q[..., 0])
-        column[..., : j + 1] = along.double().movedim(0, -1)
-        column[..., j + 1] = beside.double()
-        self.columns.append(column)  # zero where a right-hand side has stopped: its basis vectors are
-        turned = (Q * column[..., None, :]).sum(-1)
-        length = torch.hypot(turned[..., j], turned[..., j + 1])
-        c = torch.where(length == 0, 1.0, turned[..., j] * inverse(length))[..., None]
-        s = (turned[..., j + 1] * inverse(length))[..., None]
-        Q[..., j, :], Q[..., j + 1, :] = c * Q[..., j, :] + s * Q[..., j + 1, :], c * Q[..., j + 1, :] - s * Q[..., j, :]
-        self.residual = torch.where(active, Q[..., j + 1, 0].abs(), self.residual)
-        return self.residual
-
-    def hessenberg(self) -> Tensor:
-        """H, with columns of zeros where a right-hand side has stopped."""
-        k = len(self.columns)
-        return torch.stack(self.columns, -1)[..., : k + 1, :]
-
-
-def _least_squares(H: Tensor, length: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """The shortest y with the least ‖β e₁ − H y‖, and that over β; singular values of mere rounding count as zero."""
-    U, S, Vh = torch.linalg.svd(H, full_matrices=False)
-    kept = rounding * S[..., :1] < S
-    first = length[..., None] * U[..., 0, :]
-    y = (Vh.mT @ torch.where(kept, first / S, 0.0)[..., None])[..., 0]
-    goal = torch.zeros_like(H[..., 0])
-    goal[..., 0] = length
-    left = torch.linalg.vector_norm(goal - (H @ y[..., None])[..., 0], dim=-1)
-    return y, left * inverse(length)
-
-
-def _how(H: Tensor, length: Tensor, residual: Tensor, tolerance: float) -> tuple[Status, str]:
-    if bool(((length > 0) & (H[..., 0].abs().amax(-1) == 0)).any()):
-        return Status.NO_CURVATURE, ""
-    stopped = H.abs().amax(-2) == 0  # its ones on the diagonal are eigenvalues of no consequence
-    values = torch.linalg.eigvals(H[..., :-1, :] + torch.diag_embed(stopped.double()))
-    if (low := values.real.amin()) < NEGATIVE * values.abs().amax():
-        return Status.NEGATIVE_CURVATURE, f"a Ritz value has the real part {low:.3g}"
-    return Status.CONVERGED if bool((residual <= tolerance).all()) else Status.FINISHED, ""
+        least = torch.linalg.vector_norm(goal - H @ y, dim=(-2, -1))
+        run.norms[-1] = least.to(residual)
+        ritz = torch.linalg.eigvals(H[..., :-1, :]).movedim(-1, 0)  # zero where a right-hand side had stopped
+        largest = torch.linalg.matrix_norm(H, 2)
+        seen = Seen(start=beta[0], largest=largest, residuals=(least * inverse(beta[0]))[None], curvatures=ritz.real)
+        return run.finish(x, seen, met="met a Ritz value with the real part")

@@ -4,39 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
-from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.trees import Tree
-from hoptim.solvers.base import (
-    Deferring,
-    ending,
-)
-from hoptim.solvers.solution import Solution, State, Status, Unread
-
-FIRST_PRODUCTS, LATER_PRODUCTS = 10, 2  # of the power iteration: from a fresh vector, and from a carried one
+from hoptim.solvers.base import Solver
+from hoptim.solvers.run import Run
+from hoptim.solvers.solution import Solution, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity(Deferring):
+class Identity(Solver):
     """The identity in place of the inverse curvature: x = g, without a product (T1–T2).
 
     Source: Luketina et al. 2016 (arXiv 1511.06727).
 
+    >>> import torch
     >>> from hoptim.linalg.operators import Symmetric
-    >>> A = Symmetric(lambda v: v, like={"w": torch.ones(1)})
-    >>> Identity().solve(A, {"w": torch.ones(1)}).value
-    {'w': tensor([1.])}
+    >>> Identity().solve(Symmetric(lambda v: v, like=torch.ones(1)), torch.ones(1)).value
+    tensor([1.])
     """
 
-    def unread(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
-        """Return g itself; the residual is not known, since no product was spent."""
-        x, start = trees.clone(g), trees.norm(g, batched=A.is_batched(g))
-        none = start.new_empty((0, *start.shape))
-
-        def then(status: Status, _: list[float]) -> Solution:
-            return Solution(value=x, status=status, residuals=none, products=0, state={})
-
-        flags = {Status.NON_FINITE_GRADIENT: ~start.isfinite(), Status.FINISHED: torch.ones_like(start, dtype=torch.bool)}
-        return ending(x, flags, [], then)
+    def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
+        """A copy of g; its residual is not known, since no product was spent."""
+        run = Run(A, g, terms=0)
+        return run.finish(g.clone(), run.read())

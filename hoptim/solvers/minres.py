@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.trees import Tree
-from hoptim.solvers.base import Iterative, check_symmetric, inverse, should_check_convergence
-from hoptim.solvers.krylov import _krylov
-from hoptim.solvers.solution import State, Status, Unread
+from hoptim.linalg.vectors import axpy_, aypx_, scale_
+from hoptim.solvers.base import Iterative, check_operator, inverse
+from hoptim.solvers.run import Run
+from hoptim.solvers.solution import Solution, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,66 +28,50 @@ class MINRES(Iterative):
 
     Raises:
         ValueError: ``terms`` is no positive whole number, or ``tolerance`` is negative or not finite.
-        TypeError: when solving, A is not known to be symmetric.
+        TypeError: when solving, A is not known to be symmetric, or changes from product to product.
 
-    Source: Paige and Saunders 1975, "Solution of sparse indefinite systems of linear equations"; the sign of the curvature:
-    Liu and Roosta 2022, "MINRES: from negative curvature detection to monotonicity properties".
+    Source: Paige and Saunders 1975, "Solution of sparse indefinite systems of linear equations", with the letters of Choi,
+    Paige and Saunders 2011, "MINRES-QLP", section 2; the sign of the curvature: Liu and Roosta 2022, "MINRES: from negative
+    curvature detection to monotonicity properties".
 
     >>> from hoptim.linalg.operators import Symmetric
-    >>> A = Symmetric(lambda v: {"w": torch.tensor([-2.0, 4.0]) * v["w"]}, like={"w": torch.ones(2)})
-    >>> solution = MINRES().solve(A, {"w": torch.ones(2)})
-    >>> solution.value["w"].round(decimals=4), solution.status.name, solution.products
-    (tensor([-0.5000,  0.2500]), 'NEGATIVE_CURVATURE', 2)
+    >>> A = Symmetric(lambda v: torch.tensor([-2.0, 4.0]) * v, like=torch.ones(2))
+    >>> solution = MINRES().solve(A, torch.ones(2))
+    >>> solution.value.round(decimals=4), solution.status.name, solution.converged
+    (tensor([-0.5000,  0.2500]), 'NEGATIVE_CURVATURE', True)
     """
 
-    def iterated(self, A: Operator, g: Tree, state: State | None = None) -> Unread:
-        """Lanczos vectors v, a QR factorisation of their tridiagonal matrix by rotations (c, s), directions d = γw."""
-        check_symmetric(self, A)
-        batched = A.is_batched(g)
-        x, d, d_before = trees.zeros_like(g), trees.zeros_like(g), trees.zeros_like(g)
-        u, u_before = trees.clone(g), trees.zeros_like(g)  # the Lanczos vectors, not yet of unit length
-        start = beta = phi_bar = trees.norm(g, batched=batched)
-        zero, goal = torch.zeros_like(start), start * self.tolerance
-        c, s, delta_bar, epsilon, over_beta_before, largest = zero - 1, zero, zero, zero, zero + 1, zero
-        over_gamma = over_gamma_before = zero
-        active, eps = start > 0, torch.finfo(zero.dtype).eps
-        going, kept, lefts, bends, sizes = [], [], [], [], []  # of each term, looked at together in the end
-        for term in range(1, self.terms + 1):
-            going.append(active)
-            over_beta = inverse(beta)
-            v = trees.scaled(u, over_beta)
-            product = trees.axpy_(A @ v, u_before, -beta * over_beta_before)
-            alpha = trees.dot(v, product, batched=batched)
-            trees.axpy_(product, u, -alpha * over_beta)
-            u_before, u, over_beta_before, beta = u, product, over_beta, trees.norm(product, batched=batched)
+    def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
+        """Lanczos vectors v, a QR factorisation of their tridiagonal matrix by reflections (c, s), directions d."""
+        check_operator(self, A)
+        run = Run(A, g, self.terms, self.tolerance)
+        beta = phi = run.start
+        v, v_before = g * inverse(beta)[..., None], torch.zeros_like(g)
+        x, d, d_before = torch.zeros_like(g), torch.zeros_like(g), torch.zeros_like(g)
+        s = delta_bar = epsilon_next = largest = torch.zeros_like(beta)
+        c, rounding = s - 1, torch.finfo(beta.dtype).eps ** 0.5
+        for _ in run:
+            p = aypx_(v_before, -beta, A @ v)
+            alpha = A.dot(v, p)
+            axpy_(p, -alpha, v)
+            beta = A.norm(p)
+            v, v_before = scale_(p, inverse(beta)), v
 
             delta, gamma_bar = c * delta_bar + s * alpha, s * delta_bar - c * alpha
-            epsilon_before, epsilon, delta_bar = epsilon, s * beta, -c * beta
+            epsilon, epsilon_next, delta_bar = epsilon_next, s * beta, -c * beta
             gamma = torch.hypot(gamma_bar, beta)
+            run.record_curvature(-c * gamma_bar)  # along the residual r before this term
             largest = torch.maximum(largest, gamma)
-            bends.append(c * gamma_bar)  # −⟨r, A r⟩ / ⟨r, r⟩ for the residual r before this term
-            moved = torch.hypot(gamma_bar, delta_bar)  # ‖Ar‖/‖r‖
-            active = active & ~(moved <= eps**0.5 * largest)  # a NaN stays, to be seen
-            sizes.append(largest)
-            kept.append(active)
-            trees.axpy_(v, d_before, -epsilon_before * over_gamma_before)
-            trees.axpy_(v, d, -delta * over_gamma)
-            d_before, d, over_gamma_before, over_gamma = d, v, over_gamma, inverse(gamma)
-
+            run.stop(torch.hypot(gamma_bar, delta_bar) <= rounding * largest)  # ‖Ar‖ / ‖r‖: r is the least there is
+            over_gamma = inverse(gamma)
             c, s = gamma_bar * over_gamma, beta * over_gamma
-            phi, phi_bar = torch.where(active, c * phi_bar, 0.0), torch.where(active, s * phi_bar, phi_bar)
-            trees.axpy_(x, d, phi * over_gamma)
-            lefts.append(phi_bar.abs())
-            active = active & ~(lefts[-1] <= goal)
-            if should_check_convergence(term, self.terms, start) and not bool(active.any()):
-                break
-        residuals, bend = torch.stack(lefts) * inverse(start), torch.stack(bends)
-        turned = torch.stack(going) & (bend > 10 * eps * torch.stack(sizes))
-        flags = {
-            Status.NON_FINITE_GRADIENT: ~start.isfinite(),
-            Status.NON_FINITE_PRODUCT: ~residuals[-1].isfinite(),
-            Status.NO_CURVATURE: (start > 0) & ~kept[0],
-            Status.NEGATIVE_CURVATURE: turned.any(0),
-            Status.FINISHED: residuals[-1] > self.tolerance,
-        }
-        return _krylov(x, residuals, flags, torch.where(turned, -bend, 0.0).amin(0), "met a direction of curvature")
+
+            aypx_(d_before, -epsilon, v_before)
+            axpy_(d_before, -delta, d)
+            d, d_before = scale_(d_before, over_gamma), d
+            axpy_(x, run.where_active(c * phi), d)
+            phi = torch.where(run.active, s * phi, phi)
+            run.record_residual(phi)
+
+        run.largest = largest
+        return run.finish(x, run.read(), met="met a direction of curvature")

@@ -1,22 +1,22 @@
-"""How a solve ended, and its answer."""
+"""The answer of a solver, and how the solve ended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from torch import Tensor
 
-from hoptim.linalg.trees import Tree
-
-State = dict[str, Tree]  # what a solver carries to its next call, by kind: {"direction": …}
+State = dict[str, Tensor]  # what a solver carries to its next call: "solution", and "direction" for the power iteration
 
 
 class Status(Enum):
     """How a solve ended. ``status.ok`` says whether its answer may be used, ``status.message`` what to do.
 
-    Three kinds: ok; ok with a remark; failed. After a failed solve the hyperparameters do not move.
+    Three kinds: ok; ok with a remark; failed. After a failed solve the hyperparameters do not move. Where several hold, a
+    failure comes first, then ``INEXACT``, then ``NEGATIVE_CURVATURE``, then ``CONVERGED``, then the other remarks; the flags
+    ``converged`` and ``negative_curvature`` of the solution say both, whichever is the status.
 
     >>> Status.NEGATIVE_CURVATURE.ok, Status.STEP_TOO_LARGE.ok
     (True, False)
@@ -42,9 +42,9 @@ class Status(Enum):
     )
     INEXACT = (
         "remark",
-        "the residual that the solver reckons with is below the tolerance, the true one is not: rounding, differences or "
-        "fresh batches change the products, which adds up where the curvature is ill-conditioned; the answer is used. Add "
-        "damping or a preconditioner, or take a larger tolerance or fewer terms",
+        "the residual that the solver computed along the way is below the tolerance, the true one is not: rounding, finite "
+        "differences or fresh batches change the products, which adds up where the curvature is ill-conditioned; the answer "
+        "is used. Add damping or a preconditioner, or take a larger tolerance or fewer terms",
     )
     REPLAY_DIFFERS = (
         "remark",
@@ -104,55 +104,26 @@ class Solution:
     """The answer of a solver, and how far it can be trusted.
 
     Attributes:
-        value: x by weight name; with a leading axis where the right-hand side had one.
+        value: x. From a solver a vector of shape (n,), or (R, n) for R right-hand sides; from ``hypergradient`` and in the
+            record a dict of tensors by weight name.
         status: how the solve ended.
         detail: the figures behind the status, in words; empty where there is nothing to add.
-        residuals: ‖g − Aᵀx‖ / ‖g‖, one a term, on the device: shape (terms,) or (terms, R). They are reckoned along the way,
-            but for the last one of a solve that converged: that is by a product with x.
-        products: how many products with A were spent, those for the spectrum and for that last residual included.
+        converged: whether the true residual ‖g − Aᵀx‖ / ‖g‖, computed by a product with x, is within twice the tolerance for
+            every right-hand side. Always false for a solver without a tolerance.
+        negative_curvature: whether negative curvature was met on the way.
+        residuals: ‖g − Aᵀx‖ / ‖g‖ after each term, on the device: shape (terms,) or (terms, R). They are computed along the
+            way, but for the last one where the solver looked whether it has converged: that is the true one.
+        products: how many products with A were spent, those for the spectrum and for the true residual included.
         step_size: the step that was used; ``None`` for a solver without one.
-        state: what the solver wants to see again at its next call, such as a vector for the spectrum under "direction";
-            may be empty.
+        state: what the solver wants to see again at its next call, such as a vector for the spectrum under "direction".
     """
 
-    value: Tree
+    value: Any
     status: Status
     residuals: Tensor
     products: int
     detail: str = ""
+    converged: bool = False
+    negative_curvature: bool = False
     step_size: float | None = None
-    state: State
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unread:
-    """A solve whose last figures are still on the device: the host looks at them when it has more to look at.
-
-    Attributes:
-        value: x, unless what is read asks for another attempt.
-        figures: what the status depends on, flat, on the device.
-        read: the solution, from the figures on the host; its value is ``value`` itself, or another after another attempt.
-    """
-
-    value: Tree
-    figures: Tensor
-    read: Callable[[list[float]], Solution]
-
-    @classmethod
-    def known(cls, solution: Solution) -> Unread:
-        """Of a solution whose figures the host has seen."""
-        return cls(value=solution.value, figures=solution.residuals.new_empty(0), read=lambda _: solution)
-
-    def solution(self) -> Solution:
-        """Read now."""
-        return self.read(self.figures.tolist())
-
-    def mapped(self, function: Callable[[Tree], Tree]) -> Unread:
-        """The same for ``function`` of x."""
-        value = function(self.value)
-
-        def read(found: list[float]) -> Solution:
-            solution = self.read(found)
-            return replace(solution, value=value if solution.value is self.value else function(solution.value))
-
-        return Unread(value=value, figures=self.figures, read=read)
+    state: State = field(default_factory=dict)

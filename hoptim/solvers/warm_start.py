@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.trees import Tree
-from hoptim.solvers.base import GROWTH_LIMIT, NEGATIVE, Solver, carried, ended, inverse, rayleigh
+from hoptim.solvers.base import Solver, carried, inverse, rayleigh
 from hoptim.solvers.neumann import Neumann
+from hoptim.solvers.nystrom import Nystrom
+from hoptim.solvers.run import GROWTH_LIMIT, NEGATIVE
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import describe_type, is_finite
+
+LIMIT = 3.0  # a start or an answer that leaves more than this times ‖g‖ is no use
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,12 @@ class WarmStart(Solver):
     whose model or right-hand side has another shape, is the inner solver's own, from zero. A warm one costs one product
     more; ``residuals`` begin with that of x₀ and are relative to ‖g‖ throughout, and so is the inner solver's tolerance.
 
-    A start whose residual is more than 10·‖g‖, from a diverging sequence or since g has shrunk, is dropped with a remark:
-    that right-hand side is solved from zero. After a failed solve nothing is carried. Negative curvature along x₀ is
-    a remark.
+    Along a negative curvature the early stop of one solve is what bounds x, and a solve that goes on from the last one would
+    undo it. So x is carried on only if the inner solver met no negative curvature; otherwise the next solve starts at zero,
+    as the inner solver alone does. A start x₀ with x₀ᵀAx₀ < 0, or one that leaves more than 3·‖g‖, is dropped: that
+    right-hand side is solved from zero, and a remark says so. A step d after which more than
+    3·‖g‖ or 10·‖g − Aᵀx₀‖ is left is not taken, with a remark.
+    After a failed solve nothing is carried.
 
     ``WarmStart(Neumann(terms=0, step_size=ρ))`` is :class:`SOBA` with the newest v.
 
@@ -35,90 +41,65 @@ class WarmStart(Solver):
         solver: the inner solver, which sees its own state as without the warm start.
 
     Raises:
-        TypeError: ``solver`` is no ``Solver``, or is a warm start itself.
+        TypeError: ``solver`` is no ``Solver``, is a warm start itself, or is ``Nystrom``, whose ρ it would undo likewise.
 
     Source: Arbel and Mairal 2022, "Amortized implicit differentiation for stochastic bilevel optimization" (AmIGO).
 
     >>> from hoptim.linalg.operators import Symmetric
-    >>> from hoptim.solvers.neumann import Neumann
-    >>> A = Symmetric(lambda v: {"w": 2 * v["w"]}, like={"w": torch.ones(1)})
-    >>> solver, g = WarmStart(Neumann(terms=0, step_size=0.25)), {"w": torch.ones(1)}
+    >>> A, g = Symmetric(lambda v: 2 * v, like=torch.ones(1)), torch.ones(1)
+    >>> solver = WarmStart(Neumann(terms=0, step_size=0.25))
     >>> first = solver.solve(A, g)
     >>> second = solver.solve(A, g, first.state)
-    >>> first.value["w"], second.value["w"], second.products
+    >>> first.value, second.value, second.products
     (tensor([0.2500]), tensor([0.3750]), 1)
     """
 
     solver: Solver
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver) or isinstance(self.solver, WarmStart):
+        if isinstance(self.solver, Nystrom):
+            raise TypeError(
+                f"solver is {self.solver!r}: repeated warm starts would solve the system without its rho. Take it alone, or "
+                "hoptim.WarmStart(hoptim.CG(terms=5)) with damping"
+            )
+        if not isinstance(self.solver, Solver) or isinstance(self.solver, (WarmStart, SOBA)):
             raise TypeError(f"solver is {describe_type(self.solver)}: give a solver to start, such as hoptim.CG(terms=5)")
 
-    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+    def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """One product for the residual of the start, and the inner solver on what is left."""
-        rest = {name: vector for name, vector in (state or {}).items() if name != "solution"}
         last = carried(state, "solution", g)
         if last is None:
-            return _remembered(self.solver.solve(A, g, rest))
-        batched = A.is_batched(g)
-        start = trees.norm(g, batched=batched)
-        scale = torch.where(start > 0, start, 1.0)
-        x = trees.scaled(last, (start > 0).to(start.dtype))
-        product = A.T @ x
-        along = rayleigh(x, product, batched)
-        begun = trees.norm(trees.add(g, product, alpha=-1.0), batched=batched) / scale
-        dropped = begun > GROWTH_LIMIT
-        kept = (~dropped).to(start.dtype)
-        x = trees.scaled(x, kept)
-        r = trees.axpy_(trees.clone(g), product, -kept)
-        left = torch.where(dropped, 1.0, begun)
-        inner = self._solved(A, r, rest, left)
+            return _carrying(self.solver.solve(A, g, state))
+        start, r, kept, worst = _begin(A, g, last)
+        if not start.status.ok:
+            return start
+        inner = self._solve_rest(A, r, worst, state)
+        left = torch.where(kept, start.residuals[0], 1.0)
+        ended = inner.residuals[-1] if len(inner.residuals) else torch.zeros_like(left)
+        refused = kept & (ended > (LIMIT / left).clamp(max=GROWTH_LIMIT))
+        if inner.status.ok and worst * GROWTH_LIMIT > LIMIT and bool(refused.any()):  # else the inner solver has said so
+            inner = replace(inner, status=Status.LARGE_RESIDUAL, detail="a step was not taken")
+        solution = replace(
+            _carrying(replace(inner, value=start.value + torch.where(refused[..., None], 0.0, inner.value))),
+            residuals=torch.cat([start.residuals, inner.residuals.where(~refused, 1.0) * left]),
+            products=1 + inner.products,
+            negative_curvature=start.negative_curvature or inner.negative_curvature,
+        )
+        if start.status.kind == "remark" and inner.status.kind == "ok":
+            solution = replace(solution, status=start.status, detail=start.detail)
+        return solution
 
-        value = trees.add(x, inner.value)
-        residuals = torch.cat([begun[None], inner.residuals * left])
-        spent = replace(inner, value=value, residuals=residuals, products=1 + inner.products)
-        if not inner.status.ok:
-            return replace(spent, state={}, **_renamed(inner, start))
-        size = trees.norm(product, batched=batched) * inverse(trees.norm(last, batched=batched))
-        flags = {
-            Status.NON_FINITE_PRODUCT: ~left.isfinite(),
-            Status.NEGATIVE_CURVATURE: along < NEGATIVE * size,
-            Status.GROWING: dropped,
-        }
-        status, (worst, low) = ended(flags, begun.amax(), along.amin())
-        if not status.ok:
-            return replace(spent, state={}, status=status)
-        if status is not Status.CONVERGED and inner.status.kind == "ok":
-            words = {
-                Status.NEGATIVE_CURVATURE: f"the curvature along the start is {low:.3g}",
-                Status.GROWING: f"a start was dropped, whose residual was {worst:.3g} times ‖g‖",
-            }
-            spent = replace(spent, status=status, detail=words[status])
-        return _remembered(spent)
-
-    def _solved(self, A: Operator, r: Tree, rest: State, left: Tensor) -> Solution:
-        """The inner solver on what the start left over, its tolerance taken relative to ‖g‖."""
+    def _solve_rest(self, A: Operator, r: Tensor, worst: float, state: State | None) -> Solution:
+        """The inner solver on what the start left over, ``worst`` times ‖g‖ at most; its tolerance is relative to ‖g‖."""
         solver: Any = self.solver
-        if not getattr(solver, "tolerance", 0.0):
-            return self.solver.solve(A, r, rest)
-        worst = float(left.amax())
-        if worst <= solver.tolerance:
-            none = left.new_empty((0, *left.shape))
-            return Solution(value=trees.zeros_like(r), status=Status.CONVERGED, residuals=none, products=0, state=rest)
-        finite = worst < float("inf")
-        return replace(solver, tolerance=solver.tolerance / worst if finite else solver.tolerance).solve(A, r, rest)
-
-
-def _renamed(inner: Solution, start: Tensor) -> dict[str, Any]:
-    """A right-hand side that only the product with the start made infinite or NaN is no fault of the gradient."""
-    if inner.status is Status.NON_FINITE_GRADIENT and bool(start.isfinite().all()):
-        return {"status": Status.NON_FINITE_PRODUCT, "detail": "with the solution that was carried over"}
-    return {}
-
-
-def _remembered(solution: Solution) -> Solution:
-    return replace(solution, state={"solution": solution.value, **solution.state} if solution.status.ok else {})
+        tolerance = getattr(solver, "tolerance", 0.0)
+        if not tolerance:
+            return self.solver.solve(A, r, state)
+        if worst > tolerance:
+            return replace(solver, tolerance=tolerance / worst).solve(A, r, state)
+        none = r.new_empty((0, *r.shape[:-1]))
+        status, value = Status.CONVERGED, torch.zeros_like(r)
+        return Solution(value=value, status=status, converged=True, residuals=none, products=0, state=state or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +108,8 @@ class SOBA(Solver):
 
     So x is known before its product is, and one product gives its residual and the next v. With ``every=None`` and
     ``hyperstep()`` after the backward pass but before ``step()``, weights, v and hyperparameters all move from the same
-    point, as in the paper. The first hyperstep sees the direct term alone. Starts are watched as in :class:`WarmStart`:
-    one whose residual is more than 10·‖g‖ is dropped, and v begins again at ρg.
+    point, as in the paper. The first hyperstep sees the direct term alone. A v along a negative curvature, or whose residual
+    is more than 3·‖g‖, is dropped as in :class:`WarmStart`, and v begins again at ρg.
 
     Args:
         step_size: ρ > 0, less than 2/‖A‖₂; in the paper the inner learning rate.
@@ -140,10 +121,10 @@ class SOBA(Solver):
     variance reduction algorithms" (arXiv 2201.13409), algorithm 1; its v has the other sign.
 
     >>> from hoptim.linalg.operators import Symmetric
-    >>> A = Symmetric(lambda v: {"w": 2 * v["w"]}, like={"w": torch.ones(1)})
-    >>> first = SOBA(step_size=0.25).solve(A, {"w": torch.ones(1)})
-    >>> second = SOBA(step_size=0.25).solve(A, {"w": torch.ones(1)}, first.state)
-    >>> second.value["w"], second.residuals, second.state["solution"]["w"]
+    >>> A = Symmetric(lambda v: 2 * v, like=torch.ones(1))
+    >>> first = SOBA(step_size=0.25).solve(A, torch.ones(1))
+    >>> second = SOBA(step_size=0.25).solve(A, torch.ones(1), first.state)
+    >>> second.value, second.residuals, second.state["solution"]
     (tensor([0.2500]), tensor([0.5000]), tensor([0.3750]))
     """
 
@@ -153,12 +134,53 @@ class SOBA(Solver):
         if not (is_finite(self.step_size) and self.step_size > 0):
             raise ValueError(f"step_size={self.step_size!r}: give a positive number")
 
-    def solve(self, A: Operator, g: Tree, state: State | None = None) -> Solution:
+    def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """The carried v, and its step for the next time."""
-        moved = WarmStart(Neumann(terms=0, step_size=self.step_size)).solve(A, g, state)
         last = carried(state, "solution", g)
         if last is None:
-            return replace(moved, value=trees.zeros_like(g))
-        begun = moved.residuals[0]
-        kept = (trees.norm(g, batched=A.is_batched(g)) > 0) & ~(begun > GROWTH_LIMIT)
-        return replace(moved, value=trees.scaled(last, kept.to(begun.dtype)))
+            first = Neumann(terms=0, step_size=self.step_size).solve(A, g)
+            return replace(_carrying(first), value=torch.zeros_like(g))
+        start, r, *_ = _begin(A, g, last)
+        if not start.status.ok:
+            return start
+        return replace(start, step_size=self.step_size, state={"solution": start.value + self.step_size * r})
+
+
+def _begin(A: Operator, g: Tensor, last: Tensor) -> tuple[Solution, Tensor, Tensor, float]:
+    """The last solution as an answer x to this system, zero for right-hand sides that are better without it.
+
+    Also r = g − Aᵀx, where x was kept, and the largest ‖r‖ / ‖g‖ on the host.
+    """
+    length, product = A.norm(g), A.T @ last
+    r = g - product
+    residual = torch.where(length == 0, 0.0, A.norm(r) / length)
+    curvature = rayleigh(A, last, product)
+    negative = curvature < NEGATIVE * A.norm(product) * inverse(A.norm(last))
+    kept = (length > 0) & ~(residual > LIMIT) & ~negative
+    figures = [
+        length.amax(),
+        residual.amax(),
+        torch.where(kept, residual, 1.0).amax(),
+        torch.where(negative, curvature, 0.0).amin(),
+    ]
+    longest, highest, worst, lowest = torch.stack(figures).tolist()
+    status, detail = Status.FINISHED, ""
+    if not math.isfinite(longest):
+        status = Status.NON_FINITE_GRADIENT
+    elif not math.isfinite(highest):
+        status, detail = Status.NON_FINITE_PRODUCT, "with the solution that was carried over"
+    elif lowest < 0:
+        status, detail = Status.NEGATIVE_CURVATURE, f"a start was dropped, along which the curvature is {lowest:.3g}"
+    elif highest > LIMIT:
+        status, detail = Status.GROWING, f"a start was dropped, whose residual was {highest:.3g} times ‖g‖"
+    x, r = torch.where(kept[..., None], last, 0.0), torch.where(kept[..., None], r, g)
+    facts = {"residuals": residual[None], "products": 1, "negative_curvature": lowest < 0}
+    return Solution(value=x, status=status, detail=detail, **facts), r, kept, worst
+
+
+def _carrying(solution: Solution) -> Solution:
+    """With x in its state for the next time, unless the solve has failed or has met negative curvature."""
+    if not solution.status.ok:
+        return replace(solution, state={})
+    state = {name: vector for name, vector in solution.state.items() if name != "solution"}
+    return replace(solution, state=state if solution.negative_curvature else {**state, "solution": solution.value})

@@ -1,0 +1,32 @@
+"""A solve in the scale of a diagonal preconditioner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from hoptim.linalg.operators import Operator, Scaled
+from hoptim.solvers.base import Solver, carried
+from hoptim.solvers.solution import Solution, State
+
+
+def solve_scaled(solver: Solver, A: Operator, g: Tensor, scale: Tensor, state: State | None = None) -> Solution:
+    """Solve S Aᵀ S y = S g for x = S y, with a diagonal S = D^(−1/2) of shape (n,), D being near A.
+
+    The residuals are those of the scaled system. A solution that is carried to the next call is x, not y, since S may be
+    another one by then.
+
+    Source: Saad, "Iterative Methods for Sparse Linear Systems", section 9.2 (split preconditioning).
+
+    >>> import torch
+    >>> from hoptim import Identity
+    >>> from hoptim.linalg.operators import Symmetric
+    >>> A, g = Symmetric(lambda v: torch.tensor([1.0, 4.0]) * v, like=torch.ones(2)), torch.ones(2)
+    >>> solve_scaled(Identity(), A, g, scale=torch.tensor([1.0, 0.5])).value
+    tensor([1.0000, 0.2500])
+    """
+    x = carried(state, "solution", g)
+    solution = solver.solve(Scaled(A, scale), scale * g, {**(state or {}), **({} if x is None else {"solution": x / scale})})
+    state = {name: scale * vector if name == "solution" else vector for name, vector in solution.state.items()}
+    return replace(solution, value=scale * solution.value, state=state)
