@@ -1,4 +1,4 @@
-"""Batches: drawn from a re-iterable without end, with a position that a checkpoint can hold; several as one."""
+"""Batches, drawn from a re-iterable over and over from a position that a checkpoint can hold; and several batches as one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from hoptim.validation import describe_type
 
-NO_BATCHES = (torch.Tensor, Mapping, str, bytes)  # iterated, they give rows, keys, letters
+NO_BATCHES = (torch.Tensor, Mapping, str, bytes)  # what these iterate over are rows, keys and letters
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class MicroBatches:
     """The batches of one inner step, whose training losses are averaged, as one batch.
 
     Args:
-        batches: in the order seen.
+        batches: in the order in which they were seen.
         shares: the weight of each loss in the mean; their absolute values add up to 1.
     """
 
@@ -34,18 +35,18 @@ pytree.register_pytree_node(
 
 
 class Batches:
-    """The batches of a re-iterable, over and over.
+    """The batches of a re-iterable, pass after pass.
 
-    A shuffling loader cannot be resumed from its position alone, so the position comes with the states of the random
-    generators from which the present pass was begun: the pass is begun again from them and walked to the position.
+    A position alone does not resume a loader that shuffles. So the state also holds the states of the random generators
+    from when the present pass began: loading it begins that pass again, and walks to the position.
 
     Args:
-        source: anything that can be iterated again and again: a ``DataLoader``, a list of batches.
-        name: what to call it in errors.
+        source: what can be iterated again and again: a ``DataLoader``, a list of batches.
+        name: what errors call it.
 
     Raises:
         TypeError: ``source`` can be iterated only once, or not at all, or is a loader that Accelerate prepared.
-        ValueError: it is empty; at construction where its length is known, else at the first draw.
+        ValueError: it is empty; at the first draw, if its length is not known before.
 
     >>> batches = Batches(["a", "b"], "val_batches")
     >>> [batches.draw() for _ in range(3)]
@@ -59,62 +60,59 @@ class Batches:
             raise TypeError(f"{name} is a one-shot iterator: give what makes it, such as the DataLoader or a list")
         if hasattr(source, "gradient_state"):
             raise TypeError(
-                f"{name} is a loader that Accelerate prepared, and gradient accumulation looks at the loader begun last: "
-                "give it as it was before prepare(), and move its batches in the loss"
+                f"{name} is a loader that Accelerate prepared, and its gradient accumulation follows the loader that was "
+                "started last: give the loader as it was before prepare(), and move its batches in the loss"
             )
         if _length(source) == 0:
             raise ValueError(f"{name} is empty: it must hold at least one batch, which drop_last may leave out")
-        self.source, self.name = _apart(source), name
+        self.source, self.name = _with_own_iterator(source), name
         self._iterator: Iterator[Any] | None = None
         self._position = 0
-        self._begun: dict[str, torch.Tensor] = {}
+        self._at_start: dict[str, torch.Tensor] = {}
 
     def draw(self) -> Any:
-        """The next batch, from a new pass where the last one has ended."""
-        before = self._position
-        for _ in range(2):
-            if self._iterator is None:
-                self._begun, self._position = self._generators(), 0
-                self._iterator = iter(self.source)
-            try:
-                batch = next(self._iterator)
-            except StopIteration:
-                self._iterator = None
-            else:
-                self._position += 1
-                return batch
-        if before:
-            raise ValueError(f"{self.name} is empty on a new pass, after {before} batches: give what can be iterated again")
-        raise ValueError(f"{self.name} is empty: it gave no batch")
+        """The next batch, from a new pass if the last one has ended."""
+        batch = _END if self._iterator is None else next(self._iterator, _END)
+        if batch is _END:
+            drawn, self._position, self._at_start = self._position, 0, self._generator_states()
+            self._iterator = iter(self.source)
+            batch = next(self._iterator, _END)
+            if batch is _END:
+                on_new_pass = f" on a new pass, after {drawn} batches: give what can be iterated again"
+                raise ValueError(f"{self.name} is empty{on_new_pass if drawn else ': it gave no batch'}")
+        self._position += 1
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the present pass, and the generators' states at its start and now."""
+        """The position in the present pass, and the states of the generators at its start and now."""
         if self._iterator is None:
             return {"position": 0, "begun": {}, "now": {}}
-        return {"position": self._position, "begun": dict(self._begun), "now": self._generators()}
+        return {"position": self._position, "begun": dict(self._at_start), "now": self._generator_states()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin the saved pass again and walk to its position; torch's global generator stays as it is."""
-        self._iterator, self._position, self._begun = None, 0, {}
+        """Begin the saved pass again and walk to its position; torch's global generator is left as it is."""
+        self._iterator, self._position, self._at_start = None, 0, {}
         if not state["position"]:
             return
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(state["begun"][""].cpu())
-            for name, generator in _own_generators(self.source).items():
-                if name in state["begun"]:
-                    generator.set_state(state["begun"][name].cpu())
+            self._set_own_generators(state["begun"])
             for _ in range(state["position"]):
                 self.draw()
-            for name, generator in _own_generators(self.source).items():  # others may draw from it too
-                if name in state["now"]:
-                    generator.set_state(state["now"][name].cpu())
+            self._set_own_generators(state["now"])  # others may have drawn from them too
 
-    def _generators(self) -> dict[str, torch.Tensor]:
-        """The states of torch's global generator and of the loader's and its samplers' own, by where they are."""
-        return {"": torch.get_rng_state()} | {path: own.get_state() for path, own in _own_generators(self.source).items()}
+    def _generator_states(self) -> dict[str, torch.Tensor]:
+        """The state of torch's global generator, and by their places those of the source's own."""
+        own = _own_generators(self.source)
+        return {"": torch.get_rng_state()} | {place: generator.get_state() for place, generator in own.items()}
+
+    def _set_own_generators(self, states: Mapping[str, torch.Tensor]) -> None:
+        for place, generator in _own_generators(self.source).items():
+            if place in states:
+                generator.set_state(states[place].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": _apart(self.source), "name": self.name, "state": self.state_dict()}
+        return {"source": _with_own_iterator(self.source), "name": self.name, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.source, self.name = state["source"], state["name"]
@@ -124,12 +122,12 @@ class Batches:
 def _length(source: Iterable[Any]) -> int | None:
     try:
         return len(source) if isinstance(source, Sized) else None
-    except TypeError:  # a DataLoader of an iterable data set has __len__, and no length
+    except TypeError:  # a DataLoader over an iterable data set has a __len__, but no length
         return None
 
 
-def _apart(source: Iterable[Any]) -> Iterable[Any]:
-    """A loader whose workers persist has one iterator for all its users: ours would move theirs."""
+def _with_own_iterator(source: Iterable[Any]) -> Iterable[Any]:
+    """A copy of a loader whose workers persist: it has one iterator for all its users, and we would restart theirs."""
     if not getattr(source, "persistent_workers", False):
         return source
     source = copy.copy(source)
@@ -138,7 +136,8 @@ def _apart(source: Iterable[Any]) -> Iterable[Any]:
 
 
 def _own_generators(source: Any) -> dict[str, torch.Generator]:
+    """The generators of a loader and of its samplers, by where they are."""
     places = {"generator": source, "sampler": getattr(source, "sampler", None)}
     places["batch_sampler"] = getattr(getattr(source, "batch_sampler", None), "sampler", None)
-    found = {name: getattr(place, "generator", None) for name, place in places.items()}
-    return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}
+    found = {place: getattr(owner, "generator", None) for place, owner in places.items()}
+    return {place: generator for place, generator in found.items() if isinstance(generator, torch.Generator)}

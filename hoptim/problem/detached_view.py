@@ -1,32 +1,39 @@
-"""Hyperparameters without gradients, on the memory of those that have them: what the training loss of a step is given."""
+"""DetachedView: the hyperparameters' module as the training loss of a step sees it, without gradients."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from operator import is_
+from types import MethodType
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
-from hoptim.problem.loss_checks import ONLY_READS
+from hoptim.problem.loss_checks import ONLY_READS, check_given
 
-_PLAIN = (bool, int, float, str, Tensor)
-_TORCHS = frozenset(vars(nn.Module()))  # attributes that are torch's own
+_ABSENT = object()
 
 
 class DetachedView:
-    """A persistent copy of ``module`` whose parameters are views of the same memory that require no gradient.
+    """A persistent gradient-free view of a module, sharing memory.
 
-    Switching ``requires_grad`` of the module's own would break activation checkpointing, which runs a loss a second time.
-    This is looked after at every training step, so that it is quick where nothing has changed. What is ``beside`` it, as the
-    model is, is not copied where the module refers to it.
+    Each module has a counterpart of the same class, whose attributes are the module's own objects: buffers, dicts, arrays,
+    locks. Only parameters and modules are exchanged for their counterparts: as an attribute, in a list, tuple or dict, as
+    what a method belongs to or a weak reference is to. Switching ``requires_grad`` off in the module itself would break
+    activation checkpointing, which runs the loss again during the backward pass.
+
+    Args:
+        module: the hyperparameters.
+        beside: the model. It has no counterpart: where ``module`` holds a layer of it, so does the view.
 
     >>> hparams = nn.ParameterDict({"decay": nn.Parameter(Tensor([1.0]))})
-    >>> twin = DetachedView(hparams)
+    >>> view = DetachedView(hparams)
     >>> hparams["decay"].data.fill_(2.0)
     tensor([2.])
-    >>> with twin.present() as seen:
+    >>> with view.present() as seen:
     ...     seen["decay"], seen["decay"].requires_grad
     (Parameter containing:
     tensor([2.]), False)
@@ -34,47 +41,124 @@ class DetachedView:
 
     def __init__(self, module: nn.Module, beside: nn.Module | None = None) -> None:
         self.module, self.beside = module, beside
-        self._made()
+        self._is_checked = False
+        self._build()
 
-    def _made(self) -> None:
-        kept = () if (model := self.beside) is None else (*model.modules(), *model.parameters(), *model.buffers())
-        memo: dict[int, Any] = {id(one): one for one in kept}  # the hyperparameters' module may refer to the model
-        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.module.parameters()}
-        memo |= {id(buffer): buffer for buffer in self.module.buffers()}
-        self._copy = copy.deepcopy(self.module, memo)
-        self._parts = list(zip(self.module.modules(), self._copy.modules(), strict=True))
-        self._tensors = [(p, memo[id(p)]) for part, _ in self._parts for p in part._parameters.values() if p is not None]
+    def __reduce__(self) -> Any:
+        return DetachedView, (self.module, self.beside)
 
-    @contextmanager
-    def present(self) -> Iterator[nn.Module]:
-        """The copy, as ``module`` is now.
+    def present(self) -> DetachedView:
+        """The view of ``module`` as it is now, as a context: what is assigned to its attributes is assigned to ``module``.
 
         Raises:
-            ValueError: what runs inside has written into a hyperparameter.
+            ValueError: a hyperparameter is written into inside.
         """
-        if not self._in_step():
-            self._made()
-        versions = [q._version for _, q in self._tensors]
-        yield self._copy
-        if versions != [q._version for _, q in self._tensors]:
-            written = next(p for (p, q), version in zip(self._tensors, versions, strict=True) if q._version != version)
+        return self
+
+    def __enter__(self) -> nn.Module:  # no generator: that would cost more than all that is compared here
+        if self._theirs.has_changed():
+            self._align()
+        is_stale = not self._follows_all or self._structure.has_changed()
+        if is_stale or not all(map(Tensor.is_set_to, self._parameters, self._constants)):
+            self._build()
+        self._versions = [p._version for p in self._parameters]
+        return self._counterparts[id(self.module)]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        versions = self._versions
+        if versions != [p._version for p in self._parameters]:
+            written = next(p for p, version in zip(self._parameters, versions, strict=True) if p._version != version)
             name = next(name for name, p in self.module.named_parameters() if p is written)
             raise ValueError(f"train_loss writes into hyperparameter {name!r}: {ONLY_READS}")
+        if self._ours.has_changed():
+            self._align()
 
-    def _in_step(self) -> bool:
-        """Give the copy the modes, buffers and plain attributes; say whether it still is an image."""
-        if [id(part) for part in self.module.modules()] != [id(part) for part, _ in self._parts]:
-            return False
-        tensors = [p for part, _ in self._parts for p in part._parameters.values() if p is not None]
-        if len(tensors) != len(self._tensors):
-            return False
-        for p, (known, q) in zip(tensors, self._tensors, strict=True):
-            if p is not known or p.data_ptr() != q.data_ptr() or p.dtype != q.dtype:
-                return False
-        for part, other in self._parts:
-            live, own = vars(part), vars(other)
-            own["_buffers"], own["training"] = part._buffers, part.training
-            for key in live.keys() - _TORCHS:
-                if own.get(key) is not (value := live[key]) and isinstance(value, _PLAIN):
-                    own[key] = value
-        return True
+    def check_detached(self, loss: Tensor) -> None:
+        """Raise if a loss that was computed in the view reaches parameters of ``module``, say by a closure.
+
+        Only the first loss with a graph is looked through: it takes longer than a step can afford.
+        """
+        if not self._is_checked:
+            check_given("train_loss", loss, {id(p): name for name, p in self.module.named_parameters()})
+            self._is_checked = loss.requires_grad
+
+    def _build(self) -> None:
+        """Make the view: at first, and again where there are other modules, parameters or memory."""
+        shared = set() if self.beside is None else set(self.beside.modules())
+        modules = [module for module in self.module.modules() if module not in shared]
+        self._parameters = list(self.module.parameters())
+        self._constants = [nn.Parameter(p.detach(), requires_grad=False) for p in self._parameters]
+        views = [object.__new__(type(module)) for module in modules]
+        both = list(zip((*modules, *self._parameters), (*views, *self._constants), strict=True))
+        self._counterparts: dict[int, Any] = {id(original): counterpart for original, counterpart in both}
+        self._originals: dict[int, Any] = {id(counterpart): original for original, counterpart in both}
+        pairs: list[tuple[Any, Any]] = []  # dicts and lists of the module and of the view, which have to stay alike
+        for module, view in zip(modules, views, strict=True):
+            for key, value in vars(module).items():
+                seen = vars(view)[key] = _exchange(value, self._counterparts)
+                if seen is not value and isinstance(value, (dict, list)):
+                    pairs.append((value, seen))
+            pairs.append((vars(module), vars(view)))
+        self._theirs, self._ours = (_Contents(containers) for containers in zip(*pairs, strict=True))
+        held = [held for module in modules for held in (module._parameters, module._modules)]
+        self._structure = _Contents(chain.from_iterable((one.keys(), one.values()) for one in held))
+        self._follows_all = True
+
+    def _align(self) -> None:
+        """Do to the view what was done to the module since they were last alike, and the other way round."""
+        theirs_changed, ours_changed = self._theirs.has_changed(), self._ours.has_changed()
+        if theirs_changed:
+            self._carry(self._theirs, self._ours, self._counterparts)
+        if ours_changed:
+            self._carry(self._ours, self._theirs, self._originals)
+        self._theirs, self._ours = _Contents(self._theirs.containers), _Contents(self._ours.containers)
+
+    def _carry(self, source: _Contents, target: _Contents, counterparts: Mapping[int, Any]) -> None:
+        """Do to the target what was done to the source."""
+        for now, before, other in zip(source.containers, source.copies, target.containers, strict=True):
+            if isinstance(now, list):
+                other[:] = _exchange(now, counterparts)
+                continue
+            for key in before.keys() - now.keys():
+                other.pop(key, None)
+            for key, value in now.items():
+                if before.get(key, _ABSENT) is not value:
+                    other[key] = _exchange(value, counterparts)
+                    self._follows_all &= other[key] is value  # else it may be a list or dict to follow from now on
+
+
+class _Contents:
+    """What lists, dicts and their views hold when this is made, to compare with what they hold later."""
+
+    def __init__(self, containers: Iterable[Any]) -> None:
+        self.containers = list(containers)
+        self.copies: list[Any] = [dict(one) if isinstance(one, dict) else list(one) for one in self.containers]
+        self._items = [one.values() if isinstance(one, dict) else one for one in self.containers]
+        self._held = list(chain.from_iterable(self._items))
+
+    def has_changed(self) -> bool:
+        now = list(chain.from_iterable(self._items))
+        return len(now) != len(self._held) or not all(map(is_, now, self._held))
+
+
+def _exchange(value: Any, counterparts: Mapping[int, Any]) -> Any:
+    """Put counterparts in the place of what has one: the value itself, or what it holds as a list, tuple or dict."""
+    kind = type(value)
+    if kind not in (dict, OrderedDict, list, tuple):
+        return _exchange_one(value, counterparts)
+    held = value.values() if isinstance(value, dict) else value
+    seen = [_exchange_one(one, counterparts) for one in held]
+    if all(map(is_, seen, held)):
+        return value
+    return kind(zip(value, seen, strict=True)) if isinstance(value, dict) else kind(seen)
+
+
+def _exchange_one(value: Any, counterparts: Mapping[int, Any]) -> Any:
+    """Likewise where ``value`` is a method of what has a counterpart, or a weak reference to it."""
+    if isinstance(value, MethodType) and id(value.__self__) in counterparts:
+        return MethodType(value.__func__, counterparts[id(value.__self__)])
+    if isinstance(value, ref) and id(value()) in counterparts:
+        return ref(counterparts[id(value())])
+    return counterparts.get(id(value), value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import distributed as dist
 
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.trees import Found, Tree
+from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 
 SAME = 1e-6  # of a vector's length: how far apart the ranks' may be and still pass for the same
 
@@ -46,24 +45,22 @@ class Ranks:
         """How many they are."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
+    def mean_vector(self, v: Tensor) -> Tensor:
+        """The mean of a flat vector, or of R of them, by one all-reduce."""
+        if self.size == 1:
+            return v
+        total = v.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total.div_(self.size)
+
     def mean(self, x: Tree) -> Tree:
-        """The mean of a vector, which all ranks have: flattened into one all-reduce a device, in float32 or wider."""
+        """The mean of named tensors, which all ranks have, by one all-reduce in float32 or wider."""
         if self.size == 1:
             return x
-        averaged: Tree = {}
-        for device in dict.fromkeys(value.device for value in x.values()):
-            here = {name: value.detach() for name, value in x.items() if value.device == device}
-            dtype = reduce(torch.promote_types, (value.dtype for value in here.values()), torch.float32)
-            flat = torch.cat([value.reshape(-1).to(dtype) for value in here.values()])
-            dist.all_reduce(flat, group=self.group)
-            pieces = flat.div_(self.size).split([value.numel() for value in here.values()])
-            averaged |= {
-                name: piece.view(value.shape).to(value.dtype)
-                for (name, value), piece in zip(here.items(), pieces, strict=True)
-            }
-        return {name: averaged[name] for name in x}
+        layout = Layout.of(x)
+        return layout.unflatten(self.mean_vector(layout.flatten({name: t.detach() for name, t in x.items()})))
 
-    def mean_of_found(self, found: Mapping[str, Tensor | None], like: Tree) -> Found:
+    def mean_of_found(self, found: Mapping[str, Tensor | None], like: Tree) -> OptionalTree:
         """The mean of what may be there, shaped as ``like``: zero on a rank that lacks it, ``None`` where all lack it."""
         if self.size == 1:
             return dict(found)
@@ -72,7 +69,7 @@ class Ranks:
         seen = averaged.pop("").tolist()
         return {name: value if share else None for (name, value), share in zip(averaged.items(), seen, strict=True)}
 
-    def mean_with_loss(self, loss: Tensor, found: Mapping[str, Tensor | None], like: Tree) -> tuple[Tensor, Found]:
+    def mean_with_loss(self, loss: Tensor, found: Mapping[str, Tensor | None], like: Tree) -> tuple[Tensor, OptionalTree]:
         """The means of a loss, which all ranks have, and of what may be there, by one all-reduce."""
         averaged = self.mean_of_found({**found, ":loss": loss}, {**like, ":loss": loss})
         mean = averaged.pop(":loss")
@@ -109,23 +106,21 @@ class Ranks:
 
 
 class OverRanks(Operator):
-    """The mean of each rank's operator, on the weights that any of them touches: one all-reduce a product, or R products.
+    """The mean of each rank's operator: one all-reduce a product, or for R products.
 
     >>> from hoptim.linalg.operators import Symmetric
-    >>> A = OverRanks(Symmetric(lambda v: {"w": 2 * v["w"]}, like={"w": torch.ones(1)}), {"w": torch.ones(1)}, Ranks())
-    >>> (A @ {"w": torch.ones(1)})["w"]
+    >>> OverRanks(Symmetric(lambda v: 2 * v, like=torch.ones(1)), Ranks()) @ torch.ones(1)
     tensor([2.])
     """
 
-    def __init__(self, local: Operator, like: Tree, ranks: Ranks) -> None:
-        super().__init__(like)
-        self.local, self.ranks, self.symmetric = local, ranks, local.symmetric
+    def __init__(self, local: Operator, ranks: Ranks) -> None:
+        super().__init__(local, is_symmetric=local.is_symmetric, is_fixed=local.is_fixed)
+        self.local, self.ranks = local, ranks
 
-    def __matmul__(self, v: Tree) -> Tree:
-        here = self.local @ {name: v[name] for name in self.local.like} if self.local.like else {}
-        return self.ranks.mean({name: here[name] if name in here else torch.zeros_like(value) for name, value in v.items()})
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.ranks.mean_vector(self.local @ v)
 
     @property
     def T(self) -> Operator:  # noqa: N802
         """The mean of the transposes."""
-        return OverRanks(self.local.T, self.like, self.ranks)
+        return OverRanks(self.local.T, self.ranks)

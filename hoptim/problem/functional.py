@@ -1,84 +1,63 @@
-"""A model as a pure function: its second derivatives exist, and what running it leaves behind is put back."""
+"""A model as a pure function: its second derivatives exist, and what a forward pass leaves behind is put back."""
 
 from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-Undo = Callable[[], None]
+R = TypeVar("R")
 
-_TORCHS = frozenset(vars(nn.Module()))  # attributes that are torch's own
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
-# Of attention: whether it is enabled, and what chooses that. The last one is that of devices with kernels of their own.
-_KERNELS: list[tuple[Callable[[], bool], Callable[[bool], Any]]] = [
-    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-]
-if hasattr(torch._C, "_get_overrideable_sdp_enabled"):
-    _KERNELS.append((torch._C._get_overrideable_sdp_enabled, torch._C._set_sdp_use_overrideable))
 
+class Joint(nn.Module):
+    """A model and its hyperparameters as one module, whose forward pass is any function of the two.
 
-def submodules(*modules: nn.Module) -> list[nn.Module]:
-    """The modules and all that is in them, each once, in one quick walk.
+    ``torch.func.functional_call(joint, tensors, (function,))`` runs ``function()`` with ``tensors`` in their places.
 
-    >>> [type(part).__name__ for part in submodules(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))]
-    ['Sequential', 'ReLU', 'Linear']
+    >>> joint = Joint(nn.Linear(1, 1), nn.ParameterDict({"decay": torch.tensor(1.0)}))
+    >>> [name for name, _ in joint.named_parameters()]
+    ['model.weight', 'model.bias', 'hparams.decay']
+    >>> torch.func.functional_call(joint, {"hparams.decay": torch.tensor(2.0)}, (lambda: joint.hparams["decay"].item(),))
+    2.0
     """
-    seen: dict[nn.Module, None] = {}
-    todo: list[Any] = list(modules)
-    while todo:
-        part = todo.pop()
-        if part is not None and part not in seen:
-            seen[part] = None
-            todo += part._modules.values()
-    return list(seen)
+
+    def __init__(self, model: nn.Module, hparams: nn.Module) -> None:
+        super().__init__()
+        self.model, self.hparams = model, hparams
+
+    def forward(self, function: Callable[[], R]) -> R:
+        """``function()``."""
+        return function()
 
 
-@contextmanager
-def twice_differentiable(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, what modules compute has a second derivative, and that of the loss alone.
-
-    Args:
-        parts: they and all that is in them, each by itself.
-
-    Attention is unfused, RNNs do without cuDNN and embeddings have dense gradients; weight norm is made of operations whose
-    second derivative torch has right (that of its own lacks a term); reentrant checkpointing, which ``autograd.grad`` passes
-    by, is done the other way; and ``parametrize.cached()`` holds nothing of other tensors. Backward hooks of modules rest,
-    as those of the live weights do: what they make of a gradient is not the loss's. The user's own choices serve outside.
-    """
-    weight_norm = _PlainWeightNorm() if any(map(_has_weight_norm, parts)) else nullcontext()
-    undo: list[Undo] = []
-    try:
-        undo.extend(change(parts) for change in _CHANGES)
-        with weight_norm:
-            yield
-    finally:
-        for back in reversed(undo):
-            back()
+def renormed_weights(parts: Sequence[nn.Module]) -> list[Tensor]:
+    """The weights that a forward pass writes into: those of embeddings with a ``max_norm``."""
+    return [part.weight for part in parts if isinstance(part, _EMBEDDINGS) and part.max_norm is not None]
 
 
 @contextmanager
 def restore_attributes(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Modes and plain attributes of modules are as before afterwards: caches, counters, what lists, dicts and tensors hold.
+    """Modes and plain attributes of modules are afterwards as before: caches, counters, what lists, dicts and tensors hold.
 
-    So is the list in which an RNN keeps its weights.
+    So is the list in which an RNN keeps its weights. A buffer that a first forward pass registers is removed.
     """
     before = [(own := vars(part), own.copy()) for part in parts]
-    plain = [own[key] for own, _ in before for key in own.keys() - _TORCHS]
+    buffers = [(part._buffers, len(part._buffers)) for part in parts]
+    plain = [own[key] for own, _ in before for key in own.keys() - _TORCH_ATTRIBUTES]
     held = [(container, container.copy()) for container in plain if type(container) in (list, dict)]
     tensors = [t for t in plain if isinstance(t, Tensor) and not t.is_inference()]  # such as the states of a metric
     values = [(t, t._version, t.detach().clone()) for t in tensors]
@@ -91,6 +70,9 @@ def restore_attributes(parts: Sequence[nn.Module]) -> Iterator[None]:
             for key in own.keys() - attributes.keys():
                 del own[key]
             own.update({key: value for key, value in attributes.items() if own.get(key) is not value})
+        for registered, count in buffers:
+            for key in list(registered)[count:]:
+                del registered[key]
         for t, version, value in values:
             if t._version != version:
                 t.detach().copy_(value)
@@ -100,166 +82,89 @@ def restore_attributes(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def in_place_of(parts: Sequence[nn.Module], given: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside, ``given`` stands in the places of the parameters and buffers of these ids, tied ones in all of theirs.
+def twice_differentiable(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, what these modules compute has a second derivative, and it is that of the loss alone.
 
-    As ``torch.func.functional_call``, with one walk in place of six: on a small net that is some 2 % of a hypergradient.
+    Attention is unfused, RNNs run without cuDNN and embeddings have dense gradients. Weight norm is computed by operations
+    whose second derivative torch has right. Reentrant checkpointing, which ``autograd.grad`` cannot go through, is done the
+    other way. ``parametrize.cached()`` holds nothing. Backward hooks of modules do not run, since what they make of a
+    gradient is not the loss's. Outside, the user's own choices hold.
     """
-    held: list[dict[str, Any]] = [tensors for part in parts for tensors in (part._parameters, part._buffers)]
-    places = [(tensors, name, t) for tensors in held for name, t in tensors.items() if id(t) in given]
-    sizes = [(tensors, len(tensors)) for tensors in held]
+    with ExitStack() as stack:
+        stack.enter_context(_FOR_ALL_MODULES)
+        if any(isinstance(part, nn.RNNBase) for part in parts):
+            stack.enter_context(_WITHOUT_CUDNN)
+        if any(map(_has_weight_norm, parts)):
+            stack.enter_context(_PlainWeightNorm())
+        for part in parts:
+            if isinstance(part, _EMBEDDINGS) and part.sparse:
+                stack.enter_context(_replaced(part, sparse=False))
+            if part._backward_hooks or part._backward_pre_hooks:
+                stack.enter_context(_emptied(part._backward_hooks, part._backward_pre_hooks))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Inside, attributes of ``owner`` have these values."""
+    before = {name: getattr(owner, name) for name in values}
     try:
-        for tensors, name, t in places:
-            tensors[name] = given[id(t)]
+        for name, value in values.items():
+            setattr(owner, name, value)
         yield
     finally:
-        for tensors, size in sizes:  # a first forward pass may register a buffer
-            if len(tensors) > size:
-                for name in list(tensors.keys())[size:]:
-                    del tensors[name]
-        for tensors, name, t in places:
-            tensors[name] = t
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
-def renormed(parts: Sequence[nn.Module]) -> list[Tensor]:
-    """The weights that a forward pass writes into: those of embeddings with a ``max_norm``."""
-    return [part.weight for part in parts if isinstance(part, _EMBEDDINGS) and part.max_norm is not None]
+@contextmanager
+def _emptied(*dicts: dict[int, Any]) -> Iterator[None]:
+    """Inside, these dicts are empty."""
+    before = [dict(one) for one in dicts]
+    for one in dicts:
+        one.clear()
+    try:
+        yield
+    finally:
+        for one, items in zip(dicts, before, strict=True):
+            one.update(items)
 
 
-# Each of these changes something, and returns what puts it back.
+class _ProcessWide:
+    """Settings that all threads see: the first thread inside makes them, the last one that leaves takes them back."""
+
+    def __init__(self, *settings: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._settings, self._stack, self._threads, self._lock = settings, ExitStack(), 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._threads:
+                for setting in self._settings:
+                    self._stack.enter_context(setting())
+            self._threads += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if not self._threads:
+                self._stack.close()
 
 
-def _of_the_process(change: Callable[[], Undo]) -> Callable[..., Undo]:
-    """A change that all threads see: made by the first who is inside, put back by the last who leaves."""
-    lock, inside = threading.Lock(), 0
-    undo: Undo
-
-    def enter(_: Sequence[nn.Module] = ()) -> Undo:
-        nonlocal inside, undo
-        with lock:
-            if not inside:
-                undo = change()
-            inside += 1
-        return leave
-
-    def leave() -> None:
-        nonlocal inside
-        with lock:
-            inside -= 1
-            if not inside:
-                undo()
-
-    return enter
-
-
-@_of_the_process
-def _unfuse_attention() -> Undo:
-    """As ``sdpa_kernel(SDPBackend.MATH)``, in a quarter of its time."""
-    before = [(choose, enabled()) for enabled, choose in _KERNELS]
-    for choose, enabled in before:
-        if enabled is not (choose is torch.backends.cuda.enable_math_sdp):
-            choose(not enabled)
-
-    def back() -> None:
-        for choose, enabled in before:
-            choose(enabled)
-
-    return back
-
-
-def _leave_cudnn(parts: Sequence[nn.Module]) -> Undo:
-    """For RNNs it has no double backward."""
-    return _switch_cudnn_off() if any(isinstance(part, nn.RNNBase) for part in parts) else _nothing
-
-
-@_of_the_process
-def _switch_cudnn_off() -> Undo:
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-
-    def back() -> None:
-        torch.backends.cudnn.enabled = before
-
-    return back
-
-
-def _rest_backward_hooks(parts: Sequence[nn.Module]) -> Undo:
-    return _rest(hooks for part in parts for hooks in (part._backward_hooks, part._backward_pre_hooks) if hooks)
-
-
-@_of_the_process
-def _rest_hooks_of_all() -> Undo:
-    return _rest((global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks))
-
-
-def _rest(which: Iterable[dict[int, Any]]) -> Undo:
-    before = [(hooks, list(hooks.items())) for hooks in which]
-    for hooks, _ in before:
-        hooks.clear()
-
-    def back() -> None:
-        for hooks, items in before:
-            hooks.update(items)
-
-    return back
-
-
-def _nothing() -> None:
-    pass
-
-
-def _make_dense(parts: Sequence[nn.Module]) -> Undo:
-    """Sparse gradients have no second derivative."""
-    sparse = [part for part in parts if isinstance(part, _EMBEDDINGS) and part.sparse]
-    for part in sparse:
-        part.sparse = False
-
-    def back() -> None:
-        for part in sparse:
-            part.sparse = True
-
-    return back
-
-
-class _NotReentrant:
-    """In the place of torch's function for ``use_reentrant=True``."""
+class _NonReentrant:
+    """Stands for torch's function of reentrant checkpointing."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
-@_of_the_process
-def _leave_reentry() -> Undo:
-    before = checkpoint.CheckpointFunction
-    checkpoint.CheckpointFunction = _NotReentrant  # type: ignore[assignment, misc]
-
-    def back() -> None:
-        checkpoint.CheckpointFunction = before  # type: ignore[misc]
-
-    return back
-
-
-@_of_the_process
-def _leave_cache() -> Undo:
-    before = parametrize._cache_enabled, parametrize._cache
-    parametrize._cache_enabled, parametrize._cache = 0, {}
-
-    def back() -> None:
-        parametrize._cache_enabled, parametrize._cache = before
-
-    return back
-
-
-_CHANGES: tuple[Callable[..., Undo], ...] = (
-    _unfuse_attention,
-    _leave_cudnn,
-    _rest_backward_hooks,
-    _rest_hooks_of_all,
-    _make_dense,
-    _leave_reentry,
-    _leave_cache,
+_FOR_ALL_MODULES = _ProcessWide(
+    lambda: sdpa_kernel(SDPBackend.MATH),
+    lambda: _emptied(global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks),
+    lambda: _replaced(checkpoint, CheckpointFunction=_NonReentrant),
+    lambda: _replaced(parametrize, _cache_enabled=0, _cache={}),
 )
+_WITHOUT_CUDNN = _ProcessWide(lambda: torch.backends.cudnn.flags(enabled=False))
 
 
 def _has_weight_norm(part: nn.Module) -> bool:
@@ -268,7 +173,7 @@ def _has_weight_norm(part: nn.Module) -> bool:
 
 
 class _PlainWeightNorm(TorchFunctionMode):
-    """g·v/‖v‖ from its parts: the backward pass of torch's own takes ‖v‖ for a constant, so that A came out unsymmetric."""
+    """g·v/‖v‖ from its parts: the backward pass of torch's own takes ‖v‖ for a constant, so that A is not symmetric."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch._weight_norm:

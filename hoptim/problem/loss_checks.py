@@ -1,4 +1,4 @@
-"""What is asked of a loss: it takes three arguments, returns real numbers with a gradient, and leaves all else alone."""
+"""What a loss has to do: take three arguments, return real numbers that have a gradient, and change nothing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hoptim.linalg.trees import Tree
+from hoptim.linalg.vectors import Tree
 from hoptim.linalg.vjp import nodes
 from hoptim.validation import describe_type
 
+_NONE = object()
 ONLY_READS = "a loss only reads; do that after optimizer.step()"
 
 
 def check_takes(name: str, function: Any, arguments: str) -> None:
-    """Raise where ``function`` is none, or can't be called with these arguments.
+    """Raise if ``function`` is not a function, or cannot be called with these arguments.
 
     >>> check_takes("loss", lambda model, batch: 0.0, "model, hparams, batch")
     Traceback (most recent call last):
@@ -29,7 +30,7 @@ def check_takes(name: str, function: Any, arguments: str) -> None:
     try:
         forward = function.forward if isinstance(function, nn.Module) else function
         signature = inspect.signature(forward, follow_wrapped=False)
-    except (TypeError, ValueError):  # what is written in C may have none
+    except (TypeError, ValueError):  # functions written in C may have no signature
         return
     try:
         signature.bind(*arguments.split(", "))
@@ -38,7 +39,7 @@ def check_takes(name: str, function: Any, arguments: str) -> None:
 
 
 def check_real(what: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raise for a parameter that has no data, no real numbers, or no way to a gradient."""
+    """Raise for a parameter that has no values, is complex, or cannot have a gradient."""
     for name, p in parameters:
         if isinstance(p, nn.UninitializedParameter):
             raise ValueError(f"{what} {name!r} is not initialised yet: run the model on one batch first")
@@ -51,22 +52,22 @@ def check_real(what: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> Non
 
 
 def check_apart(weights: Iterable[tuple[str, nn.Parameter]], leaves: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raise where a weight and a hyperparameter are one tensor, or begin at the same memory."""
+    """Raise if a weight and a hyperparameter are one tensor, or start at the same memory."""
     tensors = list(weights)
     same = {id(p): name for name, p in tensors}
     memory = {place: name for name, p in tensors if (place := p.data_ptr())}
     frozen = {id(p) for _, p in tensors if not p.requires_grad}
     for name, p in leaves:
-        if id(p) in frozen and not p.requires_grad:  # neither learned nor trained: both may read it
+        if id(p) in frozen and not p.requires_grad:  # neither trained nor learned, so that both may read it
             continue
         if id(p) in same:
-            raise ValueError(f"weight {same[id(p)]!r} and hyperparameter {name!r} are the same tensor: part them")
+            raise ValueError(f"weight {same[id(p)]!r} and hyperparameter {name!r} are the same tensor: clone() one of them")
         if weight := memory.get(p.data_ptr()):
             raise ValueError(f"weight {weight!r} and hyperparameter {name!r} share memory: clone() one of them")
 
 
 def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
-    """Return ``value`` if it is a real scalar with a gradient; raise and say what to do if not."""
+    """Return ``value`` if it is a real scalar with a gradient; otherwise raise and say what to do."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} returned {describe_type(value)}: return a scalar tensor, the loss alone")
     if not value.is_floating_point():
@@ -79,7 +80,7 @@ def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
 
 
 def losses(name: str, value: Tensor) -> Tensor:
-    """Return ``value`` if it is a scalar, or a vector of one loss or more, with a gradient; raise if not."""
+    """Return ``value`` if it is a real scalar or vector of losses with a gradient; otherwise raise and say what to do."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(one, Tensor) for one in value):
         raise TypeError(
             f"{name} returned {describe_type(value)} of tensors: return one loss, or torch.stack(...) of several"
@@ -92,49 +93,55 @@ def losses(name: str, value: Tensor) -> Tensor:
     return value
 
 
-@contextmanager
-def annotate_errors(note: str) -> Iterator[None]:
-    """What is raised inside goes on as it is, with one line more at the end of its traceback.
+class annotate_errors:  # noqa: N801 (used as a function)
+    """Add a line to the traceback of an exception that is raised inside.
 
-    A user's own error keeps its class, by which the user's code may catch it, and its place. The line is a note in the sense
-    of PEP 678; Python 3.10 keeps it in ``__notes__`` and does not print it.
+    The exception stays the one that the user's code raised, and may catch by its class. The line is a note (PEP 678); Python
+    3.10 keeps it in ``__notes__`` without printing it. With a ``batch`` the line ends in what that is.
     """
-    try:
-        yield
-    except Exception as error:
-        vars(error).setdefault("__notes__", []).append(f"hoptim: {note}")
-        raise
+
+    def __init__(self, note: str, batch: Any = _NONE) -> None:
+        self._note, self._batch = note, batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if isinstance(error, Exception):
+            note = self._note + ("" if self._batch is _NONE else f" {describe_type(self._batch)}")
+            vars(error).setdefault("__notes__", []).append(f"hoptim: {note}")
 
 
 @contextmanager
 def forbid_writes(name: str, weights: Tree, leaves: Tree, *, values: bool = False) -> Iterator[None]:
-    """Raise where the loss that runs inside writes into its weights or hyperparameters, or goes backward itself.
+    """Raise if the loss that runs inside writes into its weights or hyperparameters, or calls ``backward()``.
 
-    They are the live memory: a write would stay. Whatever torch knows to be a write raises a tensor's version; one through
-    ``.data`` shows in the values alone, which are compared and put back where ``values`` asks for it.
+    They may be the user's own tensors, in which a write would last. Writes that torch knows of raise a tensor's version. A
+    write through ``.data`` does not; with ``values`` the values are compared too, and those that moved are put back, except
+    for frozen weights, which may be as large as a model: of them only the norms are compared.
     """
     tensors = [("weight", *one) for one in weights.items()] + [("hyperparameter", *one) for one in leaves.items()]
     states = [(t._version, t.dtype, t.requires_grad) for _, _, t in tensors]
     copies = [t.detach().clone() if values and t.requires_grad else None for _, _, t in tensors]
     frozen = [t for _, _, t in tensors if values and not t.requires_grad and t.is_floating_point()]
-    sizes = _norms(frozen)  # a copy could be as large as the model
+    norms = _norms(frozen)
     yield
-    moved = {id(t) for t, was, now in zip(frozen, sizes, _norms(frozen), strict=True) if not torch.equal(was, now)}
+    moved = {id(t) for t, before, now in zip(frozen, norms, _norms(frozen), strict=True) if not torch.equal(before, now)}
     faults = []
     for (what, key, t), (version, dtype, learned), copy in zip(tensors, states, copies, strict=True):
         if t.dtype is not dtype or t.requires_grad is not learned:
             faults.append(f"changes the dtype or requires_grad of {what} {key!r}: do that before the training")
-        elif t._version != version or id(t) in moved or not (copy is None or _same(t, copy)):
+        elif t._version != version or id(t) in moved or not (copy is None or _equal(t, copy)):
             faults.append(f"writes into {what} {key!r}: {ONLY_READS}")
             if copy is not None:
                 t.detach().copy_(copy)
-        elif learned and t.is_leaf and t.grad is not None:  # a frozen one may keep that of the time before
+        elif learned and t.is_leaf and t.grad is not None:  # a frozen tensor may have one from before it was frozen
             faults.append("calls backward(): a loss only returns its value, and the caller differentiates it")
     if faults:
         raise ValueError(f"{name} {faults[0]}")
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -143,10 +150,10 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def check_given(name: str, loss: Tensor, live: Mapping[int, str]) -> None:
-    """Raise where a loss goes past the tensors it is given to the live ones: by a list of parameters made beforehand."""
+    """Raise if a loss depends on the live tensors, whose names are given by id, instead of those that it is given."""
     ends = (node for node in nodes([loss]) if node.name().endswith("AccumulateGrad"))
     if past := sorted({live[id(node.variable)] for node in ends if id(node.variable) in live}):
         raise ValueError(
-            f"{name} uses {past[:5]} past the model and hparams that it is given, so that their derivative would be missed: "
-            "take them from its arguments, inside the loss, not from a list or a value made before"
+            f"{name} uses {past[:5]} past the model and hparams that it is given, so that their derivative would be wrong: "
+            "take them from its arguments, inside the loss, not from a closure, a list or a value made before"
         )

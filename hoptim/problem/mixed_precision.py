@@ -1,4 +1,4 @@
-"""Mixed precision: losses are computed as the user's autocast has it, all that is made of them in full precision."""
+"""Mixed precision: losses are computed as the user's autocast says, everything made of them in full precision."""
 
 from __future__ import annotations
 
@@ -10,60 +10,59 @@ import torch
 
 Lowered = tuple[tuple[str, torch.dtype], ...]
 
-_KINDS = ("cpu", "cuda", "mps", "xpu")
-_around: ContextVar[Lowered | None] = ContextVar("around", default=None)
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+_of_the_user: ContextVar[Lowered | None] = ContextVar("of_the_user", default=None)
 
 
 def lowered() -> Lowered:
-    """The kinds of devices on which a loss is computed in lower precision, and which.
+    """The devices on which losses are computed in lower precision, and in which.
 
-    Not float16, under which losses are computed in full precision: small gradients would become zero where no ``GradScaler``
-    multiplies them, and a hypergradient has none.
+    float16 is left out: there losses are computed in full precision, since small gradients would become zero. In training a
+    ``GradScaler`` prevents that, but a hypergradient has none.
 
     >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision():
     ...     lowered(), torch.is_autocast_enabled("cpu")
     ((('cpu', torch.bfloat16),), False)
     """
-    around = _around.get()
-    return _enabled() if around is None else around
+    of_the_user = _of_the_user.get()
+    if of_the_user is not None:
+        return of_the_user
+    enabled = [(device, torch.get_autocast_dtype(device)) for device in _DEVICES if torch.is_autocast_enabled(device)]
+    return tuple((device, dtype) for device, dtype in enabled if dtype != torch.float16)
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Without autocast: for backward passes, products and solvers."""
-    token = _around.set(lowered())
+    token = _of_the_user.set(lowered())
     try:
         with ExitStack() as stack:
-            for kind in _KINDS:
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+            for device in _DEVICES:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
-        _around.reset(token)
+        _of_the_user.reset(token)
 
 
 @contextmanager
 def losses_precision() -> Iterator[None]:
-    """Under the autocast that was on around :func:`full_precision`: for losses.
+    """Under the autocast that the user had switched on outside :func:`full_precision`: for losses.
 
-    What autocast keeps of the weights in lower precision would outlive the tensors that stand in for them: it is dropped.
+    Autocast keeps weights in lower precision in a cache. It is emptied afterwards, since it would outlive the tensors that
+    stand in the model's place.
     """
-    kinds = lowered()
-    if not kinds:
+    found = lowered()
+    if not found:
         yield
         return
     with ExitStack() as stack:
-        for kind, dtype in kinds:
-            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        for device, dtype in found:
+            stack.enter_context(torch.autocast(device, dtype=dtype))
         yield
     torch.clear_autocast_cache()
 
 
-def epsilon_of_losses(dtype: torch.dtype) -> float:
-    """The relative rounding error of losses of weights of this type."""
-    return max(torch.finfo(kind).eps for kind in (dtype, *(lower for _, lower in lowered())))
-
-
-def _enabled() -> Lowered:
-    found = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind))
-    return tuple((kind, dtype) for kind, dtype in found if dtype != torch.float16)
+def epsilon_of_losses(*dtypes: torch.dtype) -> float:
+    """The relative rounding error of losses of weights of these types."""
+    return max(torch.finfo(dtype).eps for dtype in (*dtypes, *(lower for _, lower in lowered())))

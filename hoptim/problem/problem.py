@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from hoptim.linalg.trees import Tree
+from hoptim.linalg.vectors import Tree
 from hoptim.problem.composite_loss import CompositeLoss, LossParts, mean_loss
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.detached_view import DetachedView
 from hoptim.problem.distributed import Ranks
-from hoptim.problem.functional import in_place_of, renormed, restore_attributes, submodules, twice_differentiable
+from hoptim.problem.functional import Joint, renormed_weights, restore_attributes, twice_differentiable
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import (
     annotate_errors,
@@ -36,18 +38,24 @@ LossName = Literal["train_loss", "val_loss"]
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class _Standing:
-    """The modules and parameters of a problem as they stand."""
+@dataclass
+class _Live:
+    """The modules and live tensors of a problem, looked up once for all that happens in one hypergradient."""
 
     parts: list[nn.Module]
-    weights: dict[str, nn.Parameter]
-    leaves: dict[str, nn.Parameter]
+    weights: Tree
+    leaves: Tree
+    buffers: Tree  # by their names in the joint module
 
     @classmethod
-    def of(cls, problem: Problem) -> _Standing:
-        model, hparams = problem.model, problem.hparams
-        return cls(submodules(model, hparams), dict(model.named_parameters()), dict(hparams.named_parameters()))
+    def of(cls, problem: Problem) -> _Live:
+        weights: Tree = dict(problem.model.named_parameters())
+        leaves: Tree = dict(problem.hparams.named_parameters())
+        return cls(list(problem.joint.modules()), weights, leaves, dict(problem.joint.named_buffers()))
+
+    def fresh_buffers(self) -> Tree:
+        """Clones of the buffers, into which a forward pass may write."""
+        return {name: buffer.clone() for name, buffer in self.buffers.items()}
 
 
 class Problem:
@@ -82,7 +90,8 @@ class Problem:
     (['weight'], ['decay'])
     """
 
-    _standing: _Standing | None = None  # where it has been looked through, and no others stand in their places
+    _live: _Live | None = None  # inside untouched and call: others may stand in the places of the live tensors there
+    _given: dict[str, Tree] | None = None  # inside call: all weights and leaves, those that stand in their places included
 
     def __init__(
         self, model: nn.Module, hparams: nn.Module, train_loss: Loss, val_loss: Loss, *, process_group: Any = "auto"
@@ -97,13 +106,13 @@ class Problem:
         self.model, self.hparams, self.train_loss, self.val_loss = unwrap(model), unwrap(hparams), train_loss, val_loss
         self.wrapper, self.process_group = model, process_group
         check_whole(self.model)
-        self.joint = nn.ModuleDict({"model": self.model, "hparams": self.hparams})
+        self.joint = Joint(self.model, self.hparams)
         check_real("weight", self.model.named_parameters())
         check_real("hyperparameter", self.hparams.named_parameters())
         self.check_learned()
         check_apart(self.model.named_parameters(), self.hparams.named_parameters())
-        self._twin = DetachedView(self.hparams, beside=self.model)
-        self._looked_at: set[LossName] = set()  # losses that were seen to leave even the values alone
+        self._constants = DetachedView(self.hparams, beside=self.model)
+        self._checked: set[LossName] = set()  # the losses that were looked at closely, at their first evaluation
 
     def check_learned(self) -> None:
         """Raise where everything is frozen."""
@@ -113,62 +122,90 @@ class Problem:
             raise ValueError("no parameter of hparams requires a gradient: there is nothing to learn")
 
     def weights(self) -> Tree:
-        """The live weights w that require a gradient, by the model's names."""
-        now = self._standing
-        live = self.model.named_parameters() if now is None else now.weights.items()
-        return {name: p for name, p in live if p.requires_grad}
+        """The weights w that require a gradient, by the model's names; inside :meth:`call` those that were given."""
+        return {name: p for name, p in self._named("weights", self.model).items() if p.requires_grad}
 
     def leaves(self) -> Tree:
-        """The live unconstrained hyperparameters that require a gradient, by the names of ``hparams``."""
-        now = self._standing
-        live = self.hparams.named_parameters() if now is None else now.leaves.items()
-        return {name: p for name, p in live if p.requires_grad}
+        """The unconstrained hyperparameters that require a gradient, by the names of ``hparams``; likewise."""
+        return {name: p for name, p in self._named("leaves", self.hparams).items() if p.requires_grad}
+
+    def _named(self, kind: Literal["weights", "leaves"], module: nn.Module) -> Tree:
+        if self._given is not None:
+            return self._given[kind]
+        return dict(module.named_parameters()) if self._live is None else getattr(self._live, kind)
 
     def loss(self, batch: Any) -> Tensor:
-        """L_T on the live model, for the inner step: hyperparameters are constants here, and pay nothing."""
-        torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the weights of the first step
+        """L_T on the live model, for the inner step: hyperparameters are constants here and cost nothing."""
+        torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the first step's weights
         model = self.model if self.wrapper is self.model else Facade(self.wrapper, self.model)
-        with self._twin.present() as constants, _noted("train_loss", batch):
-            return scalar("train_loss", self.train_loss(model, constants, batch))
+        with self._constants.present() as constants, annotate_errors("train_loss was called with a batch that is", batch):
+            loss = scalar("train_loss", self.train_loss(model, constants, batch))
+            self._constants.check_detached(loss)
+            return loss
+
+    def call(self, weights: Tree, leaves: Tree, function: Callable[[], R]) -> R:
+        """``function()`` with these tensors in the places of weights and hyperparameters, and clones for buffers.
+
+        This is ``torch.func.functional_call`` on model and hyperparameters as one module. Inside, :meth:`evaluated` gives
+        losses as functions of the tensors. A backward pass belongs inside as well: activation checkpointing runs the model
+        again during it, and has to find the same tensors.
+        """
+        with self._looked_up() as live:
+            given = {"model." + name: t for name, t in weights.items()}
+            given |= {"hparams." + name: t for name, t in leaves.items()}
+            outside = self._given
+            self._given = {"weights": live.weights | weights, "leaves": live.leaves | leaves}
+            try:
+                return functional_call(self.joint, given | live.fresh_buffers(), (function,))
+            finally:
+                self._given = outside
+
+    @contextmanager
+    def evaluated(self, name: LossName, batch: Any) -> Iterator[tuple[Tensor, LossParts | None]]:
+        """The named loss, and its parts where it shows them, of the tensors that stand in the model's place.
+
+        Of several micro-batches it is the mean of the losses. They alone are computed under the user's autocast. On leaving,
+        modes and plain attributes are put back, so the backward passes through a loss belong inside.
+        """
+        assert self._live is not None, "evaluated is for use inside call"
+        assert self._given is not None
+        live, weights, leaves = self._live, self._given["weights"], self._given["leaves"]
+        first = name not in self._checked and torch.is_grad_enabled()
+        renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes into these
+        given = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
+        given |= live.fresh_buffers()
+        with uncompiled(), restore_attributes(live.parts):
+            with losses_precision(), forbid_writes(name, weights, leaves, values=first):
+                losses = partial(self._losses, name, batch)
+                found = functional_call(self.joint, given, (losses,)) if given else losses()
+            if first:
+                pairs = ((live.weights, weights), (live.leaves, leaves))
+                replaced = {id(p): key for here, there in pairs for key, p in here.items() if there[key] is not p}
+                check_given(name, found[0], replaced)
+                self._checked.add(name)
+                # The first forward pass may have built layers.
+                live.parts, live.buffers = list(self.joint.modules()), dict(self.joint.named_buffers())
+            yield found
 
     def pure(
-        self, name: LossName, weights: Tree, leaves: Tree, batch: Any, then: Callable[[Tensor, LossParts | None], R]
+        self, name: LossName, weights: Tree, leaves: Tree, batch: Any, use: Callable[[Tensor, LossParts | None], R]
     ) -> R:
-        """``then`` of the named loss, and of its parts where it shows them, as a pure function of the tensors given.
+        """``use(loss, parts)`` of the named loss as a pure function of these tensors: one evaluation by itself."""
 
-        Of several micro-batches it is the mean of the losses. They alone are computed under the user's autocast.
-        Buffers are clones; modes and plain attributes are put back. Backward passes belong inside ``then``: activation
-        checkpointing runs the model again during one, and has to find the same tensors, buffers and modes.
-        """
-        first = name not in self._looked_at
-        now = self._standing or _Standing.of(self)
-        parts, live = now.parts, now.weights
-        frozen = {key: p for key, p in live.items() if not p.requires_grad}
-        given = {id(live[key]): value for key, value in weights.items()}
-        for p in renormed(parts):  # a forward pass writes into these
-            given[id(p)] = given.get(id(p), p.detach()).clone()
-        given |= {id(now.leaves[key]): value for key, value in leaves.items()}
-        given |= {id(buffer): buffer.clone() for part in parts for buffer in part._buffers.values() if buffer is not None}
-        twice = twice_differentiable(parts) if self._standing is None else nullcontext()
-        with twice, uncompiled(), restore_attributes(parts), in_place_of(parts, given), self._standing_as(None):
-            with losses_precision(), forbid_writes(name, frozen | weights, leaves, values=first):
-                value, taken_apart = self._taken(name, batch)
-            if first:
-                past = {key: p for key, p in (live | now.leaves).items() if given.get(id(p), p) is not p}
-                check_given(name, value, {id(p): key for key, p in past.items()})
-                self._looked_at.add(name)
-            result = then(value, taken_apart)
-        if first and self._standing is not None:  # a first forward pass may have added a part
-            self._standing = _Standing.of(self)
-        return result
+        def inside() -> R:
+            with self.evaluated(name, batch) as (loss, parts):
+                return use(loss, parts)
 
-    def _taken(self, name: LossName, batch: Any) -> tuple[Tensor, LossParts | None]:
-        """The loss and its parts, looked at."""
+        with self._looked_up() as live, twice_differentiable(live.parts):
+            return self.call(weights, leaves, inside)
+
+    def _losses(self, name: LossName, batch: Any) -> tuple[Tensor, LossParts | None]:
+        """The loss and its parts, checked."""
         if isinstance(batch, MicroBatches):
-            return mean_loss([self._taken(name, one) for one in batch.batches], batch.shares)
+            return mean_loss([self._losses(name, one) for one in batch.batches], batch.shares)
         model, hparams = self.model, self.hparams
         loss, check = getattr(self, name), losses if name == "val_loss" else scalar
-        with _noted(name, batch):
+        with annotate_errors(f"{name} was called with a batch that is", batch):
             parts = loss.parts(model, hparams, batch) if isinstance(loss, CompositeLoss) else None
             return check(name, loss(model, hparams, batch) if parts is None else CompositeLoss.total(parts)), parts
 
@@ -200,36 +237,28 @@ class Problem:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """What runs inside draws from a copy of the generators' states, with gradients enabled, twice differentiable.
+        """What runs inside leaves the random generators as they were, has gradients enabled, and second derivatives.
 
-        So the masks of a hyperstep's training loss are those of the next training step.
+        So the dropout masks of a hyperstep's training loss are those of the next training step.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
-        states, now = self.generators(), _Standing.of(self)
+        states = self.generators()
         try:
-            with (
-                torch.enable_grad(),
-                twice_differentiable(now.parts),
-                full_precision(),
-                self._standing_as(now),
-            ):
+            with self._looked_up() as live, torch.enable_grad(), twice_differentiable(live.parts), full_precision():
                 yield
         finally:
             set_generators(states)
 
     @contextmanager
-    def _standing_as(self, now: _Standing | None) -> Iterator[None]:
-        """Inside, it need not be looked through again; ``None``: others stand in the places, and it must."""
-        outside, self._standing = self._standing, now
+    def _looked_up(self) -> Iterator[_Live]:
+        """The live modules and tensors, looked up by the outermost call."""
+        outside = self._live
+        self._live = outside or _Live.of(self)
         try:
-            yield
+            yield self._live
         finally:
-            self._standing = outside
-
-
-def _noted(name: str, batch: Any) -> AbstractContextManager[None]:
-    return annotate_errors(f"{name} was called with a batch that is {describe_type(batch)}")
+            self._live = outside
 
 
 def set_generators(states: Mapping[str, Tensor]) -> None:

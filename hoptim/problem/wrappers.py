@@ -1,11 +1,12 @@
-"""What a model may be wrapped in: data-parallel and compiled wrappers are called, the module inside has the names."""
+"""The wrappers that a model may be in: the wrapper is called, and the module inside it has the names."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside all wrappers: under ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``."""
+    """The module inside all wrappers, which are ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``."""
     return list(_layers(model))[-1]
 
 
@@ -32,10 +33,15 @@ def _layers(model: nn.Module | None) -> Iterator[nn.Module]:
         model = getattr(model, name) if name in model._modules else None
 
 
-class Facade:
-    """Called, it is the wrapper, so that its hooks fire; asked for anything else, it is the model inside.
+def _of_model(function: Callable[..., Any]) -> Any:
+    """A method that calls ``function`` with the model inside in place of the facade."""
+    return lambda self, *args: function(vars(self)["_model"], *args)
 
-    So a loss reads ``model.named_parameters()`` without ``module.`` or ``_orig_mod.``, as it does in a hypergradient.
+
+class Facade:
+    """The wrapper when it is called, so that its hooks run; in everything else the model inside.
+
+    So a loss that reads ``model.named_parameters()`` sees no ``module.`` and no ``_orig_mod.``, just as in a hypergradient.
 
     >>> wrapper = nn.DataParallel(nn.Linear(1, 1))
     >>> seen = Facade(wrapper, wrapper.module)
@@ -50,69 +56,37 @@ class Facade:
         """The wrapper's forward pass."""
         return vars(self)["_wrapper"](*args, **options)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_model"], name)
+    __class__ = property(_of_model(type))
+    __getattr__, __setattr__, __delattr__ = _of_model(getattr), _of_model(setattr), _of_model(delattr)
 
-    def __delattr__(self, name: str) -> None:
-        delattr(vars(self)["_model"], name)
-
-    def __bool__(self) -> bool:
-        return bool(vars(self)["_model"])
-
-    def __contains__(self, item: Any) -> bool:
-        return item in vars(self)["_model"]
-
-    def __dir__(self) -> list[str]:
-        return dir(vars(self)["_model"])
-
-    def __repr__(self) -> str:
-        return repr(vars(self)["_model"])
-
-    def __copy__(self) -> Any:
-        return copy.copy(vars(self)["_model"])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(vars(self)["_model"], memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return vars(self)["_model"].__reduce_ex__(protocol)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(vars(self)["_model"], name, value)
-
-    def __getitem__(self, index: Any) -> Any:
-        return vars(self)["_model"][index]
-
-    def __iter__(self) -> Any:
-        return iter(vars(self)["_model"])
-
-    def __len__(self) -> int:
-        return len(vars(self)["_model"])
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(vars(self)["_model"])
+    # Python looks these up in the class, past __getattr__.
+    __bool__, __len__, __iter__ = _of_model(bool), _of_model(len), _of_model(iter)
+    __contains__, __getitem__ = _of_model(operator.contains), _of_model(operator.getitem)
+    __dir__, __repr__ = _of_model(dir), _of_model(repr)
+    __copy__, __deepcopy__ = _of_model(copy.copy), _of_model(copy.deepcopy)
+    __reduce_ex__ = _of_model(lambda model, protocol: model.__reduce_ex__(protocol))
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Inside, what ``torch.compile`` made runs as it was written: compiled graphs have no double backward."""
+    """Inside, compiled modules and functions run as they were written, because compiled graphs have no double backward."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and importing it takes seconds
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise where weights are sharded, or TorchScript holds them."""
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise TypeError(
-            "the model is, or holds, a TorchScript module, whose weights no others can stand in for: give the module that "
-            "was scripted or traced; torch.compile works"
-        )
+    """Raise where weights are sharded, or belong to TorchScript."""
+    for part in model.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                "the model is or holds a TorchScript module, whose weights can't be exchanged: give the module that was "
+                "scripted or traced; torch.compile works"
+            )
+        if type(part).__name__ == "FullyShardedDataParallel":
+            raise TypeError(f"the model holds a {type(part).__name__}, which shards weights: use DistributedDataParallel")
     for name, p in model.named_parameters():
         if hasattr(p, "device_mesh"):
             raise TypeError(
                 f"weight {name!r} is a DTensor, sharded over {p.device_mesh}: hoptim needs whole weights on each rank. Use "
                 "DistributedDataParallel instead of fully_shard and parallelize_module"
             )
-    if sharded := [type(m).__name__ for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]:
-        raise TypeError(f"the model holds a {sharded[0]}, whose weights are sharded: use DistributedDataParallel")

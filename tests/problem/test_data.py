@@ -67,7 +67,9 @@ def test_restored_position_gives_the_same_batches(name: str, position: int) -> N
 
     torch.manual_seed(99)
     second = Batches(SOURCES[name](), "val_batches")
+    before = torch.get_rng_state()
     second.load_state_dict(state)
+    assert torch.equal(torch.get_rng_state(), before)
     torch.set_rng_state(rng)
     if position == 0 and "own" in name:  # nothing drawn: the generator is as the user made it
         assert state == {"position": 0, "begun": {}, "now": {}}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.utils import parametrizations
 
 from hoptim import HyperParameters, Implicit, Neumann, Problem, hypergradient
 
-AWKWARD = ["layer.0.weight", "training", "half", "forward", "T_destination", "a\\b", "keys", "leaf:x", "_names", "", "a b"]
+# In the order in which a module that holds them lists them: its own first, then those of its children.
+AWKWARD = ["a\\b", "leaf:x", "_names", "a b", "λ", "0", "layer.x", "layer.0.weight", "layer.0.bias", "1.keys", "1.0.0"]
+REFUSED = [
+    "training",
+    "half",
+    "forward",
+    "T_destination",
+    "keys",
+    "project_",
+    "_constraints",
+    "_modules",
+    "layer.training",
+    "parameters.weight",
+    "a.b.add_module",
+    "",
+    ".",
+    "a.",
+    ".a",
+    "a..b",
+]
 
 CONSTRAINTS: dict[str, tuple[Any, Tensor, Tensor]] = {  # constraint, natural value, leaf
     "real": (constraints.real, torch.tensor([-2.0, 3.0]), torch.tensor([-2.0, 3.0])),
@@ -81,14 +103,129 @@ def test_awkward_names_are_the_users_everywhere() -> None:
     assert [name for name, _ in hparams.named_parameters(prefix="p")] == ["p." + name for name in AWKWARD]
     assert [hparams[name][0].item() for name in AWKWARD] == [float(i) for i in range(len(AWKWARD))]
     assert len(hparams) == len(AWKWARD)
-    assert "training" in hparams
-    assert "weight" not in hparams
+    assert "layer.0.weight" in hparams
+    assert "layer.0" not in hparams
 
 
 def test_names_that_differ_are_kept_apart() -> None:
-    names = ["a..b", "a\\b", "a.b", "a\\.b", "a.\\b"]
+    names = ["a\\b", "a.b", "a\\.b", "a.\\b", "b.a"]
     hparams = HyperParameters({name: torch.tensor(float(i)) for i, name in enumerate(names)})
     assert [hparams[name].item() for name in names] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_name_that_no_parameter_of_a_module_can_have_is_refused(name: str) -> None:
+    words = rf"no hyperparameter can be named {re.escape(repr(name))}, .*(already exists|can't be empty).*Rename it"
+    with pytest.raises(ValueError, match=words):
+        HyperParameters({"x": torch.ones(1), name: torch.ones(1)})
+
+
+@pytest.mark.parametrize("names", [["a", "a.b"], ["a.b", "a"], ["a.b.c", "a.b"]], ids=str)
+def test_a_name_that_is_also_the_prefix_of_another_is_refused(names: list[str]) -> None:
+    with pytest.raises(ValueError, match=rf"named {names[-1]!r}.*already exists. Rename it"):
+        HyperParameters({name: torch.ones(1) for name in names})
+
+
+# A module as torch promises
+
+
+def named() -> nn.Module:
+    """A model whose weights have names of many kinds."""
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(2, 3), nn.Tanh(), parametrizations.weight_norm(nn.Linear(3, 1)))})
+    model["attention"] = nn.TransformerEncoderLayer(2, 1, 4)
+    model["scales"] = nn.ParameterDict({"a b": torch.ones(2), "λ": torch.ones(())})
+    model["shifts"] = nn.ParameterList([torch.zeros(3), torch.ones(3)])
+    model.register_parameter("gain", nn.Parameter(torch.ones(())))
+    return model
+
+
+def test_the_names_of_any_model_name_hyperparameters() -> None:
+    names = dict(named().named_parameters())
+    hparams = HyperParameters({name: torch.full_like(p, i) for i, (name, p) in enumerate(names.items())})
+    assert [name for name, _ in hparams.named_parameters()] == list(names) == list(hparams)
+    for i, name in enumerate(names):
+        assert hparams.get_parameter(name) is hparams[name]
+        torch.testing.assert_close(hparams[name].detach(), torch.full_like(names[name], i))
+
+
+def positive_and_real() -> HyperParameters:
+    return HyperParameters({"0.weight": torch.ones(2), "a": torch.tensor(3.0)}, {"0.weight": constraints.positive})
+
+
+@pytest.mark.parametrize("prefix", ["", "inside."])
+def test_every_name_of_a_parameter_serves_where_torch_takes_one(prefix: str) -> None:
+    hparams = positive_and_real()
+    module = nn.ModuleDict({"inside": hparams}) if prefix else hparams
+    names = [f"{prefix}a", f"{prefix}0.weight"]
+    assert [name for name, _ in module.named_parameters()] == list(module.state_dict()) == names
+    assert module.get_parameter(f"{prefix}a") is hparams["a"]
+    assert module.get_parameter(f"{prefix}0.weight").tolist() == [0.0, 0.0]
+    assert module.get_submodule(f"{prefix}0") is hparams.get_submodule("0")
+    state = {f"{prefix}a": torch.tensor(5.0), f"{prefix}0.weight": torch.tensor([1.0, 2.0])}
+    module.load_state_dict(state, strict=True)
+    assert hparams["a"].item() == 5.0
+    torch.testing.assert_close(hparams["0.weight"].detach(), torch.tensor([1.0, 2.0]).exp())
+
+
+class Inside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = positive_and_real()
+
+    def forward(self, name: str) -> Tensor:
+        return 2 * self.inside[name]
+
+
+@pytest.mark.parametrize(("module", "prefix", "factor"), [(positive_and_real(), "", 1), (Inside(), "inside.", 2)])
+def test_a_functional_call_gives_the_natural_value_at_other_leaves(module: nn.Module, prefix: str, factor: int) -> None:
+    leaf = torch.tensor([0.0, 1.0], requires_grad=True)
+    value = functional_call(module, {f"{prefix}0.weight": leaf}, ("0.weight",))
+    torch.testing.assert_close(value, factor * leaf.exp())
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), leaf)[0], factor * leaf.detach().exp())
+    assert functional_call(module, {f"{prefix}a": torch.tensor(4.0)}, ("a",)).item() == 4.0 * factor
+    assert module("a").item() == 3.0 * factor
+
+
+def test_stacked_states_give_all_values_at_once() -> None:
+    several = [positive_and_real() for _ in range(3)]
+    for i, one in enumerate(several):
+        one["0.weight"], one["a"] = torch.tensor([1.0, i + 1.0]), torch.tensor(float(i))
+    parameters, buffers = stack_module_state(several)
+    assert list(parameters) == ["a", "0.weight"]
+
+    def both(parameters: Any, buffers: Any) -> Tensor:
+        weight, a = (functional_call(several[0], (parameters, buffers), (name,)) for name in ("0.weight", "a"))
+        return a * weight
+
+    expected = torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, 6.0]])
+    torch.testing.assert_close(vmap(both)(parameters, buffers), expected)
+
+
+def test_an_attribute_is_the_leaf() -> None:
+    hparams = positive_and_real()
+    assert hparams.a is hparams.get_parameter("a")
+    assert getattr(hparams, "0").weight.tolist() == [0.0, 0.0]
+    with pytest.raises(AttributeError, match=r"'a' is a hyperparameter, not an attribute: write hparams\['a'\] = value"):
+        hparams.a = torch.tensor(1.0)
+    hparams.note = "kept"
+    assert hparams.eval().training is False
+    assert (hparams.note, hparams["a"].item()) == ("kept", 3.0)
+
+
+def test_a_state_may_be_assigned() -> None:
+    hparams, state = positive_and_real(), {"a": torch.tensor(5.0), "0.weight": torch.zeros(2)}
+    hparams.load_state_dict(state, assign=True)
+    assert hparams.a.data_ptr() == state["a"].data_ptr()
+    assert hparams["0.weight"].tolist() == [1.0, 1.0]
+    assert isinstance(hparams.a, nn.Parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_inside_another_module_move_with_it(dtype: torch.dtype) -> None:
+    outside = nn.ModuleDict({"inside": positive_and_real().double()}).to(dtype)
+    assert {p.dtype for p in outside.parameters()} == {dtype}
+    assert outside["inside"]["0.weight"].dtype == dtype
+    assert outside["inside"]["0.weight"].tolist() == [1.0, 1.0]
 
 
 def test_unknown_name_is_an_error_that_lists_the_names() -> None:
@@ -123,15 +260,15 @@ def same_keys(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_missing_unexpected_and_misshapen_keys_are_reported_by_the_users_names() -> None:
-    hparams = HyperParameters({"layer.weight": torch.ones(2), "training": torch.ones(1)})
+    hparams = HyperParameters({"layer.weight": torch.ones(2), "a": torch.ones(1)})
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "layer\.weight"'):
-        hparams.load_state_dict({"training": torch.ones(1)})
+        hparams.load_state_dict({"a": torch.ones(1)})
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "layer\.bias"'):
         hparams.load_state_dict({**hparams.state_dict(), "layer.bias": torch.ones(1)})
     with pytest.raises(RuntimeError, match=r"size mismatch for layer\.weight"):
-        hparams.load_state_dict({"layer.weight": torch.ones(3), "training": torch.ones(1)})
+        hparams.load_state_dict({"layer.weight": torch.ones(3), "a": torch.ones(1)})
     found = hparams.load_state_dict({"layer.bias": torch.ones(1)}, strict=False)
-    assert found.missing_keys == ["layer.weight", "training"]
+    assert found.missing_keys == ["a", "layer.weight"]
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -171,9 +308,14 @@ def test_dtype_moves_with_the_module() -> None:
 
 
 def test_repr_names_shape_and_constraint() -> None:
-    assert "(layer.weight): (2, 3) GreaterThan" in repr(
-        HyperParameters({"layer.weight": torch.ones(2, 3)}, {"layer.weight": constraints.positive})
+    hparams = HyperParameters(
+        {"layer.weight": torch.ones(2, 3), "a": torch.ones(())}, {"layer.weight": constraints.positive}
     )
+    lines = ["(layer.weight): (2, 3) GreaterThan(lower_bound=0.0)", "(a): () Real()"]
+    assert repr(hparams) == "\n  ".join(["HyperParameters(", *lines]) + "\n)"
+    hparams.net = nn.Sequential(nn.Tanh())
+    lines += ["(net): Sequential(", "  (0): Tanh()", ")"]
+    assert repr(hparams) == "\n  ".join(["HyperParameters(", *lines]) + "\n)"
 
 
 def test_a_value_is_set_in_place_through_its_constraint() -> None:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from versions import TORCH
 
 import hoptim
 from hoptim import CG, MINRES, Exact, FiniteDifference, Implicit, Neumann, Problem, Unrolled, WarmStart
@@ -346,10 +347,13 @@ ONCE: dict[str, tuple[Callable[[], nn.Module], Predict, Predict, Callable[[], Te
 def test_operation_without_a_second_derivative_is_named_and_differences_serve(name: str) -> None:
     make, predict, other, draw = ONCE[name]
     problem, x = problem_of(make(), predict), draw()
-    with no_trace(problem), pytest.raises(TypeError, match=rf"no second derivative: .*{name}.*FiniteDifference\(\)"):
-        found_by(problem, x=x)
     reshaped: Predict = lambda m, b: other(m, b).reshape(predict(m, b).shape)  # noqa: E731
     expected, _ = plain(problem_of(problem.model, reshaped), x, x, dense=False)
+    if name == "cdist" and TORCH >= (2, 14):  # which gave it one
+        torch.testing.assert_close(found_by(problem, x=x), expected["decay"])
+    else:
+        with no_trace(problem), pytest.raises(TypeError, match=rf"no second derivative: .*{name}.*FiniteDifference\(\)"):
+            found_by(problem, x=x)
     torch.testing.assert_close(found_by(problem, DIFFERENCES, x), expected["decay"], rtol=1e-6, atol=0)
 
 
