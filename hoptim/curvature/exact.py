@@ -1,37 +1,20 @@
-"""Strategies for the curvature of the training loss that differentiate twice: exact, and Gauss-Newton."""
+"""The exact curvature: the Hessian of the training loss."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from hoptim.curvature.linearization import (
-    Curvature,
-    Linearization,
-    Point,
-    R,
-    StationarityGraph,
-    check_once,
-    check_twice_differentiable,
-    symmetric,
-)
-from hoptim.linalg import trees
-from hoptim.linalg.operators import Operator, Symmetric
-from hoptim.linalg.trees import Tree
-from hoptim.problem.composite_loss import LossParts
-
-if TYPE_CHECKING:
-    from hoptim.curvature.compiled.programs import Products
+from hoptim.curvature.linearization import Curvature, GradientGraph, Linearization, Point
+from hoptim.curvature.second_derivatives import check_once, check_twice_differentiable
+from hoptim.linalg.operators import Operator
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Graph(Curvature):
-    """What is built on the cached graph of F, or on compiled ones."""
+class DoubleBackward(Curvature):
+    """A curvature that goes back through a graph of F = ∇_w L_T, cached or compiled."""
 
     compile: bool = False
 
@@ -40,54 +23,40 @@ class _Graph(Curvature):
             raise TypeError(f"compile={self.compile!r}: give True or False")
 
     @abstractmethod
-    def __call__(self, graph: StationarityGraph) -> Operator:
+    def of(self, graph: GradientGraph) -> Operator:
         """The curvature at the point where ``graph`` was built."""
 
-    def linearize(self, point: Point, then: Callable[[Linearization], R]) -> R:
-        """``then`` of the linearised F, from one graph."""
+    @contextmanager
+    def linearize(self, point: Point) -> Iterator[Linearization]:
+        """F and its derivatives from one graph."""
         if self.compile:
-            from hoptim.curvature.compiled.programs import compiled_products  # what it needs of torch takes long to import
+            from hoptim.curvature.compiled.programs import compiled_linearization  # what it needs of torch is slow to import
 
             check_once(point)
-            gauss_newton = not isinstance(self, Exact)
-            products = compiled_products(point.problem, point.weights, point.leaves, point.batch, gauss_newton=gauss_newton)
-            if products is not None:
-                return then(_from_compiled(products, point.weights))
-
-        def inside(loss: Tensor, parts: LossParts | None) -> R:
+            found = compiled_linearization(point, self, is_hessian=isinstance(self, Exact))
+            if found is not None:
+                yield found
+                return
+        with point.problem.evaluated("train_loss", point.batch) as (loss, parts):
             check_twice_differentiable(point.problem, loss, point.weights, point.leaves, point.batch)
-            graph = StationarityGraph(loss, point.weights, point.leaves, parts)
-            return then(
-                Linearization(
-                    loss=loss.detach(),
-                    value=trees.map_tree(torch.Tensor.detach, graph.value),
-                    A=self(graph) if graph.weights else symmetric(lambda v, _: v, {}, "nothing"),
-                    mixed=graph.mixed,
-                    untouched=tuple(graph.untouched_weights),
-                )
-            )
-
-        return point.problem.pure("train_loss", point.weights, point.leaves, point.batch, inside)
-
-
-def _from_compiled(products: Products, weights: Tree) -> Linearization:
-    like = {name: weights[name].detach() for name in products.value}
-    A = Symmetric(products.product, like)
-    untouched = tuple(products.untouched)
-    return Linearization(loss=products.loss, value=products.value, A=A, mixed=products.mixed, untouched=untouched)
+            graph = GradientGraph(loss, point.weights, point.leaves, parts)
+            yield graph.linearization(self.of(graph))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exact(_Graph):
-    """The exact curvature: A = ∂F/∂w by double backward through one cached graph.
+class Exact(DoubleBackward):
+    """The exact curvature, A = ∂F/∂w = ∇²_w L_T, by double backward through one cached graph.
 
     Args:
-        compile: trace and compile the products, default ``False``: seconds once a run and once a shape of batch, then faster
-            ones. What can't be traced goes on as without, with a warning that names the operation.
+        compile: trace and compile the products, default ``False``: that takes seconds, once a run and once a shape of batch,
+            and then they are faster. A loss that cannot be traced is done without, with a warning that names the operation.
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+
+    >>> Exact()
+    Exact(compile=False)
     """
 
-    def __call__(self, graph: StationarityGraph) -> Operator:
-        """The curvature at the point where ``graph`` was built."""
-        return graph.jacobian()
+    def of(self, graph: GradientGraph) -> Operator:
+        """The Hessian."""
+        return graph.hessian()

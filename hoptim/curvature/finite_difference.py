@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hoptim.curvature.linearization import Curvature, Linearization, Point, R, check_dense, symmetric
-from hoptim.linalg import trees
-from hoptim.linalg.trees import Found, Tree
+from hoptim.curvature.linearization import Curvature, Linearization, Point, as_leaves, check_dense
+from hoptim.linalg import trees, vectors
+from hoptim.linalg.operators import Symmetric
+from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.problem.mixed_precision import epsilon_of_losses
 from hoptim.problem.problem import set_generators
 from hoptim.validation import is_finite
@@ -42,50 +44,55 @@ class FiniteDifference(Curvature):
         if self.step is not None and not (is_finite(self.step) and self.step > 0):
             raise ValueError(f"step={self.step!r}: give a positive number, or None to choose it")
 
-    def linearize(self, point: Point, then: Callable[[Linearization], R]) -> R:
-        """``then`` of F; each product evaluates two gradients elsewhere."""
-        states = point.problem.generators()  # of the masks: a batch that is drawn between two products must not change them
+    @contextmanager
+    def linearize(self, point: Point) -> Iterator[Linearization]:
+        """F; each product evaluates two gradients at other weights."""
+        states = point.problem.generators()  # of the masks: a batch drawn between two products must not change them
         loss, gradient, _ = gradients(point, point.weights)
         touched = trees.present(gradient)
-        weights = {name: point.weights[name].detach() for name in touched}
-        length = trees.norm(weights) if weights else torch.ones(())
-        reach = torch.where(length > 0, length, 1.0) * (self.step or epsilon_of_losses(length.dtype) ** (1 / 3))
+        layout = Layout.of({name: point.weights[name] for name in touched})
+        w = layout.flatten(point.weights).detach()
+        length = vectors.norm(w)
+        reach = torch.where(length > 0, length, 1.0) * (
+            self.step or epsilon_of_losses(*(w.dtype for w in point.weights.values())) ** (1 / 3)
+        )
 
-        def difference(v: Tree) -> tuple[Found, Found]:
-            along = trees.norm(v)
+        def difference(v: Tensor) -> tuple[OptionalTree, OptionalTree]:
+            """(∂F/∂w v, ∂F/∂λᵀ v)."""
+            along = vectors.norm(v)
             epsilon = reach / torch.where(along > 0, along, 1.0)
-            ends = []
-            for sign in (1, -1):
-                moved = {name: (value + sign * epsilon * v[name]).requires_grad_() for name, value in weights.items()}
-                ends.append(gradients(point, {**point.weights, **moved}, states)[1:])
-            (up, up_leaves), (down, down_leaves) = ends
+            (up, up_leaves), (down, down_leaves) = (
+                gradients(point, point.weights | as_leaves(layout.unflatten(w + step * v)), states)[1:]
+                for step in (epsilon, -epsilon)
+            )
             return _quotient(up, down, 2 * epsilon), _quotient(up_leaves, down_leaves, 2 * epsilon)
 
-        def one(v: Tree) -> Tree:
-            return trees.filled(difference(v)[0], v)
+        def product(v: Tensor) -> Tensor:
+            if v.ndim > 1:
+                return torch.stack([product(row) for row in v])
+            return layout.flatten(difference(v)[0])
 
-        def product(v: Tree, batched: bool) -> Tree:
-            return trees.stack([one(trees.part(v, i)) for i in range(trees.length(v))]) if batched else one(v)
+        def mixed(x: Tensor) -> OptionalTree:
+            return trees.stack([difference(row)[1] for row in x]) if x.ndim > 1 else difference(x)[1]
 
-        def mixed(x: Tree) -> Found:
-            name, value = next(iter(x.items()))
-            if value.ndim == weights[name].ndim:
-                return difference(x)[1]
-            return trees.stack_found([difference(trees.part(x, i))[1] for i in range(len(value))])
+        yield Linearization(
+            loss=loss,
+            layout=layout,
+            value=layout.flatten(touched),
+            A=Symmetric(product, like=w),
+            mixed=mixed,
+            untouched=tuple(name for name in gradient if name not in touched),
+        )
 
-        untouched = tuple(name for name in gradient if name not in touched)
-        A = symmetric(product, weights, "finite differences")
-        return then(Linearization(loss=loss, value=touched, A=A, mixed=mixed, untouched=untouched))
 
+def gradients(point: Point, weights: Tree, states: Tree | None = None) -> tuple[Tensor, OptionalTree, OptionalTree]:
+    """L_T, ∂L_T/∂w and ∂L_T/∂λ at other weights, from these random states or else the present ones, which are left alone."""
 
-def gradients(point: Point, weights: Tree, states: Tree | None = None) -> tuple[Tensor, Found, Found]:
-    """L_T, ∂L_T/∂w and ∂L_T/∂λ at other weights, from these random states, else the present ones, which are left alone."""
-
-    def inside(loss: Tensor, _: Any) -> tuple[Tensor, Found, Found]:
+    def inside(loss: Tensor, _: Any) -> tuple[Tensor, OptionalTree, OptionalTree]:
         inputs = [*weights.values(), *point.leaves.values()]
         found = torch.autograd.grad(loss, inputs, allow_unused=True)
-        by_weight: Found = dict(zip(weights, found[: len(weights)], strict=True))
-        by_leaf: Found = dict(zip(point.leaves, found[len(weights) :], strict=True))
+        by_weight: OptionalTree = dict(zip(weights, found[: len(weights)], strict=True))
+        by_leaf: OptionalTree = dict(zip(point.leaves, found[len(weights) :], strict=True))
         check_dense(by_weight)
         return loss.detach(), by_weight, by_leaf
 
@@ -94,10 +101,7 @@ def gradients(point: Point, weights: Tree, states: Tree | None = None) -> tuple[
         return point.problem.pure("train_loss", weights, point.leaves, point.batch, inside)
 
 
-def _quotient(up: Found, down: Found, width: Tensor) -> Found:
+def _quotient(up: OptionalTree, down: OptionalTree, width: Tensor) -> OptionalTree:
     """(up − down) / width, where both are there."""
-    found: Found = {}
-    for name, high in up.items():
-        low = down[name]
-        found[name] = None if high is None or low is None else (high - low) / width
-    return found
+    pairs = ((name, high, down[name]) for name, high in up.items())
+    return {name: None if high is None or low is None else (high - low) / width for name, high, low in pairs}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from hoptim.curvature.exact import Exact
-from hoptim.curvature.linearization import Curvature, Linearization, Point, R
-from hoptim.linalg import trees
-from hoptim.linalg.operators import Mean, Operator, Symmetric, mean_of
-from hoptim.linalg.trees import Found, Tree
+from hoptim.curvature.linearization import Curvature, Linearization, Point, check_curvature
+from hoptim.linalg.operators import Embedded, Mean, Symmetric
+from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.validation import is_whole
 
 
@@ -39,19 +40,15 @@ class Averaged(Curvature):
     def __post_init__(self) -> None:
         if not (is_whole(self.batches) and self.batches >= 1):
             raise ValueError(f"batches={self.batches!r}: give a whole number, 1 or more")
-        Curvature.check(self.curvature)
+        check_curvature(self.curvature)
 
-    def linearize(self, point: Point, then: Callable[[Linearization], R]) -> R:
-        """``then`` of the mean, with the swaps of the batches inside one another."""
-        batches = [point.batch, *(point.another("Averaged") for _ in range(self.batches - 1))]
-
-        def gather(found: list[Linearization]) -> R:
-            if len(found) == len(batches):
-                return then(_mean(found, point.weights))
-            at = replace(point, batch=batches[len(found)])
-            return self.curvature.linearize(at, lambda one: gather([*found, one]))
-
-        return gather([])
+    @contextmanager
+    def linearize(self, point: Point) -> Iterator[Linearization]:
+        """The mean over the batches, whose graphs are all held."""
+        batches = [point.batch, *(point.another_batch("Averaged") for _ in range(self.batches - 1))]
+        with ExitStack() as stack:
+            points = [replace(point, batch=batch) for batch in batches]
+            yield _mean([stack.enter_context(self.curvature.linearize(one)) for one in points], point.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,45 +73,40 @@ class Sampled(Curvature):
     curvature: Curvature = field(default_factory=Exact)
 
     def __post_init__(self) -> None:
-        Curvature.check(self.curvature)
+        check_curvature(self.curvature)
 
-    def linearize(self, point: Point, then: Callable[[Linearization], R]) -> R:
-        """``then`` of F, whose A draws a batch a product."""
+    @contextmanager
+    def linearize(self, point: Point) -> Iterator[Linearization]:
+        """F and B of the hyperstep's own batch, and an A that draws a batch for each product."""
+        with self.curvature.linearize(point) as base:
 
-        def inside(base: Linearization) -> R:
-            def product(v: Tree) -> Tree:  # one batch for all right-hand sides, and none for measuring how to take them
-                at = replace(point, batch=point.another("Sampled"))
-                return self.curvature.linearize(at, lambda one: mean_of([one.A @ _padded(v, base.A, one.A)], like=v))
+            def product(v: Tensor) -> Tensor:  # the same batch for all of R vectors
+                fresh = replace(point, batch=point.another_batch("Sampled"))
+                with self.curvature.linearize(fresh) as one:
+                    return Embedded(one.A, one.layout, base.layout) @ v
 
-            return then(replace(base, A=Symmetric(product, base.A.like)))
-
-        return self.curvature.linearize(point, inside)
-
-
-def _padded(v: Tree, A: Operator, other: Operator) -> Tree:
-    """A vector of A's for another operator: zero where A does not touch a weight, which is held fixed."""
-    lead = trees.length(v) if A.is_batched(v) else None
-    zeros = {n: w if lead is None else w.expand(lead, *w.shape) for n, w in trees.zeros_like(other.like).items()}
-    return {name: v.get(name, zero) for name, zero in zeros.items()}
+            yield replace(base, A=Symmetric(product, like=base.value, is_fixed=False))
 
 
-def _mean(found: list[Linearization], weights: Tree) -> Linearization:
+def _mean(found: Sequence[Linearization], weights: Tree) -> Linearization:
     """The mean of F, A and B; a weight counts where any of the batches touches it."""
-    A = Mean([one.A for one in found])
-    like = {name: A.like[name] for name in weights if name in A.like}
+    touched = {name for one in found for name in one.layout.names}
+    layout = Layout.of({name: w for name, w in weights.items() if name in touched})
 
-    def mixed(x: Tree) -> Found:
-        parts = [one.mixed({name: x[name] for name in one.A.like}) for one in found]
-        total: Found = {}
-        for name in parts[0]:
-            present = [value for part in parts if (value := part[name]) is not None]
-            total[name] = torch.stack(present).sum(0) / len(parts) if present else None
+    def mixed(x: Tensor) -> OptionalTree:
+        named, lead = layout.unflatten(x), x.shape[:-1]
+        rows = [one.mixed(one.layout.flatten(named, lead)) for one in found]
+        total: OptionalTree = {}
+        for name in rows[0]:
+            present = [t for row in rows if (t := row[name]) is not None]
+            total[name] = torch.stack(present).sum(0) / len(rows) if present else None
         return total
 
     return Linearization(
         loss=torch.stack([one.loss for one in found]).mean(),
-        value=mean_of([one.value for one in found], like=like),
-        A=A,
+        layout=layout,
+        value=torch.stack([layout.flatten(one.layout.unflatten(one.value)) for one in found]).mean(0),
+        A=Mean([Embedded(one.A, one.layout, layout) for one in found]),
         mixed=mixed,
-        untouched=tuple(name for name in weights if name not in A.like),
+        untouched=tuple(name for name in weights if name not in touched),
     )

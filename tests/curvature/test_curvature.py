@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import classes, flat, noisy_problem, same, snapshot, unflat
+from cases import classes, flat, noisy_problem, same, snapshot
 from tiny import (
     BATCHES,
-    LIKE,
     SIZE,
     VAL,
     direct_of,
@@ -66,7 +65,7 @@ def products(one: Any) -> dict[str, Tensor]:
         "A.T": matrix(one.A.T),
         "B": mixed_matrix(one),
         "B at once": mixed_at_once(one),
-        "F": flat(one.value),
+        "F": one.value,
         "loss": one.loss,
     }
 
@@ -115,7 +114,7 @@ def test_step_is_the_length_of_the_difference_relative_to_the_weights(step: floa
     up, down = (grad(train, argnums=(0, 1))(w + s * e * v, l, BATCHES[0]) for s in (1, -1))
 
     def products(one: Any) -> tuple[Tensor, Tensor]:
-        return flat(one.A @ unflat(v, LIKE)), leaf_vector(one.mixed(unflat(v, LIKE)))
+        return one.A @ v, leaf_vector(one.mixed(v))
 
     Av, Bv = linearized(problem, FiniteDifference(step=step), products)
     torch.testing.assert_close(Av, (up[0] - down[0]) / (2 * e), **SAME)
@@ -126,7 +125,7 @@ def test_step_is_the_length_of_the_difference_relative_to_the_weights(step: floa
 def test_differences_where_all_weights_are_zero_and_along_nothing() -> None:
     problem = tiny()
     nn.utils.vector_to_parameters(torch.zeros(SIZE), problem.model.parameters())
-    A = linearized(problem, FiniteDifference(), lambda one: (matrix(one.A), flat(one.A @ unflat(torch.zeros(SIZE), LIKE))))
+    A = linearized(problem, FiniteDifference(), lambda one: (matrix(one.A), one.A @ torch.zeros(SIZE)))
     torch.testing.assert_close(A[0], hess(problem, BATCHES[0]), **NEAR)
     assert torch.equal(A[1], torch.zeros(SIZE))
 
@@ -429,13 +428,34 @@ def test_a_loss_that_is_once_differentiable_itself_is_found(method: Any) -> None
         hypergradient(problem, torch.randn(4, 2), torch.randn(4, 2), method, inner=inner)
 
 
+def test_a_batch_that_touches_no_weight_counts_as_zero_in_the_mean() -> None:
+    d = torch.tensor([2.0, 3.0])
+
+    def train_loss(m: Any, h: Any, b: Any) -> Tensor:  # the second batch has no part that depends on the weights
+        return b * 0.5 * (d * m["w"].square()).sum() - m["w"] @ h["a"] if b else h["a"].sum()
+
+    problem = Problem(
+        nn.ParameterDict({"w": torch.ones(2)}),
+        HyperParameters({"a": torch.ones(2)}),
+        train_loss,
+        lambda m, h, b: m["w"].sum(),
+    )
+    for curvature, side in ((Exact(), 1), (FiniteDifference(), 1), (Exact(), 3)):
+        problem.val_loss = (lambda m, h, b: m["w"].sum()) if side == 1 else (lambda m, h, b: torch.stack([m["w"].sum()] * 3))
+        method = Implicit(CG(), curvature=Averaged(batches=2, curvature=curvature))
+        result = hypergradient(problem, 1.0, None, method, train_batches=[0.0])
+        expected = torch.ones(2) / d  # (A/2)⁻¹ g through B/2 = −I/2
+        for row in result.grads["a"].reshape(side, 2):
+            torch.testing.assert_close(row, expected, **NEAR)
+
+
 def test_differences_keep_their_masks_whatever_is_drawn_between_two_products() -> None:
-    problem, v = tiny(dropout=0.5), unflat(torch.linspace(-1, 1, SIZE), LIKE)
+    problem, v = tiny(dropout=0.5), torch.linspace(-1, 1, SIZE)
 
     def twice(one: Any) -> tuple[Tensor, Tensor]:
-        first = flat(one.A @ v)
+        first = one.A @ v
         torch.rand(3)
-        return first, flat(one.A @ v)
+        return first, one.A @ v
 
     first, second = linearized(problem, FiniteDifference(), twice)
     assert torch.equal(first, second)

@@ -12,7 +12,8 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
 from hoptim import CG, CompositeLoss, Exact, GaussNewton, HyperParameters, Implicit, Neumann, Problem, hypergradient
-from hoptim.curvature.linearization import StationarityGraph
+from hoptim.curvature.linearization import GradientGraph
+from hoptim.linalg.vectors import Layout
 
 CRITERIA = {
     "cross-entropy": (lambda z, h, b: F.cross_entropy(z, b[1]), lambda n: torch.arange(n) % 3),
@@ -48,17 +49,13 @@ def operator(problem: Problem, batch: Any, curvature: Any) -> Any:
     weights = {name: p.detach().requires_grad_() for name, p in problem.weights().items()}
     leaves = {name: p.detach().requires_grad_() for name, p in problem.leaves().items()}
     return problem.pure(
-        "train_loss", weights, leaves, batch, lambda loss, parts: curvature(StationarityGraph(loss, weights, leaves, parts))
+        "train_loss", weights, leaves, batch, lambda loss, parts: curvature.of(GradientGraph(loss, weights, leaves, parts))
     )
 
 
 def matrix(A: Any) -> Tensor:
     """A as a dense matrix, all columns in one batched product."""
-    shapes = {name: value.shape for name, value in A.like.items()}
-    size = sum(value.numel() for value in A.like.values())
-    parts = torch.eye(size, dtype=torch.float64).split([value.numel() for value in A.like.values()], dim=1)
-    product = A @ {name: part.reshape(size, *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
-    return torch.cat([value.reshape(size, -1) for value in product.values()], dim=1)
+    return A @ torch.eye(A.size, dtype=torch.float64)
 
 
 def dense(problem: Problem, batch: Any, penalty: Any = quartic) -> Tensor:
@@ -125,12 +122,10 @@ def test_without_a_penalty() -> None:
 def test_a_batched_product_is_that_of_each_alone() -> None:
     problem, batch = made("cross-entropy")
     A = operator(problem, batch, GaussNewton())
-    v = {name: torch.randn(3, *value.shape, dtype=torch.float64) for name, value in A.like.items()}
+    v = torch.randn(3, A.size, dtype=torch.float64)
     together = A @ v
-    for i in range(3):
-        alone = A @ {name: value[i] for name, value in v.items()}
-        for name in alone:
-            torch.testing.assert_close(together[name][i], alone[name], rtol=1e-10, atol=1e-12)
+    for row, alone in zip(together, v, strict=True):
+        torch.testing.assert_close(row, A @ alone, rtol=1e-10, atol=1e-12)
 
 
 def test_on_a_linear_model_it_is_the_exact_hessian() -> None:
@@ -152,7 +147,7 @@ def test_a_weight_of_the_penalty_alone_has_its_curvature() -> None:
     model.register_parameter("aside", nn.Parameter(torch.ones(2)))
     problem, batch = made("cross-entropy", model=model)
     A = operator(problem, batch, GaussNewton())
-    product = A @ {name: torch.ones_like(value) for name, value in A.like.items()}
+    product = Layout.of(problem.weights()).views(A @ torch.ones(A.size, dtype=torch.float64))
     torch.testing.assert_close(product["aside"], torch.full((2,), 0.1 * 14, dtype=torch.float64))
 
 
@@ -202,7 +197,7 @@ def test_without_parts_it_says_how_to_show_them() -> None:
     [
         (("model", quartic), "predict is a str"),
         ((quartic, None), "criterion is a NoneType"),
-        ((quartic, lambda z, h, b: z.mean(), 3), "penalty is a int"),
+        ((quartic, lambda z, h, b: z.mean(), 3), "penalty is an int"),
     ],
 )
 def test_a_part_that_is_no_function_is_named(parts: Any, words: str) -> None:

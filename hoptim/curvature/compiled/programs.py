@@ -1,296 +1,205 @@
-"""Products with A and Bᵀ by compiled graphs: one that is run once at a point, others that are run for each vector."""
+"""The compiled programs of a problem: kept by shape, checked by value, and made anew where they have gone stale."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from hoptim.curvature.compiled import constants as reads
-from hoptim.curvature.compiled import splitting
-from hoptim.curvature.compiled.derivatives import Way, derivatives
-from hoptim.curvature.compiled.splitting import Piece, Run, UntraceableError
-from hoptim.linalg.trees import Found, Tree
-from hoptim.problem.mixed_precision import lowered
-from hoptim.problem.problem import Problem
+from hoptim.curvature.compiled.derivatives import Derivatives, Inputs, SecondOrder, by_dual_numbers, by_second_pass
+from hoptim.curvature.compiled.program import Program
+from hoptim.curvature.compiled.splitting import UntraceableError
+from hoptim.curvature.linearization import GradientGraph, Linearization, Point
+from hoptim.linalg import trees, vectors
+from hoptim.linalg.vectors import Layout
+from hoptim.problem.mixed_precision import epsilon_of_losses, lowered
+from hoptim.problem.problem import Problem, set_generators
 
-Kind = Literal["product", "mixed"]
-WAYS: tuple[Way, ...] = ("forward", "reverse")  # of tracing, tried in turn
-AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative, with plain PyTorch; half precision: 0.1
-MOST = 16  # programs kept for a problem
-
-
-@dataclass(frozen=True, kw_only=True)
-class Products:
-    """L_T, F and the products of one solve, at one point; it owns the residuals that they need.
-
-    Attributes:
-        loss: L_T, detached.
-        value: F = ∇_w L_T, detached, for the weights that the loss touches.
-        untouched: the weights that it does not touch.
-        product: A v for those that it touches; R products where ``v`` has a leading axis.
-        mixed: Bᵀx by hyperparameter, likewise; ``None`` for one that F does not depend on.
-    """
-
-    loss: Tensor
-    value: Tree
-    untouched: list[str]
-    product: Callable[[Tree], Tree]
-    mixed: Callable[[Tree], Found]
+MOST_PROGRAMS = 8  # made for one problem
+CHECK_EVERY = 32  # points
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+TOO_MANY = (
+    f"it was compiled {MOST_PROGRAMS} times, for as many shapes, modes or Python values. Give batches of one size, and make "
+    "a number that changes a tensor of hparams, of the batch or in a buffer"
+)
+_NEW = object()
 
 
-def compiled_products(
-    problem: Problem, weights: Tree, leaves: Tree, batch: Any, *, gauss_newton: bool = False
-) -> Products | None:
-    """The products of a training loss at a point, from graphs that are traced and compiled once for all values.
+def compiled_linearization(point: Point, curvature: SecondOrder, *, is_hessian: bool) -> Linearization | None:
+    """F and its derivatives at a point, by graphs that are compiled once for all values.
 
-    ∇_w L_T, A v and Bᵀv are traced together as one function of (w, λ, buffers, batch, v), and the graph is cut by what
-    depends on v. Weights, hyperparameters, buffers, the batch's tensors and v are its inputs: other values compile nothing;
-    other shapes, modes or plain Python values that the loss reads compile anew. Dropout draws its masks from torch's
-    generators, one mask for all products. A fresh graph is checked against plain PyTorch once.
+    Weights, hyperparameters, buffers and the batch's tensors are inputs of the graphs: other values compile nothing; other
+    shapes, modes or plain values in the batch compile anew. Dropout draws its masks from torch's generators, one mask for
+    all products.
+
+    Any other Python value that the loss reads is built into a graph, and may change later. So a program is checked by value
+    against plain PyTorch, under the same masks. At each point L_T is compared to half of its digits, at the price of a
+    forward pass. At points 1, 2, 4, 8, 16 and each 32nd, F, A v and Bᵀv for a random v are compared too, to a fifth of
+    their digits, since a ReLU at zero may fall to either side. A stale program is made anew. A change that leaves L_T at
+    the point as it is, such as that of a factor of the gradient alone, may so stay unseen for up to 31 points.
 
     Args:
-        problem: the problem; the graphs live as long as it does.
-        weights: w.
-        leaves: λ.
-        batch: any tree of tensors and plain values.
-        gauss_newton: A = Jᵀ (∂²c/∂z²) J + ∂²penalty/∂w² in place of the exact one; the training loss must show its parts.
+        point: where; its weights and hyperparameters stand in the model's place.
+        curvature: A.
+        is_hessian: whether A is the Hessian.
 
     Returns:
-        The products; ``None``, after one warning that names the operation, where the loss can't be traced.
+        F and its derivatives. ``None``, with one warning that says why, where plain PyTorch has to compute them: the loss
+        can't be traced, its graph gives something else, or too many programs were made.
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
 
+    >>> from hoptim import Exact
     >>> hparams = torch.nn.ParameterDict({"decay": torch.tensor(3.0)})
     >>> def loss(model, hparams, batch):
     ...     return 0.5 * hparams["decay"] * model.weight.square().sum() + model(batch).sum()
-    >>> problem = Problem(torch.nn.Linear(2, 1, bias=False), hparams, loss, loss)
-    >>> found = compiled_products(problem, problem.weights(), problem.leaves(), torch.ones(1, 2))
-    >>> found.product({"weight": torch.tensor([[1.0, 2.0]])})
-    {'weight': tensor([[3., 6.]])}
+    >>> point = Point.of(Problem(torch.nn.Linear(2, 1, bias=False), hparams, loss, loss), torch.ones(1, 2))
+    >>> found = point.inside(lambda: compiled_linearization(point, Exact(), is_hessian=True))
+    >>> found.A @ torch.tensor([1.0, 2.0])
+    tensor([3., 6.])
     """
-    programs = _PROGRAMS.setdefault(problem, {})
-    key: tuple[Any, ...] = ()  # of what has no key
+    problem = point.problem
+    cache = _CACHES.setdefault(problem, _Cache())
     try:
-        point = _Point.of(problem, weights, leaves, batch)
-        key = (gauss_newton, *point.key(problem))
-        if key not in programs:
-            program = _checked(problem, point, gauss_newton)
-            _make_room(programs)
-            programs[key] = program
-    except Exception as error:  # whatever a model of any kind may raise while it is traced: plain PyTorch takes over
-        programs[key] = None
-        if _FAILED not in programs:
-            programs[_FAILED] = None
-            warnings.warn(
-                f"hoptim: the training loss can't be compiled, its products are computed by plain PyTorch: {_named(error)}",
-                stacklevel=2,
-            )
+        inputs = Inputs.of(point)
+        key = (curvature, *_key(problem, inputs))
+        program = cache.programs.get(key, _NEW)
+    except Exception as error:  # no key: an unknown class in the batch, or a value without a hash
+        cache.give_up(error)
         return None
-    found = programs[key]
-    return None if found is None else found.at(point.tensors)
+    if program is None:
+        return None
+    try:
+        if isinstance(program, Program):
+            program.uses += 1
+            is_due = program.uses & (program.uses - 1) == 0 or program.uses % CHECK_EVERY == 0
+            random_state = problem.generators()
+            found = program.at(inputs.tensors())
+            set_generators(random_state)
+            if not _what_is_off(found, point, curvature, is_due):
+                return found
+            set_generators(random_state)
+        if cache.made == MOST_PROGRAMS:
+            raise UntraceableError(TOO_MANY)
+        cache.made += 1
+        cache.programs[key] = program = _make(point, inputs, curvature, is_hessian)
+        return program.at(inputs.tensors())
+    except Exception as error:  # whatever a model of any kind may raise while it is traced
+        cache.programs[key] = None
+        cache.give_up(error)
+        return None
 
 
-def _make_room(programs: dict[Any, _Program | None]) -> None:
-    """Drop the oldest of too many programs; many are made only where something changes that should not."""
-    made = [key for key, program in programs.items() if program is not None]
-    if len(made) < MOST:
-        return
-    if _CROWDED not in programs:
-        programs[_CROWDED] = None
-        warnings.warn(
-            f"hoptim: the training loss has been compiled for {MOST} shapes, modes or plain values that it reads, and "
-            "the oldest is dropped. Give batches of one size; make a number that changes a tensor, which is read anew",
-            stacklevel=3,
-        )
-    del programs[made[0]]
+@dataclass
+class _Cache:
+    """The programs of one problem; ``None`` for what plain PyTorch has to compute."""
+
+    programs: dict[Any, Program | None] = field(default_factory=dict)
+    made: int = 0
+    has_warned: bool = False
+
+    def give_up(self, error: Exception) -> None:
+        """Say once why plain PyTorch takes over."""
+        kind = type(error).__name__
+        if kind == "GuardOnDataDependentSymNode":
+            kind = "aten._local_scalar_dense, by which Python code looks at a tensor's value"
+        if not self.has_warned:
+            why = f"{kind}: {str(error).strip().partition(chr(10))[0]}"
+            text = "hoptim: the training loss can't be compiled, its products are computed by plain PyTorch"
+            warnings.warn(f"{text}: {why}", stacklevel=3)
+        self.has_warned = True
 
 
-def _named(error: Exception) -> str:
-    """What failed, in one line."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    kind = type(error).__name__
-    if kind == "GuardOnDataDependentSymNode":
-        kind = "aten._local_scalar_dense, by which Python code looks at a tensor's value"
-    return f"{kind}: {lines[0].strip() if lines else ''}"
+_CACHES: WeakKeyDictionary[Problem, _Cache] = WeakKeyDictionary()
 
 
-_PROGRAMS: WeakKeyDictionary[Problem, dict[Any, _Program | None]] = WeakKeyDictionary()
-_HERE = object()
-_FAILED, _CROWDED = "it was said that a loss can't be compiled", "it was said that there are too many programs"
+def _key(problem: Problem, inputs: Inputs) -> tuple[Any, ...]:
+    """What a program is made for; what is missing here is found by value."""
+    found, tree = tree_flatten(inputs)
+    modes = tuple(part.training for part in problem.joint.modules())
+    return tree, *map(_describe, found), modes, lowered(), torch.get_default_dtype(), id(problem.train_loss)
 
 
-@dataclass(frozen=True)
-class _Point:
-    """Every tensor that the loss is a function of, and what stands around them: names, and plain values of the batch."""
-
-    tensors: list[Tensor]
-    others: list[Any]  # the tree's leaves, with _HERE for a tensor
-    spec: TreeSpec
-
-    @classmethod
-    def of(cls, problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> _Point:
-        """(w, λ, frozen weights, constant hyperparameters, buffers, batch), taken apart."""
-        frozen = {name: p for name, p in problem.model.named_parameters() if name not in weights}
-        constant = {name: p for name, p in problem.hparams.named_parameters() if name not in leaves}
-        buffers = dict(problem.joint.named_buffers())
-        found, spec = tree_flatten((weights, leaves, frozen, constant, buffers, batch))
-        for value in found:
-            if not isinstance(value, (Tensor, *reads.PLAIN)):
-                raise UntraceableError(f"the batch holds a {type(value).__name__}: give tensors in dicts, lists and tuples")
-        tensors = [value.detach() for value in found if isinstance(value, Tensor)]
-        return cls(tensors, [_HERE if isinstance(value, Tensor) else value for value in found], spec)
-
-    def tree(self, tensors: Sequence[Tensor]) -> Any:
-        """The same with other tensors."""
-        left = iter(tensors)
-        return tree_unflatten([next(left) if other is _HERE else other for other in self.others], self.spec)
-
-    def key(self, problem: Problem) -> tuple[Any, ...]:
-        """All that a graph is made for."""
-        return (
-            self.spec,
-            tuple((type(other), other) for other in self.others),
-            tuple((value.shape, value.stride(), value.dtype, value.device) for value in self.tensors),
-            lowered(),
-            torch.get_default_dtype(),
-            tuple(reads.options(problem.joint)),
-            id(problem.train_loss),
-            tuple(reads.read(problem.train_loss)),
-        )
+def _describe(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    if isinstance(leaf, PLAIN):
+        return type(leaf), leaf
+    raise UntraceableError(f"the batch holds a {type(leaf).__name__}: give tensors in dicts, lists and tuples")
 
 
-def _checked(problem: Problem, point: _Point, gauss_newton: bool) -> _Program:
-    """A program, once it has given what plain PyTorch gives for a random vector, from the same random state."""
-    weights = point.tree(point.tensors)[0]
-    with problem.untouched():
-        v = {name: torch.randn_like(w) for name, w in weights.items()}
-    with problem.untouched():
-        loss, F, product, _ = derivatives(problem, point.tree(point.tensors), v, "reverse", gauss_newton)
-    for way in WAYS:
+def _make(point: Point, inputs: Inputs, curvature: SecondOrder, is_hessian: bool) -> Program:
+    """A program that gives what plain PyTorch gives."""
+    problem, tensors = point.problem, inputs.tensors()
+    with problem.untouched(), problem.evaluated("train_loss", point.batch) as (loss, parts):
+        graph = GradientGraph(loss, point.weights, point.leaves, parts)
+    layout, untouched = graph.layout, graph.untouched
+
+    def second_pass(tensors: Sequence[Tensor], v: Tensor) -> Derivatives:
+        return by_second_pass(problem, inputs.at(tensors), curvature, v)
+
+    def dual_numbers(tensors: Sequence[Tensor], v: Tensor) -> Derivatives:
+        return by_dual_numbers(problem, inputs.at(tensors), layout, v)
+
+    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in problem.model.modules())
+    for function in (dual_numbers, second_pass) if is_hessian and convolves else (second_pass,):
         try:
             with problem.untouched():
-                program = _Program(problem, point, v, way, gauss_newton)
+                program = Program(function, tensors, layout, untouched)
             with problem.untouched():
-                found = program.at(point.tensors)
-            along = {name: v[name] for name in found.value}
-            _agree([{"loss": found.loss}, found.value, found.product(along)], [{"loss": loss}, F, product])
-        except Exception:
-            if way == WAYS[-1]:
-                raise
-        else:
+                found = program.at(tensors)
+            with problem.untouched():
+                if off := _what_is_off(found, point, curvature, True):
+                    raise UntraceableError(off)
             return program
+        except Exception:
+            if function is second_pass:
+                raise
     raise AssertionError
 
 
-def _agree(found: list[Tree], expected: list[Found]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        pairs = [(t.double(), 0 * t.double() if (other := theirs[n]) is None else other.double()) for n, t in ours.items()]
-        size = sum(float(other.square().sum()) for _, other in pairs) ** 0.5
-        error = sum(float((t - other).square().sum()) for t, other in pairs) ** 0.5
-        dtypes = [*(t.dtype for t in ours.values()), *(dtype for _, dtype in lowered())]
-        allowed = max(AGREEMENT.get(dtype, 0.1) for dtype in dtypes) * size
-        if math.isfinite(size) and not error <= allowed:
-            raise UntraceableError(f"the compiled answer is off by {error:.1e} of {size:.1e}")
+def _what_is_off(found: Linearization, point: Point, curvature: SecondOrder, is_due: bool) -> str:
+    """What plain PyTorch gives something else for, in words; nothing where it gives the same.
+
+    Args:
+        found: by a program.
+        point: where, in the same random state.
+        curvature: A.
+        is_due: whether all is compared, and not L_T alone.
+    """
+    with point.problem.evaluated("train_loss", point.batch) as (loss, parts):
+        L, epsilon = loss.detach(), epsilon_of_losses(*found.layout.dtypes)
+        half, fifth = epsilon**0.5, epsilon**0.2  # of the digits
+        rounding = 100 * torch.finfo(torch.promote_types(L.dtype, torch.float32)).eps  # of a loss or a gradient near zero
+        if not _agree(found.loss, L, half, rounding):
+            return f"the compiled L_T is {float(found.loss):g}, not {float(L):g}"
+        if not is_due:
+            return ""
+        graph = GradientGraph(loss, point.weights, point.leaves, parts)
+        plain = graph.linearization(curvature.of(graph))
+        if plain.layout != found.layout:
+            return "L_T touches other weights than it did"
+        v = torch.randn(plain.layout.size, generator=torch.Generator().manual_seed(0)).to(plain.value)
+        Bv, Bv2 = found.mixed(v), plain.mixed(v)
+        leaves = Layout.of(trees.present(Bv) | trees.present(Bv2))
+        for what, ours, theirs, absolute in (
+            ("F", found.value, plain.value, fifth * float(L.abs()) + rounding),
+            ("A v", found.A @ v, plain.A @ v, 0.0),
+            ("Bᵀv", leaves.flatten(Bv), leaves.flatten(Bv2), 0.0),
+        ):
+            if not _agree(ours, theirs, fifth, absolute):
+                return f"the compiled {what} is off by more than {fifth:.0e} of it"
+    return ""
 
 
-class _Program:
-    """The graphs for one shape of everything, and what they were compiled to."""
-
-    def __init__(self, problem: Problem, point: _Point, v: Tree, way: Way, gauss_newton: bool) -> None:
-        size = len(point.tensors)
-        names: list[list[str]] = []
-
-        def function(*tensors: Tensor) -> list[Tensor]:
-            along = dict(zip(v, tensors[size:], strict=True))
-            loss, *found = derivatives(problem, point.tree(tensors[:size]), along, way, gauss_newton)
-            names[:] = [[name for name, t in tree.items() if t is not None] for tree in found]
-            return [loss, *(t for tree in found for t in tree.values() if t is not None)]
-
-        graph = splitting.traced(function, [*point.tensors, *v.values()])
-        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        left = iter(splitting.results(graph))
-        loss = next(left)
-        value, product, mixed = ([next(left) for _ in part] for part in names)
-        per_vector = splitting.dependents(graph, inputs[size:])
-        tangents = {"product": product, "mixed": mixed}
-        self._terms = {kind: splitting.tangent(graph, nodes, per_vector) for kind, nodes in tangents.items()}
-        residuals = [node for term in self._terms.values() for node in term.arguments if node.op == "call_function"]
-        self._draws = splitting.draws(graph)
-        self._primal = splitting.primal(graph, [loss, *value, *residuals], self._draws.results)
-        self._outputs = [loss, *value]
-        self._inputs, vectors = inputs[:size], dict(zip(inputs[size:], v, strict=True))
-        self._places = {  # of v among a term's arguments
-            kind: [(i, vectors[node]) for i, node in enumerate(term.arguments) if node in vectors]
-            for kind, term in self._terms.items()
-        }
-        self._constants = splitting.constants(graph)
-        self._weights, self._leaves, self._names = list(v), list(point.tree(point.tensors)[1]), names
-        self._ndim = {name: value.ndim for name, value in v.items()}
-        self._runs: dict[Any, Run] = {}
-
-    def at(self, tensors: Sequence[Tensor]) -> Products:
-        """L_T, F and the residuals, computed here and now; the products, for later."""
-        known = self._constants | dict(zip(self._inputs, tensors, strict=True))
-        known |= dict(zip(self._draws.results, self._draws.graph(), strict=True))
-        arguments = [known[node] for node in self._primal.arguments]
-        if "primal" not in self._runs:
-            self._runs["primal"] = splitting.compiled(self._primal.graph, arguments)
-        with torch.no_grad():
-            known |= dict(zip(self._primal.results, self._runs["primal"](arguments), strict=True))
-        loss, *value = (known[node] for node in self._outputs)
-        given = {kind: [known.get(node) for node in term.arguments] for kind, term in self._terms.items()}
-        touched = self._names[0]
-
-        def product(v: Tree) -> Tree:
-            found = self._apply("product", given["product"], v)
-            return {name: found[name] if name in found else torch.zeros_like(v[name]) for name in touched}
-
-        def mixed(x: Tree) -> Found:
-            return dict.fromkeys(self._leaves) | self._apply("mixed", given["mixed"], x)
-
-        return Products(
-            loss=loss,
-            value=dict(zip(touched, value, strict=True)),
-            untouched=[name for name in self._weights if name not in touched],
-            product=product,
-            mixed=mixed,
-        )
-
-    def _apply(self, kind: Kind, given: list[Tensor | None], v: Tree) -> Tree:
-        """The product with v, or with R of them; ``given`` has the residuals, and None in the places of v."""
-        term, names = self._terms[kind], self._names[1 if kind == "product" else 2]
-        if not names:
-            return {}
-        name, one = next(iter(v.items()))
-        R = len(one) if one.ndim > self._ndim[name] else None
-        arguments: list[Any] = given.copy()
-        for place, vector in self._places[kind]:
-            arguments[place] = v[vector]
-        with torch.no_grad():
-            if (kind, R) not in self._runs:
-                self._runs[kind, R] = self._compiled(term, given, arguments, R)
-            return dict(zip(names, self._runs[kind, R](arguments), strict=True))
-
-    def _compiled(self, term: Piece, given: list[Tensor | None], arguments: list[Tensor], R: int | None) -> Run:
-        graph = term.graph
-        if R is not None:
-            graph = splitting.batched(term, [0 if t is None else None for t in given], arguments)
-        run = splitting.compiled(graph, arguments)
-        layouts = [(i, arguments[i].stride()) for i, t in enumerate(given) if t is None]
-
-        def laid_out(arguments: list[Tensor]) -> Sequence[Tensor]:
-            """Compiled code has the layout of its arguments built in."""
-            for i, stride in layouts:
-                if (t := arguments[i]).stride() != stride:
-                    arguments[i] = torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device).copy_(t)
-            return run(arguments)
-
-        return laid_out
+def _agree(ours: Tensor, theirs: Tensor, relative: float, absolute: float) -> bool:
+    """Whether two vectors are the same up to rounding; where plain PyTorch's is not finite there is nothing to compare."""
+    error, size = torch.stack([vectors.norm(x.reshape(-1)) for x in (ours - theirs, theirs)]).tolist()
+    return not math.isfinite(size) or error <= relative * size + absolute

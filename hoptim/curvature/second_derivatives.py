@@ -1,0 +1,81 @@
+"""Whether a training loss has a second derivative that autograd knows: looked at once for each problem."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction, once_differentiable
+
+from hoptim.curvature.linearization import GradientGraph, Point, as_leaves
+from hoptim.linalg import vectors
+from hoptim.linalg.vectors import Layout, Tree
+from hoptim.linalg.vjp import no_second_derivative, nodes
+from hoptim.problem.mixed_precision import epsilon_of_losses
+from hoptim.problem.problem import Problem
+
+_CHECKED: WeakSet[Problem] = WeakSet()
+_ONCE = once_differentiable(lambda _: None).__code__
+
+
+def check_twice_differentiable(problem: Problem, loss: Tensor, weights: Tree, leaves: Tree, batch: Any) -> None:
+    """Raise where autograd cannot go back a second time, which it would leave out without a word. Once for each problem.
+
+    A backward pass that is marked ``once_differentiable`` raises only if a second one runs through it to the end, and one
+    that asks for the weights alone does not. One that is not marked, and leaves autograd, is found by its answers.
+    """
+    if problem in _CHECKED:
+        return
+    seen = nodes([loss])
+    custom = [type(node)._forward_cls for node in seen if isinstance(node, BackwardCFunction)]  # type: ignore[attr-defined]
+    if once := sorted({cls.__name__ for cls in custom if getattr(cls.backward, "__code__", None) is _ONCE}):
+        raise no_second_derivative(f"the custom functions {once} are once_differentiable")
+    if any(node.name() == "WeightNormInterfaceBackward0" for node in seen):
+        raise no_second_derivative(
+            "that of torch._weight_norm lacks a term. Use torch.nn.utils.parametrizations.weight_norm"
+        )
+    _CHECKED.add(problem)
+    if custom and (error := _error_by_differences(problem, weights, leaves, batch)):
+        warnings.warn(
+            f"autograd's curvature is off by {error:.0%} from differences of gradients: the backward pass of "
+            f"{sorted({cls.__name__ for cls in custom})} has no derivative or a wrong one; it may use detach(), .data, "
+            "NumPy or a kernel. Take curvature=hoptim.FiniteDifference()",
+            stacklevel=2,
+        )
+
+
+def check_once(point: Point) -> None:
+    """The same for a curvature that builds no graph of its own; it costs one loss, the first time."""
+    if point.problem not in _CHECKED:
+        with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (loss, _):
+            check_twice_differentiable(point.problem, loss, point.weights, point.leaves, point.batch)
+
+
+def _error_by_differences(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> float:
+    """How far A v is from two differences of gradients, relative to them; 0 where it is near or where they do not agree."""
+    layout = Layout.of(weights)
+    w = layout.flatten(weights).detach()
+    v = torch.randn(layout.size, generator=torch.Generator().manual_seed(0)).to(w)
+    step = float(vectors.norm(w) / vectors.norm(v)) * epsilon_of_losses(*layout.dtypes) ** (1 / 3)
+
+    def at(place: Tensor, product: bool) -> Tensor:
+        """∇L_T there, or A v, from the same random state each time."""
+        moved = as_leaves(layout.unflatten(place))
+
+        def inside(loss: Tensor, _: Any) -> Tensor:
+            graph = GradientGraph(loss, moved, leaves)
+            found = graph.vjp(graph.weights)(layout.unflatten(v)) if product else graph.value
+            return layout.flatten(found).detach()
+
+        with problem.untouched():
+            return problem.pure("train_loss", moved, leaves, batch, inside)
+
+    def difference(step: float) -> Tensor:
+        return (at(w + step * v, False) - at(w - step * v, False)) / (2 * step)
+
+    near, far = difference(step), difference(2 * step)
+    error, noise, size = (float(vectors.norm(x)) for x in (at(w, True) - near, near - far, near))
+    return error / size if error > 10 * noise + 0.01 * size else 0.0
