@@ -1,1 +1,101 @@
-"""Ways to the hypergradient dL_V/dλ."""
+"""Methods for the hypergradient dL_V/dλ: implicit differentiation, and differentiation through unrolled steps.
+
+L_T(w, λ) is the training loss, L_V(λ, w) the validation loss, w the weights and λ the hyperparameters. After training
+F(w, λ) = 0, where F says what "trained" means. The implicit function theorem then gives
+
+    dL_V/dλ = ∂L_V/∂λ − Bᵀx,    Aᵀx = g,    with A = ∂F/∂w, B = ∂F/∂λ, g = ∂L_V/∂w.
+
+`Implicit` computes this, and each part of it is a choice: the condition F, the curvature A (`hoptim.curvature`), the
+solver (`hoptim.solvers`), a preconditioner and damping. `Unrolled` solves no system and differentiates through the last
+inner steps.
+
+# Implicit or unrolled
+
+| | `Implicit(...)` | `Unrolled(steps)` |
+|---|---|---|
+| assumes | a nearly stationary point of training | nothing |
+| cost | a few products: about 10 gradients with the default | 4 to 5 gradients for each step |
+| memory | a few gradients | weights and state for each step; with `checkpoint=True` for √steps |
+| sees | what changes ∇L_T; options of the inner optimizer only with `Update()` | everything that changes the steps |
+| optimizers | any | those that torch can differentiate |
+
+`Unrolled` goes back over the steps since the last hyperstep: `BilevelOptimizer` keeps them and takes them again, with the
+same batches, dropout masks and options. When there are none, as with `hyperstep()` under `every=None` or in a single call
+of `hypergradient`, it differentiates through the steps that would come next. Unrolled steps with a `GradScaler` are not
+supported, and the derivative of gradient clipping is not included: the status says so.
+
+# Conditions: what "trained" means
+
+- `Gradient()`, the default: F = ∇_w L_T, so A is the Hessian. Hyperparameters that act only through the inner optimizer,
+  such as its learning rate, do not change ∇L_T: that is an error.
+- `Update()`: F = u, where the inner optimizer's step is w ← w − u, its state held fixed. This sees the learning rate,
+  momentum and the optimizer's own weight decay. A is not symmetric, so the default solver is `GMRES(terms=5)`. On an
+  untrained model the hypergradient of a learning rate can have the wrong sign; that of `Unrolled` has the right sign from
+  the start.
+
+For both a learned option has to *be* the option: pass a leaf of `hparams`, without constraint or `nonnegative`, to the
+inner optimizer.
+
+>>> import torch
+>>> from torch import nn
+>>> from torch.distributions import constraints
+>>> from hoptim import BilevelOptimizer, HyperParameters, Implicit, Problem, Unrolled, Update, hypergradient
+>>> _ = torch.manual_seed(0)
+>>> model, x, y = nn.Linear(3, 1), torch.randn(16, 3), torch.randn(16, 1)
+>>> loss = lambda model, hparams, batch: (model(x[batch]) - y[batch]).square().mean()
+>>> hparams = HyperParameters({"lr": torch.tensor(0.01)}, {"lr": constraints.nonnegative})
+>>> problem = Problem(model, hparams, loss, loss)
+>>> inner = torch.optim.SGD(model.parameters(), lr=problem.leaves()["lr"], foreach=False)
+>>> outer = torch.optim.Adam(hparams.parameters(), lr=0.01)
+>>> train, val = torch.arange(8), torch.arange(8, 16)
+>>> optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[val], hypergradient=Unrolled(5), every=5)
+>>> for _ in range(20):
+...     optimizer.zero_grad()
+...     optimizer.loss(train).backward()
+...     optimizer.step()
+>>> optimizer.record.status.name, bool(hparams["lr"] > 0.01)                       # a larger rate would have been better
+('FINISHED', True)
+
+`Update` and `Unrolled` work with the optimizers of `torch.optim` that have `differentiable=True`: SGD, Adam, AdamW,
+NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Rprop, ASGD. With gradient accumulation, `Update` takes a step to be
+that of the mean loss, so divide each loss by their number.
+
+# Preconditioners
+
+A diagonal matrix D near A: the solver then works on D^(−1/2) A D^(−1/2), whose eigenvalues lie closer together, and its
+residuals are in that measure. `Jacobi()` estimates A's own diagonal from a few products. `SecondMoments()` uses what an
+inner Adam has stored already, and costs nothing; together with `Identity()` it is SAMA's hypergradient.
+
+# One hypergradient, for any loop
+
+`hypergradient` needs no `BilevelOptimizer` and changes nothing in the model.
+
+>>> decay = HyperParameters({"decay": torch.tensor(0.1)}, {"decay": constraints.positive})
+>>> def train_loss(model, hparams, batch):
+...     return loss(model, hparams, batch) + hparams["decay"] * model.weight.square().sum()
+>>> problem = Problem(model, decay, train_loss, loss)
+>>> for _ in range(100):                                                             # a training loop of your own
+...     weights = list(model.parameters())
+...     gradient = torch.autograd.grad(problem.loss(train), weights)                 # the training loss, decay held fixed
+...     with torch.no_grad():
+...         _ = [p.sub_(0.1 * step) for p, step in zip(weights, gradient)]
+>>> result = hypergradient(problem, train, val, Implicit())
+>>> result.solution.status.ok, result.grads["decay"].shape, bool(result.direct["decay"] == 0)
+(True, torch.Size([]), True)
+
+`result.grads` are derivatives with respect to the leaves, `hparams.named_parameters()`: with `positive`, with respect to
+log λ.
+
+# Limits
+
+- The formula is exact at a stationary point of the training loss and for an exact solve. A few terms on a model that is
+  still training are neither. Look at `residuals` and at `train_gradient_norm` in the record, and judge by a test set that
+  took no part.
+- A hyperstep's dropout masks are those of the next training step, because it restores the state of the random generators.
+- Several right-hand sides go through a product at once up to 2²⁰ weights, one by one beyond that and through convolutions,
+  where at once is slower.
+
+Properties that are tested on random small models: the hypergradient is linear in the validation loss, does not depend on
+names or on the order of hidden units, is the same for several right-hand sides at once and one by one, and equals the
+dense answer ([tests](tests/methods/test_properties.py)).
+"""

@@ -8,7 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from hoptim.methods.implicit import Implicit
-from hoptim.methods.method import Hypergradient, Method, TrainingContext, checked
+from hoptim.methods.method import Method, TrainingContext, checked
+from hoptim.methods.result import Hypergradient
 from hoptim.problem.data import Batches
 from hoptim.problem.problem import Problem
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from hoptim.curvature.linearization import Linearization, Point
+from hoptim.curvature.linearization import Linearization, Point, as_leaves
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.trees import Found, Tree
+from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import vjp
 from hoptim.methods.inner_step import InnerStep
 
@@ -63,86 +63,87 @@ class Update(Condition):
         """The update with its derivatives."""
         if inner is None:
             raise ValueError("Update needs the inner optimizer: call hypergradient(..., inner=optimizer)")
-        w = {name: point.weights[name] for name in gradient.value}
-        G = {name: value.detach().clone().requires_grad_() for name, value in gradient.value.items()}
-        dynamics = InnerStep.of(inner, *point.live)
-        moved, _ = dynamics.step(w, G, point.leaves)
-        held = {name for group in dynamics.groups for name in group.names}
+        w = {name: point.weights[name] for name in gradient.layout.names}
+        G = as_leaves(gradient.layout.unflatten(gradient.value))
+        step = InnerStep.of(inner, *point.live)
+        moved, _ = step.step(w, G, point.leaves)
+        held = {name for group in step.groups for name in group.names}
         u = {name: value - moved[name] for name, value in w.items() if name in held}
-        still = [name for name in w if name not in held]
+        fixed = tuple(name for name in w if name not in held)
         if not u:
-            raise ValueError(f"the inner optimizer moves none of the weights {still}: give the one that trains the model")
+            raise ValueError(
+                f"the inner optimizer moves none of the weights {list(fixed)}: give the one that trains the model"
+            )
+        layout = Layout.of({name: w[name] for name in u})
+        update = _Update(u, w, G, point.leaves, layout, gradient)
         return Linearization(
             loss=gradient.loss,
-            value=trees.map_tree(torch.Tensor.detach, u),
-            A=_Jacobian(u, {name: w[name] for name in u}, G, gradient.A),
-            mixed=_mixed(u, G, point.leaves, gradient),
+            layout=layout,
+            value=layout.flatten(u).detach(),
+            A=_Jacobian(update),
+            mixed=update.mixed,
             untouched=gradient.untouched,
-            fixed=tuple(still),
+            fixed=fixed,
         )
 
 
+class _Update:
+    """u(w, G, λ) with its graph, G being a leaf in the place of ∇_w L_T, and the linearised gradient itself.
+
+    Attributes:
+        layout: the weights that the optimizer moves: those of u.
+        gradient: ∇_w L_T with its derivatives, on the weights that the training loss touches.
+    """
+
+    def __init__(self, u: Tree, w: Tree, G: Tree, leaves: Tree, layout: Layout, gradient: Linearization) -> None:
+        self.u, self.leaves, self.layout, self.gradient = u, leaves, layout, gradient
+        self._inputs = {("w", name): value for name, value in w.items()} | {("G", name): value for name, value in G.items()}
+
+    def back(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Dᵀv on the weights of u, and Pᵀv on those of the gradient: P = ∂u/∂G, D = ∂u/∂w."""
+        found = vjp(self.u, self.layout.unflatten(v), self._inputs, batched=v.ndim > 1)
+        by_weight, by_gradient = ({n: t for (k, n), t in found.items() if k == kind} for kind in ("w", "G"))
+        lead = v.shape[:-1]
+        return self.layout.flatten(by_weight, lead), self.gradient.layout.flatten(by_gradient, lead)
+
+    def along(self, v: Tensor, dG: Tensor) -> Tensor:
+        """D v + P dG: the derivative of qᵀ(D, P), which is linear in q, along (v, dG)."""
+        q = {name: torch.zeros_like(value, requires_grad=True) for name, value in self.u.items()}
+        found = torch.autograd.grad(
+            list(self.u.values()), list(self._inputs.values()), list(q.values()), create_graph=True, allow_unused=True
+        )
+        rows = {key: t for key, t in zip(self._inputs, found, strict=True) if t is not None and t.requires_grad}
+        tangents = {"w": self.layout.unflatten(v), "G": self.gradient.layout.unflatten(dG)}
+        lead = v.shape[:-1]
+        along = {
+            (kind, name): tangents[kind].get(name, torch.zeros(()).to(t).expand((*lead, *t.shape)))
+            for (kind, name), t in rows.items()
+        }
+        return self.layout.flatten(vjp(rows, along, q, batched=v.ndim > 1), lead)
+
+    def mixed(self, x: Tensor) -> OptionalTree:
+        """Bᵀx = (∂u/∂λ)ᵀx at a fixed gradient + (∂∇L_T/∂λ)ᵀ Pᵀx."""
+        own = vjp(self.u, self.layout.unflatten(x), self.leaves, batched=x.ndim > 1)
+        through = self.gradient.mixed(self.back(x)[1])
+        return {name: trees.sum_of(own[name], through[name]) for name in self.leaves}
+
+
 class _Jacobian(Operator):
-    """A = P·H + D on the weights that the optimizer moves, the others being fixed."""
+    """A = P·H + D on the weights that the optimizer moves, the others being held fixed."""
 
-    def __init__(self, u: Tree, w: Tree, G: Tree, H: Operator, *, transposed: bool = False) -> None:
-        super().__init__({name: value.detach() for name, value in w.items()})
-        self.u, self.w, self.G, self.H, self.transposed = u, w, G, H, transposed
-
-    def __matmul__(self, v: Tree) -> Tree:
-        return self._pulled(v) if self.transposed else self._pushed(v)
+    def __init__(self, update: _Update, *, transposed: bool = False) -> None:
+        layout, self.H = update.layout, update.gradient.A
+        super().__init__(torch.empty(layout.size, dtype=layout.dtype, device=layout.device), is_fixed=self.H.is_fixed)
+        self.update, self.transposed = update, transposed
 
     @property
     def T(self) -> Operator:  # noqa: N802
         """Aᵀ = H·Pᵀ + Dᵀ."""
-        return _Jacobian(self.u, self.w, self.G, self.H, transposed=not self.transposed)
+        return _Jacobian(self.update, transposed=not self.transposed)
 
-    def _pulled(self, v: Tree) -> Tree:
-        """Aᵀv: back through the update, then through the Hessian."""
-        batched = self.is_batched(v)
-        back = _pull(self.u, v, {"w": self.w, "G": self.G}, batched)
-        through = self.H.T @ back["G"]
-        return {name: through[name] + part for name, part in back["w"].items()}
-
-    def _pushed(self, v: Tree) -> Tree:
-        """A v, from the derivative of ⟨u, q⟩'s gradient along q: the product with Pᵀ and Dᵀ is linear in q."""
-        batched = self.is_batched(v)
-        whole = {name: v[name] if name in v else _zeros(value, v, self.like) for name, value in self.H.like.items()}
-        tangent = {"w": v, "G": self.H @ whole}
-        q = trees.map_tree(lambda value: torch.zeros_like(value, requires_grad=True), self.u)
-        inputs = {f"{kind}:{name}": value for kind, tree in (("w", self.w), ("G", self.G)) for name, value in tree.items()}
-        found = torch.autograd.grad(
-            list(self.u.values()), list(inputs.values()), list(q.values()), create_graph=True, allow_unused=True
-        )
-        rows = {key: part for key, part in zip(inputs, found, strict=True) if part is not None and part.requires_grad}
-        along = {key: tangent[key[0]][key[2:]] for key in rows}
-        pushed = vjp(rows, along, q, batched=batched)
-        return trees.filled(pushed, v)
-
-
-def _zeros(value: torch.Tensor, v: Tree, like: Tree) -> torch.Tensor:
-    """A zero entry for a weight that ``v`` does not have, with v's leading axis if there is one."""
-    name, first = next(iter(v.items()))
-    return value.new_zeros((*first.shape[: first.ndim - like[name].ndim], *value.shape))
-
-
-def _pull(u: Tree, v: Tree, inputs: dict[str, Tree], batched: bool) -> dict[str, Tree]:
-    """vᵀ ∂u/∂inputs, with zeros for what u does not depend on."""
-    flat = {f"{kind}:{name}": value for kind, tree in inputs.items() for name, value in tree.items()}
-    found = vjp(u, v, flat, batched=batched)
-    lead = next(iter(v.values())).shape[:1] if batched else ()
-    full = {key: flat[key].new_zeros((*lead, *flat[key].shape)) if part is None else part for key, part in found.items()}
-    return {kind: {name: full[f"{kind}:{name}"] for name in tree} for kind, tree in inputs.items()}
-
-
-def _mixed(u: Tree, G: Tree, leaves: Tree, gradient: Linearization) -> Callable[[Tree], Found]:
-    """x ↦ Bᵀx = (∂u/∂λ)ᵀx at a fixed gradient + (∂∇L_T/∂λ)ᵀPᵀx."""
-
-    def mixed(x: Tree) -> Found:
-        name, value = next(iter(x.items()))
-        batched = value.ndim > u[name].ndim
-        own = vjp(u, x, leaves, batched=batched)
-        through = gradient.mixed(_pull(u, x, {"G": G}, batched)["G"])
-        return {name: trees.sum_of(own[name], through[name]) for name in leaves}
-
-    return mixed
+    def __matmul__(self, v: Tensor) -> Tensor:
+        own, whole = self.update.layout, self.update.gradient.layout
+        if self.transposed:
+            D_v, P_v = self.update.back(v)
+            return D_v + own.flatten(whole.unflatten(self.H.T @ P_v), v.shape[:-1])
+        return self.update.along(v, self.H @ whole.flatten(own.unflatten(v), v.shape[:-1]))

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.curvature.exact import Exact
 from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Curvature, Linearization, Point, over_ranks
-from hoptim.linalg import trees
-from hoptim.linalg.operators import Scaled, in_float32
-from hoptim.linalg.trees import Found, Tree
+from hoptim.curvature.minibatch import Sampled
 from hoptim.methods.conditions import Condition, Gradient
-from hoptim.methods.method import Hypergradient, Method, TrainingContext, Validation, assembled, validate
+from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.preconditioners import Preconditioner
+from hoptim.methods.result import Hypergradient, assemble
+from hoptim.methods.validation_loss import validate
 from hoptim.problem.composite_loss import CompositeLoss
 from hoptim.problem.problem import Problem
 from hoptim.solvers.base import Solver
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
-from hoptim.solvers.solution import State, Unread
+from hoptim.solvers.neumann import Neumann
+from hoptim.solvers.scaled import solve_scaled
+from hoptim.solvers.solution import Solution, State
 from hoptim.validation import describe_type, is_finite
 
 TERMS = 5  # of the default solver: to stop early is what regularises, see scripts/fidelity.py
@@ -45,7 +47,8 @@ class Implicit(Method):
 
     Args:
         solver: how far to go in solving for x; ``None``, the default, for what came out of the fidelity study:
-            ``MINRES(terms=5)``, or ``GMRES(terms=5)`` for ``Update``, whose A is not symmetric.
+            ``MINRES(terms=5)``, or ``GMRES(terms=5)`` for ``Update``, whose A is not symmetric, or ``Neumann()`` for
+            ``Sampled``, whose A is another one in each product.
         condition: which F; default ``Gradient()``: F = ∇_w L_T.
         curvature: which matrix stands for the Hessian in A; ``None``, the default, for ``GaussNewton()`` where the training
             loss is a :class:`CompositeLoss`, else ``Exact()``.
@@ -85,8 +88,11 @@ class Implicit(Method):
         """What was left open, decided for this problem."""
         shown = isinstance(problem.train_loss, CompositeLoss)
         curvature = self.curvature or (GaussNewton() if shown else Exact())
-        default = MINRES if isinstance(self.condition, Gradient) else GMRES
-        return Chosen(solver=self.solver or default(terms=TERMS), curvature=curvature)
+        if isinstance(curvature, Sampled):
+            default: Solver = Neumann()
+        else:
+            default = (MINRES if isinstance(self.condition, Gradient) else GMRES)(terms=TERMS)
+        return Chosen(solver=self.solver or default, curvature=curvature)
 
     def __call__(
         self,
@@ -98,39 +104,37 @@ class Implicit(Method):
     ) -> Hypergradient:
         """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
         loop = loop or TrainingContext()
-        chosen = self.chosen(problem)
-
-        def implicit(gradient: Linearization) -> Hypergradient:
-            F = self.condition(gradient, point, loop.inner)
-            _check_weights(F)
-            unread = self._solved(chosen.solver, F, validation, point, loop.inner, state)
-
-            def pulled(x: Tree) -> Found:
-                return F.mixed(trees.cast(trees.negative(x), F.A.like))
-
-            return assembled(validation, point.leaves, unread, pulled, F.loss, F.value)
-
         with problem.untouched():
             point = Point.of(problem, train_batch, loop.draw)
-            validation = validate(problem, point.weights, point.leaves, val_batch)
-            return chosen.curvature.linearize(point, lambda local: implicit(over_ranks(local, problem.ranks, point)))
+            return point.inside(lambda: self._at(point, val_batch, state, loop))
 
-    def _solved(
-        self, solver: Solver, F: Linearization, at: Validation, point: Point, inner: Optimizer | None, state: State | None
-    ) -> Unread:
-        """Aᵀx = g by the solver, in the preconditioner's scale if there is one: S A S y = S g, x = S y with S = D^(−1/2)."""
-        A = in_float32(F.A) + self.damping
-        g = trees.widened({name: at.g[name] for name in F.A.like})
+    def _at(self, point: Point, val_batch: Any, state: State | None, loop: TrainingContext) -> Hypergradient:
+        """The same at a point whose tensors stand in the model's place."""
+        problem, leaves = point.problem, point.leaves
+        chosen = self.chosen(problem)
+        validation = validate(problem, point.weights, leaves, val_batch)
+        with chosen.curvature.linearize(point) as local:
+            F = self.condition(over_ranks(local, problem.ranks, point), point, loop.inner)
+            _check_weights(F)
+            g = F.layout.flatten(validation.g, validation.loss.shape)
+            solution = self._solve(chosen.solver, F, g, point, loop.inner, state)
+            indirect = F.mixed(-solution.value)
+            named = replace(solution, value=F.layout.views(solution.value))
+            return assemble(validation, indirect, named, leaves, F.loss, F.value)
+
+    def _solve(
+        self, solver: Solver, F: Linearization, g: Tensor, point: Point, inner: Optimizer | None, state: State | None
+    ) -> Solution:
+        """(A + damping·I)ᵀx = g, in the scale of the preconditioner if there is one."""
+        A = F.A + self.damping
         if self.preconditioner is None:
-            return solver.unread(A, g, state)
-        scale = trees.map_tree(torch.rsqrt, self.preconditioner(A, point, inner))
-        unread = solver.unread(Scaled(A, scale), trees.times(g, scale), state)
-        return unread.mapped(lambda y: trees.times(y, scale))
+            return solver.solve(A, g, state)
+        return solve_scaled(solver, A, g, self.preconditioner(A, F.layout, point, inner).rsqrt(), state)
 
 
 def _check_weights(F: Linearization) -> None:
     names = list(F.untouched)
-    if not F.value:
+    if not F.layout.names:
         raise ValueError(f"the training loss touches none of the weights {names}: compute it with the model it is given")
     if names:
         warnings.warn(

@@ -1,9 +1,9 @@
-"""InnerStep: one step of the user's inner optimizer as a pure, differentiable function; torch's own code takes it."""
+"""InnerStep: one step of the user's inner optimizer as a pure, differentiable function, taken by torch's own code."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,35 +11,14 @@ import torch
 from torch import Tensor, optim
 from torch.overrides import TorchFunctionMode
 
-from hoptim.linalg.trees import Tree
+from hoptim.linalg.vectors import Tree
+from hoptim.methods.learned_options import DIFFERENTIABLE, Bound, Kind, bind, check_unscheduled
 
 State = dict[str, dict[str, Tensor]]
-Kind = type[optim.Optimizer]
 
 _PLAIN = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
-# The options that torch's own code differentiates in; of the others it takes a number only, or makes a constant.
-_FOLLOWED: dict[Kind, frozenset[str]] = {
-    optim.SGD: frozenset({"lr", "momentum", "weight_decay"}),
-    optim.Adam: frozenset({"lr", "betas", "eps", "weight_decay"}),
-    optim.AdamW: frozenset({"lr", "betas", "eps", "weight_decay"}),
-    optim.NAdam: frozenset({"lr", "eps", "momentum_decay"}),
-    optim.RAdam: frozenset({"lr", "eps"}),
-    optim.Adamax: frozenset({"eps"}),
-    optim.RMSprop: frozenset({"eps", "momentum"}),
-    optim.Adagrad: frozenset({"eps"}),
-    optim.Adadelta: frozenset({"eps"}),
-    optim.Rprop: frozenset(),
-    optim.ASGD: frozenset(),
-}
-ADAMS = (optim.Adam, optim.AdamW)  # before torch 2.7 the one is no subclass of the other
-KINDS = tuple(_FOLLOWED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """An option of the optimizer that is a hyperparameter: the name of the leaf."""
-
-    name: str
+KINDS = tuple(DIFFERENTIABLE)
+_TINY = torch.finfo(torch.float32).tiny  # the smallest normal number: added to another, it rounds away
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,23 +33,24 @@ class Group:
 class InnerStep:
     """One step of an inner optimizer, (w, s) ↦ (w⁺, s⁺) = U(w, s, ∇L_T, λ), as a pure function; made by :meth:`of`.
 
-    The step is torch's own, taken with ``differentiable=True`` by a fresh optimizer over clones: nothing of the user's is
-    touched, and no graph is broken by later steps. It differentiates in the weights, gradients, leaves and state. Hooks of
-    the optimizer are not part of it.
+    A fresh optimizer of the same class takes the step over clones, with ``differentiable=True``: nothing of the user's is
+    touched, and later steps break no graph. It has derivatives in the weights, gradients, leaves and state; in an option
+    that is exactly 0, where torch's code leaves a term out or divides by it, the derivative from above. Hooks of the
+    optimizer are not called.
 
     Args:
         kind: the class of ``torch.optim``, one of ``KINDS``.
         groups: the parameter groups: names of weights, and options.
-        defaults: the optimizer's ``defaults``, which Adagrad reads its first accumulator from.
-        state: s by weight name, then by the optimizer's own key, such as ``"exp_avg"``: all tensors.
+        defaults: the optimizer's ``defaults``, from which Adagrad reads its first accumulator.
+        state: s by weight name, then by the optimizer's own key, such as ``"exp_avg"``: tensors only.
 
     Example: SGD with momentum on L = w²/2, where w⁺ = w − lr·(μ·buffer + w).
 
     >>> w, lr = torch.nn.Parameter(torch.tensor(2.0)), torch.nn.Parameter(torch.tensor(0.5))
-    >>> dynamics = InnerStep.of(torch.optim.SGD([w], lr=lr, momentum=0.9), {"w": w}, {"lr": lr})
-    >>> dynamics.bound
-    ('lr',)
-    >>> new, state = dynamics.step({"w": w}, {"w": w.clone()}, {"lr": lr})
+    >>> inner_step = InnerStep.of(torch.optim.SGD([w], lr=lr, momentum=0.9), {"w": w}, {"lr": lr})
+    >>> inner_step.groups[0].options["lr"]
+    Bound(name='lr')
+    >>> new, state = inner_step.step({"w": w}, {"w": w.clone()}, {"lr": lr})
     >>> new["w"].item(), state["w"]["momentum_buffer"].item()
     (1.0, 2.0)
     >>> [g.item() for g in torch.autograd.grad(new["w"], [w, lr])]
@@ -84,52 +64,48 @@ class InnerStep:
 
     @classmethod
     def of(cls, inner: optim.Optimizer, weights: Tree, leaves: Tree, *, with_state: bool = True) -> InnerStep:
-        """The dynamics of ``inner`` as it stands: options and state are copied, so that its later steps change nothing.
+        """The step of ``inner`` as it is now: options and state are copied, so that later steps of it change nothing.
 
-        What the state still lacks is filled in by torch's own first values: zeros in most. SGD's momentum buffer with
-        dampening stays out, since its first step, and that one alone, takes the gradient undamped.
+        State that is still missing is filled in with torch's own first values, mostly zeros. Not so SGD's momentum buffer
+        under dampening: its first step, and that one alone, takes the gradient undamped.
 
         Args:
-            inner: the live optimizer; it may hold weights that are not in ``weights``: they are passed over.
+            inner: the live optimizer; weights that it holds beyond ``weights`` are passed over.
             weights: the live weights by name, ``Problem.weights()``.
             leaves: the live hyperparameter leaves by name, ``Problem.leaves()``. An option of ``inner`` that is one of them,
-                or a view of its memory, is bound to it: the step differentiates in it.
-            with_state: copy the state, default ``True``; without, only the options.
+                or a view of its memory, is bound to it: the step has a derivative in it.
+            with_state: copy the state too, default ``True``; else only the options.
 
         Raises:
             TypeError: ``inner`` is of a class, or has a ``step`` of its own, that torch can't differentiate; or an option
                 that is a leaf is one that this class makes a constant of.
-            ValueError: an option is computed from other tensors, is part of a leaf, or a leaf of more than one number; or a
-                scheduler sets a learning rate that is a leaf.
+            ValueError: an option is computed from other tensors, is part of a leaf, or a leaf of more than one number; a
+                scheduler sets a learning rate that is a leaf; or RMSprop took its first step with a learned momentum of 0.
         """
         kind = _kind(inner)
+        check_unscheduled([group for group in inner.param_groups if "initial_lr" in group], leaves)
         name_of = {id(p): name for name, p in weights.items()}
         groups = []
-        check_unscheduled([group for group in inner.param_groups if "initial_lr" in group], leaves)
         for group in inner.param_groups:
-            followed = _followed(kind, group)
-            options = {key: _bind(kind, key, group[key], leaves, followed) for key in inner.defaults if key in group}
+            options = {key: bind(kind, group, key, leaves) for key in inner.defaults if key in group}
             names = tuple(name_of[id(p)] for p in group["params"] if id(p) in name_of)
             groups.append(Group(names=names, options=options))
+        without_state = cls(kind=kind, groups=tuple(groups), defaults=dict(inner.defaults), state={})
         if not with_state:
-            return cls(kind=kind, groups=tuple(groups), defaults=dict(inner.defaults), state={})
+            return without_state
         held = {name: weights[name] for group in groups for name in group.names}
         state = {
             name: {key: value.detach().clone() for key, value in inner.state.get(p, {}).items() if isinstance(value, Tensor)}
             for name, p in held.items()
         }
-        dynamics = cls(kind=kind, groups=tuple(groups), defaults=dict(inner.defaults), state=state)
-        return replace(dynamics, state=state | dynamics._first(held, leaves))
-
-    @property
-    def bound(self) -> tuple[str, ...]:
-        """The names of the leaves that are options of the optimizer."""
-        found: dict[str, None] = {}
-        for group in self.groups:
-            for option in group.options.values():
-                members = option if isinstance(option, tuple) else (option,)
-                found |= {member.name: None for member in members if isinstance(member, Bound)}
-        return tuple(found)
+        unbuffered = [name for name, entries in state.items() if entries and "momentum_buffer" not in entries]
+        if kind is optim.RMSprop and unbuffered and any(isinstance(g.options["momentum"], Bound) for g in groups):
+            raise ValueError(
+                "the learned momentum of RMSprop was 0 at the first step: torch then keeps no buffer, and its own step "
+                "fails as soon as the momentum rises. Start above 0"
+            )
+        empty = {name: p for name, p in held.items() if not state[name]}
+        return replace(without_state, state=state | without_state._first_state(empty, leaves))
 
     def step(self, weights: Tree, gradients: Tree, leaves: Tree, state: State | None = None) -> tuple[Tree, State]:
         """One step: new weights and new state, with a graph where gradients are enabled.
@@ -137,81 +113,79 @@ class InnerStep:
         Args:
             weights: w by name. What no group holds comes back as it was.
             gradients: ∇L_T by name. A weight that has none is left alone, and so is its state.
-            leaves: the hyperparameters by name; those in ``bound`` are read.
+            leaves: the hyperparameters by name; those that are options of the optimizer are read.
             state: s; ``None`` for the one that was copied from the live optimizer.
 
         Raises:
-            ValueError: ``leaves`` lacks one in ``bound``, or a momentum, or Adam's lr, that is a leaf is 0.
+            ValueError: ``leaves`` lacks one of these.
         """
-        with torch.enable_grad():
+        with torch.enable_grad():  # also where no graph is asked for: the bits are the same
             new, after = self._step(weights, gradients, leaves, self.state if state is None else state)
         if torch.is_grad_enabled():
             return new, after
-        detached = {name: {key: value.detach() for key, value in entries.items()} for name, entries in after.items()}
-        return {name: value.detach() for name, value in new.items()}, detached
+        return _detached(new), {name: _detached(entries) for name, entries in after.items()}
 
     def _step(self, weights: Tree, gradients: Tree, leaves: Tree, state: State) -> tuple[Tree, State]:
+        gradients = {name: g for name in weights if (g := gradients.get(name)) is not None}
         new = {name: value.clone() for name, value in weights.items()}
-        optimizer, held, still = self._instance(new, gradients, leaves, state)
-        dtypes: dict[str, torch.dtype] = {}
-        if issubclass(
-            self.kind, (optim.Adam, optim.AdamW)
-        ):  # 1 − βᵗ is a tensor in differentiable Adam: in float32 it loses three digits
-            for name in held:
-                entries = optimizer.state[new[name]]
-                dtypes[name] = entries["step"].dtype
-                entries["step"] = entries["step"].to(_widest(new[name]))
-        with _Roots():
-            inspect.unwrap(self.kind.step)(optimizer)  # past the hooks, which are the user's
+        optimizer, zero_rates = self._optimizer(new, gradients, leaves, state)
+        with _SquareRoots():
+            inspect.unwrap(self.kind.step)(optimizer)  # without the hooks, which are the user's
         after = dict(state)
-        for name in held:
-            entries = dict(optimizer.state[new[name]])
-            if name in dtypes:
-                entries["step"] = entries["step"].to(dtypes[name])
-            after[name] = entries
+        for name in gradients:
+            if (entries := optimizer.state.get(new[name])) is not None:
+                before = state.get(name, {})
+                after[name] = {key: v.to(before[key].dtype) if key in before else v for key, v in entries.items()}
             new[name].grad = None
-        return new | {name: weights[name].clone() for name in still}, after
+        for name, rate in zero_rates.items():
+            w = weights[name]
+            new[name] = w + rate * (new[name] - w) if isinstance(rate, Tensor) and rate.requires_grad else w.clone()
+        return new, after
 
-    def _instance(
-        self, new: Tree, gradients: Tree, leaves: Tree, state: State
-    ) -> tuple[optim.Optimizer, list[str], list[str]]:
-        """A fresh optimizer over the clones ``new`` that have a gradient, its state complete; their names; who stays."""
+    def _optimizer(self, new: Tree, gradients: Tree, leaves: Tree, state: State) -> tuple[optim.Optimizer, dict[str, Any]]:
+        """A fresh optimizer over the clones ``new`` of what has a gradient, with its state; and the rates that are 0.
+
+        Adam divides by its lr, though its step is linear in it. Where lr is 0 the step is therefore taken with lr = 1, and
+        then scaled: w⁺ = w + lr·(its change of w) has the right value and the right derivative.
+        """
         groups: list[dict[str, Any]] = []
-        first: list[str] = []
-        still: list[str] = []
+        zero_rates: dict[str, Any] = {}
+        states: State = {}
         for group in self.groups:
-            names = [name for name in group.names if name in new and gradients.get(name) is not None]
+            names = [name for name in group.names if name in gradients]
+            states |= {name: _cloned(state.get(name, {}), new[name]) for name in names}
             options = {key: self._value(key, option, leaves) for key, option in group.options.items()} | _PLAIN
-            if issubclass(self.kind, ADAMS) and group.options["lr"] == 0:  # its 1/lr has no derivative: w stays
-                options["lr"], still = 1.0, still + names
+            if issubclass(self.kind, (optim.Adam, optim.AdamW)) and options["lr"] == 0:
+                zero_rates |= dict.fromkeys(names, options["lr"])
+                options["lr"] = 1.0
+            undamped: list[str] = []  # SGD dampens neither the first gradient of a weight, nor any where momentum is 0
             if self.kind is optim.SGD and options["momentum"] != 0:
-                empty = [name for name in names if "momentum_buffer" not in state.get(name, {})]
-                groups.append({**options, "params": [new[name] for name in empty], "dampening": 0})
-                names, first = [name for name in names if name not in empty], first + empty
-            groups.append({**options, "params": [new[name] for name in names]})
-        held = [name for group in self.groups for name in group.names if name in new and gradients.get(name) is not None]
+                first = [name for name in names if "momentum_buffer" not in states[name]]
+                for name in first:  # torch would begin with a detached copy of the gradient
+                    states[name]["momentum_buffer"] = torch.zeros_like(new[name])
+                undamped = first if options["momentum"] > _TINY else names
+            groups.append({**options, "params": [new[name] for name in names if name not in undamped]})
+            groups.append({**options, "params": [new[name] for name in undamped], "dampening": 0})
         optimizer = self.kind(groups, differentiable=True)  # type: ignore[call-arg]
         optimizer.defaults = {**self.defaults, "differentiable": True}
-        for name in held:
-            new[name].grad = gradients[name].clone()  # torch adds a tensor's weight decay to it in place
-            optimizer.state[new[name]] = {key: value.clone() for key, value in state.get(name, {}).items()}
-        for name in first:  # torch would put a detached copy of the gradient there
-            optimizer.state[new[name]]["momentum_buffer"] = torch.zeros_like(new[name])
+        for name, entries in states.items():
+            new[name].grad = gradients[name].clone()  # to which torch adds a tensor's weight decay in place
+            optimizer.state[new[name]] = entries
         fill: Any = optimizer._init_group  # type: ignore[attr-defined]
         for filled in optimizer.param_groups:
             fill(filled, *([] for _ in [*inspect.signature(fill).parameters][1:]))
-        return optimizer, held, still
+        return optimizer, zero_rates
 
-    def _first(self, held: Tree, leaves: Tree) -> State:
-        """What torch begins with, for the weights whose state is still empty."""
-        damped = {name for group in self.groups if group.options.get("dampening", 0) != 0 for name in group.names}
-        empty = {name: p.detach() for name, p in held.items() if not self.state[name] and name not in damped}
+    def _first_state(self, empty: Tree, leaves: Tree) -> State:
+        """What torch begins with, for weights without a state."""
+        damped = {name for group in self.groups if group.options.get("dampening") for name in group.names}
         with torch.no_grad():
-            new = {name: p.clone() for name, p in empty.items()}
-            optimizer, _, _ = self._instance(new, empty, leaves, {})
+            new = {name: p.clone() for name, p in empty.items() if name not in damped}
+            optimizer, _ = self._optimizer(new, new, leaves, {})
         return {name: dict(optimizer.state[p]) for name, p in new.items()}
 
     def _value(self, key: str, option: Any, leaves: Tree) -> Any:
+        """The option as a number or a tensor."""
         if isinstance(option, tuple):
             return tuple(self._value(key, member, leaves) for member in option)
         if not isinstance(option, Bound):
@@ -219,20 +193,17 @@ class InnerStep:
         if option.name not in leaves:
             raise ValueError(f"leaves lack {option.name!r}, which is the {key} of {self.kind.__name__}: give it")
         value = leaves[option.name].reshape(())
-        if (key == "momentum" or (key == "lr" and issubclass(self.kind, ADAMS))) and value == 0:
-            raise ValueError(
-                f"{option.name!r}, the {key} of {self.kind.__name__}, is 0, where torch's step has no derivative in it: "
-                "set it above 0; constraints.nonnegative keeps it from falling below"
-            )
-        # torch leaves a weight decay of 0 out, and its derivative with it: the smallest number rounds away instead.
-        return value + torch.finfo(value.dtype).tiny if key == "weight_decay" else value
+        if key not in ("weight_decay", "momentum"):
+            return value
+        # At exactly 0 torch leaves these terms out, and their derivatives with them.
+        return value.to(torch.promote_types(value.dtype, torch.float32)) + _TINY
 
 
-class _Roots(TorchFunctionMode):
-    """Lets autograd follow the optimizers' square roots, whose values stay as they are.
+class _SquareRoots(TorchFunctionMode):
+    """Gives the optimizers' square roots the slope 0 at 0, where autograd's is ∞; their values stay.
 
-    √v has the slope 0, not ∞, at v = 0, where a weight has had no gradient so far. There the first moment is 0 as well, so
-    this is the true derivative of the step, and ∞·0 = NaN would be wrong.
+    √v is at 0 where a weight has had no gradient so far. There the first moment is 0 as well, so that 0 is the true
+    derivative of the step, and ∞·0 = NaN would be wrong.
     """
 
     def __torch_function__(
@@ -250,6 +221,16 @@ def _sqrt(v: Tensor) -> Tensor:
     return torch.where(zero, 0, torch.where(zero, 1, v).sqrt())
 
 
+def _detached(x: Tree) -> Tree:
+    return {key: value.detach() for key, value in x.items()}
+
+
+def _cloned(state: Tree, weight: Tensor) -> Tree:
+    """A copy whose step count is in float64: differentiable Adam's 1 − βᵗ would lose three digits in float32."""
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    return {key: value.to(wide, copy=True) if key == "step" else value.clone() for key, value in state.items()}
+
+
 def _kind(inner: optim.Optimizer) -> Kind:
     """The class of torch.optim whose step ``inner`` takes."""
     works = f"take one of torch.optim's {', '.join(kind.__name__ for kind in KINDS)}, or Implicit() on Gradient()"
@@ -262,56 +243,3 @@ def _kind(inner: optim.Optimizer) -> Kind:
         if getattr(found, "__func__", found) is not inspect.unwrap(getattr(kind, method)):
             raise TypeError(f"the inner optimizer, of class {own}, has a {method} that is not {kind.__name__}'s: {works}")
     return kind
-
-
-def _followed(kind: Kind, group: Mapping[str, Any]) -> frozenset[str]:
-    """The options of this group that torch's step differentiates in."""
-    found = _FOLLOWED[kind]
-    if group.get("decoupled_weight_decay"):
-        found |= {"weight_decay"}
-    return found - {"momentum"} if group.get("nesterov") else found
-
-
-def _bind(kind: Kind, key: str, value: Any, leaves: Tree, followed: frozenset[str]) -> Any:
-    """The option as a constant, a copy; or bound to the leaf that it is."""
-    if isinstance(value, (tuple, list)):
-        return tuple(_bind(kind, key, member, leaves, followed) for member in value)
-    if not isinstance(value, Tensor):
-        return value
-    option = f"the {key} of {kind.__name__}"
-    for name, leaf in leaves.items():
-        if not (value is leaf or _overlap(value, leaf)):
-            continue
-        if leaf.numel() != 1:
-            raise ValueError(f"{option} is part of {name!r}, of shape {tuple(leaf.shape)}: make it a leaf of one number")
-        if key not in followed:
-            works = f"{', '.join(sorted(followed))} may be one" if followed else "none may be one"
-            raise TypeError(
-                f"hyperparameter {name!r} is {option}, in which torch's step has no derivative, given its other options: "
-                f"{works}; SGD, Adam and AdamW follow lr and weight_decay"
-            )
-        return Bound(name=name)
-    if value.grad_fn is not None:
-        raise ValueError(
-            f"{option} is computed from other tensors, once and for all: give a leaf of hparams, or detach() it"
-        )
-    return value.detach().clone()
-
-
-def check_unscheduled(groups: Iterable[Mapping[str, Any]], leaves: Tree) -> None:
-    """Raise where the learning rate of one of these groups, which a scheduler sets, is a hyperparameter."""
-    rates = [group["lr"] for group in groups if isinstance(group.get("lr"), Tensor)]
-    if learned := [name for name, leaf in leaves.items() for rate in rates if _overlap(rate, leaf)]:
-        raise ValueError(
-            f"hyperparameter {learned[0]!r} is the inner optimizer's lr, and a scheduler would write over what is learned: "
-            "do without one, build it on optimizer.outer, or give the inner optimizer a number as its lr"
-        )
-
-
-def _overlap(x: Tensor, leaf: Tensor) -> bool:
-    start = leaf.data_ptr()
-    return x.device == leaf.device and start != 0 and start <= x.data_ptr() < start + leaf.numel() * leaf.element_size()
-
-
-def _widest(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64

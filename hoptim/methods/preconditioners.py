@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.curvature.linearization import Point
-from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.trees import Tree
+from hoptim.linalg.vectors import Layout, Tree
 from hoptim.validation import is_finite, is_whole
 
 
@@ -19,8 +19,8 @@ class Preconditioner(ABC):
     """A strategy for D: a frozen dataclass."""
 
     @abstractmethod
-    def __call__(self, A: Operator, point: Point, inner: Optimizer | None) -> Tree:
-        """The diagonal of D, every entry positive."""
+    def __call__(self, A: Operator, layout: Layout, point: Point, inner: Optimizer | None) -> Tensor:
+        """The diagonal of D, of shape (n,), every entry positive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class Jacobi(Preconditioner):
     Source: Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a matrix".
 
     >>> from hoptim.linalg.operators import Symmetric
-    >>> A = Symmetric(lambda v: {"w": torch.tensor([1.0, 4.0]) * v["w"]}, like={"w": torch.ones(2)})
-    >>> Jacobi(probes=1)(A, None, None)
-    {'w': tensor([1., 4.])}
+    >>> A = Symmetric(lambda v: torch.tensor([1.0, 4.0]) * v, like=torch.ones(2))
+    >>> Jacobi(probes=1)(A, None, None, None)
+    tensor([1., 4.])
     """
 
     probes: int = 4
@@ -51,19 +51,14 @@ class Jacobi(Preconditioner):
         if not (is_finite(self.floor) and 0 < self.floor <= 1):
             raise ValueError(f"floor={self.floor!r}: give a number above 0 and at most 1")
 
-    def __call__(self, A: Operator, point: Point | None, inner: Optimizer | None) -> Tree:
-        """The diagonal of D, every entry positive."""
-        device = next(iter(A.like.values())).device
-        generator = torch.Generator(device).manual_seed(0)
-        z = {
-            name: torch.randint(0, 2, (self.probes, *value.shape), generator=generator, device=device).to(value.dtype) * 2
-            - 1
-            for name, value in A.like.items()
-        }
-        diagonal = trees.map_tree(lambda value: value.mean(0).abs(), trees.times(A @ z, z))
-        largest = torch.stack([value.amax() for value in diagonal.values() if value.numel()]).amax()
-        least = torch.where(largest > 0, largest * self.floor, 1.0)  # a flat A is left as it is
-        return trees.map_tree(lambda value: torch.maximum(value, least), diagonal)
+    def __call__(self, A: Operator, layout: Layout | None, point: Point | None, inner: Optimizer | None) -> Tensor:
+        """The diagonal of D, of shape (n,), every entry positive."""
+        generator = torch.Generator(A.device).manual_seed(0)
+        signs = torch.randint(0, 2, (self.probes, A.size), generator=generator, device=A.device)
+        z = signs.to(A.dtype) * 2 - 1
+        diagonal = (z * (A @ z)).mean(0).abs()
+        largest = diagonal.amax()
+        return diagonal.clamp(min=torch.where(largest > 0, largest * self.floor, 1.0))  # a flat A is left as it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,22 +85,22 @@ class SecondMoments(Preconditioner):
         if self.epsilon is not None and not (is_finite(self.epsilon) and self.epsilon > 0):
             raise ValueError(f"epsilon={self.epsilon!r}: give a positive number, or None for the optimizer's own")
 
-    def __call__(self, A: Operator, point: Point, inner: Optimizer | None) -> Tree:
-        """The diagonal of D, every entry positive."""
+    def __call__(self, A: Operator, layout: Layout, point: Point, inner: Optimizer | None) -> Tensor:
+        """The diagonal of D, of shape (n,), every entry positive."""
         if inner is None:
             raise ValueError("SecondMoments needs the inner optimizer: call hypergradient(..., inner=optimizer)")
-        live = {id(p): name for name, p in point.live[0].items()}
+        names = {id(p): name for name, p in point.live[0].items()}
         found: Tree = {}
         for group in inner.param_groups:
             for p in group["params"]:
                 moment = inner.state.get(p, {}).get("exp_avg_sq")
-                if id(p) in live and moment is not None:
+                if id(p) in names and moment is not None:
                     correction = 1 - group["betas"][1] ** float(inner.state[p]["step"]) if "betas" in group else 1.0
-                    found[live[id(p)]] = (moment / correction).sqrt() + (self.epsilon or group["eps"])
-        if missing := [name for name in A.like if name not in found]:
-            kind = type(inner).__name__
+                    root = (moment / correction).sqrt() + (self.epsilon or group["eps"])
+                    found[names[id(p)]] = root.reshape(p.shape)
+        if missing := [name for name in layout.names if name not in found]:
             raise ValueError(
-                f"{kind} holds no second moments of the weights {missing}: take an inner optimizer such as Adam or AdamW, "
-                "after its first step, or Jacobi()"
+                f"{type(inner).__name__} holds no second moments of the weights {missing}: take an inner optimizer such as "
+                "Adam or AdamW, after its first step, or Jacobi()"
             )
-        return {name: found[name].to(value.dtype).reshape(value.shape) for name, value in A.like.items()}
+        return layout.flatten(found)

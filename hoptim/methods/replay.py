@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hoptim.curvature.linearization import check_dense, check_twice_differentiable
+from hoptim.curvature.linearization import check_dense
+from hoptim.curvature.second_derivatives import check_twice_differentiable
 from hoptim.linalg import trees
-from hoptim.linalg.trees import Tree
-from hoptim.methods.inner_step import Bound, Group, InnerStep, State
+from hoptim.linalg.vectors import Tree
+from hoptim.methods.inner_step import Group, InnerStep, State
+from hoptim.methods.learned_options import Bound
 from hoptim.problem.problem import Problem, set_generators
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One training loss: its batch, and the random states it began with, by device; ``None`` for whatever they are.
+    """One training loss: its batch, and the random states it began with, by device; ``None``: those that the last one left.
 
     ``share`` is what its backward pass was begun with: 1, or less where losses are scaled to be added up.
     """
@@ -37,6 +38,13 @@ class Step:
 
     seen: tuple[Seen, ...]
     dynamics: InnerStep
+
+    def with_generators(self, problem: Problem) -> Step:
+        """The same, its first loss beginning with the present random states if it has none of its own."""
+        first, *others = self.seen
+        if first.generators is not None:
+            return self
+        return replace(self, seen=(replace(first, generators=problem.generators()), *others))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +67,9 @@ def look_ahead(problem: Problem, inner: Optimizer, draw: Callable[[], Any], step
     """The steps that would come next from the present weights, on the batches that ``draw`` gives."""
     dynamics = InnerStep.of(inner, problem.weights(), problem.leaves())
     start = Place(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
-    seen = [Seen(batch=draw(), generators=problem.generators()) for _ in range(steps)]  # one mask, in all passes over a step
-    taken = tuple(Step(seen=(one,), dynamics=dynamics) for one in seen)
-    return Trajectory(start=start, steps=taken)
+    seen = [Seen(batch=draw()) for _ in range(steps)]
+    seen[0] = replace(seen[0], generators=problem.generators())
+    return Trajectory(start=start, steps=tuple(Step(seen=(one,), dynamics=dynamics) for one in seen))
 
 
 class Recorder:
@@ -148,40 +156,29 @@ class Recorder:
             self._steps.append(Step(seen=seen, dynamics=replace(dynamics, groups=_groups(step["groups"]))))
 
 
-def gradient(
-    problem: Problem, seen: tuple[Seen, ...], weights: Tree, leaves: Tree, then: Callable[[Tree, Tensor], T], *, graph: bool
-) -> T:
-    """``then`` of ∇_w of the sum of the losses by their shares, and of the sum; with its graph where asked."""
-    return _gathered(problem, seen, weights, leaves, then, graph, {}, next(iter(weights.values())).new_zeros(()))
+@contextmanager
+def summed_gradient(
+    problem: Problem, seen: Sequence[Seen], weights: Tree, leaves: Tree, *, graph: bool
+) -> Iterator[tuple[Tree, Tensor]]:
+    """∇_w of the sum of the losses by their shares, and that sum, at tensors that stand in the model's place.
 
-
-def _gathered(
-    problem: Problem,
-    left: tuple[Seen, ...],
-    weights: Tree,
-    leaves: Tree,
-    then: Callable[[Tree, Tensor], T],
-    graph: bool,
-    found: Tree,
-    total: Tensor,
-) -> T:
-    """The losses that are left, added to what was found. A closure that called itself would keep the graph alive."""
-    if not left:
-        return then(*_over_ranks(problem, found, total, weights))
-    first, *others = left
-
-    def add(loss: Tensor, _: Any) -> T:
-        if graph:
-            check_twice_differentiable(problem, loss, weights, leaves, first.batch)
-        loss = loss * first.share
-        parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
-        touched = trees.present(dict(zip(weights, parts, strict=True)))
-        check_dense(touched)
-        summed = found | {name: found[name] + part if name in found else part for name, part in touched.items()}
-        return _gathered(problem, tuple(others), weights, leaves, then, graph, summed, total + loss.detach())
-
-    set_generators(first.generators or {})
-    return problem.pure("train_loss", weights, leaves, first.batch, add)
+    With ``graph`` the gradient has its graph, which may be used inside the context.
+    """
+    slope: Tree = {}
+    total = next(iter(weights.values())).new_zeros(())
+    with ExitStack() as losses:
+        for one in seen:
+            set_generators(one.generators or {})
+            loss, _ = losses.enter_context(problem.evaluated("train_loss", one.batch))
+            if graph:
+                check_twice_differentiable(problem, loss, weights, leaves, one.batch)
+            loss = loss * one.share
+            parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
+            touched = trees.present(dict(zip(weights, parts, strict=True)))
+            check_dense(touched)
+            slope |= {name: slope[name] + part if name in slope else part for name, part in touched.items()}
+            total = total + loss.detach()
+        yield _over_ranks(problem, slope, total, weights)
 
 
 def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> tuple[Tree, Tensor]:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hoptim.curvature.linearization import as_leaves
-from hoptim.linalg import trees
-from hoptim.linalg.trees import Found, Tree
+from hoptim.linalg import trees, vectors
+from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import vjp
 from hoptim.methods.inner_step import State as InnerState
-from hoptim.methods.method import Hypergradient, Method, TrainingContext, assembled, validate
-from hoptim.methods.replay import Place, Step, Trajectory, gradient, look_ahead
+from hoptim.methods.method import Method, TrainingContext
+from hoptim.methods.replay import Place, Step, Trajectory, look_ahead, summed_gradient
+from hoptim.methods.result import Hypergradient, assemble
+from hoptim.methods.validation_loss import validate
 from hoptim.problem.problem import Problem
-from hoptim.solvers.solution import Solution, State, Status, Unread
+from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import is_whole
 
-SAME = 1e-3  # how far a replay may end from the live weights, relative to the way they went
+SAME = 1e-3  # how far a replay may end from the live weights, relative to how far those have moved
 LOST = 0.5  # farther than this, and it is no replay
 GROWN = 10.0  # ∂L_V/∂w has outgrown its start: training is sensitive to where it began
 
@@ -81,19 +83,22 @@ class Unrolled(Method):
             raise ValueError("Unrolled needs the inner optimizer: call hypergradient(..., inner=optimizer)")
         taken: Trajectory | None = loop.trajectory
         with problem.untouched():
-            way = taken or look_ahead(problem, loop.inner, loop.draw or (lambda: train_batch), self.steps)
+            trajectory = taken or look_ahead(problem, loop.inner, loop.draw or (lambda: train_batch), self.steps)
             leaves = as_leaves(problem.leaves())
-            stride = math.isqrt(len(way.steps) - 1) + 1 if self.checkpoint else 1
-            places, end, loss, slope = replay(problem, way, leaves, stride)
-            if not slope:
+            stride = math.isqrt(len(trajectory.steps) - 1) + 1 if self.checkpoint else 1
+            trajectory, places, loss, gradient = replay(problem, trajectory, leaves, stride)
+            end = places.pop()
+            if not gradient:
                 raise ValueError(
                     f"the training loss touches none of the weights {list(end.weights)}: compute it with the model"
                 )
-            validation = validate(problem, as_leaves({**problem.weights(), **end.weights}), leaves, val_batch)
-            back = _back(problem, way, places, stride, leaves, {n: validation.g[n] for n in end.weights})
-            solution = _judged(back, self.steps, replayed=None if taken is None else _missed(way, end, problem.weights()))
-            total = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
-            return assembled(validation, leaves, Unread.known(solution), lambda _: total, loss, slope)
+            weights = as_leaves({**problem.weights(), **end.weights})
+            validation = problem.call(weights, leaves, lambda: validate(problem, weights, leaves, val_batch))
+            back = _back(problem, trajectory, places, stride, leaves, {name: validation.g[name] for name in end.weights})
+            error = None if taken is None else _replay_error(trajectory, end, problem.weights())
+            solution = _solution_of(back, self.steps, error)
+            indirect = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
+            return assemble(validation, indirect, solution, leaves, loss, Layout.of(gradient).flatten(gradient))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,33 +107,47 @@ class _Back:
 
     weights: Tree
     state: Tree
-    leaves: Found
+    leaves: OptionalTree
     norms: tuple[Tensor, ...]
 
 
-def replay(problem: Problem, way: Trajectory, leaves: Tree, stride: int) -> tuple[list[Place], Place, Tensor, Tree]:
-    """Take the steps without a graph: every ``stride``-th place, the end, and the last loss with its gradient."""
-    places, at = [], way.start
-    loss, slope = at.weights[next(iter(at.weights))].new_zeros(()), at.weights
-    for number, step in enumerate(way.steps):
+def replay(
+    problem: Problem, trajectory: Trajectory, leaves: Tree, stride: int
+) -> tuple[Trajectory, list[Place], Tensor, Tree]:
+    """Take the steps without a graph.
+
+    Returns:
+        The steps with their random states, every ``stride``-th place and the end, and the last loss with its gradient.
+    """
+    places, steps, at = [], [], trajectory.start
+    loss, gradient = at.weights[next(iter(at.weights))].new_zeros(()), at.weights
+    for number, step in enumerate(trajectory.steps):
         if number % stride == 0:
             places.append(at)
-        at, loss, slope = _advance(problem, step, at, leaves)
-    return places, at, loss, slope
+        steps.append(step.with_generators(problem))
+        at, loss, gradient = _advance(problem, steps[-1], at, leaves)
+    return replace(trajectory, steps=tuple(steps)), [*places, at], loss, gradient
 
 
 def _advance(problem: Problem, step: Step, at: Place, leaves: Tree) -> tuple[Place, Tensor, Tree]:
-    slope, loss = gradient(problem, step.seen, as_leaves(at.weights), leaves, lambda g, loss: (g, loss), graph=False)
+    """The place after one step, with the loss and the gradient before it."""
+    weights = as_leaves(at.weights)
+
+    def inside() -> tuple[Tree, Tensor]:
+        with summed_gradient(problem, step.seen, weights, leaves, graph=False) as found:
+            return found
+
+    gradient, loss = problem.call(weights, leaves, inside)
     with torch.no_grad():
-        weights, state = step.dynamics.step(at.weights, slope, leaves, at.state)
-    return Place(weights=weights, state=state), loss, slope
+        new, state = step.dynamics.step(at.weights, gradient, leaves, at.state)
+    return Place(weights=new, state=state), loss, gradient
 
 
-def _back(problem: Problem, way: Trajectory, places: list[Place], stride: int, leaves: Tree, g: Tree) -> _Back:
+def _back(problem: Problem, trajectory: Trajectory, places: list[Place], stride: int, leaves: Tree, g: Tree) -> _Back:
     """From the end to the start, segment by segment, step by step."""
-    back = _Back(weights=g, state={}, leaves=dict.fromkeys(leaves), norms=(_norm(g, way.start.weights),))
+    back = _Back(weights=g, state={}, leaves=dict.fromkeys(leaves), norms=(_norm(g, trajectory.start.weights),))
     for number in reversed(range(len(places))):
-        segment = way.steps[number * stride : (number + 1) * stride]
+        segment = trajectory.steps[number * stride : (number + 1) * stride]
         along = [places[number]]
         for step in segment[:-1]:
             along.append(_advance(problem, step, along[-1], leaves)[0])
@@ -144,13 +163,14 @@ def _through(problem: Problem, step: Step, at: Place, leaves: Tree, back: _Back)
     flat = as_leaves({path: value for path, value in state.items() if path not in counts})
     batched = next(iter(back.weights.values())).ndim > next(iter(w.values())).ndim
 
-    def inside(slope: Tree, _: Tensor) -> _Back:
-        weights, after = step.dynamics.step(w, slope, leaves, _nested(counts | flat))
-        outputs = {**_keyed("w", weights), **_keyed("s", _flat(after))}
-        cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state)}
-        outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
-        inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
-        found = vjp(outputs, cotangents, inputs, batched=batched)
+    def inside() -> _Back:
+        with summed_gradient(problem, step.seen, w, leaves, graph=True) as (gradient, _):
+            weights, after = step.dynamics.step(w, gradient, leaves, _nested(counts | flat))
+            outputs = {**_keyed("w", weights), **_keyed("s", _flat(after))}
+            cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state)}
+            outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
+            inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
+            found = vjp(outputs, cotangents, inputs, batched=batched)
         before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
         return _Back(
             weights=before,
@@ -159,10 +179,10 @@ def _through(problem: Problem, step: Step, at: Place, leaves: Tree, back: _Back)
             norms=(*back.norms, _norm(before, w)),
         )
 
-    return gradient(problem, step.seen, w, leaves, inside, graph=True)
+    return problem.call(w, leaves, inside)
 
 
-def _judged(back: _Back, steps: int, replayed: float | None) -> Solution:
+def _solution_of(back: _Back, steps: int, replayed: float | None) -> Solution:
     """How it went, as a solution; the host looks once."""
     norms = torch.stack(back.norms)
     start = torch.where(norms[0] > 0, norms[0], 1.0)
@@ -172,7 +192,7 @@ def _judged(back: _Back, steps: int, replayed: float | None) -> Solution:
         status, detail = Status.NON_FINITE_PRODUCT, "in the derivative of an inner step"
     elif replayed is not None and not replayed <= SAME:
         status = Status.REPLAY_DIFFERS if replayed <= LOST else Status.REPLAY_LOST
-        detail = f"they end {replayed:.2g} of the way from the live weights"
+        detail = f"they end {replayed:.2g} times as far from the live weights as those have moved"
     elif len(norms) - 1 < steps:
         status, detail = Status.REPLAY_DIFFERS, f"of {steps} steps {len(norms) - 1} are known"
     elif grown > GROWN:
@@ -181,17 +201,18 @@ def _judged(back: _Back, steps: int, replayed: float | None) -> Solution:
     return Solution(value=back.weights, status=status, detail=detail, residuals=residuals, products=len(residuals), state={})
 
 
-def _missed(way: Trajectory, end: Place, live: Tree) -> float:
-    """How far the replay ends from the live weights, relative to the way that they went."""
+def _replay_error(trajectory: Trajectory, end: Place, live: Tree) -> float:
+    """How far the replay ends from the live weights, relative to how far those have moved."""
     names = list(end.weights)
     missed = trees.norm({name: end.weights[name] - live[name].detach() for name in names})
-    went = trees.norm({name: way.start.weights[name] - live[name].detach() for name in names})
+    went = trees.norm({name: trajectory.start.weights[name] - live[name].detach() for name in names})
     return float(missed / torch.where(went > 0, went, 1.0))
 
 
 def _norm(x: Tree, like: Tree) -> Tensor:
+    """‖x‖, or R of them where x has a leading axis that ``like`` has not."""
     name, value = next(iter(x.items()))
-    return trees.norm(x, batched=value.ndim > like[name].ndim)
+    return vectors.norm(Layout.of(like).flatten(x, value.shape[: value.ndim - like[name].ndim]))
 
 
 def _keyed(kind: str, x: Tree) -> Tree:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import flat, same, snapshot, unflat
+from cases import flat, same, snapshot
 from tiny import (
     BATCHES,
     LIKE,
@@ -109,7 +109,7 @@ def test_update_and_its_derivatives_are_those_of_a_real_step(name: str) -> None:
 
     def found(one: Any) -> dict[str, Tensor]:
         return {
-            "u": flat(one.value),
+            "u": one.value,
             "A": matrix(one.A),
             "A at once": matrix_at_once(one.A),
             "A.T": matrix(one.A.T).T,
@@ -288,11 +288,11 @@ def test_curvature_that_is_not_symmetric_is_transposed_inside() -> None:
 
     class Dense(Operator):
         def __init__(self, M: Tensor) -> None:
-            super().__init__(LIKE)
+            super().__init__(torch.zeros(SIZE))
             self.M = M
 
-        def __matmul__(self, v: Any) -> Any:
-            return unflat(self.M @ flat(v), LIKE)
+        def __matmul__(self, v: Tensor) -> Tensor:
+            return v @ self.M.T
 
         @property
         def T(self) -> Operator:  # noqa: N802
@@ -302,12 +302,13 @@ def test_curvature_that_is_not_symmetric_is_transposed_inside() -> None:
     P = (real_step(problem, inner, push=1e-5) - real_step(problem, inner, push=-1e-5)) / 2e-5
     point = Point.of(problem, BATCHES[0])
 
-    def products(one: Any) -> tuple[Tensor, Tensor]:
-        A = Update()(dataclasses.replace(one, A=Dense(M)), point, inner).A
-        return matrix(A), matrix(A.T)
+    def inside() -> tuple[Tensor, Tensor]:
+        with Exact().linearize(point) as one:
+            A = Update()(dataclasses.replace(one, A=Dense(M)), point, inner).A
+            return matrix(A), matrix(A.T)
 
     with problem.untouched():
-        A, AT = Exact().linearize(point, products)
+        A, AT = point.inside(inside)
     truth = P[:, None] * M + 0.1 * 0.3 * torch.eye(SIZE)
     torch.testing.assert_close(A, truth, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(AT, truth.T, rtol=1e-6, atol=1e-8)
@@ -362,7 +363,7 @@ def test_decoupled_decay_adds_its_share_to_the_diagonal() -> None:
     problem, inner = started("adamw")
     v = torch.zeros(SIZE)
     v[-1] = 1.0
-    A = linearized(problem, Exact(), lambda one: flat(one.A @ unflat(v, LIKE)), condition=Update(), inner=inner)
-    H = linearized(problem, Exact(), lambda one: flat(one.A @ unflat(v, LIKE)))
+    A = linearized(problem, Exact(), lambda one: one.A @ v, condition=Update(), inner=inner)
+    H = linearized(problem, Exact(), lambda one: one.A @ v)
     P = (real_step(problem, inner, push=1e-5) - real_step(problem, inner, push=-1e-5)) / 2e-5
     torch.testing.assert_close(A, P * H + 0.1 * 0.3 * v, rtol=1e-6, atol=1e-9)

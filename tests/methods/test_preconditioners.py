@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SIZE, Counted, flat, like, spd, unflat, with_spectrum
+from cases import SIZE, Counted, flat, spd, with_spectrum
 from tiny import BATCHES, VAL, direct_of, g_of, leaf_vector, linearized, matrix, mixed, tiny
 from tiny import SIZE as WEIGHTS
 from torch import Tensor, nn, optim
@@ -36,12 +36,11 @@ class Dense(Operator):
     """A matrix that need not be symmetric."""
 
     def __init__(self, M: Tensor) -> None:
-        super().__init__(like(M.dtype))
+        super().__init__(M[0])
         self.M = M
 
-    def __matmul__(self, v: Any) -> Any:
-        lead = (len(v["bias"]),) if self.is_batched(v) else ()
-        return unflat(flat(v, lead) @ self.M.T, self.like)
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return v @ self.M.T
 
     @property
     def T(self) -> Operator:  # noqa: N802
@@ -51,24 +50,24 @@ class Dense(Operator):
 def test_scaled_is_s_a_s_and_so_is_its_transpose() -> None:
     A, s, v = Dense(torch.randn(SIZE, SIZE)), torch.rand(SIZE) + 0.5, torch.randn(SIZE)
     S = torch.diag(s)
-    scaled = Scaled(A, unflat(s, A.like))
+    scaled = Scaled(A, s)
     for operator, dense in (
         (scaled, S @ A.M @ S),
         (scaled.T, S @ A.M.T @ S),
         (scaled.T.T + 0.7, S @ A.M @ S + 0.7 * torch.eye(SIZE)),
     ):
-        torch.testing.assert_close(flat(operator @ unflat(v, A.like)), dense @ v)
+        torch.testing.assert_close(operator @ v, dense @ v)
         several = torch.stack([v, v.flip(0), 2 * v])
-        torch.testing.assert_close(flat(operator @ unflat(several, A.like), (3,)), several @ dense.T)
-    assert not scaled.symmetric
-    assert Scaled(Counted(spd()), unflat(s, A.like)).symmetric
+        torch.testing.assert_close(operator @ several, several @ dense.T)
+    assert not scaled.is_symmetric
+    assert Scaled(Counted(spd()), s).is_symmetric
 
 
 # Jacobi
 
 
 def diagonal(A: Any, **options: Any) -> Tensor:
-    return flat(Jacobi(**options)(A, None, None))
+    return Jacobi(**options)(A, None, None, None)
 
 
 def test_jacobi_is_exact_for_a_diagonal_operator_and_takes_its_size() -> None:
@@ -87,7 +86,7 @@ def test_jacobi_is_the_diagonal_in_the_mean_over_probes() -> None:
 
 def test_jacobi_spends_its_probes_on_one_batched_product() -> None:
     A = Counted(spd())
-    Jacobi(probes=4)(A, None, None)
+    Jacobi(probes=4)(A, None, None, None)
     assert A.calls == 1
 
 
@@ -104,11 +103,8 @@ def test_jacobi_has_a_floor_and_leaves_a_flat_operator_alone() -> None:
 class Fixed(Jacobi):
     """Any diagonal: the answer may not depend on it."""
 
-    def __call__(self, A: Operator, point: Any, inner: Any) -> Any:
-        return {
-            name: torch.rand(value.shape, generator=torch.Generator().manual_seed(2)) * 5 + 0.1
-            for name, value in A.like.items()
-        }
+    def __call__(self, A: Operator, layout: Any, point: Any, inner: Any) -> Tensor:
+        return torch.rand(A.size, generator=torch.Generator().manual_seed(2)) * 5 + 0.1
 
 
 @pytest.mark.parametrize(
@@ -144,8 +140,7 @@ def test_diagonal_is_that_of_the_damped_curvature() -> None:
 def test_a_few_terms_with_it_are_those_of_the_scaled_system() -> None:
     problem = tiny()
     A = linearized(problem, GaussNewton(), lambda one: matrix(one.A)) + 0.2 * torch.eye(WEIGHTS)
-    likes = {name: p.detach() for name, p in problem.weights().items()}
-    s = flat(Fixed()(Counted_like(likes), None, None)).rsqrt()
+    s = Fixed()(Dense(A), None, None, None).rsqrt()
     v = y = s * g_of(problem)
     for _ in range(3):
         v = v - 0.1 * s * (A @ (s * v))
@@ -153,13 +148,6 @@ def test_a_few_terms_with_it_are_those_of_the_scaled_system() -> None:
     method = Implicit(Neumann(terms=3, step_size=0.1), curvature=GaussNewton(), preconditioner=Fixed(), damping=0.2)
     result = hypergradient(problem, BATCHES[0], VAL, method)
     torch.testing.assert_close(flat(result.solution.value), 0.1 * s * y, rtol=1e-11, atol=1e-13)
-
-
-class Counted_like:  # noqa: N801
-    """Only what a diagonal needs to know of an operator."""
-
-    def __init__(self, like: Any) -> None:
-        self.like = like
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])

@@ -1,0 +1,128 @@
+"""The result of a hypergradient, and how it is put together from its two terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hoptim.linalg import trees
+from hoptim.linalg.vectors import OptionalTree, Tree
+from hoptim.methods.validation_loss import Validation
+from hoptim.problem.mixed_precision import full_precision
+from hoptim.solvers.solution import Solution, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypergradient:
+    """A hypergradient, its two terms and the solve behind it.
+
+    After a failed solve ``indirect`` and ``grads`` are NaN throughout, so that they cannot pass as an answer. Where the
+    validation loss returned R losses, ``val_loss`` has shape (R,), and the three dicts have a leading axis of R.
+
+    Attributes:
+        grads: dL_V/dλ = direct + indirect, by the names of ``hparams.named_parameters()``: with respect to the leaves.
+        direct: ∂L_V/∂λ; a view of a single zero where the validation loss does not depend on it.
+        indirect: −Bᵀx; the very tensors of ``grads`` where the validation loss does not depend on them.
+        solution: x by the names of the weights, its status and its residuals.
+        val_loss: L_V, on the device.
+        train_loss: L_T, a scalar on the device.
+        gradient_norm: ‖F‖, for ``Gradient`` ‖∇_w L_T‖, a scalar on the device: zero where the formula is exact.
+        untouched: the hyperparameters that neither loss depends on with these batches; their gradient is zero.
+    """
+
+    grads: Tree
+    direct: Tree
+    indirect: Tree
+    solution: Solution
+    val_loss: Tensor
+    train_loss: Tensor
+    gradient_norm: Tensor
+    untouched: tuple[str, ...] = ()
+
+    def check_touched(self) -> None:
+        """Raise where a hyperparameter is touched by neither loss."""
+        if self.untouched:
+            raise ValueError(
+                f"hyperparameters {list(self.untouched)} are touched by neither loss: the training loss's gradient and the "
+                'validation loss do not depend on them. Use hparams["name"] in a loss, without detach(), or drop them'
+            )
+
+    def combined(self, weights: Sequence[float] | None = None) -> Tree:
+        """One gradient for the outer optimizer: Σ_r weights[r] · grads[r], by default the mean; of a single loss, ``grads``.
+
+        Raises:
+            ValueError: there are not as many weights as validation losses.
+        """
+        return self.mixed_by(weights, self.grads)
+
+    def mixed_by(self, weights: Sequence[float] | None, tree: Tree) -> Tree:
+        """Σ_r weights[r] · tree[r] of ``grads``, ``direct`` or ``indirect``, or of ``{"": val_loss}``."""
+        if not self.val_loss.ndim:
+            if weights is not None:
+                raise ValueError("val_weights are given, but the validation loss is a single one: return a vector of losses")
+            return tree
+        losses = len(self.val_loss)
+        if weights is not None and len(weights) != losses:
+            raise ValueError(f"{len(weights)} val_weights for {losses} validation losses: give one a loss")
+        share = self.val_loss.new_tensor([1 / losses] * losses if weights is None else list(weights))
+        with full_precision():
+            return {name: torch.tensordot(share.to(value), value, dims=1) for name, value in tree.items()}
+
+
+def assemble(
+    validation: Validation, indirect: OptionalTree, solution: Solution, leaves: Tree, train_loss: Tensor, F: Tensor
+) -> Hypergradient:
+    """∂L_V/∂λ + ``indirect``, with zeros for what was not touched; NaN throughout where something failed.
+
+    Args:
+        validation: L_V and its derivatives.
+        indirect: −Bᵀx by the names of the leaves; ``None`` for one that F does not depend on.
+        solution: x by name, and how the solve ended.
+        leaves: λ.
+        train_loss: L_T.
+        F: the condition's value, flat.
+    """
+    direct = {name: _whole(validation.direct[name], leaf, validation.loss) for name, leaf in leaves.items()}
+    through = {name: _whole(indirect[name], leaf, validation.loss) for name, leaf in leaves.items()}
+    grads = {name: part if validation.direct[name] is None else direct[name] + part for name, part in through.items()}
+    gradient_norm = trees.norm({"": F})
+    result = Hypergradient(
+        grads=grads,
+        direct=direct,
+        indirect=through,
+        solution=solution,
+        val_loss=validation.loss,
+        train_loss=train_loss,
+        gradient_norm=gradient_norm,
+        untouched=tuple(name for name in leaves if validation.direct[name] is None and indirect[name] is None),
+    )
+    return _failed_if_not_finite(result)
+
+
+def _whole(found: Tensor | None, leaf: Tensor, loss: Tensor) -> Tensor:
+    """It, in the type of the leaf, or zeros made of a single number, with the leading axis of the losses."""
+    return leaf.new_zeros(()).expand((*loss.shape, *leaf.shape)) if found is None else found.detach().to(leaf)
+
+
+def _failed_if_not_finite(result: Hypergradient) -> Hypergradient:
+    """The result, its status a failure where a loss, F or the hypergradient is not finite. The host reads once."""
+    device = result.train_loss.device  # hyperparameters may live on another one
+    figures = (result.val_loss.sum(), result.train_loss, result.gradient_norm, trees.norm(result.grads))
+    val_loss, train_loss, F, grads = torch.stack([t.detach().to(device, torch.float64) for t in figures]).tolist()
+    solution = result.solution
+    if not math.isfinite(F):
+        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail="of the training loss")
+    for name, loss in (("validation", val_loss), ("training", train_loss)):
+        if not math.isfinite(loss):
+            solution = replace(solution, status=Status.NON_FINITE_LOSS, detail=f"the {name} loss is {loss}")
+    if solution.status.ok and not math.isfinite(grads):
+        term = "indirect" if bool(trees.norm(result.direct).isfinite()) else "direct"
+        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail=f"in the {term} term")
+    if solution.status.ok:
+        return result
+    nan = {name: torch.full_like(value, math.nan) for name, value in result.direct.items()}
+    return replace(result, grads=nan, indirect=nan, solution=replace(solution, state={}))

@@ -1,0 +1,89 @@
+"""The validation loss at a point, and its first derivatives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoptim.curvature.linearization import check_dense
+from hoptim.linalg import trees
+from hoptim.linalg.vectors import OptionalTree, Tree
+from hoptim.problem.distributed import Ranks
+from hoptim.problem.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """L_V, g = ∂L_V/∂w and ∂L_V/∂λ; all with a leading axis of R where L_V is a vector of R losses.
+
+    ``g`` has zeros for a weight that L_V does not touch, ``direct`` has ``None`` for such a hyperparameter.
+    """
+
+    loss: Tensor
+    g: Tree
+    direct: OptionalTree
+
+
+def validate(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> Validation:
+    """L_V and its derivatives at tensors that stand in the model's place, by one backward pass for each loss."""
+    with problem.evaluated("val_loss", batch) as (loss, _):
+        losses = loss.reshape(-1)
+        inputs = [*weights.values(), *leaves.values()]
+        rows = [torch.autograd.grad(one, inputs, allow_unused=True, retain_graph=True) for one in losses]
+    columns = [_stacked(column, loss.ndim) for column in zip(*rows, strict=True)]
+    of_weights, of_leaves = columns[: len(weights)], columns[len(weights) :]
+    _check_touched(dict(zip(weights, of_weights, strict=True)), of_leaves)
+    lead = loss.shape
+    local = Validation(
+        loss=loss.detach(),
+        g={
+            name: w.new_zeros((*lead, *w.shape)) if t is None else t
+            for (name, w), t in zip(weights.items(), of_weights, strict=True)
+        },
+        direct=dict(zip(leaves, of_leaves, strict=True)),
+    )
+    return _over_ranks(local, problem.ranks, leaves)
+
+
+def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:
+    """One tensor's gradients of each loss as one, with zeros for a loss that does not touch it; ``None`` where none does."""
+    like = next((t for t in column if t is not None), None)
+    if like is None or like.is_sparse:
+        return like
+    return torch.stack([torch.zeros_like(like) if t is None else t for t in column]) if several else like
+
+
+def _check_touched(of_weights: OptionalTree, of_leaves: Sequence[Tensor | None]) -> None:
+    """Raise where L_V depends on nothing that is given, and warn where it does not depend on the weights."""
+    check_dense(of_weights)
+    if any(t is not None for t in of_weights.values()):
+        return
+    if all(t is None for t in of_leaves):
+        raise ValueError(
+            "the validation loss touches none of the weights and hyperparameters: compute it with the model it is given"
+        )
+    warnings.warn(
+        "the validation loss touches none of the weights: the hypergradient is its direct term alone. Is it computed "
+        "with the model it is given?",
+        stacklevel=2,
+    )
+
+
+def _over_ranks(local: Validation, ranks: Ranks, leaves: Tree) -> Validation:
+    """The means over the ranks, by one all-reduce."""
+    if ranks.size == 1:
+        return local
+    g = {f"w:{name}": value for name, value in local.g.items()}
+    like = {f"l:{name}": leaf for name, leaf in trees.expanded(leaves, local.loss.shape).items()}
+    direct = {f"l:{name}": value for name, value in local.direct.items()}
+    loss, found = ranks.mean_with_loss(local.loss, {**g, **direct}, {**g, **like})
+    return Validation(
+        loss=loss,
+        g=trees.present({name: found[f"w:{name}"] for name in local.g}),
+        direct={name: found[f"l:{name}"] for name in leaves},
+    )
