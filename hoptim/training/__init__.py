@@ -1,1 +1,181 @@
-"""The code that changes anything: the optimizer, its record and its checkpoint."""
+"""The training loop: `BilevelOptimizer`, its settings, and everything it works with.
+
+`hoptim.BilevelOptimizer` is a `torch.optim.Optimizer`. It takes the steps of the inner optimizer, and every few steps it
+moves the hyperparameters down the validation loss: a *hyperstep*.
+
+>>> import torch
+>>> from torch import nn
+>>> from torch.distributions import constraints
+>>> from hoptim import BilevelOptimizer, HyperParameters, Problem
+>>> _ = torch.manual_seed(0)
+>>> x = torch.randn(80, 5)
+>>> y = x[:, :1] + 0.5 * torch.randn(80, 1)
+>>> def val_loss(model, hparams, batch):
+...     return (model(x[batch]) - y[batch]).square().mean()
+>>> def train_loss(model, hparams, batch):
+...     return val_loss(model, hparams, batch) + (hparams["decay"] * model.weight.square()).sum()
+>>> def build():
+...     model = nn.Linear(5, 1)
+...     hparams = HyperParameters({"decay": torch.full((1, 5), 0.1)}, {"decay": constraints.positive})
+...     inner = torch.optim.SGD(model.parameters(), lr=0.1)
+...     outer = torch.optim.Adam(hparams.parameters(), lr=0.05)
+...     problem = Problem(model, hparams, train_loss, val_loss)
+...     optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[torch.arange(40, 80)], every=10, warmup=50)
+...     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200)
+>>> def train(optimizer, scheduler, steps):
+...     for _ in range(steps):
+...         optimizer.zero_grad()
+...         optimizer.loss(torch.arange(40)).backward()           # was: criterion(model(x), y).backward()
+...         optimizer.step()
+...         scheduler.step()
+>>> optimizer, scheduler = build()
+>>> train(optimizer, scheduler, 200)
+>>> optimizer.hyper_steps, optimizer.record.status.name, optimizer.record.moved
+(16, 'FINISHED', True)
+>>> decay = optimizer.record.hyperparameters["decay"][0]          # the first feature is the only useful one
+>>> bool(decay[0] < decay[1:].min())
+True
+
+With `every=None` a run is bit for bit that of the inner optimizer alone.
+
+# Warm-up, rate and schedule
+
+- **`warmup`**: training steps before the first hyperstep. Hypergradients of an untrained model set the hyperparameters
+  wrong: measured over several data sets, this flips the sign of the gain. A quarter of all steps served well in the
+  studies.
+- **The outer optimizer**: Adam on the leaves, `hparams.parameters()`. The studies used rates of 0.03 to 0.1. With
+  `positive` the leaf is log λ, so a rate of 0.05 changes λ by about 5 % in a step. A rate that is too large shows as a
+  `cosine_to_last` around 0. For a schedule of the outer rate, build the scheduler on `optimizer.outer`.
+- **`every`**: training steps between hypersteps, 100 by default. A hyperstep costs about 10 training gradients with the
+  default method, so `every=100` adds about 10 %, and `every=10` doubles the cost.
+- **`val_batches`**: validation batches, one for each hyperstep, over and over. Keep a test set apart: many
+  hyperparameters can fit a small validation set.
+- **`train_batches`**: where a hyperstep takes its training batch from; by default the batches of the last step.
+- **`on_failure`**: after a failed solve nothing moves. `"skip"` warns, `"raise"` makes it an error.
+
+By hand, `optimizer.hyperstep(train_batch, val_batch)` moves the hyperparameters now and returns the `Record`; use it with
+`every=None`.
+
+# Records, trackers and W&B
+
+`hooks` are functions that get the `Record` of each hyperstep. Trackers are hooks: `hoptim.tracking` has `WandB`,
+`JsonLines` and `Console`.
+
+>>> from hoptim.tracking import JsonLines, WandB
+>>> hooks = [WandB(project="mine"), JsonLines(path="metrics.jsonl")]   # BilevelOptimizer(..., hooks=hooks)
+
+W&B is offline unless `mode` or the variable `WANDB_MODE` says otherwise. It never stops a training: without an account or
+a network it warns and continues offline. `record.row()` is a flat dict for any other logger.
+
+# Gradient accumulation and mixed precision
+
+Both are written as usual. With accumulation, `(optimizer.loss(batch) / n).backward()` for each micro-batch: a hyperstep's
+training loss is the mean over all batches whose losses went backward in the step. `hyperstep()` by hand, off the schedule
+of `every`, counts each loss since the last step equally.
+
+Under a bf16 `autocast` around the whole step, the losses of a hyperstep are computed in bf16 too. If the autocast ends
+before `optimizer.step()`, or is fp16, they are computed in full precision. Products and solvers always have full
+precision. With a `GradScaler`, `scaler.step(optimizer)` may skip a step; it then does not count.
+
+# Checkpoints
+
+`state_dict()` holds both optimizers, the hyperparameters, the counters, the solver's state and the position in
+`val_batches`. Save it with the model and the scheduler. Resuming gives bit-identical results:
+
+>>> _ = torch.manual_seed(1)
+>>> whole, whole_scheduler = build()
+>>> weights = {name: value.clone() for name, value in whole.problem.model.state_dict().items()}
+>>> train(whole, whole_scheduler, 120)
+>>> first, first_scheduler = build()
+>>> first.problem.model.load_state_dict(weights)
+<All keys matched successfully>
+>>> train(first, first_scheduler, 60)
+>>> parts = (first.problem.model, first, first_scheduler)
+>>> saved = [part.state_dict() for part in parts]
+>>> second, second_scheduler = build()
+>>> for part, state in zip((second.problem.model, second, second_scheduler), saved):
+...     _ = part.load_state_dict(state)
+>>> train(second, second_scheduler, 60)
+>>> torch.equal(second.problem.hparams["decay"], whole.problem.hparams["decay"])
+True
+
+The helpers of `torch.distributed.checkpoint` drop keys that they do not know. Give them `optimizer.inner`, save
+`optimizer.state_dict()["hoptim"]` beside it, and load both with
+`optimizer.load_state_dict({**optimizer.inner.state_dict(), "hoptim": saved})`.
+
+# Lightning, Accelerate and the Hugging Face Trainer
+
+For each there is a short script (`pip install '.[frameworks,data]'`), and a test that its run is bit for bit that of a
+plain loop, and a resumed run that of an uninterrupted one.
+
+| framework | the one line | script |
+|---|---|---|
+| Lightning | `return self.optimizers().loss(batch)` in `training_step`; `configure_optimizers` makes hparams, problem and optimizer | [lightning_digits.py](scripts/examples/lightning_digits.py) |
+| Accelerate | `accelerator.backward(bilevel.loss(batch))`; `prepare` the model, make the problem, `prepare` the optimizer | [accelerate_digits.py](scripts/examples/accelerate_digits.py) |
+| Trainer | `return self.optimizer.optimizer.loss(inputs)` in `compute_loss` | [trainer_text.py](scripts/examples/trainer_text.py) |
+
+Clipping, accumulation, bf16, schedulers and checkpoints are the framework's own. Hypersteps are counted in optimizer
+steps.
+
+- Accelerate: give `val_batches` as they were before `prepare()`. When an accumulation ends, Accelerate asks the loader
+  that was started last, and that would be theirs. An error says so.
+- Trainer: set `model_accepts_loss_kwargs = False`, or accumulated gradients are not divided. Label smoothing is not seen.
+  On several GPUs the Trainer wraps the model itself: put `problem.wrapper = model` into `compute_loss`.
+- Lightning: its autocast ends before the hyperstep, which therefore runs in float32. It saves no random state: shuffle by
+  the number of the epoch.
+
+# Several processes
+
+Give `Problem` the wrapped model, `hoptim.Problem(DistributedDataParallel(net), hparams, train_loss, val_loss)`. The rest
+of the loop stays the same.
+
+Each process (rank) has batches of its own. L_T and L_V are the means over the ranks, as in DDP. Products, right-hand
+sides and mixed products are averaged *inside* the solve, so the hypergradient is that of one process on the joint batch.
+The mean of the solutions that each rank would find alone is a different, wrong answer. The hyperparameters start with
+rank 0's values, and after 200 hypersteps they and the outer optimizer's state are bit-identical on all ranks. If weights
+differ between ranks, because gradients are not averaged, the first hyperstep raises an error. A NaN on one rank gives the
+same status on all. Only rank 0 logs. An audit is for one process. `process_group=None` is for ranks that train alone.
+
+*What N ranks cost.* A hypergradient makes K + 3 all-reduces: L_V with g and ∂L_V/∂λ (n + h numbers for n weights and h
+hyperparameters), L_T with F (n), one of n for each of K products, and Bᵀx (h). A training step makes one of n. With the
+default, K = 5 and `every=100`, that is 8 for every 100, not overlapped with computation. A ring sends 2n(N − 1)/N numbers
+through each rank however many there are, and its latency grows with N; a tree's latency grows with log N. At 1,000 ranks
+small models pay latency, K + 3 times for each hyperstep, and large ones bandwidth, which does not grow. R right-hand
+sides go through one all-reduce of R·n. Not run here: more than three ranks, NCCL, more than one machine.
+
+# What it works with
+
+Each row is tested, and what is computed is compared by value: with the bare optimizer, a plain loop, plain autograd on a
+copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
+
+| optimizers and schedulers | | tests |
+|---|---|---|
+| every class of `torch.optim`, fused and foreach ones, several groups, any other subclass of `Optimizer` | `every=None` is the bare optimizer bit for bit, `state_dict()` included; right hypergradients; resumable. `Unrolled` and `Update` need one that torch can differentiate | [inner](tests/training/test_inner_optimizers.py) |
+| Muon with AdamW for the rest | wrap one of them, and call the other's `step()` before the wrapper's; a warning names the weights that the wrapped one does not hold, which is right here | [inner](tests/training/test_inner_optimizers.py) |
+| every class of `torch.optim.lr_scheduler`, and `SWALR` | on the wrapper, bit for bit; for the outer rate, on `optimizer.outer`; one that would overwrite a learned learning rate is an error | [schedulers](tests/training/test_schedulers.py) |
+| clipping, `AveragedModel`, EMA, `update_bn`, hooks of step and state, `add_param_group` during training | as with the inner optimizer | [inner](tests/training/test_inner_optimizers.py) |
+| **loops** | | |
+| gradient accumulation | the hypergradient sees all micro-batches of the step, with the shares that their backward passes began with | [loops](tests/training/test_loops.py) |
+| bf16 `autocast`, fp16 with `GradScaler` | losses in bf16 where yours are, in full precision where yours are in fp16; products and solvers in full precision; a skipped step does not count | [precision](tests/problem/test_mixed_precision.py) |
+| `DataLoader` with workers; batches of any kind; closures; early stopping | an empty or exhausted source of batches is an error that names it | [loops](tests/training/test_loops.py) |
+| Lightning, Accelerate, Trainer | as above | [frameworks](tests/integration/test_frameworks.py) |
+| **several processes** | | |
+| DistributedDataParallel, `no_sync`, uneven batches, subgroups; Lightning and Accelerate on two ranks | the hypergradient of one process on the joint batch, to 1e-9; uneven last batches: the mean of the ranks' means | [distributed](tests/integration/test_distributed.py), [frameworks](tests/integration/test_frameworks.py) |
+| FSDP, tensor-parallel weights | an error at construction that says what works | [distributed](tests/integration/test_distributed.py), [kinds](tests/problem/test_model_kinds.py) |
+| **faults** | | |
+| NaN, or an error inside a loss | hyperparameters and outer state stay as they are, to the bit; the failure is named | [faults](tests/integration/test_faults.py) |
+| `scripts/train.py` and SIGKILL at a random moment | `resume=true` ends with identical bits: 50 of 50 in one process, 50 of 50 in two | [kill](tests/integration/test_kill.py) |
+| a full or read-only disk | an error with file and remedy, and the last checkpoint stays whole; trackers warn and continue | [faults](tests/integration/test_faults.py) |
+| a damaged checkpoint, one of another model, an older or newer version | read, or refused as a whole, with names and shapes; `torch.load(weights_only=True)` reads all | [checkpoints](tests/training/test_checkpoints.py) |
+| 10,000 hypersteps | no more tensors, files or threads than before, and less than 4 MB | [faults](tests/integration/test_faults.py) |
+| wrong calls, 289 of them | each with the error's class and the words that it must contain | [bad input](tests/training/test_bad_input.py), [arguments](tests/training/test_arguments.py) |
+
+# Limits
+
+- Ranks decide separately, from the same averaged numbers. They have to be alike in hardware and software, or one may stop
+  a solve that another continues.
+- Tested on CPU, with torch 2.8 to 2.15 and gloo. No GPU was available: the code does not depend on the device, but has not been
+  tried there. The same holds for cuDNN's RNNs (cuDNN is switched off inside), SyncBatchNorm with several ranks, and NCCL.
+"""
+
+# ruff: noqa: E501 (a row of a table has to be one line)

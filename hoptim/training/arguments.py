@@ -1,4 +1,4 @@
-"""What BilevelOptimizer is given, checked before anything runs: each error names the value and the remedy."""
+"""The arguments of BilevelOptimizer, checked before anything runs: each error names the value and the remedy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hoptim.problem.problem import Problem
 from hoptim.validation import describe_type, is_finite, is_whole
 
 OnFailure = Literal["skip", "raise"]
+Unheld = list[tuple[str, str]]  # "inner" or "outer", and the name of a tensor that this optimizer does not hold
 
 
 def check_schedule(every: int | None, warmup: int, on_failure: object) -> None:
@@ -26,7 +27,7 @@ def check_schedule(every: int | None, warmup: int, on_failure: object) -> None:
         raise ValueError(f"on_failure={on_failure!r}: give 'skip', to go on with a warning, or 'raise'")
 
 
-def check_weights(val_weights: Sequence[float] | None) -> list[float] | None:
+def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
     """Finite numbers, one for each validation loss."""
     if val_weights is None:
         return None
@@ -39,7 +40,7 @@ def check_weights(val_weights: Sequence[float] | None) -> list[float] | None:
 
 
 def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: int | None) -> None:
-    """The method is one whose steps all come after the last hyperstep, and the hooks are functions."""
+    """The method needs no steps from before the last hyperstep, and the hooks are functions."""
     check_method("hypergradient", hypergradient)
     steps = 0 if hypergradient is None else hypergradient.keeps_steps
     if every is not None and steps > every:
@@ -48,10 +49,11 @@ def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: 
         )
     if not isinstance(hooks, Sequence):
         raise TypeError(f"hooks is {describe_type(hooks)}: give a list of functions of the record")
-    if bad := [hook for hook in hooks if not callable(hook)]:
-        raise TypeError(f"hook {bad[0]!r} can't be called: give functions of the record")
-    if made := [hook for hook in hooks if isinstance(hook, type)]:
-        raise TypeError(f"hook {made[0].__name__} is a class: give an instance, such as hoptim.tracking.Console()")
+    for hook in hooks:
+        if isinstance(hook, type):
+            raise TypeError(f"hook {hook.__name__} is a class: give an instance, such as hoptim.tracking.Console()")
+        if not callable(hook):
+            raise TypeError(f"hook {hook!r} can't be called: give functions of the record")
 
 
 def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> None:
@@ -64,37 +66,36 @@ def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> No
     checked_problem(problem)
     if isinstance(outer, LBFGS):
         raise ValueError("outer is an LBFGS, which needs a closure that a hyperstep has not: take SGD or Adam")
-    weights, leaves = _names(problem)
+    weights = {id(p): name for name, p in problem.model.named_parameters()}
+    leaves = {id(p): name for name, p in problem.hparams.named_parameters()}
     learned = {id(p) for p in (*problem.weights().values(), *problem.leaves().values())}
-    for name, optimizer, own, other, kinds, remedy in (
-        ("inner", inner, weights, leaves, ("weight of the model", "hyperparameter"), "model.parameters()"),
-        ("outer", outer, leaves, weights, ("hyperparameter", "weight of the model"), "hparams.parameters()"),
+    for name, optimizer, own, other, kind, other_kind, remedy in (
+        ("inner", inner, weights, leaves, "weight of the model", "hyperparameter", "model.parameters()"),
+        ("outer", outer, leaves, weights, "hyperparameter", "weight of the model", "hparams.parameters()"),
     ):
-        here = held(optimizer)
-        if wrong := [other[p] for p in here if p in other and not (p in own and p not in learned)]:
-            raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {kinds[1]}: build it on {remedy}")
-        if not any(p in own for p in here):
-            raise ValueError(f"the {name} optimizer holds no {kinds[0]} of the problem: build it on {remedy}")
-        if not any(p in own and p in learned for p in here):
-            raise ValueError(f"the {name} optimizer holds no {kinds[0]} that requires a gradient: build it on {remedy}")
+        here, frozen = held(optimizer).keys(), own.keys() - learned
+        if wrong := [other[p] for p in here if p in other and p not in frozen]:  # a frozen tensor may be both
+            raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {other_kind}: build it on {remedy}")
+        if not here & own.keys():
+            raise ValueError(f"the {name} optimizer holds no {kind} of the problem: build it on {remedy}")
+        if not here & own.keys() & learned:
+            raise ValueError(f"the {name} optimizer holds no {kind} that requires a gradient: build it on {remedy}")
 
 
-Left = list[tuple[str, str]]  # optimizer, tensor
-
-
-def warn_of_left(inner: Optimizer, outer: Optimizer, problem: Problem, known: Left | None = None) -> Left:
-    """Warn of what requires a gradient, is in neither of the two and not ``known``, as of a layer replaced since."""
-    found: Left = []
+def warn_of_unheld(inner: Optimizer, outer: Optimizer, problem: Problem, known: Sequence[tuple[str, str]] = ()) -> Unheld:
+    """Warn of what requires a gradient, is in neither optimizer and not ``known``; return all of it."""
+    found: Unheld = []
     for name, optimizer, live in (("inner", inner, problem.weights()), ("outer", outer, problem.leaves())):
         here = held(optimizer)
-        found += [(name, key) for key, p in live.items() if id(p) not in here]
-        if left := [key for which, key in found if which == name and (which, key) not in (known or ())]:
+        unheld = [(name, key) for key, p in live.items() if id(p) not in here]
+        if new := [key for which, key in unheld if (which, key) not in known]:
             warnings.warn(
-                f"the {name} optimizer does not hold {left}, though they require a gradient: the hypergradient takes them "
+                f"the {name} optimizer does not hold {new}, though they require a gradient: the hypergradient takes them "
                 "as learned. That is right if another optimizer trains them; else add them, or freeze them with "
                 "requires_grad_(False)",
                 stacklevel=3,
             )
+        found += unheld
     return found
 
 
@@ -102,15 +103,9 @@ def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:
     """A group that is added to the inner optimizer, as torch takes one; it holds no hyperparameter."""
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise TypeError(f"param_group is {describe_type(param_group)}: give a dict such as {{'params': layer.parameters()}}")
-    params, leaves = param_group["params"], _names(problem)[1]
+    params, leaves = param_group["params"], {id(p): name for name, p in problem.hparams.named_parameters()}
     if isinstance(params, Iterator):
         params = list(params)
     if wrong := [leaves[id(p)] for p in ([params] if isinstance(params, Tensor) else params) if id(p) in leaves]:
         raise ValueError(f"the added group holds {wrong[0]!r}, a hyperparameter: add it to the outer optimizer")
     return {**param_group, "params": params}
-
-
-def _names(problem: Problem) -> tuple[dict[int, str], dict[int, str]]:
-    weights = {id(p): name for name, p in problem.model.named_parameters()}
-    leaves = {id(p): name for name, p in problem.hparams.named_parameters()}
-    return weights, leaves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -12,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hoptim.linalg.trees import Tree
+from hoptim.linalg.vectors import Tree
 from hoptim.methods.implicit import Implicit
-from hoptim.methods.inner_step import check_unscheduled
-from hoptim.methods.method import Hypergradient, Method, TrainingContext
+from hoptim.methods.learned_options import check_in_place, check_unscheduled, find_learned_options, put_back
+from hoptim.methods.method import Method, TrainingContext
+from hoptim.methods.result import Hypergradient
 from hoptim.problem.data import Batches
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
-from hoptim.training import arguments as checks
-from hoptim.training.arguments import OnFailure
-from hoptim.training.checkpoint import KEY, Checkpoint, check_loadable
+from hoptim.training import arguments
+from hoptim.training.checkpoint import KEY, VERSION, check_loadable, held_weights
 from hoptim.training.optimizer_proxy import OptimizerProxy
-from hoptim.training.progress import Progress, bound_options_kept, is_cleared, is_due, is_kept
+from hoptim.training.progress import Progress, has_gradient, steps_left
 from hoptim.training.record import Record, natural_values
 from hoptim.validation import describe_type
 
@@ -35,6 +36,12 @@ class BilevelOptimizer(OptimizerProxy):
     It **is** a ``torch.optim.Optimizer``: ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, so
     schedulers, gradient clipping and checkpoints work on it as on the inner one.
 
+    *Where to begin.* Let ``warmup`` be a quarter of the steps, as in the studies. Hypergradients are right for trained
+    weights; on an untrained net they point elsewhere, and the outer optimizer follows them all the same: without a warm-up
+    the gain became a loss. As ``outer`` take ``torch.optim.Adam(hparams.parameters(), lr=0.05)``, up to 0.1 for few
+    hypersteps: Adam moves each leaf by about its rate, however long the hypergradient is. Under ``constraints.positive`` a
+    leaf is a logarithm, so that 0.05 is 5 % a hyperstep; where the leaf is the value itself, take a rate of its size.
+
     Args:
         inner: the optimizer of the model's weights.
         outer: the optimizer of ``hparams.parameters()``.
@@ -42,11 +49,11 @@ class BilevelOptimizer(OptimizerProxy):
         val_batches: validation batches: any re-iterable, cycled, one batch a hyperstep.
         hypergradient: how to compute it; default ``Implicit()``.
         every: inner steps between hypersteps, default 100; ``None`` for never.
-        warmup: inner steps before the first hyperstep, default 0.
+        warmup: inner steps before the first hyperstep, default 0, which suits only a model that is already trained.
         train_batches: where a hyperstep takes its training batch; ``None``, the default: those of the last inner
             step, as ``loss`` has seen them; of several, as in gradient accumulation, the mean of their losses.
         val_weights: the weight of each loss in the gradient, where the validation loss is a vector; default: their mean.
-        on_failure: what a failed solve ends in, moving nothing: ``"skip"``, the default, a warning, ``"raise"`` an error.
+        on_failure: after a failed solve, which moves nothing: ``"skip"``, the default, warns, ``"raise"`` raises an error.
         hooks: functions of the :class:`Record`, called after each hyperstep.
 
     Raises:
@@ -86,20 +93,23 @@ class BilevelOptimizer(OptimizerProxy):
         warmup: int = 0,
         train_batches: Iterable[Any] | None = None,
         val_weights: Sequence[float] | None = None,
-        on_failure: OnFailure = "skip",
+        on_failure: arguments.OnFailure = "skip",
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
-        checks.check_optimizers(inner, outer, problem)
-        checks.check_schedule(every, warmup, on_failure)
-        checks.check_strategies(hypergradient, hooks, every)
+        arguments.check_optimizers(inner, outer, problem)
+        arguments.check_schedule(every, warmup, on_failure)
+        arguments.check_strategies(hypergradient, hooks, every)
         super().__init__()
         self.inner, self.outer, self.problem = inner, outer, problem
         self.hypergradient = Implicit() if hypergradient is None else hypergradient
         self.every, self.warmup, self.on_failure, self.hooks = every, warmup, on_failure, tuple(hooks)
-        self.val_weights = checks.check_weights(val_weights)
+        self.val_weights = arguments.checked_weights(val_weights)
         self.val_batches = Batches(val_batches, "val_batches")
         self.train_batches = None if train_batches is None else Batches(train_batches, "train_batches")
-        self._progress = Progress(left=checks.warn_of_left(inner, outer, problem))
+        self._progress = Progress(
+            learned_options=find_learned_options(inner, problem.leaves()),
+            unheld=arguments.warn_of_unheld(inner, outer, problem),
+        )
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
         self.register_state_dict_post_hook(_add_state)
 
@@ -107,63 +117,52 @@ class BilevelOptimizer(OptimizerProxy):
         """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``."""
         if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
             return self.problem.loss(batch)
-        progress, step = self._progress, self._progress.inner_steps + 1
-        if is_cleared(self.inner):
-            progress.cleared()
-        kept = is_kept(step, self.every, self.warmup, self.hypergradient.keeps_steps)
-        kept_loss = progress.recorder.saw(self.problem, self.inner, batch) if kept else None
+        progress = self._progress
+        left = steps_left(progress.inner_steps + 1, self.every, self.warmup)
+        is_kept, is_watched = left < self.hypergradient.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
+        if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
+            progress.cleared()  # by the model's own zero_grad()
+        keep = progress.recorder.saw(self.problem, self.inner, batch) if is_kept else None
         loss = self.problem.loss(batch)
-        if kept_loss is not None:
-            loss.register_hook(kept_loss)
+        if keep is not None:
+            loss.register_hook(keep)
         if self.train_batches is None:
-            by_hand_or_due = self.every is None or is_due(step, self.every, self.warmup)
-            progress.window.saw(batch, loss) if by_hand_or_due else progress.window.noted(batch)
+            progress.window.watch(batch, loss) if is_watched else progress.window.note(batch)
         return loss
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimizer, and a hyperstep where one is due."""
-        if not callable(closure) and closure is not None:
+        if closure is not None and not callable(closure):
             raise TypeError(f"closure is {describe_type(closure)}: call step() alone; batches go to optimizer.loss(batch)")
+        progress = self._progress
+        if progress.learned_options:
+            check_in_place(self.inner, progress.learned_options)
         result = self.inner.step() if closure is None else self.inner.step(closure)
-        self._progress.stepped()
-        if is_due(self._progress.inner_steps, self.every, self.warmup):
-            self._progress.recorder.check(self.hypergradient.keeps_steps)
+        progress.stepped()
+        if steps_left(progress.inner_steps, self.every, self.warmup) == 0:
+            progress.recorder.check(self.hypergradient.keeps_steps)
             try:
                 self.hyperstep()
             finally:
-                self._progress.recorder.restart()
+                progress.recorder.restart()
         return result
 
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
         """Move the hyperparameters once, now; batches that are not given are drawn. Returns the record.
 
-        The training batches are those whose losses went backward in the last step, or, where no hyperstep was due, all whose
-        losses were computed for it.
-
-        After a failed solve they do not move; the record and a warning say why.
+        The training batches are those whose losses went backward in the last step; off the schedule of ``every``, all whose
+        losses were computed for it. After a failed solve the hyperparameters do not move; the record and a warning say why.
 
         Raises:
             ValueError: there is no training batch: none given, none seen by ``loss``, no ``train_batches``.
             RuntimeError: the solve failed and ``on_failure`` is ``"raise"``; the record is there, the hooks have seen it.
         """
         progress, begun = self._progress, time.perf_counter()
-        draw = None if self.train_batches is None else self.train_batches.draw
-        train_batch = (draw or progress.window.batch)() if train_batch is None else train_batch
-        val_batch = self.val_batches.draw() if val_batch is None else val_batch
-        if not progress.hyper_steps:
-            self.problem.check_ranks()
-        loop = TrainingContext(inner=self.inner, draw=draw, trajectory=progress.recorder.trajectory())
-        with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
-            self.problem.check_learned()
-            checks.check_optimizers(self.inner, self.outer, self.problem)  # again: layers may have been replaced since
-            progress.left = checks.warn_of_left(self.inner, self.outer, self.problem, known=progress.left)
-            result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
-        if not progress.hyper_steps:
-            result.check_touched()
+        result = self._hypergradient(train_batch, val_batch)
+        gradient, moved = result.combined(self.val_weights), result.solution.status.ok
         progress.solver_state = result.solution.state
         progress.hyper_steps += 1
-        gradient, moved = result.combined(self.val_weights), result.solution.status.ok
-        turned = progress.turned(gradient) if moved else None
+        cosine_to_last = progress.cosine_to_last(gradient) if moved else None
         if moved:
             self._move(gradient)
         progress.record = Record(
@@ -173,14 +172,32 @@ class BilevelOptimizer(OptimizerProxy):
             result=result,
             hyperparameters=natural_values(self.problem),
             seconds=time.perf_counter() - begun,
-            cosine_to_last=turned,
+            cosine_to_last=cosine_to_last,
             val_weights=self.val_weights,
         )
         for hook in self.hooks:
             hook(progress.record)
         if not moved:
-            self._failed(result)
+            self._report_failure(progress.record)
         return progress.record
+
+    def _hypergradient(self, train_batch: Any, val_batch: Any) -> Hypergradient:
+        """The hypergradient at the present weights. The first one also shows whether the losses use all hyperparameters."""
+        progress, draw = self._progress, None if self.train_batches is None else self.train_batches.draw
+        if train_batch is None:
+            train_batch = progress.window.batch() if draw is None else draw()
+        val_batch = self.val_batches.draw() if val_batch is None else val_batch
+        if not progress.hyper_steps:
+            self.problem.check_ranks()
+        loop = TrainingContext(inner=self.inner, draw=draw, trajectory=progress.recorder.trajectory())
+        with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
+            self.problem.check_learned()
+            arguments.check_optimizers(self.inner, self.outer, self.problem)  # again: layers may have been replaced since
+            progress.unheld = arguments.warn_of_unheld(self.inner, self.outer, self.problem, known=progress.unheld)
+            result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
+        if not progress.hyper_steps:
+            result.check_touched()
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the weights."""
@@ -194,10 +211,13 @@ class BilevelOptimizer(OptimizerProxy):
             TypeError: the group is no dict with ``"params"``.
             ValueError: a tensor of the group is a hyperparameter.
         """
-        self.inner.add_param_group(checks.checked_group(param_group, self.problem))
+        self.inner.add_param_group(arguments.checked_group(param_group, self.problem))
+        self._progress.learned_options = find_learned_options(self.inner, self.problem.leaves())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
+
+        A state that is refused leaves all of them as they were.
 
         Raises:
             ValueError: the state is a bare optimizer's, damaged, of a newer version or of another model.
@@ -205,8 +225,9 @@ class BilevelOptimizer(OptimizerProxy):
         state_dict = copy.copy(state_dict)  # which hooks may change in place
         for change in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = change(self, state_dict) or state_dict
-        check_loadable(state_dict, self.inner, self.problem)
-        before = copy.deepcopy(self._saved())
+        check_loadable(state_dict, held_weights(self.inner, self.problem))
+        before = self._saved()  # without copies, since a load puts other tensors in the place of these
+        before[KEY]["hparams"] = copy.deepcopy(before[KEY]["hparams"])  # but it writes into the hyperparameters
         try:
             self._load(state_dict)
         except Exception:
@@ -215,25 +236,29 @@ class BilevelOptimizer(OptimizerProxy):
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        """By the inner optimizer's own method: it may keep its state in a form of its own."""
-        with bound_options_kept(self.inner, self.problem.leaves()):
-            self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        self._checkpoint().load_state_dict(state_dict[KEY])
-
     def _saved(self) -> dict[str, Any]:
-        """The inner optimizer's own state, and one entry more."""
-        return {**self.inner.state_dict(), KEY: self._checkpoint().state_dict()}
+        """The inner optimizer's own state, and one entry more: tensors and plain values only."""
+        added = {
+            "version": VERSION,
+            "weights": held_weights(self.inner, self.problem),
+            "outer": self.outer.state_dict(),
+            "hparams": dict(self.problem.hparams.state_dict()),
+            **self._progress.state_dict(),
+            "val_batches": self.val_batches.state_dict(),
+            "train_batches": None if self.train_batches is None else self.train_batches.state_dict(),
+        }
+        return {**self.inner.state_dict(), KEY: added}
 
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(
-            inner=self.inner,
-            outer=self.outer,
-            problem=self.problem,
-            progress=self._progress,
-            val_batches=self.val_batches,
-            train_batches=self.train_batches,
-        )
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict[KEY]
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        put_back(self.inner, self._progress.learned_options)
+        self.outer.load_state_dict(saved["outer"])
+        self.problem.hparams.load_state_dict(saved["hparams"])
+        self._progress.load_state_dict(saved, self.problem, self.inner)
+        self.val_batches.load_state_dict(saved["val_batches"])
+        if self.train_batches is not None and saved["train_batches"] is not None:
+            self.train_batches.load_state_dict(saved["train_batches"])
 
     @property
     def record(self) -> Record | None:
@@ -250,9 +275,9 @@ class BilevelOptimizer(OptimizerProxy):
         """Hypersteps taken so far, failed ones included."""
         return self._progress.hyper_steps
 
-    def _move(self, grads: Tree) -> None:
+    def _move(self, gradient: Tree) -> None:
         for name, leaf in self.problem.leaves().items():
-            leaf.grad = grads[name].clone()
+            leaf.grad = gradient[name].clone()
         try:
             self.outer.step()
         finally:
@@ -262,14 +287,12 @@ class BilevelOptimizer(OptimizerProxy):
             if isinstance(module, HyperParameters):
                 module.project_()
 
-    def _failed(self, result: Hypergradient) -> None:
-        status, detail = result.solution.status, result.solution.detail or "no detail"
-        words = f"hyperstep {self.hyper_steps} failed and moved nothing: {status.name}: {status.message} ({detail})"
+    def _report_failure(self, record: Record) -> None:
         if self.on_failure == "raise":
-            raise RuntimeError(f"{words}. With on_failure='skip' the training would go on")
-        if status not in self._progress.warned:
-            self._progress.warned.add(status)
-            warnings.warn(f"{words}. Later ones of this kind are only recorded", stacklevel=5)
+            raise RuntimeError(f"{record.failure}. With on_failure='skip' the training would go on")
+        if record.status not in self._progress.warned:
+            self._progress.warned.add(record.status)
+            warnings.warn(f"{record.failure}. Later ones of this kind are only recorded", stacklevel=5)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(value, "_wrapped_by_lr_sched", False):  # the ``step`` that a scheduler puts here when it is built

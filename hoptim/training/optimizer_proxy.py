@@ -1,4 +1,4 @@
-"""An optimizer around another one: what is read and written is the inner one's, and hooks are called once."""
+"""An optimizer around another one: its groups, state and defaults are the inner one's, and hooks are called once."""
 
 from __future__ import annotations
 
@@ -9,37 +9,35 @@ from typing import Any
 from torch.optim import Optimizer
 
 
-def _own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step`` with the optimizer's own hooks around it, in the place of ``Optimizer.profile_hook_step``.
-
-    Torch's also calls the hooks that were registered for all optimizers, and shows the step in a profile, as the one inside
-    does already: whoever counts steps would count each twice.
-    """
+def _call_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` between the hooks that were registered on this very optimizer."""
 
     @functools.wraps(step)
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        optimizer = args[0]
+    def hooked(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        given: tuple[Any, Any] = (optimizer, *args), kwargs
         for before in optimizer._optimizer_step_pre_hooks.values():
-            args, kwargs = before(optimizer, args, kwargs) or (args, kwargs)
-        result = step(*args, **kwargs)
+            given = before(optimizer, *given) or given
+        result = step(*given[0], **given[1])
         for after in optimizer._optimizer_step_post_hooks.values():
-            after(optimizer, args, kwargs)
+            after(optimizer, *given)
         return result
 
     return hooked
 
 
 class OptimizerProxy(Optimizer):
-    """An ``Optimizer`` in the eyes of all that accept one, whose groups, state and defaults are those of ``inner``.
+    """An ``Optimizer`` for all that ask for one, whose groups, state and defaults are those of ``inner``.
 
     They are never copied: a scheduler that moved a list of its own would move nothing after ``load_state_dict``.
     """
 
     inner: Optimizer
-    profile_hook_step = staticmethod(_own_hooks)  # type: ignore[assignment]  # with which torch wraps ``step``
+    # What torch puts around ``step``. Its own would also call the hooks for all optimizers and open a range in the profiler,
+    # as the inner optimizer's step does already: each step would be seen twice.
+    profile_hook_step = staticmethod(_call_own_hooks)  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        super().__setstate__({})  # makes the hooks; Optimizer.__init__ would also write param_groups, which are the inner's
+        super().__setstate__({})  # makes the dicts of hooks; Optimizer.__init__ would also write groups and state
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -57,15 +55,14 @@ class OptimizerProxy(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's defaults; none where it has none, or before it is here."""
+        """The inner optimizer's defaults; empty where it has none, or while it is not set yet."""
         return getattr(self.__dict__.get("inner"), "defaults", {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        inner: dict[str, Any] = {key: state.pop(key) for key in ("state", "param_groups") if key in state}
-        super().__setstate__(state)
-        if inner:
-            self.inner.__setstate__(inner)
+        groups_and_state: dict[str, Any] = {key: state[key] for key in ("state", "param_groups") if key in state}
+        super().__setstate__({key: value for key, value in state.items() if key not in groups_and_state})
+        if groups_and_state:
+            self.inner.__setstate__(groups_and_state)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "step"}  # a scheduler's own, of this one
+        return {key: value for key, value in self.__dict__.items() if key != "step"}  # a scheduler's, bound to this object

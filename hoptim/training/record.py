@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hoptim.linalg import trees
-from hoptim.linalg.trees import Tree
-from hoptim.methods.method import Hypergradient
+from hoptim.linalg.vectors import Tree
+from hoptim.methods.result import Hypergradient
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import Status
@@ -28,7 +29,7 @@ class Record:
         hyperparameters: their natural values after the step, detached, by name.
         seconds: wall-clock time of the hyperstep.
         cosine_to_last: cosine between this hypergradient and the one before: near 1 where they agree, near 0 where noise
-            leads; ``None`` at the first.
+            dominates; ``None`` at the first.
         val_weights: the weights by which several validation losses add up, in the figures too; ``None`` for the mean.
     """
 
@@ -46,11 +47,18 @@ class Record:
         """How the solve ended."""
         return self.result.solution.status
 
+    @property
+    def failure(self) -> str:
+        """Of a failed hyperstep: what went wrong and what to do."""
+        detail = self.result.solution.detail or "no detail"
+        words = f"{self.status.name}: {self.status.message} ({detail})"
+        return f"hyperstep {self.hyper_step} failed and moved nothing: {words}"
+
     def row(self) -> dict[str, Any]:
         """The figures as plain numbers and strings, for a log; ``None`` for what is not known or not finite."""
         result, solution = self.result, self.result.solution
-        norms = {
-            name: float(trees.norm(result.mixed_by(self.val_weights, tree)))
+        lengths = {
+            f"{name}_norm": float(trees.norm(result.mixed_by(self.val_weights, tree)))
             for name, tree in (("hypergradient", result.grads), ("direct", result.direct), ("indirect", result.indirect))
         }
         row = {
@@ -63,11 +71,11 @@ class Record:
             "step_size": solution.step_size,
             "products": solution.products,
             "val_loss": float(result.mixed_by(self.val_weights, {"": result.val_loss})[""]),
-            "train_loss": float(self.result.train_loss),
-            "train_gradient_norm": float(self.result.gradient_norm),
-            **{f"{name}_norm": length for name, length in norms.items()},
+            "train_loss": float(result.train_loss),
+            "train_gradient_norm": float(result.gradient_norm),
+            **lengths,
             "cosine_to_last": self.cosine_to_last,
-            "standard_error": standard_error(self.result),
+            "standard_error": standard_error(result, self.val_weights),
             "hyper_seconds": self.seconds,
         }
         return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
@@ -79,19 +87,31 @@ def cosine(a: Tree, b: Tree) -> float:
     return float(trees.dot(a, b) / torch.where(lengths == 0, 1.0, lengths))
 
 
-def standard_error(result: Hypergradient) -> float | None:
-    """Of the mean of the hypergradients of R validation losses, relative to its length; ``None`` for a single loss."""
+def standard_error(result: Hypergradient, weights: Sequence[float] | None = None) -> float | None:
+    """√Var(h) / ‖h‖ of h = Σ_r w_r h_r, for the hypergradients h_r of R validation losses; ``None`` for a single one.
+
+    The losses are taken as R independent draws, such as batches, folds or groups, of the same mean and variance σ²:
+
+        Var(Σ_r w_r h_r) = σ² Σ_r w_r²,    σ² ≈ Σ_r ‖h_r − h̄‖² / (R − 1),    h̄ = Σ_r h_r / R.
+
+    So it is σ/√R for their mean.
+
+    Args:
+        result: a hypergradient.
+        weights: w_r; default 1/R.
+    """
     if not result.val_loss.ndim or len(result.val_loss) < 2:
         return None
-    count, mean = len(result.val_loss), result.combined()
-    spread = torch.stack([((part - mean[name]) ** 2).sum() for name, part in result.grads.items()]).sum()
-    return float((spread / (count * (count - 1))).sqrt() / trees.norm(mean))
+    count, total, mean = len(result.val_loss), result.combined(weights), result.combined()
+    squares = 1 / count if weights is None else sum(weight**2 for weight in weights)
+    spread = torch.stack([(each - mean[name]).square().sum() for name, each in result.grads.items()]).sum()
+    return float((spread / (count - 1) * squares).sqrt() / trees.norm(total))
 
 
 def natural_values(problem: Problem) -> Tree:
-    """The natural values of a :class:`HyperParameters`, and the parameters of any other module; copies."""
+    """Copies of the natural values of a :class:`HyperParameters`, or of the parameters of any other module."""
     hparams = problem.hparams
     with torch.no_grad():
         if isinstance(hparams, HyperParameters):
             return {name: hparams[name].detach().clone() for name in hparams}
-        return trees.clone({name: leaf.detach() for name, leaf in problem.leaves().items()})
+        return {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}

@@ -33,7 +33,11 @@ from hoptim import (
 )
 from hoptim.methods.inner_step import KINDS
 
-pytestmark = pytest.mark.filterwarnings("error", "ignore:.*torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "error",
+    "ignore:.*torch.jit.script:DeprecationWarning",
+    "ignore:Converting a tensor with requires_grad=True to a scalar",  # by LBFGS itself, in older versions of torch
+)
 
 TO_THE_END = Implicit(MINRES(terms=60, tolerance=1e-13), curvature=Exact())
 

@@ -317,8 +317,9 @@ def test_a_closure_may_accumulate() -> None:
     assert "".join(seen) == "ab" + "ab"
 
 
-def test_what_the_models_own_zero_grad_clears_is_no_part_of_an_unrolled_step() -> None:
-    optimizer = optimizer_of(tiny(), Unrolled(2), every=2)
+@pytest.mark.parametrize("train_batches", [None, BATCHES[3:4]], ids=["of the loop", "drawn"])
+def test_what_the_models_own_zero_grad_clears_is_no_part_of_an_unrolled_step(train_batches: Any) -> None:
+    optimizer = optimizer_of(tiny(), Unrolled(2), every=2, train_batches=train_batches)
     for batch in BATCHES[:2]:
         optimizer.loss(BATCHES[5]).backward()
         optimizer.problem.model.zero_grad()

@@ -64,7 +64,7 @@ def test_hyperstep_moves_the_leaves_down_the_hypergradient() -> None:
     assert record is optimizer.record
     assert (record.moved, record.status, record.hyper_step) == (True, Status.CONVERGED, 1)
     torch.testing.assert_close(record.hyperparameters["a"], torch.full((2,), 0.7))
-    assert optimizer.problem.hparams.get_parameter("leaf:a").grad is None
+    assert optimizer.problem.hparams.get_parameter("a").grad is None
 
 
 def test_inner_step_comes_first_and_the_hyperstep_sees_the_new_weights() -> None:
@@ -637,7 +637,7 @@ def test_a_load_that_fails_in_the_hyperparameters_changes_nothing() -> None:
     advance(run, 0, 1)
     advance(other, 0, 2)
     state = copy.deepcopy(other.optimizer.state_dict())
-    state["hoptim"]["hparams"]["decay"] = torch.ones(3)
+    state["hoptim"]["hparams"]["decay"] = torch.ones(3, 1)
     before = copy.deepcopy(run.optimizer.state_dict())
     with pytest.raises(RuntimeError, match="size mismatch for decay"):
         run.optimizer.load_state_dict(state)
@@ -701,10 +701,10 @@ def test_cosine_to_last_is_that_of_consecutive_hypergradients_also_over_a_checkp
 def test_cosine_of_two_vectors() -> None:
     a, b = {"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([1.0, 1.0])}
     progress = Progress()
-    assert [progress.turned(one) for one in (a, b, b, a)] == [
+    assert [progress.cosine_to_last(one) for one in (a, b, b, a)] == [
         None,
         pytest.approx(0.5**0.5),
         pytest.approx(1.0),
         pytest.approx(0.5**0.5),
     ]
-    assert progress.turned({"x": torch.zeros(3)}) is None
+    assert progress.cosine_to_last({"x": torch.zeros(3)}) is None

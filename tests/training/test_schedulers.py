@@ -15,10 +15,16 @@ from tiny import BATCHES, VAL, tiny
 from torch import optim
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
+from versions import TORCH
 
 from hoptim import BilevelOptimizer, Exact, Implicit, Neumann, Record, Unrolled
 
-pytestmark = pytest.mark.filterwarnings("error", "ignore:.*torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "error",
+    "ignore:.*torch.jit.script:DeprecationWarning",
+    "ignore:The epoch parameter in `scheduler.step",  # which SequentialLR gives itself, in older versions of torch
+    "ignore:Converting a tensor with requires_grad=True to a scalar",  # by ReduceLROnPlateau, likewise
+)
 
 STEPS = 12
 CHEAP = Implicit(Neumann(terms=2, step_size=0.1), curvature=Exact())
@@ -175,6 +181,10 @@ def test_a_schedule_on_the_inner_optimizer_that_would_write_over_a_learned_rate_
         train(optimizer, 1)
 
 
+IN_PLACE = TORCH >= (2, 10)  # before, ReduceLROnPlateau replaces a tensor
+
+
+@pytest.mark.skipif(not IN_PLACE, reason="this torch's ReduceLROnPlateau replaces a tensor: the next test")
 def test_a_learned_rate_is_halved_on_a_plateau_and_goes_on_to_be_learned() -> None:
     optimizer = learned_rate(view=True)
     leaf = optimizer.problem.leaves()["lr"]
@@ -190,6 +200,18 @@ def test_a_learned_rate_is_halved_on_a_plateau_and_goes_on_to_be_learned() -> No
         assert leaf.item() == pytest.approx(rate, rel=1e-6)
 
 
+@pytest.mark.skipif(IN_PLACE, reason="this torch's ReduceLROnPlateau writes into a tensor: the test before")
+@pytest.mark.parametrize("view", [False, True])
+def test_a_plateau_that_replaces_a_learned_rate_is_told(view: bool) -> None:
+    optimizer = learned_rate(view)
+    scheduler = lrs.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    train(optimizer, 1)
+    for metric in (1.0, 2.0):
+        scheduler.step(metric)
+    with pytest.raises(ValueError, match=r"'lr' was the inner optimizer's lr, which is now 0\.05"):
+        train(optimizer, 1)
+
+
 def test_a_scheduled_rate_beside_a_learned_momentum() -> None:
     optimizer = learned_rate(view=False, key="momentum")
     scheduler = lrs.ExponentialLR(optimizer, 0.5)
@@ -201,11 +223,57 @@ def test_a_scheduled_rate_beside_a_learned_momentum() -> None:
     assert optimizer.problem.leaves()["momentum"].item() == pytest.approx(before - 0.05 * slope)
 
 
-def test_a_learned_momentum_that_a_schedule_cycles_is_no_longer_learned_and_the_first_hyperstep_says_so() -> None:
+def test_a_learned_momentum_that_a_schedule_replaces_is_named_at_the_next_step() -> None:
     optimizer = learned_rate(view=False, key="momentum")
     lrs.OneCycleLR(optimizer, 0.1, STEPS)
-    with pytest.raises(ValueError, match=r"'momentum'.* touched by neither loss"):
-        train(optimizer, 2)
+    with pytest.raises(
+        ValueError, match=r"'momentum' was the inner optimizer's momentum, which is now 0\.95.*optimizer\.outer"
+    ):
+        train(optimizer, 1)
+    assert optimizer.inner_steps == 0
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_learned_rate_that_was_replaced_is_named_at_the_next_step_with_the_value(view: bool) -> None:
+    """As ReduceLROnPlateau does before torch 2.10."""
+    optimizer = learned_rate(view)
+    train(optimizer, 1)
+    optimizer.param_groups[0]["lr"] = 0.025
+    weights = copy.deepcopy(optimizer.problem.model.state_dict())
+    with pytest.raises(ValueError, match=r"'lr' was the inner optimizer's lr, which is now 0\.025.*a number as its lr"):
+        train(optimizer, 1)
+    assert same(optimizer.problem.model.state_dict(), weights)
+
+
+def test_a_state_loaded_into_the_inner_optimizer_alone_replaces_a_learned_rate_and_the_next_step_says_so() -> None:
+    optimizer = learned_rate(view=False)
+    optimizer.inner.load_state_dict(optimizer.inner.state_dict())
+    with pytest.raises(ValueError, match="'lr' was the inner optimizer's lr, which is now"):
+        train(optimizer, 1)
+
+
+def test_a_learned_rate_of_an_added_group_is_looked_after_too() -> None:
+    optimizer = learned_rate(view=False)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": optimizer.problem.leaves()["lr"]})
+    train(optimizer, 1)
+    optimizer.param_groups[1]["lr"] = 0.3
+    with pytest.raises(ValueError, match=r"'lr' was the inner optimizer's lr, which is now 0\.3"):
+        train(optimizer, 1)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_learned_rate_stays_learned_through_a_load_a_copy_and_an_added_group(whole: bool) -> None:
+    optimizer = learned_rate(view=False)
+    train(optimizer, 3)
+    if whole:
+        optimizer.load_state_dict(through_disk(optimizer.state_dict()))
+    else:
+        optimizer = copy.deepcopy(optimizer)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.5})
+    before = optimizer.problem.leaves()["lr"].item()
+    train(optimizer, 3)
+    assert optimizer.param_groups[0]["lr"] is optimizer.problem.leaves()["lr"]
+    assert optimizer.problem.leaves()["lr"].item() != before
 
 
 def test_a_schedule_that_steps_first_is_warned_of_as_ever() -> None:
