@@ -16,7 +16,8 @@ from hoptim.diagnostics.report import Audit, brief
 from hoptim.methods.conditions import Gradient
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import KINDS
-from hoptim.methods.method import Hypergradient, Method, TrainingContext, checked
+from hoptim.methods.method import Method, TrainingContext, checked
+from hoptim.methods.result import Hypergradient
 from hoptim.problem.composite_loss import CompositeLoss
 from hoptim.problem.data import Batches
 from hoptim.problem.problem import Problem

@@ -19,15 +19,16 @@ from hoptim.curvature.finite_difference import gradients
 from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Linearization, Point, as_leaves
 from hoptim.diagnostics.report import Bound, Compared, Direction, Spectrum
-from hoptim.linalg import trees
+from hoptim.linalg import trees, vectors
 from hoptim.linalg.lanczos import gaussian, lanczos
-from hoptim.linalg.operators import in_float32
-from hoptim.linalg.trees import Tree
+from hoptim.linalg.vectors import Layout, Tree
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import KINDS
-from hoptim.methods.method import Hypergradient, Method, TrainingContext, validate
+from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.replay import Trajectory, look_ahead
+from hoptim.methods.result import Hypergradient
 from hoptim.methods.unrolled import Unrolled, replay
+from hoptim.methods.validation_loss import validate
 from hoptim.problem.mixed_precision import epsilon_of_losses
 from hoptim.problem.problem import Problem
 from hoptim.solvers.gmres import GMRES
@@ -65,7 +66,15 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """What one graph at the present weights tells."""
+    """What one graph at the present weights tells.
+
+    Attributes:
+        spectrum: the ends of A's spectrum; ``None`` where A is not symmetric.
+        top: the largest magnitude in it, 1 where it is not known.
+        distance: the length of a Newton step relative to that of the weights; ``None`` where it cannot be had.
+        newton: that step, by the names of the weights.
+        product_seconds: the time of one product.
+    """
 
     spectrum: Spectrum | None
     top: float
@@ -78,27 +87,27 @@ def look(case: Case, method: Implicit) -> Local:
     """The spectrum, a Newton step and the cost of a product, from one graph."""
     point = Point.of(case.problem, case.train, case.loop.draw)
 
-    def inside(gradient: Linearization) -> Local:
-        F = method.condition(gradient, point, case.loop.inner)
-        A = in_float32(F.A) + method.damping
-        probe = gaussian(A.like)
-        cost = seconds(lambda: A.T @ probe)
-        size = min(trees.size(A.like), 30)
-        ritz = lanczos(A, gaussian(A.like, 2), size) if A.symmetric else None
-        newton = (MINRES if A.symmetric else GMRES)(terms=30).solve(A.T, trees.widened(F.value))
-        length = trees.norm({name: value.detach() for name, value in point.live[0].items()})
-        away = float(trees.norm(newton.value) / length) if newton.status.ok else math.nan
-        spectrum = None if ritz is None else Spectrum.of(ritz)
-        return Local(
-            spectrum=spectrum,
-            top=max(abs(spectrum.lowest), abs(spectrum.highest)) if spectrum else 1.0,
-            distance=away if math.isfinite(away) else None,
-            newton=trees.cast(newton.value, F.A.like),
-            product_seconds=cost,
-        )
+    def inside() -> Local:
+        with method.chosen(case.problem).curvature.linearize(point) as gradient:
+            F = method.condition(gradient, point, case.loop.inner)
+            A = F.A + method.damping
+            probe = gaussian(F.value)
+            known = A.is_symmetric and A.is_fixed
+            spectrum = Spectrum.of(lanczos(A, gaussian(F.value, 2), min(A.size, 30))) if known else None
+            newton = (MINRES if A.is_symmetric else GMRES)(terms=30).solve(A.T, F.value) if A.is_fixed else None
+            away = math.nan
+            if newton is not None and newton.status.ok:
+                away = float(vectors.norm(newton.value) / trees.norm(point.weights).detach())
+            return Local(
+                spectrum=spectrum,
+                top=max(abs(spectrum.lowest), abs(spectrum.highest)) if spectrum else 1.0,
+                distance=away if math.isfinite(away) else None,
+                newton=F.layout.unflatten(newton.value) if newton is not None else {},
+                product_seconds=seconds(lambda: A.T @ probe),
+            )
 
     with case.problem.untouched():
-        return method.chosen(case.problem).curvature.linearize(point, inside)
+        return point.inside(inside)
 
 
 def compared(
@@ -123,23 +132,27 @@ def slopes(case: Case, result: Hypergradient, inner: Optimizer, steps: int, coun
     """Slopes of the validation loss, predicted and by central differences of retraining, each measured twice."""
     if not result.solution.status.ok or not isinstance(inner, KINDS):
         return
-    gradient, leaves = result.combined(), case.problem.leaves()
-    lines = {"the hypergradient": trees.unit(gradient)}
-    lines |= {f"random direction {n + 1}": trees.unit(gaussian(gradient, seed=n)) for n in range(count)}
-    reach = float(epsilon_of_losses(next(iter(gradient.values())).dtype) ** (1 / 3) * (1 + trees.norm(_values(leaves))))
-    ways = [_way(case, inner, steps, repeat) for repeat in (0, 1)]  # the same batches and masks for all that is compared
+    live = case.problem.leaves()
+    layout = Layout.of(live)
+    leaves, gradient = layout.flatten(live).detach(), layout.flatten(result.combined())
+    lines = {"the hypergradient": vectors.unit(gradient)}
+    lines |= {f"random direction {n + 1}": vectors.unit(gaussian(gradient, seed=n)) for n in range(count)}
+    reach = float(epsilon_of_losses(*layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
+    trajectories = [
+        _steps_ahead(case, inner, steps, repeat) for repeat in (0, 1)
+    ]  # the same batches and masks for all that is compared
     for name, line in lines.items():
         found, values = [], []
-        for way, epsilon in zip(ways, (reach, reach / 2), strict=True):
-            ends = [_retrained(case, way, trees.add(_values(leaves), line, alpha=s * epsilon)) for s in (1, -1)]
+        for trajectory, epsilon in zip(trajectories, (reach, reach / 2), strict=True):
+            ends = [_retrained(case, trajectory, layout.unflatten(leaves + s * epsilon * line)) for s in (1, -1)]
             found.append((ends[0] - ends[1]) / (2 * epsilon))
             values += ends
         rounding = epsilon_of_losses(next(iter(case.problem.weights().values())).dtype) * max(map(abs, values)) / reach
         measured, noise = sum(found) / 2, abs(found[0] - found[1]) + rounding
-        yield Direction(name=name, predicted=float(trees.dot(gradient, line)), measured=measured, noise=noise)
+        yield Direction(name=name, predicted=float(vectors.dot(gradient, line)), measured=measured, noise=noise)
 
 
-def _way(case: Case, inner: Optimizer, steps: int, repeat: int) -> Trajectory:
+def _steps_ahead(case: Case, inner: Optimizer, steps: int, repeat: int) -> Trajectory:
     """The inner steps that would come next; another ``repeat`` has other batches, if there are more, and other masks."""
     assert case.loop.draw is not None
     with case.problem.untouched():
@@ -147,12 +160,12 @@ def _way(case: Case, inner: Optimizer, steps: int, repeat: int) -> Trajectory:
         return look_ahead(case.problem, inner, case.loop.draw, steps)
 
 
-def _retrained(case: Case, way: Trajectory, leaves: Tree) -> float:
+def _retrained(case: Case, trajectory: Trajectory, leaves: Tree) -> float:
     """The validation loss at the end of the steps, taken with these hyperparameters."""
     problem = case.problem
     with problem.untouched():
-        _, end, _, _ = replay(problem, way, leaves, stride=len(way.steps))
-        weights = as_leaves(end.weights)
+        _, places, _, _ = replay(problem, trajectory, leaves, stride=len(trajectory.steps))
+        weights = as_leaves(places[-1].weights)
         return float(problem.pure("val_loss", weights, leaves, case.val, lambda loss, _: loss.detach().mean()))
 
 
@@ -195,37 +208,33 @@ def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> 
         return None
     point = Point.of(case.problem, case.train, case.loop.draw)
 
-    def inside(F: Linearization) -> tuple[float, float]:
-        A = in_float32(F.A) + method.damping
-        product = A.T @ {name: result.solution.value[name] for name in A.like}
-        residual = trees.norm({name: g[name] - part for name, part in product.items()})
-        return float(residual), _mixed_norm(point, F)
+    def inside() -> tuple[float, float]:
+        g = validate(case.problem, point.weights, point.leaves, case.val).g
+        with method.chosen(case.problem).curvature.linearize(point) as F:
+            A, x = F.A + method.damping, F.layout.flatten(result.solution.value)
+            return float(vectors.norm(F.layout.flatten(g) - A.T @ x)), _mixed_norm(point, F)
 
     with case.problem.untouched():
-        g = validate(case.problem, point.weights, point.leaves, case.val).g
-        residual, B = method.chosen(case.problem).curvature.linearize(point, inside)
+        residual, B = point.inside(inside)
     with _moved(point.live[0], local.newton):
         there = case(method)
     length = float(trees.norm(result.grads))
-    change = float(trees.norm(trees.add(there.grads, result.grads, alpha=-1.0)))
+    change = float(trees.norm({name: t - result.grads[name] for name, t in there.grads.items()}))
     return Bound(mu=mu, known=known, solve=B * residual / (mu * length), inner=change / length)
 
 
 def _mixed_norm(point: Point, F: Linearization, products: int = 10) -> float:
     """‖B‖₂ by power iteration on BᵀB; B u is a central difference of gradients in λ."""
-    leaves = trees.map_tree(torch.Tensor.detach, point.leaves)
-    u, size = trees.unit(gaussian(leaves)), 0.0
-    reach = float(epsilon_of_losses(next(iter(u.values())).dtype) ** (1 / 3) * (1 + trees.norm(leaves)))
+    layout = Layout.of(point.leaves)
+    leaves = layout.flatten(point.leaves).detach()
+    u, size = vectors.unit(gaussian(leaves)), 0.0
+    reach = float(epsilon_of_losses(*layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
     for _ in range(products):
-        ends = []
-        for sign in (1, -1):
-            moved = {name: value.requires_grad_() for name, value in trees.add(leaves, u, alpha=sign * reach).items()}
-            ends.append(gradients(replace(point, leaves=moved), point.weights)[1])
-        Bu = {n: up - down for n, up in ends[0].items() if up is not None and (down := ends[1][n]) is not None}
-        Bu = trees.scale_({name: Bu[name] for name in F.A.like}, 1 / (2 * reach))
-        size = max(size, float(trees.norm(Bu)))
-        back = F.mixed(Bu)
-        u = trees.unit(trees.filled(back, leaves))
+        ends = [as_leaves(layout.unflatten(leaves + sign * reach * u)) for sign in (1, -1)]
+        up, down = (F.layout.flatten(gradients(replace(point, leaves=end), point.weights)[1]) for end in ends)
+        Bu = (up - down) / (2 * reach)
+        size = max(size, float(vectors.norm(Bu)))
+        u = vectors.unit(layout.flatten(F.mixed(Bu)))
     return size
 
 

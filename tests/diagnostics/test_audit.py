@@ -211,6 +211,23 @@ def test_it_leaves_no_trace_and_can_be_written_down(method: Any, tmp_path: Any) 
     assert len(found.directions) == 2
 
 
+def test_the_bound_of_the_solve_is_the_norm_of_b_times_the_residual_over_mu() -> None:
+    d, C, g = torch.tensor([1.0, 4.0]), torch.tensor([[6.0, 3.0], [-3.0, 5.0]]), torch.tensor([2.0, -1.0])
+    problem = hoptim.Problem(
+        nn.ParameterDict({"w": torch.tensor([0.3, 0.7])}),
+        nn.ParameterDict({"a": torch.tensor([0.5, -0.2])}),
+        lambda m, h, b: 0.5 * (d * m["w"].square()).sum() - m["w"] @ C @ h["a"],
+        lambda m, h, b: g @ m["w"],
+    )
+    found = audit(problem, None, None, Implicit(Neumann(terms=1, step_size=0.1)), steps=2, directions=0)
+    x = 0.1 * (g + g - 0.1 * d * g)
+    residual, h = g - d * x, C.T @ x
+    assert found.bound is not None
+    assert found.bound.mu == pytest.approx(1.0)
+    expected = torch.linalg.matrix_norm(C, 2) * residual.norm() / (1.0 * h.norm())
+    assert found.bound.solve == pytest.approx(expected.item(), rel=1e-2)
+
+
 def test_the_moved_weights_of_the_bound_are_put_back_to_the_last_bit() -> None:
     problem = Mean.problem()
     problem.model.w.data.fill_(20.0 / 3)
@@ -308,9 +325,12 @@ def test_the_noise_of_retraining_is_that_of_other_random_numbers() -> None:
     inner = torch.optim.SGD(problem.model.parameters(), lr=0.5)
     found = audit(problem, None, torch.zeros(8), Implicit(CG()), inner=inner, steps=60, directions=0)
     slopes = []
-    for seed in (0, 1):  # w = d·(1 + r), so that dL_V/dd = d·(1 + r)²
+    for seed in (0, 1):  # w = d·m for a mean m of the steps' own numbers, so that dL_V/dd = d·m²
         torch.manual_seed(seed)
-        slopes.append((1 + 0.5 * torch.randn(()).item()) ** 2)
+        m = 0.0
+        for _ in range(60):
+            m = (m + 1 + 0.5 * torch.randn(()).item()) / 2
+        slopes.append(m**2)
     sign = 1 if found.directions[0].predicted > 0 else -1
     assert sign * found.directions[0].measured * 1.0 == pytest.approx(sum(slopes) / 2, rel=1e-5)
     assert found.directions[0].noise == pytest.approx(abs(slopes[0] - slopes[1]), rel=1e-5)
