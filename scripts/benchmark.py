@@ -1,12 +1,13 @@
-"""What hoptim costs: time and memory of a hypergradient, against a loop by hand, other libraries and other solvers.
+"""Measure what a hypergradient costs in time and memory, beside a hand-written loop, other libraries and other solvers.
 
     python scripts/benchmark.py --quick
     python scripts/benchmark.py --only cost wrapper
     python scripts/benchmark.py --save
 
-Times are CPU time of one thread, so that other programs on the machine disturb little. What is compared is run in turn,
-A B, B A, A B, ..., in one process, and a figure is the median of the ratios within a round. Each row shows what changed
-since scripts/benchmark.json, which --save rewrites for the sections that ran. The other libraries are the extra "peers".
+Times are CPU time of one thread, so that other programs on the machine have little influence. Calls that are compared run
+alternately in one process (A B, B A, A B, ...); a figure is the median of the ratios within a round. Each row shows what
+has changed since scripts/benchmark.json, which --save rewrites for the sections that ran. The other libraries are the
+extra "peers": pip install '.[peers]'.
 """
 
 # ruff: noqa: E402 (the environment is set before torch is imported)
@@ -15,13 +16,14 @@ from __future__ import annotations
 import os
 import sys
 
-# glibc's allocator makes the same code vary by 15 % between processes, and double beyond 32 MB a tensor: fixed here, by
-# beginning again with these set.
+# With glibc's default settings the same code varies by 15 % between processes, and takes twice as long for tensors above
+# 32 MB. The allocator reads these variables when a process starts, so the script restarts itself with them.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_MMAP_MAX_": "0"}
 if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in MALLOC.items()):
     os.execve(sys.executable, sys.orig_argv, {**os.environ, **MALLOC})
 
 import argparse
+import inspect
 import json
 import platform
 from collections.abc import Callable
@@ -30,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_accuracy import accuracy, sides
-from benchmark_measure import Row
-from benchmark_peers import peers
-from benchmark_sections import compiled, cost, growth, imports, memory, reads, size, unrolling, wrapper
+from benchmarks.accuracy import accuracy, sides
+from benchmarks.measure import Row
+from benchmarks.peers import peers
+from benchmarks.sections import compiled, cost, growth, imports, memory, reads, size, unrolling, wrapper
 from rich.console import Console
 from rich.table import Table
 
@@ -58,6 +60,7 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
 
 
 def table(rows: list[Row], stored: list[dict[str, Any]], same_machine: bool) -> Table:
+    """The rows of a section, with a last column for what has changed."""
     shown = Table()
     labels = list(dict.fromkeys(label for row in rows for label in row.labels))
     columns = list(dict.fromkeys(column for row in rows for column in row.figures))
@@ -74,7 +77,7 @@ def table(rows: list[Row], stored: list[dict[str, Any]], same_machine: bool) -> 
 
 
 def cell(row: Row, column: str) -> str:
-    """A figure beside its target; one that missed it is marked."""
+    """A figure with its target, red where it missed it."""
     value = row.figures.get(column, "")
     if isinstance(value, str):
         return value
@@ -89,7 +92,7 @@ def cell(row: Row, column: str) -> str:
 
 
 def since(row: Row, before: dict[str, Any] | None, same_machine: bool) -> str:
-    """The changes of a row's figures above five per cent, else the largest; times as such only on the same machine."""
+    """The changes above five per cent, or else the largest one. Seconds are compared only on the same machine."""
     if before is None:
         return "new"
     changes = {}
@@ -105,10 +108,12 @@ def since(row: Row, before: dict[str, Any] | None, same_machine: bool) -> str:
 
 
 def is_time(column: str) -> bool:
+    """Whether the column holds seconds, which depend on the machine, and not a ratio."""
     return column in ("s", "ns a weight") or column.endswith((", ms", ", s"))
 
 
 def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -117,23 +122,24 @@ def machine() -> dict[str, Any]:
 
 
 def stored() -> dict[str, Any]:
+    """The figures of scripts/benchmark.json, by section."""
     return json.loads(STORED.read_text()) if STORED.is_file() else {}
 
 
 def run(name: str, rounds: int, facts: dict[str, Any], kept: dict[str, Any], console: Console) -> dict[str, Any]:
-    """One section: run, shown, and as it would be stored."""
+    """Run a section and print its table; returns what --save would store."""
     torch.manual_seed(0)
     rows = SECTIONS[name](rounds)
     before = kept.get(name, {"machine": {}, "rows": []})
-    console.print(f"[bold]{name}[/]: {SECTIONS[name].__doc__}".strip(), highlight=False)
+    console.print(f"[bold]{name}[/]: {inspect.getdoc(SECTIONS[name])}", highlight=False)
     console.print(table(rows, before["rows"], before["machine"] == facts))
     return {"machine": facts, "rows": [{key: asdict(row)[key] for key in ("case", "labels", "figures")} for row in rows]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few repeats: a tenth of the time, and noisier figures")
-    parser.add_argument("--save", action="store_true", help=f"keep the figures in {STORED.name}")
+    parser.add_argument("--quick", action="store_true", help="few repeats: a tenth of the time, noisier figures")
+    parser.add_argument("--save", action="store_true", help=f"write the figures to scripts/{STORED.name}")
     names = list(SECTIONS)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     options = parser.parse_args()
@@ -146,7 +152,7 @@ def main() -> None:
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     for name in options.only:
         found = run(name, 3 if options.quick else 15, facts, stored(), console)
-        if options.save:  # after each section, so that a run that is cut off keeps what it has
+        if options.save:  # after each section, so that an interrupted run keeps what it has
             STORED.write_text(json.dumps({**stored(), name: found}, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Put the runs of a sweep side by side, in one picture and one table: ``python scripts/compare.py runs``."""
+"""Compare the runs in a folder, in one table and one picture: ``python scripts/compare.py runs``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIGURES = ("train_loss", "val_loss", "test_loss", "test_accuracy")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run as its files tell it."""
+    """One run, as read from its files."""
 
     group: str
     name: str
@@ -31,13 +31,13 @@ class Run:
 
     @property
     def cost(self) -> float:
-        """Seconds in all over seconds in inner steps: what learning costs, in trainings."""
+        """All seconds over the seconds of the inner steps: the cost of learning, in plain trainings."""
         inner, hyper = (sum(row[f"{kind}_seconds"] for row in self.rows) for kind in ("inner", "hyper"))
         return (inner + hyper) / inner if inner else math.nan
 
 
 def read(root: Path) -> list[Run]:
-    """Every run below ``root``; a run's group is its folder less the seed."""
+    """Every run below ``root``. Runs that differ only in the seed form a group."""
     runs = []
     for path in sorted(root.rglob("result.json")):
         folder = path.parent
@@ -63,7 +63,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def chosen(runs: Sequence[Run]) -> list[Run]:
-    """For each seed the run with the least validation loss: what a search over these groups would have picked."""
+    """For each seed the run with the lowest validation loss, as a search over these groups would choose."""
     by_seed = defaultdict(list)
     for run in runs:
         if run.result["status"] == "finished":
@@ -72,14 +72,14 @@ def chosen(runs: Sequence[Run]) -> list[Run]:
 
 
 def difference(runs: Sequence[Run], others: Sequence[Run]) -> tuple[float, float | None] | None:
-    """Mean and standard error of the test loss less the other's, over the seeds that both have finished."""
+    """Mean and standard error of the difference in test loss, over the seeds that both have finished."""
     losses = [{r.seed: r.result["test_loss"] for r in part if r.result["status"] == "finished"} for part in (runs, others)]
     common = losses[0].keys() & losses[1].keys()
     return mean_error([losses[0][seed] - losses[1][seed] for seed in sorted(common)]) if common else None
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard error of the mean, which one value has not."""
+    """Mean and standard error of the mean; ``None`` for the error of a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.mean(values), error
 
@@ -87,7 +87,7 @@ def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
 def compare(root: Path, against: str | None = None) -> dict[str, Any]:
     """Write ``compare.json``, ``compare.png`` and a picture of each search below ``root``; print the table and return it.
 
-    ``against`` names a row: then each row has its test loss less that one's, seed by seed, with the error of the mean.
+    With ``against``, the name of a row, each row shows its difference in test loss to that row, paired by seed.
     """
     runs = read(root)
     if not runs:
@@ -109,7 +109,7 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
             draw({run.group: groups[run.group] for run in members}, root / f"compare_{name}.png")
     if against is not None:
         if against not in groups:
-            raise ValueError(f"against={against!r} is no row: the rows are {sorted(groups)}")
+            raise ValueError(f"against={against!r} is not a row: the rows are {sorted(groups)}")
         for label, members in groups.items():
             entries[label]["less"] = difference(members, groups[against])
     (root / "compare.json").write_text(json.dumps(entries, indent=2) + "\n")
@@ -121,8 +121,8 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
 
 
 def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """The blog's figure: the groups' curves in one picture."""
-    import plots
+    """Draw the curves of all groups in one picture, as in the blog post."""
+    from tasks import plots
 
     curves = {label: [run.rows for run in runs if run.result["status"] == "finished"] for label, runs in groups.items()}
     if any(curves.values()):
@@ -130,7 +130,7 @@ def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
 
 
 def pair(figure: tuple[float, float | None] | None, form: str) -> str:
-    """A mean with its error, as far as they are known."""
+    """A mean with its error, where they are known."""
     if figure is None:
         return ""
     mean, error = figure
@@ -138,7 +138,7 @@ def pair(figure: tuple[float, float | None] | None, form: str) -> str:
 
 
 def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """The table, on the terminal."""
+    """Print the table."""
     paired = any(entry.get("less") for entry in entries.values())
     columns = [*(figure.replace("_", " ") for figure in FIGURES), "trainings", "moved", *(["paired difference"] * paired)]
     table = Table("runs of", "n", *columns, box=None)
@@ -154,7 +154,7 @@ def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 class CompareRuns(Callback):
-    """Hydra calls this at the end of a sweep."""
+    """A Hydra callback that compares the runs at the end of a sweep."""
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         root = Path(config.hydra.sweep.dir)
@@ -164,8 +164,8 @@ class CompareRuns(Callback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="the folder of the runs (default: runs)")
-    parser.add_argument("--against", metavar="ROW", help="a row of the table: subtract its test loss, seed by seed")
+    parser.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="a folder of runs; default: runs")
+    parser.add_argument("--against", metavar="ROW", help="a row of the table: show test losses relative to it, seed by seed")
     options = parser.parse_args()
     compare(options.root, options.against)
 

@@ -1,14 +1,14 @@
-"""How right is each hypergradient? Cosine and length against the truth, and what it costs, on problems whose truth is known.
+"""How accurate is each hypergradient? Cosine and length against the truth, and cost, on problems whose truth is known.
 
     python scripts/fidelity.py --problems ridge iris-relu --seeds 2
     python scripts/fidelity.py --methods "CG, GN*" "MINRES*" --data ~/data
-    python scripts/fidelity.py --learning --seeds 5         # what a method is worth in learning itself
-    python scripts/fidelity.py --save                       # all: keeps scripts/fidelity.json and the two pictures
+    python scripts/fidelity.py --learning --seeds 5         # how well each method learns
+    python scripts/fidelity.py --save                       # everything; writes scripts/fidelity.json and two pictures
 
 The truth is a closed form (ridge), or reverse differentiation through every step of the training, in float64. Each method
-then runs in float32 on the weights that training left, with the state that it would carry from the hyperstep before. Its
-cost is CPU time over that of a training gradient, measured just before and after; a busy machine makes it unsteady. Trained
-problems, and the rows of all calls, are kept in the out folder.
+then runs in float32 on the trained weights, with the state that it would have from the hyperstep before. Its cost is CPU
+time over that of a training gradient, measured just before and after; on a busy machine it is noisy. Trained problems and
+the rows of all runs are kept in the out folder.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ LEARNING = [
     "Identity, 0",
 ]
 BUDGETS = (12.0, 25.0, 60.0)
-PAPER = "boston"  # the paper's own figure, beside the problems
-SEEDS = {"ridge": 4, "logistic": 4, "digits-mlp": 4, "cnn": 3, PAPER: 5}  # 8 for the others, whose spread is large
+PAPER = "boston"  # the figure of the paper, in addition to the problems
+SEEDS = {"ridge": 4, "logistic": 4, "digits-mlp": 4, "cnn": 3, PAPER: 5}  # the others vary more: 8
 
 
 def seeds_of(problem: str, seeds: int | None) -> range:
-    """How many where none were asked for."""
+    """The seeds to run: as many as asked for, or the problem's default."""
     return range(seeds if seeds is not None else SEEDS.get(problem, 8))
 
 
 def studied(problems: Sequence[str], methods: Sequence[str], options: Any, console: Console) -> list[Row]:
-    """Every method on every problem and seed; the rows of other calls are kept, and all are written after each seed."""
+    """Run every method on every problem and seed. Rows of earlier runs are kept; all are written after each seed."""
     path = options.out / "rows.json"
     rows = as_rows(json.loads(path.read_text())) if path.is_file() else []
     rows = [row for row in rows if row.method in METHODS and row.problem in PROBLEMS]
@@ -70,14 +70,14 @@ def studied(problems: Sequence[str], methods: Sequence[str], options: Any, conso
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write at once or not at all, so that a call that is cut off spoils nothing."""
+    """Write the whole file or leave the old one, so that an interrupted run damages nothing."""
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.rename(path)
 
 
 def paper(seeds: int | None, options: Any) -> Figures:
-    """The paper's comparison on Boston housing over several splits: its picture and its figures."""
+    """The paper's comparison on Boston housing, over several splits: draw it and return its figures."""
     x, y = boston.read(options.data)
     runs = [boston.compared(boston.regression(x, y, seed)) for seed in seeds_of(PAPER, seeds)]
     pictures.approximations(runs, list(boston.APPROXIMATIONS), options.out / "fidelity_boston.png")
@@ -85,7 +85,7 @@ def paper(seeds: int | None, options: Any) -> Figures:
 
 
 def by_problem(records: Sequence[Figures], problem: str, most: int) -> Table:
-    """One problem: its best methods and, beside them, the two that everything is held against."""
+    """The table of one problem: its best methods and the two baselines."""
     mine = sorted((one for one in records if one["problem"] == problem), key=lambda one: -one["cosine"])
     shown = mine[:most] + [one for one in mine[most:] if one["method"].startswith(("Identity", "Neumann 0.1"))]
     table = Table(title=f"{PROBLEMS[problem].title} ({mine[0]['seeds']} seeds)", title_justify="left")
@@ -99,7 +99,7 @@ def by_problem(records: Sequence[Figures], problem: str, most: int) -> Table:
 
 
 def winners(rows: Sequence[Row], budget: float, curvature: str | None, most: int = 10) -> Table:
-    """The best methods within a budget, over all problems."""
+    """The table of the best methods within a budget, over all problems."""
     title = f"at most {budget:g} gradients" + (f", {curvature} curvature only" if curvature else ", any curvature")
     table = Table(title=title, title_justify="left")
     columns = ("mean cosine", "5 to 95 %", "first", "median", "mean rank", "worst problem", "worst seed", "longest", "cost")
@@ -126,6 +126,7 @@ def _columns(table: Table, *names: str) -> None:
 
 
 def report(rows: Sequence[Row], records: Sequence[Figures], most: int, console: Console) -> None:
+    """Print a table for each problem, and for each budget."""
     for problem in dict.fromkeys(row.problem for row in rows):
         console.print(by_problem(records, problem, most))
     for budget in BUDGETS:
@@ -134,7 +135,7 @@ def report(rows: Sequence[Row], records: Sequence[Figures], most: int, console: 
 
 
 def learning(methods: Sequence[str], seeds: int, console: Console) -> None:
-    """Learn with each method, and without."""
+    """Train with each method and with none, and print the table."""
     table = Table(title=f"digits, 40 % wrong labels, {seeds} seeds", title_justify="left")
     _columns(table, "method", "test loss", "accuracy", "longest / median length", "skipped", "CPU seconds")
     chosen: list[tuple[str, Any]] = [("without", None), *((name, METHODS[name].method) for name in methods)]
@@ -146,16 +147,18 @@ def learning(methods: Sequence[str], seeds: int, console: Console) -> None:
 
 
 def compare_with_saved(records: Sequence[Figures], saved: Mapping[str, Any], console: Console) -> None:
-    """What changed against the table that was saved last."""
+    """Print what has changed since the table that was saved last."""
     changed = differences(records, [dict(zip(saved["columns"], values, strict=True)) for values in saved["records"]])
-    console.print(f"against the saved table, of torch {saved['torch']}: {len(changed)} of {len(records)} records changed")
+    console.print(
+        f"compared with the saved table (torch {saved['torch']}): {len(changed)} of {len(records)} records changed"
+    )
     for one in changed[:20]:
         line = f"  {one['problem']}: {one['method']}: cosine {one['before']:.3f} before, {one['cosine']:.3f} now"
         console.print(line + (f", {one['failed']} failed" if one["failed"] else ""))
 
 
 def write(path: Path, records: Sequence[Figures], **facts: Any) -> None:
-    """JSON with one record a line, so that a change of it reads well, and its names once."""
+    """Write JSON with one record on each line, so that diffs are readable, and the column names once."""
     columns = list(records[0]) if records else []
     lines = ",\n".join("  " + json.dumps(list(one.values())) for one in records)
     head = json.dumps({**facts, "columns": columns}, indent=1)[:-2]
@@ -199,13 +202,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--methods", nargs="+", metavar="PATTERN", help='such as "CG, GN*"; default: all')
-    parser.add_argument("--learning", action="store_true", help="learn with each method on digits with wrong labels instead")
-    parser.add_argument("--seeds", type=int, metavar="N", help="default: 8 on Iris, 3 or 4 elsewhere")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="timings a method; default: %(default)s")
-    parser.add_argument("--most", type=int, default=12, metavar="N", help="rows in a problem's table; default: %(default)s")
+    parser.add_argument("--learning", action="store_true", help="instead: train on digits with wrong labels by each method")
+    parser.add_argument("--seeds", type=int, metavar="N", help="default: 8 on Iris, 3 to 5 elsewhere")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="timings of each method; default: %(default)s")
+    parser.add_argument("--most", type=int, default=12, metavar="N", help="rows in a table; default: %(default)s")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--save", action="store_true", help="keep the table and the pictures beside this script")
+    parser.add_argument("--save", action="store_true", help="write the table and the pictures to scripts/")
     return parser.parse_args(arguments)
 
 

@@ -1,14 +1,16 @@
-"""From which forty years is a passage of an address? MiniLM, held to its pretrained weights by a learned decay a layer.
+"""Classify passages by era: fine-tune MiniLM with a learned decay of each layer towards its pretrained weights.
 
     python scripts/minilm.py --model data/minilm --text data/text/sotu.txt --seeds 2 --out minilm.png
 
-Three trainings a seed: without a decay, with one fixed decay for all layers, and with one for each layer, learned from
-there. ``--text`` has an address a line, 1790 to 2021; ``--model`` is a folder or a name on the hub. Some minutes a training.
+The passages come from the State of the Union addresses. There are three trainings for each seed: without a decay, with one
+fixed decay for all layers, and with a decay for each layer that is learned, starting from the fixed one. ``--text`` is a
+file with one address on each line, 1790 to 2021; ``--model`` is a folder or a name on the hub. A training takes minutes.
 """
 
 import argparse
 import statistics
 import time
+from importlib.util import find_spec
 
 import torch
 from rich.console import Console
@@ -23,12 +25,12 @@ from transformers.utils import logging
 import hoptim
 
 ERAS = ("1790–1829", "1830–1869", "1870–1909", "1910–1949", "1950–1989")
-YEARS = sorted([*({*range(1790, 2022)} - {1933}), 1953, 1961])  # of the lines: none of 1933, two each of these
-PARTS = {"train": 0.6, "val": 0.2, "test": 0.2}  # of an era's addresses, so that no address is in two parts
+YEARS = sorted([*({*range(1790, 2022)} - {1933}), 1953, 1961])  # the year of each line: none in 1933, two in these
+PARTS = {"train": 0.6, "val": 0.2, "test": 0.2}  # shares of an era's addresses: no address is in two parts
 
 
 def passages(path, tokenizer, length):
-    """By era, by address: its passages of ``length`` tokens, with the two special ones."""
+    """The passages by era and address: ``length`` tokens each, including the two special ones."""
     found = [[] for _ in ERAS]
     with open(path, encoding="utf-8") as text:
         for year, address in zip(YEARS, text, strict=False):
@@ -41,7 +43,7 @@ def passages(path, tokenizer, length):
 
 
 def split(eras, sizes, seed):
-    """For each part (passages, eras), as many from each era."""
+    """Passages and their eras for each part, the same number from each era."""
     draw, parts = torch.Generator().manual_seed(seed), {part: [] for part in PARTS}
     for era, addresses in enumerate(eras):
         order, first = torch.randperm(len(addresses), generator=draw).tolist(), 0
@@ -55,18 +57,18 @@ def split(eras, sizes, seed):
 
 
 def batches(part, size):
-    """One pass over it, in a new order."""
+    """The batches of one epoch, in a new order."""
     return [(part[0][index], part[1][index]) for index in torch.randperm(len(part[0])).split(size)]
 
 
 class Classifier(nn.Module):
-    """The mean of a passage's last hidden states, as MiniLM's sentence vectors are made, and a new linear head."""
+    """MiniLM's sentence vectors (the mean of the last hidden states) and a new linear head."""
 
     def __init__(self, name):
         super().__init__()
         self.encoder = AutoModel.from_pretrained(name)
         self.encoder.pooler = None
-        self.encoder.get_input_embeddings().requires_grad_(False)  # half of all weights, and most words are rare
+        self.encoder.get_input_embeddings().requires_grad_(False)  # frozen: half of all weights, and most words are rare
         self.head = nn.Linear(self.encoder.config.hidden_size, len(ERAS))
 
     def forward(self, tokens):
@@ -80,7 +82,7 @@ def layer(name):
 
 
 def anchored(model):
-    """Half the squared distance of each layer to the weights as they are now, by its decay: L2-SP (arXiv 1802.01483)."""
+    """The penalty ½ Σ decay·‖w − w₀‖² over layers, with w₀ the weights as they are now: L2-SP (arXiv 1802.01483)."""
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def penalty(model, hparams):
@@ -104,14 +106,14 @@ def val_loss(model, hparams, batch):
 
 @torch.no_grad()
 def evaluate(model, part):
-    """Loss and accuracy."""
+    """Cross-entropy and accuracy on a part of the data."""
     model.eval()
     logits = torch.cat([model(tokens) for tokens in part[0].split(50)])
     return F.cross_entropy(logits, part[1]).item(), (logits.argmax(1) == part[1]).double().mean().item()
 
 
 def train(options, parts, seed, decay, every, tick=lambda: None):
-    """One training from the pretrained weights: the optimizer at its end, and the processor's seconds."""
+    """Train once from the pretrained weights; returns the optimizer and the CPU seconds."""
     torch.manual_seed(seed)
     model = Classifier(options.model)
     layers = dict.fromkeys(layer(name) for name, p in model.named_parameters() if p.requires_grad)
@@ -138,7 +140,7 @@ def train(options, parts, seed, decay, every, tick=lambda: None):
 
 
 def study(options):
-    """By training, for each seed: the figures, and the decays of the learned one."""
+    """All trainings: the figures of each by name, a dict for each seed, and the learned decays."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     eras = passages(options.text, tokenizer, options.length)
     ways = {"no decay": (None, None), f"decay {options.decay:g}": (options.decay, None)}
@@ -160,7 +162,7 @@ def study(options):
 
 
 def table(figures):
-    """Means over the seeds, with the standard deviation where there are several; cost in trainings without a decay."""
+    """Means over the seeds, with standard deviations if there are several; cost relative to training without a decay."""
     columns = [key for key in next(iter(figures.values()))[0] if key != "seconds"]
     shown = Table("", *columns, "cost")
     unit = statistics.fmean(run["seconds"] for run in next(iter(figures.values())))
@@ -175,7 +177,7 @@ def table(figures):
 
 
 def draw(decays, start, path):
-    """A bar a layer, the mean of the seeds' logarithms, and a dot a seed."""
+    """Draw a bar for each layer, the geometric mean over the seeds, and a dot for each seed."""
     from matplotlib import pyplot as plt
 
     names = list(decays[0])
@@ -184,7 +186,7 @@ def draw(decays, start, path):
     axes.bar(names, means, color="#4477aa")
     for run in decays:
         axes.plot(names, list(run.values()), "k.", markersize=4)
-    axes.axhline(start, color="#aa3377", linestyle="--", label="where they began")
+    axes.axhline(start, color="#aa3377", linestyle="--", label="initial value")
     axes.set(yscale="log", ylabel="learned decay")
     axes.tick_params(axis="x", rotation=30)
     axes.legend()
@@ -200,6 +202,8 @@ def main(arguments=None):
     for name, default in {**defaults, "decay": 0.1, "lr": 1e-4, "outer-lr": 0.5}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
     options = parser.parse_args(arguments)
+    if options.out and not find_spec("matplotlib"):
+        parser.error("--out draws with matplotlib, which is not here: pip install 'hoptim[plots]'")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     figures, decays = study(options)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,14 @@ def test_public_names_are_all_there_and_nothing_else_is_made_in_the_init() -> No
     tree = ast.parse(FILES["__init__"].read_text())
     assert all(isinstance(node, (ast.ImportFrom, ast.Assign, ast.Expr)) for node in tree.body)
     assert all(hasattr(hoptim, name) for name in hoptim.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if FILES[name].name == "__init__.py"])
+def test_no_name_is_both_a_module_and_something_else(name: str) -> None:
+    package = importlib.import_module("hoptim." + name if name != "__init__" else "hoptim")
+    for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        found = getattr(package, info.name.rpartition(".")[2], None)
+        assert found is None or isinstance(found, types.ModuleType), info.name
 
 
 def test_import_is_light() -> None:

@@ -1,30 +1,50 @@
-"""The README's code is run, its quickstart is scripts/quickstart.py to the letter, and its commands are the project's."""
+"""The README and the pages of the folders: their code is run, and what they link to and call is there."""
 
+import doctest
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from jobs import ROOT, env
 
 import hoptim
 
-README = (ROOT / "README.md").read_text()
+FOLDERS = ["hoptim", *(f"hoptim.{found.name}" for found in pkgutil.iter_modules(hoptim.__path__))]
+PAGES = {  # their text, and the folder that their links start from
+    "README.md": ((ROOT / "README.md").read_text(), ROOT),
+    "scripts/README.md": ((ROOT / "scripts" / "README.md").read_text(), ROOT / "scripts"),
+    **{name: (importlib.import_module(name).__doc__, ROOT) for name in FOLDERS},
+}
+README, _ = PAGES["README.md"]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 200
 
 
 def test_the_first_code_is_the_quickstart():
     assert blocks("python")[0] == (ROOT / "scripts" / "quickstart.py").read_text()
 
 
-def test_the_quickstart_is_short_and_learning_helps():
-    script = ROOT / "scripts" / "quickstart.py"
-    assert len(script.read_text().splitlines()) < 60
-    printed = subprocess.run([sys.executable, script], env=env(), capture_output=True, text=True, check=True).stdout
+def test_the_readmes_python_runs_and_the_quickstart_which_comes_first_is_short_and_learning_helps(tmp_path):
+    first, *more = blocks("python")
+    assert len(first.splitlines()) < 60
+    code = "\n".join([first, "print('the rest')", *more])
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env(WANDB_MODE="disabled"), capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    printed, _, _ = process.stdout.partition("the rest\n")
     losses = dict(re.findall(r"^(without|with) .*test loss ([\d.]+)", printed, re.MULTILINE))
     assert float(losses["with"]) < 0.6 * float(losses["without"])
     shown = next(text for text in blocks("text") if text.startswith("without"))
@@ -32,22 +52,33 @@ def test_the_quickstart_is_short_and_learning_helps():
     assert re.sub(pattern, "N", shown) == re.sub(pattern, "N", printed)
 
 
-def test_the_readmes_python_runs(tmp_path):
-    code = "\n".join(blocks("python"))
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env(WANDB_MODE="disabled"), capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_the_code_of_other_pages_is_doctests_which_pytest_runs(page):
+    assert blocks("python", PAGES[page][0]) == []
+
+
+@pytest.mark.parametrize("page", ["curvature", "diagnostics", "methods", "problem", "solvers", "training"])
+def test_the_page_of_a_folder_has_a_doctest(page):
+    assert ">>> " in PAGES[f"hoptim.{page}"][0]
+
+
+def test_the_yaml_of_hydras_page_composes(tmp_path):
+    (text,) = blocks("yaml", PAGES["hoptim.config"][0])
+    (tmp_path / "mine.yaml").write_text(text)
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("mine", ["hoptim.solver.terms=7"])
+    assert instantiate(cfg.hoptim.method) == hoptim.Implicit(hoptim.Neumann(terms=7), curvature=hoptim.Exact())
 
 
 def commands():
-    lines = [line.split("#")[0].strip() for text in blocks("bash") for line in text.splitlines()]
-    return [line for line in lines if line.startswith(("scripts/", "python scripts/"))]
+    texts = [text for page, _ in PAGES.values() for text in blocks("bash", page)]
+    lines = [line.split("#")[0].strip() for text in texts for line in text.splitlines()]
+    return [line for line in lines if re.match(r"(python |torchrun .*)?scripts/", line)]
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_of_the_readme_names_what_there_is(line):
-    words = re.findall(r"'[^']*'|\S+", line.removeprefix("python "))
+def test_every_command_names_what_there_is(line):
+    words = re.findall(r"'[^']*'|\S+", re.sub(r"^(python|torchrun .*?) (?=scripts/)", "", line))
     assert (ROOT / words[0]).is_file()
     overrides = [word.strip("'") for word in words[1:] if "=" in word]
     single = [re.sub(r"=(range\(\d+).*", "=0", re.sub(r"(=[^\[,]+),.*", r"\1", word)) for word in overrides]
@@ -59,14 +90,67 @@ def test_every_command_of_the_readme_names_what_there_is(line):
 def test_the_table_of_names_is_the_public_ones():
     rows = re.findall(r"^\| `(.+?)` \|", README, re.MULTILINE)
     named = set(re.findall(r"[A-Za-z]\w+", " ".join(rows)))
-    assert set(hoptim.__all__) <= named
+    results = {"Audit", "Hypergradient"}  # what functions return is named beside them
+    assert set(hoptim.__all__) - results <= named
+    assert all(f"`{name}`" in README for name in results)
 
 
 def test_every_status_is_explained():
     assert [status.name for status in hoptim.Status if f"`{status.name}`" not in README] == []
 
 
-def test_every_link_to_a_file_leads_to_one():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def anchors(text):
+    """The anchors that a site makes of Markdown's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_file_leads_to_one(page):
+    text, folder = PAGES[page]
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+        target = (folder / path).resolve()
+        assert target.exists(), path
+        if anchor:
+            assert anchor in anchors(target.read_text() if path else text), f"{path}#{anchor}"
+
+
+class Links(HTMLParser):
+    """Where a page links to, and its own anchors."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.anchors = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [attrs[key] for key in ("href", "src") if attrs.get(key)]
+        self.anchors |= {attrs["id"]} if "id" in attrs else set()
+
+
+def test_the_website_is_whole(tmp_path):
+    pytest.importorskip("pdoc", reason="the website is built by pdoc: pip install '.[docs]'")
+    build = [sys.executable, "scripts/docs_site/build.py", "--out", tmp_path]
+    process = subprocess.run(build, cwd=ROOT, env=env(), capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    pages = {path: Links(path.read_text()) for path in tmp_path.rglob("*.html")}
+    ours = {tmp_path / "index.html", tmp_path / "studies.html", *(tmp_path / f"{n.replace('.', '/')}.html" for n in FOLDERS)}
+    assert ours <= set(pages)
+    for path, page in pages.items():
+        for link in page.links:
+            if not re.match(r"https?:|data:", link):
+                file, _, anchor = link.partition("#")
+                target = (path.parent / file).resolve() if file else path
+                assert target.is_file(), f"{path.name}: {link}"
+                if anchor and path in ours and target in ours and not anchor.startswith("_"):  # pdoc hides private bases
+                    assert anchor in pages[target].anchors, f"{path.name}: {link}"
+    assert "hoptim learns hyperparameters by gradient" in (tmp_path / "index.html").read_text()
+    assert all(words in (tmp_path / "search.js").read_text() for words in ("BilevelOptimizer", "Warm-up, rate and schedule"))
+
+
+@pytest.mark.parametrize("name", ["benchmarks.reads", "tasks.processes"])
+def test_the_doctests_of_the_scripts(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted
+    assert not found.failed

@@ -1,4 +1,4 @@
-"""Accelerate: a learned weight for each training digit, 40 % of which have a wrong label."""
+"""Accelerate: digits with 40 % wrong training labels, and a learned weight for each of them."""
 
 import torch
 from accelerate import Accelerator
@@ -9,13 +9,13 @@ import hoptim
 
 
 def prepare(accelerator, train, val):
-    """The model first, since the problem is to know what has become of it; then the optimizer made from it."""
+    """Prepare the model first, make the problem with the result, and then prepare the optimizer."""
     net, loader = accelerator.prepare(network(), DataLoader(TensorDataset(*train), 100, shuffle=True))
     learned = example_weights().to(accelerator.device)
     problem = hoptim.Problem(net, learned, train_loss, val_loss)
     inner = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     outer = torch.optim.Adam(learned.parameters(), lr=0.1)
-    val = [part.to(accelerator.device) for part in val]  # not through prepare()
+    val = [part.to(accelerator.device) for part in val]  # not by prepare()
     bilevel = hoptim.BilevelOptimizer(inner, outer, problem, val_batches=[val], every=10, warmup=60)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(bilevel, T_max=1200)
     return net, bilevel, loader, *accelerator.prepare(bilevel, scheduler)

@@ -1,4 +1,4 @@
-"""What the examples share: digits with 40 % wrong training labels, and one weight to be learned for each of them."""
+"""Shared by the examples: digits with 40 % wrong training labels, and a learned weight for each of them."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -10,7 +10,7 @@ import hoptim
 
 
 def digits():
-    """600 training digits (x, y, number), 200 for validation and the rest for the test (x, y)."""
+    """600 training digits (x, y, index), 200 for validation, and the rest for testing (x, y)."""
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
     draw = torch.Generator().manual_seed(0)
     order, wrong = torch.randperm(len(x), generator=draw), torch.rand(600, generator=draw) < 0.4

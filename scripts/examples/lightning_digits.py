@@ -1,4 +1,4 @@
-"""Lightning, automatic optimisation: a learned weight for each training digit, 40 % of which have a wrong label."""
+"""Lightning, automatic optimization: digits with 40 % wrong training labels, and a learned weight for each of them."""
 
 import lightning as L
 import torch
@@ -14,7 +14,7 @@ class Digits(L.LightningModule):
         self.val, self.net = val, network()
 
     def configure_optimizers(self):
-        learned = example_weights().to(self.device)  # part of the optimizer and of its checkpoint, not of this module
+        learned = example_weights().to(self.device)  # saved with the optimizer, not with this module
         problem = hoptim.Problem(self.net, learned, train_loss, val_loss)
         inner = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
         outer = torch.optim.Adam(learned.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: a tiny BERT tells praise from blame, with a learned decay for each of its tensors."""
+"""Hugging Face Trainer: a tiny BERT classifies short reviews, with a learned decay for each parameter tensor."""
 
 import torch
 from reviews import WORDS, reviews, tokenizer
@@ -19,11 +19,11 @@ def val_loss(model, hparams, batch):
 
 
 class BilevelTrainer(Trainer):
-    """Give it ``optimizers=(BilevelOptimizer, scheduler)``."""
+    """A Trainer for ``optimizers=(BilevelOptimizer, scheduler)``."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # our loss is a mean, which the Trainer divides where it accumulates
+        self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer has to divide it when it accumulates
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:  # evaluation

@@ -1,1 +1,1 @@
-"""What scripts/fidelity.py needs: the problems with their truth, the table of methods, the paper's own figure."""
+"""What scripts/fidelity.py is made of: the problems with their truth, the table of methods, the figure of the paper."""

@@ -1,4 +1,4 @@
-"""The paper's own comparison: linear regression on Boston housing with 14 log decays, Neumann and CG against the inverse."""
+"""The paper's comparison: linear regression on Boston housing, 14 log decays, Neumann and CG against the exact inverse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ APPROXIMATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Regression:
-    """A linear model on standardised features and a bias, half the mean square, one log decay for each of its weights."""
+    """A linear model on standardised features with a bias, squared error, and a log decay for each weight."""
 
     problem: hoptim.Problem
     train: Batch
@@ -39,14 +39,14 @@ class Regression:
         return -decay * w * torch.linalg.solve(H, g)
 
     def approximate(self, solver: hoptim.Solver) -> Tensor:
-        """The same by hoptim."""
+        """The same hypergradient, by hoptim with the given solver."""
         found = hoptim.hypergradient(self.problem, self.train, self.val, hoptim.Implicit(solver, curvature=hoptim.Exact()))
         (value,) = found.grads.values()
         return value[0]
 
 
 def read(root: Path) -> tuple[Tensor, Tensor]:
-    """The 13 features and the median value of a house, 506 tracts."""
+    """The 13 features and the median house value of 506 tracts."""
     path = root / "boston" / "boston.csv"
     if not path.is_file():
         raise SystemExit(
@@ -58,7 +58,7 @@ def read(root: Path) -> tuple[Tensor, Tensor]:
 
 
 def regression(x: Tensor, y: Tensor, seed: int, decay: float = 1e-2) -> Regression:
-    """Half of the rows to train on, half to validate."""
+    """A problem with half of the rows for training, half for validation."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)[order]
@@ -79,7 +79,7 @@ def regression(x: Tensor, y: Tensor, seed: int, decay: float = 1e-2) -> Regressi
 
 
 def compared(case: Regression, outer_steps: int = 100, inner_steps: int = 20, rate: float = 0.03) -> list[dict[str, Any]]:
-    """Cosine and L2 distance of each approximation to the exact one, while weights and decays are trained in turn."""
+    """Cosine and L2 distance of each approximation to the exact one, while weights and decays are trained alternately."""
     inner = torch.optim.SGD(case.problem.model.parameters(), lr=LR)
     outer = torch.optim.Adam(case.problem.hparams.parameters(), lr=rate)
     (leaf,) = case.problem.hparams.parameters()
@@ -102,7 +102,7 @@ def compared(case: Regression, outer_steps: int = 100, inner_steps: int = 20, ra
 
 
 def summary(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Median over runs and outer steps of the cosine, and of the distance over the exact length."""
+    """Medians over runs and outer steps: the cosine, and the distance relative to the exact length."""
     flat = [row for run in runs for row in run]
     return {
         name: {

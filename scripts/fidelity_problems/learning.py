@@ -1,6 +1,6 @@
-"""What a method is worth in learning itself: digits with 40 % wrong labels, a weight for each example, small batches.
+"""How well a method learns: digits with 40 % wrong labels, a weight for each example, small batches.
 
-A cosine says nothing of lengths: one answer fifty times too long fills the outer optimizer's moments for many steps.
+A cosine ignores lengths, but a single answer that is fifty times too long upsets the outer optimizer for many steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRAIN, VAL, EPOCHS = 600, 200, 200
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """Means over seeds; ``uneven`` is the longest hypergradient over the median one, the worst of the seeds."""
+    """Means over seeds; ``uneven`` is the longest hypergradient over the median one, for the worst seed."""
 
     method: str
     loss: float
@@ -34,7 +34,7 @@ class Learned:
 
 
 def learned(name: str, method: Any, seeds: int) -> Learned:
-    """Train with the method and test."""
+    """Train with the method on each seed, and test."""
     begun = time.process_time()
     runs = [_run(method, seed) for seed in range(seeds)]
     losses, accuracies, uneven, skipped = zip(*runs, strict=True)

@@ -1,4 +1,4 @@
-"""One method on one problem: cosine and length against the truth, and cost in training gradients."""
+"""Measure one method on one problem: cosine and length against the truth, cost in training gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AT_LEAST = 2e-3  # seconds of training gradients in one sample of the unit of co
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one method did on one problem under one seed; a failed solve moves nothing: cosine and length are 0."""
+    """The result of a method on a problem with one seed. A failed solve moves nothing, so its cosine and length are 0."""
 
     problem: str
     method: str
@@ -40,7 +40,7 @@ class Row:
 
 
 class Case:
-    """A trained problem in float32, as a user has it, with its truth from float64."""
+    """A trained problem in float32, with its true hypergradient from float64."""
 
     def __init__(
         self, name: str, spec: Spec, seed: int, root: Path, found: Trained, dtype: torch.dtype = torch.float32
@@ -60,7 +60,7 @@ class Case:
         return list(self.problem.weights().values())
 
     def batch(self, steps_back: int = 0) -> Batch:
-        """The last training batch seen, as at a hyperstep, or that of some steps before."""
+        """The last training batch, or the one some steps before it."""
         return self._batch_at(self.spec.training.steps - 1 - steps_back)
 
     def hypergradient(self, entry: Entry, state: Any = None, steps_back: int = 0) -> hoptim.Hypergradient:
@@ -70,7 +70,7 @@ class Case:
 
     @cached_property
     def inner(self) -> torch.optim.SGD:
-        """The inner optimizer, with its momentum once :meth:`put` has set it."""
+        """The inner optimizer; :meth:`put` sets its momentum."""
         training = self.spec.training
         return torch.optim.SGD(self.weights, lr=training.lr, momentum=training.momentum)
 
@@ -82,9 +82,9 @@ class Case:
                 self.inner.state[p]["momentum_buffer"] = velocity[name].to(p.dtype, copy=True)
 
     def before(self, entry: Entry) -> Any:
-        """Whatever the method has from before this hyperstep: the state of the last one, or the last inner steps.
+        """Prepare what the method has from before this hyperstep: the state of the last one, or the last inner steps.
 
-        Those steps are taken again from the earlier weights, so that the model ends where training left it.
+        Those steps are taken again from the earlier weights, so that the model ends at its trained weights.
         """
         self._trajectory, state = None, None
         kept_steps = entry.method.keeps_steps
@@ -110,9 +110,9 @@ class Case:
         return state
 
     def measured(self, entry: Entry, method: str, repeats: int = 1) -> Row:
-        """Run the method with what it carries from the hyperstep before, as in a training.
+        """Run the method with the state that it would have in a training.
 
-        The cost is CPU time over that of a training gradient, measured just before and after: the median of ``repeats``.
+        Its cost is CPU time over that of a training gradient, measured just before and after; the median of ``repeats``.
         """
         state = self.before(entry)
         ratios, results = [], []
@@ -136,7 +136,7 @@ class Case:
 
 
 def compared(found: Tree, truth: Tree) -> tuple[float, float]:
-    """cos(found, truth) and ‖found‖ / ‖truth‖ over all hyperparameters together; a zero vector has cosine 0."""
+    """cos(found, truth) and ‖found‖ / ‖truth‖ over all hyperparameters; the cosine of a zero vector is 0."""
     a = torch.cat([found[name].double().flatten() for name in truth])
     b = torch.cat([value.double().flatten() for value in truth.values()])
     lengths = float(a.norm()), float(b.norm())
@@ -144,7 +144,7 @@ def compared(found: Tree, truth: Tree) -> tuple[float, float]:
 
 
 def seconds(call: Callable[[], Any], at_least: float) -> float:
-    """CPU seconds a call, repeated until ``at_least`` are spent."""
+    """CPU seconds of one call, the mean of as many as take ``at_least`` seconds."""
     begun, count = time.process_time(), 0
     while not count or time.process_time() - begun < at_least:
         call()
@@ -153,7 +153,7 @@ def seconds(call: Callable[[], Any], at_least: float) -> float:
 
 
 def kept(name: str, spec: Spec, seed: int, root: Path, folder: Path) -> Trained:
-    """The trained state and its truth, from ``folder`` where the same were made before."""
+    """The trained state and its truth, read from ``folder`` if it has them."""
     path, key = folder / f"{name}-{seed}.pt", f"{spec.training} {spec.lag} {spec.version}"
     if path.is_file():
         held = torch.load(path, weights_only=True)

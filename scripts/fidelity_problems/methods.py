@@ -1,4 +1,4 @@
-"""The table of methods: a name, the curve it belongs to, its terms and the method. One line adds one."""
+"""The table of methods: a name, the curve that it belongs to, its number of terms and the method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hoptim
 from hoptim.methods.method import Method
 
 TERMS = (5, 10, 20, 50)
-KRYLOV_TERMS = (5, 7, 10, 20, 50)  # where a term more or less matters
+KRYLOV_TERMS = (5, 7, 10, 20, 50)  # one term more or less makes a difference there
 FEW = (2, 5, 10)
 CURVATURES = {"exact": hoptim.Exact(), "GN": hoptim.GaussNewton()}
 DAMPINGS = {
@@ -25,11 +25,11 @@ class Entry:
     """One method.
 
     Attributes:
-        family: the name of its curve, the solver first, then the curvature.
+        family: the name of its curve: the solver, then the curvature.
         terms: its place on the curve.
-        method: what is called.
-        curvature: what it asks of the training loss: ``GN`` needs a ``CompositeLoss``.
-        shown: whether its curve is drawn.
+        method: the method itself.
+        curvature: ``exact`` or ``GN``, which needs a ``CompositeLoss``.
+        shown: whether to draw its curve.
     """
 
     family: str
@@ -40,7 +40,7 @@ class Entry:
 
     @property
     def carries(self) -> bool:
-        """Whether it goes on from what the hyperstep before it left: a step size, or a solution."""
+        """Whether it starts from the result of the hyperstep before: a step size, or a solution."""
         solver = getattr(self.method, "solver", None)
         chooses = isinstance(solver, hoptim.Neumann) and solver.step_size is None
         return chooses or isinstance(solver, (hoptim.Chebyshev, hoptim.WarmStart))
@@ -86,7 +86,7 @@ def _on_each(
             family = f"{solver}, {label}" + (f", +{damping:g}" if damping else "")
             for terms in counts:
                 if damping and terms > 20:
-                    continue  # what damping is for is done by then
+                    continue  # damping matters for few terms
                 method = hoptim.Implicit(make(terms), curvature=curvature, damping=damping, **options)
                 yield Entry(family=family, terms=terms, method=method, curvature=label, shown=shown and not damping)
 

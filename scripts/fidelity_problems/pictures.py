@@ -1,4 +1,4 @@
-"""The pictures of the study: cosine against cost, one panel a problem; and the paper's own figure."""
+"""The pictures of the study: cosine against cost with a panel for each problem, and the figure of the paper."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fidelity_problems.problems import PROBLEMS
 
 
 def curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One curve for each family to be shown, its points over ``terms``: median over seeds, and the band of the quartiles.
+    """One curve for each family that is shown, a point for each number of terms: medians over seeds, with quartiles.
 
-    A solver has one colour, a full line on the exact curvature and a dashed one on Gauss-Newton.
+    Each solver has a colour; lines are solid on the exact curvature and dashed on Gauss-Newton.
     """
     problems = list(dict.fromkeys(one["problem"] for one in records))
     columns = min(4, len(problems))
@@ -69,7 +69,7 @@ def _families(records: Sequence[Mapping[str, Any]], problem: str) -> dict[str, l
 
 
 def approximations(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str], path: Path) -> None:
-    """Cosine and relative L2 distance to the exact inverse against outer steps: the mean over splits, its standard error."""
+    """Cosine and relative L2 distance to the exact inverse against outer steps: means over splits, and standard errors."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     steps = [row["outer_step"] for row in runs[0]]
     for axis, key, label in zip(axes, ("cosine", "distance"), ("cosine", "relative L2 distance"), strict=True):
@@ -84,7 +84,7 @@ def approximations(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[
         axis.set(xlabel="outer step", ylabel=f"{label} to the exact inverse")
         axis.grid(alpha=0.25)
     axes[1].set_yscale("log")
-    axes[1].set_ylim(bottom=max(1e-3, axes[1].get_ylim()[0]))  # what lies below is exact to the eye
+    axes[1].set_ylim(bottom=max(1e-3, axes[1].get_ylim()[0]))  # below that nothing can be seen
     axes[0].legend(frameon=False)
     figure.suptitle("Boston housing, linear regression, 14 log decays")
     _save(figure, path)

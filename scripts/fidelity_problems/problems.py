@@ -1,4 +1,4 @@
-"""The problems of the fidelity study: data, model, losses and training; each is made afresh for a seed and a data type."""
+"""The problems of the fidelity study: data, model, losses and training, made from a seed and a data type."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRUNCATE = (5, 10, 20, 50, 100, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A problem with its data; ``closed`` is the truth in closed form, where there is one."""
+    """A problem with its data; ``closed`` computes the truth in closed form, if there is one."""
 
     problem: hoptim.Problem
     train: Batch
@@ -40,7 +40,7 @@ class Spec:
     title: str
     make: Callable[[int, torch.dtype, Path], Setup]
     training: Training
-    version: int = 1  # of ``make``, raised when it changes, so that a truth kept from before is made again
+    version: int = 1  # of ``make``: raise it when that changes, so that a stored truth is computed again
 
     @property
     def lag(self) -> int:
@@ -48,7 +48,7 @@ class Spec:
         return min(LAG, self.training.steps // 2)
 
     def batches(self, setup: Setup, seed: int) -> Callable[[int], Batch]:
-        """The batch of each step: the whole training set, or the same shuffled parts at every call."""
+        """The batch of each step: the whole training set, or shuffled batches, the same in every call."""
         size, count = self.training.size, len(setup.train[0])
         if size is None:
             return lambda _: setup.train
@@ -73,7 +73,7 @@ def decays(model: nn.Module, value: float, dtype: torch.dtype) -> hoptim.HyperPa
 
 
 def example_weights(count: int, dtype: torch.dtype) -> hoptim.HyperParameters:
-    """One weight in (0, 1) for each training example, from ½."""
+    """One weight in (0, 1) for each training example, initially ½."""
     half = torch.full((count,), 0.5, dtype=dtype)
     return hoptim.HyperParameters({"example": half}, {"example": constraints.unit_interval})
 
@@ -84,7 +84,7 @@ def decayed(model: nn.Module, hparams: Any) -> Tensor:
 
 
 def constant_decay(value: float) -> Callable[[nn.Module, Any], Tensor]:
-    """½·value·‖w‖², with nothing to learn."""
+    """½·value·‖w‖², a penalty without hyperparameters."""
     return lambda model, _: 0.5 * value * sum(p.square().sum() for p in model.parameters())
 
 
@@ -97,7 +97,7 @@ def plain_criterion(z: Tensor, hparams: Any, batch: Batch) -> Tensor:
 
 
 def weighted_criterion(z: Tensor, hparams: Any, batch: Batch) -> Tensor:
-    """Each example's loss times its weight; the third part of a batch is the examples' numbers."""
+    """The mean of each example's loss times its weight; the third part of a batch numbers the examples."""
     return (hparams["example"][batch[2]] * cross_entropy(z, batch[1], reduction="none")).mean()
 
 
@@ -111,7 +111,7 @@ def classification(model: nn.Module, hparams: nn.Module, criterion: Any, penalty
 
 
 def seeded(make: Callable[[], nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
-    """The model drawn in float32 whatever it is used in, so that float32 and float64 begin at the same weights."""
+    """The model, initialised in float32 and then converted, so that float32 and float64 start at the same weights."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -123,7 +123,7 @@ def seeded(make: Callable[[], nn.Module], seed: int, dtype: torch.dtype) -> nn.M
 
 
 def mislabelled(y: Tensor, share: float, classes: int, seed: int) -> Tensor:
-    """Labels of which ``share`` are replaced by another class."""
+    """The labels, with ``share`` of them replaced by another class."""
     generator = torch.Generator().manual_seed(seed + 1000)
     wrong = torch.rand(len(y), generator=generator) < share
     shift = torch.randint(1, classes, (len(y),), generator=generator)
@@ -131,7 +131,7 @@ def mislabelled(y: Tensor, share: float, classes: int, seed: int) -> Tensor:
 
 
 def ridge(seed: int, dtype: torch.dtype, root: Path, *, features: int = 30, count: int = 60) -> Setup:
-    """Linear regression with a log decay for each feature, features of falling scale: w* = (XᵀX/n + Λ)⁻¹ Xᵀy/n."""
+    """Linear regression with a log decay for each feature, on features of decreasing scale: w* = (XᵀX/n + Λ)⁻¹ Xᵀy/n."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(0, -1.5, features, dtype=torch.float64)
     x = torch.randn(2 * count, features, generator=generator, dtype=torch.float64) * scale
@@ -158,7 +158,7 @@ def ridge(seed: int, dtype: torch.dtype, root: Path, *, features: int = 30, coun
 
 
 def iris(activation: type[nn.Module], *, wrong: float = 0.0, hidden: int = 128, decay: float = 0.01) -> Any:
-    """The seed's Iris MLP without dropout, one log decay for each of its weights."""
+    """The MLP of the Iris experiment without dropout, with a log decay for each weight."""
 
     def make(seed: int, dtype: torch.dtype, root: Path) -> Setup:
         parts = {name: (x.to(dtype), y) for name, (x, y) in Iris().data(seed).items()}
@@ -176,9 +176,9 @@ def iris(activation: type[nn.Module], *, wrong: float = 0.0, hidden: int = 128, 
 
 
 def digits(hidden: int | None, *, count: int = 200, wrong: float = 0.4) -> Any:
-    """Digits, 40 % with a wrong label, a weight for each training example.
+    """Digits, 40 % of them with a wrong label, and a weight for each training example.
 
-    Logistic regression with a fixed decay, so that it has one end; or one hidden layer without any, stopped early.
+    Logistic regression with a fixed decay and so a unique minimum, or one hidden layer without decay, stopped early.
     """
 
     def make(seed: int, dtype: torch.dtype, root: Path) -> Setup:
@@ -202,7 +202,7 @@ def digits(hidden: int | None, *, count: int = 200, wrong: float = 0.4) -> Any:
 
 
 def cnn(*, count: int = 200, decay: float = 3e-3, images: Callable[[Path], Batch] | None = None) -> Any:
-    """Fashion-MNIST, averaged to 14×14, a few hundred images; two convolutions, 4,002 weights, a log decay for each."""
+    """A few hundred images of Fashion-MNIST, averaged to 14×14; two convolutions, 4,002 weights, a log decay for each."""
 
     def make(seed: int, dtype: torch.dtype, root: Path) -> Setup:
         x, y = (images or fashion_mnist)(root)
@@ -222,11 +222,11 @@ def cnn(*, count: int = 200, decay: float = 3e-3, images: Callable[[Path], Batch
 
 
 def fashion_mnist(root: Path) -> Batch:
-    """The training images and their labels, fetched by torchvision where they are not in ``root`` yet."""
+    """The training images and their labels; torchvision downloads them to ``root`` if they are not there."""
     try:
         from torchvision.datasets import FashionMNIST
     except ImportError as error:
-        raise SystemExit("the problem cnn reads Fashion-MNIST through torchvision: pip install 'hoptim[data]'") from error
+        raise SystemExit("the problem cnn loads Fashion-MNIST with torchvision: pip install 'hoptim[data]'") from error
     found = FashionMNIST(str(root), train=True, download=True)
     return found.data, found.targets
 

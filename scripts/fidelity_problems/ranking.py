@@ -1,4 +1,4 @@
-"""From rows to judgement: medians over seeds, and which method wins within a budget."""
+"""Summaries of the rows: medians over seeds, and a ranking of the methods within a budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """How one method did over all problems, among those within the same budget.
+    """The results of a method over all problems, ranked among those within the same budget.
 
     Attributes:
         method: its name.
@@ -27,9 +27,10 @@ class Rank:
         high: the 95th.
         first: the share of bootstrap samples in which no method within the budget has a higher mean.
         rank: its mean rank over problems.
-        worst: the lowest median cosine of a problem, and which.
+        worst: the lowest median cosine of any problem.
+        worst_problem: which problem that is.
         worst_seed: the lowest cosine of all.
-        longest: the highest length ratio of all: what a step of the hyperparameters may be too long by.
+        longest: the largest length relative to the truth: how much too long a step of the hyperparameters may be.
         failed: the share of solves that failed.
         cost: the median over problems of the median cost, in training gradients.
         dearest: the highest.
@@ -126,14 +127,14 @@ def _resampled(cosines: Mapping[str, np.ndarray], samples: int) -> np.ndarray:
 
 
 def _ranks(medians: np.ndarray) -> np.ndarray:
-    """1 for the highest of each column; those that are equal share the mean of their places."""
+    """Ranks within each column, 1 for the highest; ties get the mean of their ranks."""
     above = (medians[None] > medians[:, None]).sum(1)
     equal = (medians[None] == medians[:, None]).sum(1)
     return above + (equal + 1) / 2
 
 
 def differences(now: Sequence[Figures], before: Sequence[Figures], least: float = 0.01) -> list[Figures]:
-    """The records whose median cosine or status changed against a saved table, the largest change first."""
+    """The records whose median cosine or number of failures differs from a saved table, largest change first."""
     old = {(one["problem"], one["method"]): one for one in before}
     changed = []
     for one in now:
@@ -144,7 +145,7 @@ def differences(now: Sequence[Figures], before: Sequence[Figures], least: float 
 
 
 def merged(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
-    """The new rows, and the old ones of other problems, methods and seeds."""
+    """The new rows, and the old rows that none of them replaces."""
     fresh = {(row.problem, row.method, row.seed) for row in new}
     return [*(row for row in old if (row.problem, row.method, row.seed) not in fresh), *new]
 

@@ -20,7 +20,7 @@ class Training:
     """SGD with momentum, v ← μv + ∇L_T, w ← w − lr·v, from v = 0.
 
     Args:
-        steps: N, how many.
+        steps: their number N.
         lr: the learning rate.
         momentum: μ in [0, 1).
         size: examples in a batch; ``None`` trains on the whole set.
@@ -34,15 +34,15 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What is kept of a run: where it ended, and what its end owes to the hyperparameters.
+    """The result of a training: its final weights, and the true hypergradient there.
 
     Attributes:
         weights: w_N.
         velocity: v_N, the momentum at the end.
-        earlier: the weights some steps before, where the last hyperstep would have been.
+        earlier: the weights at the hyperstep before, some steps earlier.
         earlier_velocity: the momentum there.
         truth: dL_V(w_N(λ), λ)/dλ through all N steps.
-        truncated: the same through the last K steps alone, by K.
+        truncated: the same through the last K steps only, by K.
     """
 
     weights: Tree
@@ -71,11 +71,11 @@ def trained(
         batch_at: the batch of step t = 0, 1, ...
         val_batch: the batch of the validation loss.
         training: how to train.
-        closed: the truth in closed form, in place of going back through the run.
+        closed: computes the truth in closed form, instead of by reverse differentiation.
         lag: ``earlier`` is taken this many steps before the end.
         truncate: the K of ``truncated``.
-        segment: steps between two kept states, √N by default; the weights between two are made again, so that the whole
-            costs about two training gradients a step, and one graph and product.
+        segment: steps between two stored states, √N by default. The steps between them are taken again, so that the whole
+            costs about two training gradients, one graph and one product for each step.
     """
     segment = segment or max(1, math.isqrt(training.steps))
     live = problem.weights()
@@ -109,10 +109,10 @@ def _reversed(
     kept: dict[int, tuple[Tree, Tree]],
     truncate: Sequence[int],
 ) -> tuple[Tree, dict[int, Tree]]:
-    """The adjoints of each step from the last to the first, between the states ``kept`` before some of them.
+    """Reverse differentiation from the last step to the first, from the states in ``kept``.
 
-    Those of one step are w̄ ← w̄ + A v̄ and λ̄ ← λ̄ + Bᵀv̄, with v̄ ← v̄ − lr·w̄ before and v̄ ← μ·v̄ after: one product with
-    the curvature at w_t, as in an implicit solve.
+    One step computes v̄ ← v̄ − lr·w̄, then w̄ ← w̄ + A v̄ and λ̄ ← λ̄ + Bᵀv̄, then v̄ ← μ·v̄: one product with the curvature
+    at w_t, as in an implicit solve.
 
     Source: Domke 2012; Maclaurin, Duvenaud and Adams 2015; checkpoints: Griewank 1992.
     """
@@ -152,7 +152,7 @@ def _replay(
     batch_at: Callable[[int], Any],
     training: Training,
 ) -> list[tuple[int, Tree]]:
-    """The weights before each of ``steps``, from the state kept before the first."""
+    """The weights before each of ``steps``, starting from the state stored before the first."""
     _load(live, weights)
     velocity = _copy(velocity)
     path = []

@@ -1,1 +1,1 @@
-"""The tasks of hoptim's own experiments: data, model, losses and hyperparameters."""
+"""What scripts/train.py is made of: the tasks (data, model, losses, hyperparameters), checkpoints, processes and plots."""

@@ -1,4 +1,4 @@
-"""Iris with one weight decay for each weight: the experiment hoptim was born from."""
+"""Iris, with a weight decay for each weight: the experiment that hoptim started from."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PARAMETERISATIONS = {"exp": constraints.positive, "clamp": constraints.nonnegati
 
 @dataclass(frozen=True, kw_only=True)
 class Iris:
-    """Iris, stratified 60 train / 60 validation / 30 test, and an MLP 4–h–h–3 without biases, ReLU, with dropout.
+    """Iris, split 60 / 60 / 30 by class, and an MLP 4–h–h–3 with ReLU and dropout, without biases.
 
-    L_T = cross-entropy + ½ Σ decay_i·w_i², with one decay a weight, or one for all.
+    L_T = cross-entropy + ½ Σ decay_i·w_i², with one decay for each weight, or one for all.
 
     Args:
         hidden: h; the model has 4h + h² + 3h weights: 17,280 at 128, 1,055,744 at 1024.
         dropout: probability of dropping a hidden unit.
         decay: initial value of every decay, ≥ 0.
-        per_weight: one decay a weight, or a single one.
+        per_weight: one decay for each weight, or a single one.
         parameterisation: ``exp`` (the leaf is log decay) or ``clamp`` (the leaf is the decay, clamped at zero).
-        join: train on the train and the validation set together, with nothing left to validate on.
+        join: train on the training and the validation set together; validation figures then mean nothing.
     """
 
     hidden: int = 128
@@ -47,7 +47,7 @@ class Iris:
             raise ValueError(f"decay={self.decay}: exp needs a positive start; parameterisation=clamp may start at 0")
 
     def data(self, seed: int) -> dict[str, Batch]:
-        """The three parts, standardised by the training part's mean and deviation."""
+        """The three parts, standardised by mean and standard deviation of the training part."""
         x, y = load_iris(return_X_y=True)
         rest, test, y_rest, y_test = train_test_split(x, y, test_size=30, stratify=y, random_state=seed)
         train, val, y_train, y_val = train_test_split(rest, y_rest, test_size=60, stratify=y_rest, random_state=seed)
@@ -63,7 +63,7 @@ class Iris:
         return batches
 
     def problem(self) -> hoptim.Problem:
-        """The model, freshly drawn, its decays and the two losses."""
+        """A newly initialised model, its decays and the two losses."""
         model = nn.Sequential(
             nn.Linear(4, self.hidden, bias=False), nn.ReLU(), nn.Dropout(self.dropout),
             nn.Linear(self.hidden, self.hidden, bias=False), nn.ReLU(), nn.Dropout(self.dropout),

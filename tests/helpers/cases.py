@@ -47,16 +47,15 @@ def unflat(vector: Tensor, shapes: Tree) -> Tree:
 
 
 class Counted(Symmetric):
-    """A dense symmetric matrix over a dict of tensors, which counts its products."""
+    """A dense symmetric matrix that counts its products."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.calls = matrix, 0
-        super().__init__(self._apply, like(matrix.dtype))
+        super().__init__(self._apply, like=matrix[0])
 
-    def _apply(self, v: Tree) -> Tree:
+    def _apply(self, v: Tensor) -> Tensor:
         self.calls += 1
-        batched = v["bias"].ndim > 1
-        return unflat(flat(v, (len(v["bias"]),) if batched else ()) @ self.matrix, self.like)
+        return v @ self.matrix
 
 
 def with_spectrum(eigenvalues: Tensor | list[float], seed: int = 0) -> Tensor:

@@ -139,27 +139,28 @@ def linearized(
 ) -> Any:
     point = Point.of(problem, BATCHES[0] if at is None else at, draw)
     condition = condition or hoptim.Gradient()
+
+    def inside() -> Any:
+        with curvature.linearize(point) as one:
+            return then(condition(one, point, inner))
+
     with problem.untouched():
-        return curvature.linearize(point, lambda one: then(condition(one, point, inner)))
+        return point.inside(inside)
 
 
 def matrix(A: Any) -> Tensor:
     """A as a dense matrix; each column by itself."""
-    size = sum(value.numel() for value in A.like.values())
-    return torch.stack([flat(A @ unflat(e, A.like)) for e in torch.eye(size)], dim=1)
+    return torch.stack([A @ e for e in torch.eye(A.size)], dim=1)
 
 
 def matrix_at_once(A: Any) -> Tensor:
-    size = sum(value.numel() for value in A.like.values())
-    return flat(A @ unflat(torch.eye(size), A.like), (size,)).T
+    return (A @ torch.eye(A.size)).T
 
 
 def mixed_matrix(one: Any) -> Tensor:
     """B, a row at a time."""
-    size = sum(value.numel() for value in one.A.like.values())
-    return torch.stack([leaf_vector(one.mixed(unflat(e, one.A.like))) for e in torch.eye(size)])
+    return torch.stack([leaf_vector(one.mixed(e)) for e in torch.eye(one.A.size)])
 
 
 def mixed_at_once(one: Any) -> Tensor:
-    size = sum(value.numel() for value in one.A.like.values())
-    return leaf_vector(one.mixed(unflat(torch.eye(size), one.A.like)), (size,))
+    return leaf_vector(one.mixed(torch.eye(one.A.size)), (one.A.size,))

@@ -1,15 +1,15 @@
 """The seed experiment as a user runs it: its files, its sweeps, its W&B run, and a kill in the middle."""
 
+import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 
 import pytest
 import torch
-from jobs import ROOT, command, env, result, rows, train
+from jobs import ROOT, command, env, result, rows, run, timeless, train
 from safetensors.torch import load_file
 from wandb_file import read, read_finished
 
@@ -17,9 +17,16 @@ SHORT = ("outer_steps=4", "inner_steps=20", "task.hidden=16")
 QUIET = ("plots=false", "hoptim/tracker=[]")
 
 
-def test_a_run_writes_all_its_files_and_they_agree(tmp_path):
-    train(f"hydra.run.dir={tmp_path}", *SHORT)
-    lines, final = rows(tmp_path), result(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run with its pictures and its W&B run."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(f"hydra.run.dir={folder}", *SHORT)
+    return folder
+
+
+def test_a_run_writes_all_its_files_and_they_agree(finished):
+    lines, final = rows(finished), result(finished)
     assert [row["outer_step"] for row in lines] == [1, 2, 3, 4]
     assert [row["inner_step"] for row in lines] == [20, 40, 60, 80]
     assert final["hypersteps"] == 4
@@ -28,18 +35,17 @@ def test_a_run_writes_all_its_files_and_they_agree(tmp_path):
     assert final["test_loss"] == lines[-1]["test_loss"]
     needed = {"status", "residual", "step_size", "inner_seconds", "hyper_seconds", "hypergradient_norm", "train_accuracy"}
     assert needed <= set(lines[0])
-    values = load_file(tmp_path / "hyperparameters.safetensors")
+    values = load_file(finished / "hyperparameters.safetensors")
     for name, spread in lines[-1]["hyperparameters"].items():
         assert values[name].mean().item() == pytest.approx(spread["mean"])
         assert [values[name].min().item(), values[name].max().item()] == pytest.approx([spread["min"], spread["max"]])
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("curves.png", "hyperparameters.png"))
-    assert "hidden: 16" in (tmp_path / "config.yaml").read_text()
+    assert all((finished / name).stat().st_size > 10_000 for name in ("curves.png", "hyperparameters.png"))
+    assert "hidden: 16" in (finished / "config.yaml").read_text()
 
 
-def test_the_wandb_run_reads_back(tmp_path):
-    train(f"hydra.run.dir={tmp_path}", *SHORT)
-    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    run, lines = read_finished(path), rows(tmp_path)
+def test_the_wandb_run_reads_back(finished):
+    (path,) = finished.glob("wandb/offline-run-*/*.wandb")
+    run, lines = read_finished(path), rows(finished)
     assert (run["name"], run["project"], run["exit"]) == ("iris/seed=0", "hoptim", 0)
     assert run["config"]["task"]["hidden"] == 16
     steps = [row for row in run["history"] if "outer_step" in row]
@@ -55,20 +61,19 @@ def test_the_wandb_run_reads_back(tmp_path):
         "hyperparameters/*": "outer_step",
     }
     assert sum(steps[-1]["hyperparameters/3.weight/values"]) == 16 * 16
-    assert run["summary"]["test_loss"] == result(tmp_path)["test_loss"]
+    assert run["summary"]["test_loss"] == result(finished)["test_loss"]
     images = {key for row in run["history"] for key in row if key.endswith("_type") and row[key] == "image-file"}
     assert images == {"plots/curves/_type", "plots/hyperparameters/_type"}
 
 
-@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+@pytest.mark.parametrize("mode", ["online", "disabled"])
 def test_wandb_without_account_or_network_never_stops_a_run(tmp_path, mode):
     train(f"hydra.run.dir={tmp_path}", *SHORT, "plots=false", WANDB_MODE=mode, WANDB_BASE_URL="http://127.0.0.1:9")
     assert result(tmp_path)["status"] == "finished"
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == (mode != "disabled")
 
 
-@pytest.mark.parametrize("rows_before_the_kill", [5])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, rows_before_the_kill):
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     options = ("outer_steps=12", "inner_steps=100", "task.hidden=32", "checkpoint_every=3", "plots=false")
     train(f"hydra.run.dir={tmp_path / 'whole'}", "hoptim/tracker=[]", *options)
 
@@ -76,10 +81,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, rows_before_the_kill):
     process = subprocess.Popen(
         command(f"hydra.run.dir={folder}", *options), cwd=ROOT, env=env(), start_new_session=True, stderr=subprocess.DEVNULL
     )
-    while (
-        not (folder / "metrics.jsonl").exists()
-        or len((folder / "metrics.jsonl").read_text().splitlines()) < rows_before_the_kill
-    ):
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 5:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
@@ -88,21 +90,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, rows_before_the_kill):
 
     train(f"hydra.run.dir={folder}", "resume=true", *options)
     assert result(folder) == result(tmp_path / "whole")
-    timeless = [
-        [{k: v for k, v in row.items() if "seconds" not in k} for row in rows(where)]
-        for where in (folder, tmp_path / "whole")
-    ]
-    assert timeless[0] == timeless[1]
-    if rows_before_the_kill > 3:
-        ids = {read(path)["id"] for path in folder.glob("wandb/offline-run-*/*.wandb")}
-        assert len(ids) == 1, "the resumed run has another W&B id"
-
-
-def test_resume_refuses_the_checkpoint_of_another_run(tmp_path):
-    train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET)
-    process = train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET, "resume=true", "inner.lr=0.5", check=False)
-    assert process.returncode == 1
-    assert "of another run" in process.stderr
+    assert [timeless(row) for row in rows(folder)] == [timeless(row) for row in rows(tmp_path / "whole")]
+    ids = {read(path)["id"] for path in folder.glob("wandb/offline-run-*/*.wandb")}
+    assert len(ids) == 1, "the resumed run has another W&B id"
 
 
 def test_a_sweep_reports_the_job_that_fails_and_finishes_the_others(tmp_path):
@@ -117,10 +107,11 @@ def test_a_sweep_reports_the_job_that_fails_and_finishes_the_others(tmp_path):
 
 
 def test_a_sweep_with_joblib_is_compared_at_its_end(tmp_path):
-    import json
-
     overrides = ("experiment=iris,iris_uniform", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    process = train("-m", f"root={tmp_path}", *SHORT, *QUIET, *overrides)
+    process = subprocess.run(
+        command("-m", f"root={tmp_path}", *SHORT, *QUIET, *overrides), cwd=ROOT, env=env(), capture_output=True, text=True
+    )  # joblib's own processes do not go well with those of multiprocessing
+    assert process.returncode == 0, process.stderr
     table = json.loads((tmp_path / "compare.json").read_text())
     assert {entry["runs"] for entry in table.values()} == {2}
     for group, entry in table.items():
@@ -133,8 +124,6 @@ def test_a_sweep_with_joblib_is_compared_at_its_end(tmp_path):
 
 
 def test_a_search_is_judged_by_what_validation_would_have_chosen(tmp_path):
-    import json
-
     train("-m", f"root={tmp_path}", *SHORT, *QUIET, "experiment=iris_uniform", "task.decay=0.001,0.3", "seed=0,1")
     table = json.loads((tmp_path / "compare.json").read_text())
     (best,) = [entry for label, entry in table.items() if "best of 2 by validation" in label]
@@ -182,7 +171,8 @@ def test_a_rerun_that_is_killed_early_does_not_resume_the_run_before_it(tmp_path
 def test_a_refused_resume_leaves_the_finished_result_alone(tmp_path):
     train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET)
     before = result(tmp_path)
-    for change, words in (("threads=2", "of another run"), ("outer_steps=2", "past outer_steps=2")):
+    changes = {"threads=2": "of another run", "inner.lr=0.5": "of another run", "outer_steps=2": "past outer_steps=2"}
+    for change, words in changes.items():
         process = train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET, "resume=true", change, check=False)
         assert process.returncode == 1
         assert words in process.stderr
@@ -190,13 +180,8 @@ def test_a_refused_resume_leaves_the_finished_result_alone(tmp_path):
 
 
 def test_runs_of_one_folder_are_told_apart_by_what_they_are(tmp_path):
-    import json
-
     for name, seed in (("iris", 0), ("iris_clamp", 0)):
         train(f"hydra.run.dir={tmp_path / name}", f"experiment={name}", f"seed={seed}", *SHORT, *QUIET)
-    process = subprocess.run(
-        [sys.executable, "scripts/compare.py", tmp_path], cwd=ROOT, env=env(), capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    run("compare.py", tmp_path)
     table = json.loads((tmp_path / "compare.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     assert {label: entry["runs"] for label, entry in table.items()} == {"iris": 1, "iris_clamp": 1}

@@ -1,4 +1,4 @@
-"""The sections on what hoptim costs: time, memory, growth, reads of the host, the wrapper. Each is rounds -> rows."""
+"""The sections on what hoptim costs: time, memory, growth, reads by the host, the wrapper. Each maps rounds to rows."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmark_cases import PROBLEMS, Case, around, difference, make, mlp, plain, train_loss, training, validation
-from benchmark_measure import Calls, Row, elsewhere, in_turn, peak, ratio
 from torch._inductor import config as inductor
 from torch.distributions import constraints
 from torch.nn.functional import cross_entropy
 
 import hoptim
+from benchmarks.cases import PROBLEMS, Case, difference, make, make_case, mlp, plain, train_loss, training, validation
+from benchmarks.measure import Calls, Row, in_turn, peak, ratio
+from benchmarks.reads import elsewhere
 
 TERMS = (0, 5, 20)
 STEPS = (5, 20, 100, 1000)
 
 
 def neumann(case: Case, terms: int) -> tuple[hoptim.Implicit, hoptim.Implicit, Any]:
-    """The exact Hessian's Neumann series, with the step chosen and given, and the first solution."""
+    """The Neumann series on the exact Hessian with its step chosen, with that step given, and the first solution."""
     chosen = hoptim.Implicit(hoptim.Neumann(terms=terms), curvature=hoptim.Exact())
     first = case.implicit(chosen).solution
     given = hoptim.Neumann(terms=terms, step_size=first.step_size)
@@ -33,13 +34,13 @@ def neumann(case: Case, terms: int) -> tuple[hoptim.Implicit, hoptim.Implicit, A
 
 
 def answers_differ(case: Case, method: hoptim.Implicit, terms: int, step: float) -> float:
-    """Relative distance of hoptim's answer to the hand-written one, under the same dropout masks."""
+    """Relative distance of hoptim's answer to the hand-written one, with the same dropout masks."""
     ours = list(case.implicit(method).grads.values())
     return difference(ours, case.by_hand(terms, step), f"{case.name}, hoptim and the loop by hand")
 
 
 def cost(rounds: int) -> list[Row]:
-    """A hypergradient in training gradients; by hand: the same terms and step in plain torch, the same answer."""
+    """The cost of a hypergradient in training gradients. "By hand": the same terms, step and answer in plain torch."""
     rows = []
     for case in (*(make(name) for name in PROBLEMS), make("784 MLP", "layer")):
         for terms in TERMS:
@@ -64,7 +65,7 @@ COMPILED = {"Iris MLP": 0.5, "784 MLP": 0.8, "small CNN": 0.75, "logistic": 0.95
 
 
 def compiled(rounds: int) -> list[Row]:
-    """The compiled curvatures over the eager ones, K = 20, step given; first: with compilation, on the wall."""
+    """Compiled curvatures over eager ones, K = 20, step given. "First": wall-clock seconds of the call that compiles."""
     rows = []
     for kind in (hoptim.Exact, hoptim.GaussNewton):
         try:
@@ -78,7 +79,7 @@ def compiled(rounds: int) -> list[Row]:
             methods = {c: hoptim.Implicit(hoptim.Neumann(terms=20, step_size=step), curvature=c) for c in (kind(), fast)}
             eager, quick = methods.values()
             begun = time.perf_counter()
-            with inductor.patch(force_disable_caches=True):  # or it would be the time to read an earlier run's result
+            with inductor.patch(force_disable_caches=True):  # otherwise an earlier run's result would be read from disk
                 case.implicit(quick)
             first = time.perf_counter() - begun
             error = apart(case.in_float64(), quick, eager)
@@ -90,13 +91,13 @@ def compiled(rounds: int) -> list[Row]:
 
 
 def apart(case: Case, *methods: hoptim.Implicit) -> float:
-    """Relative distance of two methods' answers. In float32 a ReLU at zero may fall to either side, so not there."""
+    """Relative distance of two methods' answers, in float64: in float32 rounding may flip a ReLU near zero."""
     found = [list(case.implicit(method).grads.values()) for method in methods]
     return difference(*found, f"{case.name}, compiled and eager", at_most=1e-8)
 
 
 def memory(_: int) -> list[Row]:
-    """Peak of the tensors that a call makes, in MB, every storage counted; left: still held after it, until a collection."""
+    """Peak of the tensors that a call creates, in MB. "Left": still held after it, until garbage is collected."""
     rows = []
     for name in PROBLEMS:
         case = make(name)
@@ -114,7 +115,7 @@ def memory(_: int) -> list[Row]:
 
 
 def unrolling(_: int) -> list[Row]:
-    """Peak in MB of K terms, which should not grow with K, against differentiation through K + 1 steps by hand."""
+    """Peak in MB with K terms, which should not grow with K, and of differentiation through K + 1 steps by hand."""
     case, step, rows = make("784 MLP"), 0.01, []
     for steps in STEPS:
         method = hoptim.Implicit(hoptim.Neumann(terms=steps, step_size=step), curvature=hoptim.Exact())
@@ -127,13 +128,13 @@ def unrolling(_: int) -> list[Row]:
 
 
 def growth(rounds: int) -> list[Row]:
-    """n hyperparameters of one model: the time should not grow with n (K = 20, step given).
+    """Time with n hyperparameters on one model, which should not grow with n (K = 20, step given).
 
-    An MLP of 10⁷ weights with decays, up to one a weight; one of 270,000 with n example weights, of which a batch gathers
-    128: there 10⁷ of them are more than the model, and their gradient alone takes a while to write.
+    An MLP of 10⁷ weights with up to one decay for each of them, and an MLP of 270,000 weights with n example weights, of
+    which a batch uses 128. There 10⁷ hyperparameters outnumber the weights, and writing their gradient takes a while.
     """
     model = mlp(784, 2790, 2790, 10)
-    base = around("MLP", model, 128, (784,), 10, steps=3)
+    base = make_case("MLP", model, 128, (784,), 10, steps=3)
     counts = {"1": None, "one a tensor": "layer", "one a weight": "weight"}
     cases = {label: decays(base, each) for label, each in counts.items()}
     rows = _growing("MLP of 10⁷ weights, decays", cases, max(3, rounds // 5), 1e-3, {"over n = 1": 1.1})
@@ -171,7 +172,7 @@ def decays(base: Case, each: str | None) -> Case:
 
 
 def examples(base: Case, n: int) -> Case:
-    """n example weights, of which a batch gathers as many as it has examples."""
+    """n example weights, of which a batch uses as many as it has examples."""
 
     def gathered(model: Any, hparams: Any, batch: Any) -> torch.Tensor:
         weight = hparams["example"]
@@ -183,12 +184,12 @@ def examples(base: Case, n: int) -> Case:
 
 
 def size(rounds: int) -> list[Row]:
-    """An MLP 784-h-h-10 with a decay a weight, K = 5: time in gradients and bytes a weight should stay the same."""
+    """An MLP 784-h-h-10 with one decay for each weight, K = 5: gradients and bytes per weight should not grow with h."""
     rows = []
     for width in (256, 900, 2700, 4070):
         model = mlp(784, width, width, 10)
         weights = sum(p.numel() for p in model.parameters())
-        case = around("MLP", model, 128, (784,), 10, steps=3)
+        case = make_case("MLP", model, 128, (784,), 10, steps=3)
         method = hoptim.Implicit(hoptim.Neumann(terms=5, step_size=1e-3), curvature=hoptim.Exact())
         held, _ = peak(lambda case=case, m=method: case.implicit(m), warm=False)
         calls: Calls = {
@@ -208,7 +209,7 @@ def size(rounds: int) -> list[Row]:
 
 
 def solvers(terms: int) -> dict[str, hoptim.Solver]:
-    """Each solver of hoptim at ``terms`` products (or of that rank)."""
+    """Every solver with ``terms`` products, or of that rank."""
     found = {
         "Identity": lambda: hoptim.Identity(),
         "Neumann, step given": lambda: hoptim.Neumann(terms=terms, step_size=1e-3),
@@ -223,7 +224,7 @@ def solvers(terms: int) -> dict[str, hoptim.Solver]:
 
 
 def reads(_: int) -> list[Row]:
-    """Reads of the host in one hypergradient of 32 terms, as on a device; allowed: products / 16 + 1."""
+    """How often the host would wait for a device in a hypergradient of 32 terms; allowed: products / 16 + 2."""
     case, rows = make("Iris MLP").composite(), []
     for name, solver in solvers(32).items():
         method = hoptim.Implicit(solver, curvature=hoptim.GaussNewton(), damping=1e-2)
@@ -231,14 +232,14 @@ def reads(_: int) -> list[Row]:
             result = case.implicit(method)
         products = result.solution.products
         figures = {"products": float(products), "reads": float(counter.reads), "status": result.solution.status.name}
-        rows.append(Row(case.name, {"solver": name}, figures, {"reads": products // 16 + 1}))
+        rows.append(Row(case.name, {"solver": name}, figures, {"reads": products // 16 + 2}))
     return rows
 
 
 def wrapper(rounds: int) -> list[Row]:
-    """A step of BilevelOptimizer, no hyperstep due, over the bare inner optimizer's, in %, on the same model and state.
+    """What BilevelOptimizer adds to a training step when no hyperstep is due, in % of the inner optimizer's own step.
 
-    "same loss": the bare loop reads HyperParameters too; "constants": it holds their natural values as plain tensors.
+    "Same loss": the plain loop reads HyperParameters too. "Constants": it reads their values from plain tensors.
     """
     rows = []
     for each in ("layer", "weight"):
@@ -264,7 +265,7 @@ def wrapper(rounds: int) -> list[Row]:
 
 
 def imports(rounds: int) -> list[Row]:
-    """What `import hoptim` adds to `import torch`: percent of torch's own seconds, the median over fresh processes."""
+    """What `import hoptim` adds to `import torch`, in % of torch's own time: the median over fresh processes."""
     code = (
         "from time import perf_counter as t; a = t(); import torch; b = t(); import hoptim; print(100 * (t() - b) / (b - a))"
     )

@@ -1,4 +1,4 @@
-"""The public libraries side by side: the same problem, terms and step, their answers compared before they are timed."""
+"""Other public libraries on the same problem, with the same terms and step. Answers are compared before they are timed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmark_cases import PROBLEMS, Case, difference, make
-from benchmark_measure import Calls, Row, in_turn, ratio
-from benchmark_sections import neumann
 from torch import Tensor
 
 import hoptim
+from benchmarks.cases import PROBLEMS, Case, difference, make
+from benchmarks.measure import Calls, Row, in_turn, ratio
+from benchmarks.sections import neumann
 
-TERMS, SHARE = 20, 0.2  # the step is this share of 1 / ‖A‖: long enough that a wrong product would show
+TERMS, SHARE = 20, 0.2  # the step is this share of 1 / ‖A‖, large enough for a wrong product to show in the answer
 Call = Callable[[], list[Any]]
 
 
@@ -29,7 +29,7 @@ def by_hoptim(case: Case, terms: int, step: float, *, compile: bool = False) -> 
 
 
 def by_betty(case: Case, terms: int, step: float) -> Call:
-    """Its own backward of the upper problem, without the steps that its engine would take before and after."""
+    """Its backward pass of the upper problem alone, without the steps that its engine takes before and after."""
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine
     from betty.problems import ImplicitProblem
@@ -90,7 +90,7 @@ def by_torchopt(case: Case, terms: int, step: float) -> Call:
 
 
 def by_higher(case: Case, terms: int, step: float) -> Call:
-    """Unrolling: the same number of steps, from the present weights. It is compared with unrolling by hand."""
+    """Unrolling the same number of steps from the present weights, compared with unrolling by hand."""
     import higher
 
     problem, leaves = case.problem, list(case.problem.hparams.parameters())
@@ -107,7 +107,7 @@ def by_higher(case: Case, terms: int, step: float) -> Call:
 
 
 def by_jaxopt(case: Case, terms: int, step: float) -> Call:
-    """Under jit, on one thread, with the weights and batches already on its side."""
+    """Under jit, on one thread, with weights and batches converted beforehand."""
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     import jax
     from jax import numpy as jnp
@@ -154,7 +154,7 @@ def by_jaxopt(case: Case, terms: int, step: float) -> Call:
 
 
 def jax_forward(jax: Any, jnp: Any, case: Case) -> Callable[[Any, Any], Any]:
-    """The five networks again, on the names of torch's."""
+    """The five networks in JAX, as functions of weights under torch's names."""
     names = [name.removesuffix(".weight") for name, _ in case.problem.model.named_parameters() if name.endswith(".weight")]
 
     def linear(p: Any, name: str, x: Any) -> Any:
@@ -203,13 +203,13 @@ LIBRARIES: dict[str, Callable[[Case, int, float], Call]] = {
 }
 
 
-GRAPHS = ("jaxopt", "hoptim, compiled")  # whose operations are fused
+FUSED = ("jaxopt", "hoptim, compiled")  # they fuse operations into one graph
 
 
 def peers(rounds: int) -> list[Row]:
-    """Hypergradients of K = 20, step 0.2 / ‖A‖, over the cached double backward by hand; "higher" unrolls as many steps.
+    """Hypergradients with K = 20 and a step of 0.2 / ‖A‖, over the loop by hand; "higher" unrolls as many steps.
 
-    The goal of "hoptim, compiled" is jaxopt's figure: both fuse operations.
+    The target of "hoptim, compiled" is jaxopt's figure, since both fuse operations.
     """
     rows = []
     for name in PROBLEMS:
@@ -227,10 +227,10 @@ def peers(rounds: int) -> list[Row]:
                         torch.as_tensor(value.__array__().copy()) if not isinstance(value, Tensor) else value
                         for value in call()
                     ]
-                at_most = 1e-3 if peer in GRAPHS else 1e-4  # in float32 their ReLUs at zero may fall to the other side
+                at_most = 1e-3 if peer in FUSED else 1e-4  # fused float32 may flip a ReLU near zero
                 error = difference(answer, unrolled if peer == "higher" else right, peer, at_most)
                 calls[peer], notes[peer] = call, f"{error:.0e}"
-            except Exception as error:  # whatever a library raises is its row
+            except Exception as error:  # the error becomes the library's row
                 notes[peer] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -250,6 +250,7 @@ def peers(rounds: int) -> list[Row]:
 
 
 def release(peer: str) -> str:
+    """The installed version, if there is one."""
     try:
         return version(peer)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The five problems of the benchmark, and their hypergradients written by hand: what hoptim is compared with."""
+"""The five problems of the benchmark, with the hand-written hypergradients that hoptim is compared with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ SEED = 1
 
 @dataclass(frozen=True)
 class Case:
-    """A problem with its batches; ``unfused``: what the code by hand has to run in. Dropout's masks never change."""
+    """A problem with its batches. The random seed is set before each call, so that dropout masks are always the same.
+
+    ``unfused`` is the context that hand-written code needs: fused attention has no second derivative.
+    """
 
     name: str
     problem: hoptim.Problem
@@ -35,12 +38,12 @@ class Case:
     unfused: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def gradient(self) -> tuple[Tensor, ...]:
-        """One training gradient: the unit of every time and every peak here."""
+        """One training gradient: the unit in which times and peaks are given."""
         torch.default_generator.manual_seed(SEED)
         return torch.autograd.grad(self.problem.loss(self.batch), list(self.problem.weights().values()))
 
     def implicit(self, method: hoptim.Implicit, state: Any = None) -> hoptim.Hypergradient:
-        """By hoptim; an answer that failed would be cheap for the wrong reason."""
+        """By hoptim. A failed solve may be cheap because it stopped early, so it is an error."""
         torch.default_generator.manual_seed(SEED)
         result = method(self.problem, self.batch, self.val_batch, state)
         if not result.solution.status.ok:
@@ -48,7 +51,7 @@ class Case:
         return result
 
     def by_hand(self, terms: int, step: float) -> list[Tensor]:
-        """The same hypergradient as one would write it for one experiment: no checks, no norms, no status."""
+        """The same hypergradient as written for a single experiment: no checks, no norms, no status."""
         torch.default_generator.manual_seed(SEED)
         model, hparams = self.problem.model, self.problem.hparams
         weights, leaves = list(model.parameters()), list(hparams.parameters())
@@ -68,7 +71,7 @@ class Case:
         return [-step * m if d is None else d - step * m for d, m in zip(direct, mixed, strict=True)]
 
     def unrolled(self, steps: int, step: float) -> list[Tensor]:
-        """Differentiation through ``steps`` steps of gradient descent from the present weights, by hand."""
+        """Differentiate through ``steps`` steps of gradient descent from the present weights, by hand."""
         weights = tuple(self.problem.model.parameters())
         leaves = tuple(self.problem.hparams.parameters())
         train, validate = self.function("train_loss"), self.function("val_loss")
@@ -79,7 +82,7 @@ class Case:
             return list(torch.autograd.grad(validate(weights, leaves), leaves))
 
     def function(self, name: str) -> Callable[[Any, Any], Tensor]:
-        """The named loss as a function of (weights, leaves), two tuples in the modules' own order."""
+        """The named loss as a function of (weights, leaves), two tuples in the order of ``parameters()``."""
         model, hparams = self.problem.model, self.problem.hparams
         loss, batch = getattr(self.problem, name), self.batch if name == "train_loss" else self.val_batch
         both = nn.ModuleDict({"model": model, "hparams": hparams})
@@ -93,18 +96,18 @@ class Case:
         return call
 
     def composite(self) -> Case:
-        """The same with a training loss that shows its parts, for Gauss-Newton: the same value."""
+        """The same problem with a ``CompositeLoss`` of the same value, which Gauss-Newton needs."""
         parts = self.problem
         loss = hoptim.CompositeLoss(predict, parts.train_loss.keywords["criterion"], parts.train_loss.keywords["penalty"])
         return replace(self, problem=hoptim.Problem(parts.model, parts.hparams, loss, parts.val_loss))
 
     def in_float64(self) -> Case:
-        """A copy in which rounding flips no ReLU."""
+        """A copy in float64, in which rounding does not flip a ReLU."""
         problem = self.problem
         model, hparams = copy.deepcopy(problem.model).double(), copy.deepcopy(problem.hparams).double()
-        twin = hoptim.Problem(model, hparams, problem.train_loss, problem.val_loss)
+        wide = hoptim.Problem(model, hparams, problem.train_loss, problem.val_loss)
         batches = [(x.double(), y) for x, y in (self.batch, self.val_batch)]
-        return replace(self, problem=twin, batch=batches[0], val_batch=batches[1])
+        return replace(self, problem=wide, batch=batches[0], val_batch=batches[1])
 
 
 def predict(model: Any, batch: Any) -> Tensor:
@@ -137,7 +140,7 @@ def validation(model: Any, _: Any, batch: Any) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """One transformer layer and a classifier on the mean of the sequence."""
+    """One transformer layer and a linear classifier on the mean over the sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +152,7 @@ class Encoder(nn.Module):
 
 
 def network(name: str, dropout: float) -> tuple[nn.Module, int, tuple[int, ...], int]:
-    """A model with its batch size, its input shape and its number of classes."""
+    """A model, its batch size, its input shape and its number of classes."""
     if name == "Iris MLP":
         drop = [nn.Dropout(dropout)] if dropout else []
         layers = [nn.Linear(4, 128, bias=False), nn.ReLU(), *drop, nn.Linear(128, 128, bias=False), nn.ReLU(), *drop]
@@ -170,18 +173,19 @@ def mlp(*sizes: int) -> nn.Module:
 
 
 def make(name: str, each: str = "weight", *, dropout: float = 0.5, steps: int = 100) -> Case:
-    """Classification of clusters, a fifth of the labels wrong, after ``steps`` steps of SGD (the Iris MLP: ten times that).
+    """Classification of clusters with a fifth of the labels wrong, after ``steps`` steps of SGD (ten times that for Iris).
 
-    The hyperparameters are a decay, kept positive by exp, for each weight or each layer; with "logistic" one weight for
-    each of the 5,000 examples, under a fixed decay. ``dropout`` is that of the Iris MLP, the only one that has it.
+    The hyperparameters are one decay, kept positive by exp, for each weight or each layer; for "logistic" one weight for
+    each of 5,000 examples, with a fixed decay. Only the Iris MLP has dropout.
     """
     model, size, shape, classes = network(name, dropout)
-    return around(name, model, size, shape, classes, each, steps)
+    return make_case(name, model, size, shape, classes, each, steps)
 
 
-def around(
+def make_case(
     name: str, model: nn.Module, size: int, shape: tuple[int, ...], classes: int, each: str = "weight", steps: int = 100
 ) -> Case:
+    """The problem of :func:`make` for any model."""
     clusters = torch.arange(size) % classes
     inputs = torch.randn(size, *shape) + torch.randn(classes, *shape)[clusters]
     labels = torch.where(torch.rand(size) < 0.2, torch.randint(classes, (size,)), clusters)
@@ -196,14 +200,14 @@ def around(
     unfused = partial(sdpa_kernel, SDPBackend.MATH) if name == "transformer" else nullcontext
     case = Case(label, problem, (inputs, labels), (inputs + 0.5 * torch.randn_like(inputs), clusters), unfused)
     step = training(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), problem.loss, case.batch)
-    for _ in range(10 * steps if name == "Iris MLP" else steps):  # away from the first weights, as a hyperstep would be
+    for _ in range(10 * steps if name == "Iris MLP" else steps):  # hypersteps do not happen at the initial weights
         step()
     model.zero_grad()
     return case
 
 
 def training(optimizer: torch.optim.Optimizer, loss: Callable[[Any], Tensor], batch: Any) -> Callable[[], None]:
-    """One step as a function of nothing."""
+    """One training step, as a function without arguments."""
 
     def step() -> None:
         optimizer.zero_grad()
@@ -214,7 +218,7 @@ def training(optimizer: torch.optim.Optimizer, loss: Callable[[Any], Tensor], ba
 
 
 def difference(ours: list[Tensor], theirs: list[Tensor], who: str, at_most: float = 1e-4) -> float:
-    """Relative distance of two answers; above ``at_most`` their times mean nothing, and none is taken."""
+    """Relative distance of two answers. Above ``at_most`` it is an error: comparing their times would be meaningless."""
     a, b = (torch.cat([value.flatten() for value in values]) for values in (ours, theirs))
     error = float((a - b).norm() / b.norm())
     if not error <= at_most:

@@ -1,4 +1,4 @@
-"""The pictures of a run and of a sweep."""
+"""Pictures of a run and of a sweep."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def curves(rows: Rows, title: str, path: Path) -> None:
-    """One run's cross-entropy on train, validation and test against outer steps, as the blog draws them."""
+    """Cross-entropy of one run on train, validation and test data against outer steps."""
     compared({title: [rows]}, path)
 
 
 def compared(groups: Mapping[str, Sequence[Rows]], path: Path) -> None:
-    """Cross-entropy of several groups of runs: mean over a group's runs, with a band of one standard error.
+    """Cross-entropy of several groups of runs: the mean over a group, with a band of one standard error.
 
-    A panel ends at three times the best last loss in it: a group that overfits leaves it instead of flattening the rest.
+    A panel is cut at three times its best final loss, so that a group that overfits does not flatten the others.
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharex=True, layout="constrained")
     colours = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
@@ -63,12 +63,12 @@ def compared(groups: Mapping[str, Sequence[Rows]], path: Path) -> None:
 
 
 def _short(label: str) -> str:
-    """``hoptim.solver.terms=5`` is ``terms=5`` in a legend; ``outer.lr`` and ``inner.lr`` stay apart."""
+    """A label for the legend: ``hoptim.solver.terms=5`` becomes ``terms=5``; ``outer.lr`` and ``inner.lr`` stay."""
     return re.sub(r"(?:hoptim\.\w+|task)\.(\w+=)", r"\1", label)
 
 
 def hyperparameters(rows: Rows, quantiles: Sequence[float], path: Path) -> None:
-    """The distribution of each hyperparameter over time: the median, and bands between quantiles."""
+    """The distribution of each hyperparameter over time: its median, and bands between quantiles."""
     names = list(rows[0]["hyperparameters"])
     figure, axes = plt.subplots(1, len(names), figsize=(1.5 + 4.5 * len(names), 4), squeeze=False, layout="constrained")
     steps = [row["outer_step"] for row in rows]

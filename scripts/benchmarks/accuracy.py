@@ -1,4 +1,4 @@
-"""Two sections on solving: the time to a given accuracy, and several right-hand sides at once."""
+"""Two sections on solvers: the time to reach a given accuracy, and several right-hand sides at once."""
 
 from __future__ import annotations
 
@@ -10,71 +10,68 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmark_cases import PROBLEMS, Case, make, training
-from benchmark_measure import Calls, Row, in_turn, ratio
-from benchmark_sections import solvers
+from torch import Tensor
 
 import hoptim
+from benchmarks.cases import PROBLEMS, Case, make, training
+from benchmarks.measure import Calls, Row, in_turn, ratio
+from benchmarks.sections import solvers
 
-Tree = dict[str, torch.Tensor]
 GOALS = {"residual 1e-2": "residual", "cosine 0.99": "cosine"}
 STEPS = (1.0, 1.5, 1.8, 1.9, 1.95, 1.99)  # over the largest eigenvalue
-MOST = 400  # terms tried of any solver but Neumann with a fixed step
-BEHIND = 20  # a Neumann series is given up when it has spent this many times the products of the best
+MOST = 400  # terms to try, of every solver except Neumann with a fixed step
+BEHIND = 20  # give a Neumann series up once it has used this many times the products of the best solver
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caught(hoptim.Solver):
-    """No solver: it keeps the operator and the right-hand side that :class:`hoptim.Implicit` built."""
+class Capture(hoptim.Solver):
+    """Not really a solver: it keeps the operator and the right-hand side that ``hoptim.Implicit`` has built."""
 
     box: list[Any]
 
-    def solve(self, A: Any, g: Tree, state: Any = None) -> hoptim.Solution:
+    def solve(self, A: Any, g: Tensor, state: Any = None) -> hoptim.Solution:
         self.box[:] = [A, g]
         return hoptim.Identity().solve(A, g)
 
 
 @dataclass(frozen=True)
 class System:
-    """A x = g of one case, and the exact x, computed in float64."""
+    """The system A x = g of one case, with its exact solution, computed in float64."""
 
     case: Case
     method: Callable[[hoptim.Solver], hoptim.Implicit]
     matrix: str
     A: Any
-    g: Tree
-    exact: Tree
+    g: Tensor
+    exact: Tensor
 
-    def residual(self, x: Tree) -> float:
-        return norm(subtract(self.g, self.A @ x)) / norm(self.g)
+    def residual(self, x: Tensor) -> float:
+        return norm(self.g - self.A @ x) / norm(self.g)
 
-    def cosine(self, x: Tree) -> float:
+    def cosine(self, x: Tensor) -> float:
         return dot(x, self.exact) / (norm(x) * norm(self.exact))
 
-    def reached(self, goal: str, x: Tree) -> bool:
+    def reached(self, goal: str, x: Tensor) -> bool:
         return self.residual(x) <= 1e-2 if goal == "residual" else self.cosine(x) >= 0.99
 
 
-def dot(x: Tree, y: Tree) -> float:
-    return float(sum((x[name].double() * y[name].double()).sum() for name in x))
+def dot(x: Tensor, y: Tensor) -> float:
+    return float(x.double() @ y.double())
 
 
-def norm(x: Tree) -> float:
+def norm(x: Tensor) -> float:
     return math.sqrt(dot(x, x))
 
 
-def subtract(x: Tree, y: Tree) -> Tree:
-    return {name: x[name] - y[name] for name in x}
-
-
-def caught(case: Case, method: Callable[[hoptim.Solver], hoptim.Implicit]) -> tuple[Any, Tree]:
+def capture(case: Case, method: Callable[[hoptim.Solver], hoptim.Implicit]) -> tuple[Any, Tensor]:
+    """The operator and the right-hand side that the method would solve with."""
     box: list[Any] = []
-    case.implicit(method(Caught(box=box)))
+    case.implicit(method(Capture(box=box)))
     return box[0], box[1]
 
 
 def system(case: Case) -> System:
-    """The exact Hessian's system where no negative curvature shows in 300 products, else damped Gauss-Newton's."""
+    """The exact Hessian's system if 300 products of MINRES meet no negative curvature, else damped Gauss-Newton's."""
     wide = case.in_float64()
 
     def exact(solver: hoptim.Solver) -> hoptim.Implicit:
@@ -83,19 +80,19 @@ def system(case: Case) -> System:
     def damped(solver: hoptim.Solver) -> hoptim.Implicit:
         return hoptim.Implicit(solver, curvature=hoptim.GaussNewton(), damping=1e-3)
 
-    look = hoptim.MINRES(terms=300, tolerance=1e-8).solve(*caught(wide, exact))
+    look = hoptim.MINRES(terms=300, tolerance=1e-8).solve(*capture(wide, exact))
     indefinite = look.status is hoptim.Status.NEGATIVE_CURVATURE
     method, matrix = (damped, "Gauss-Newton + 1e-3") if indefinite else (exact, "Hessian")
-    A, g = caught(wide, method)
+    A, g = capture(wide, method)
     x = hoptim.CG(terms=20_000, tolerance=1e-9).solve(A, g).value
-    left = norm(subtract(g, A @ x)) / norm(g)  # by a product, not by the solver's word
+    left = norm(g - A @ x) / norm(g)  # computed, not taken from the solver
     if not left < 1e-7:
         raise RuntimeError(f"{case.name}: the exact solution has a residual of {left:.1e}")
-    return System(case, method, matrix, *caught(case, method), x)
+    return System(case, method, matrix, *capture(case, method), x)
 
 
 def least(solver: Callable[[int], hoptim.Solver], to: System, goal: str, state: Any = None) -> int | None:
-    """The fewest terms that reach the goal: doubled until they do, then halved in between."""
+    """The fewest terms that reach the goal, found by doubling and then bisection; ``None`` if 400 do not."""
 
     def reaches(terms: int) -> bool:
         solution = solver(terms).solve(to.A, to.g, state)
@@ -114,27 +111,26 @@ def least(solver: Callable[[int], hoptim.Solver], to: System, goal: str, state: 
 
 
 def warm(terms: int) -> hoptim.Solver:
+    """CG that starts from the last solution."""
     return hoptim.WarmStart(hoptim.CG(terms=terms, tolerance=0.0))
 
 
-def carried(to: System, goal: str) -> dict[str, Tree]:
-    """What a warm start would carry from here: a solution that reaches the goal."""
+def carried(to: System, goal: str) -> dict[str, Tensor]:
+    """The state that a warm start would carry on from here: a solution that reaches the goal."""
     return dict(warm(least(warm, to, goal) or MOST).solve(to.A, to.g).state)
 
 
 def best_fixed_step(to: System, goal: str, at_most: int) -> tuple[float, int, bool]:
-    """The step of the grid whose Neumann series is there first, its terms, and whether it got there: a race of all steps.
+    """The step of the grid whose Neumann series reaches the goal first, its number of terms, and whether it got there.
 
-    The series is the textbook's, so that no check stops it early; the search is free, only the winner is timed.
+    The series is written out here, so that no check of hoptim's stops it early. Only the winner is timed, not the search.
     """
     largest = 1.0 / hoptim.Neumann(terms=0).solve(to.A, to.g).step_size
-    racing = {share / largest: (to.g, dict(to.g)) for share in STEPS}
+    racing = {share / largest: (to.g, to.g) for share in STEPS}
     for terms in range(1, at_most + 1):
         for step, (vector, total) in racing.items():
-            vector = {
-                name: v.add(p, alpha=-step) for (name, v), p in zip(vector.items(), (to.A @ vector).values(), strict=True)
-            }
-            racing[step] = vector, {name: total[name] + vector[name] for name in total}
+            vector = vector - step * (to.A @ vector)
+            racing[step] = vector, total + vector
         there = [step for step, (vector, total) in racing.items() if _there(to, goal, vector, total)]
         if there:
             return there[0], terms, True
@@ -142,17 +138,17 @@ def best_fixed_step(to: System, goal: str, at_most: int) -> tuple[float, int, bo
     return min(alive, key=alive.__getitem__), at_most, False
 
 
-def _there(to: System, goal: str, vector: Tree, total: Tree) -> bool:
-    """The residual of the sum is the next vector: the present one is a bound from above where the series shrinks."""
+def _there(to: System, goal: str, vector: Tensor, total: Tensor) -> bool:
+    """Whether the sum reaches the goal. Its residual is the next vector of the series, at most as long as this one."""
     return norm(vector) <= 1e-2 * norm(to.g) if goal == "residual" else to.cosine(total) >= 0.99
 
 
 def accuracy(rounds: int) -> list[Row]:
-    """Whole hypergradients whose x reaches a goal with the fewest terms: CPU seconds, and over the fastest one's.
+    """CPU seconds of a whole hypergradient with the fewest terms that reach the goal, and over those of the fastest solver.
 
-    "Neumann, best step": the fixed step of a grid of six that gets there first; ">": given up there, so a lower bound.
-    "best cold": the fastest eager one that starts from zero. "CG, warm": from a solution as good of ten training steps ago,
-    on the same batch. "compiled": with a compiled curvature, once it is.
+    "Neumann, best step": the one of six fixed steps that gets there first; ">": it was given up there, so a lower bound.
+    "best cold": the fastest eager solver that starts from zero. "CG, warm": started from an equally good solution ten
+    training steps earlier, on the same batch. "compiled": with a compiled curvature, compilation not counted.
     """
     rows = []
     for name in PROBLEMS:
@@ -172,12 +168,12 @@ def accuracy(rounds: int) -> list[Row]:
     return rows
 
 
-def _to_goal(to: System, label: str, goal: str, state: dict[str, Tree], rounds: int) -> list[Row]:
+def _to_goal(to: System, label: str, goal: str, state: dict[str, Tensor], rounds: int) -> list[Row]:
     builders = {name: lambda terms, name=name: solvers(terms)[name] for name in solvers(1)}
     terms = {
         name: least(build, to, goal) for name, build in builders.items() if name not in ("Identity", "Neumann, step given")
     }
-    ways: dict[str, tuple[hoptim.Implicit, Any, int]] = {}  # the method, what it starts from, its products
+    ways: dict[str, tuple[hoptim.Implicit, Any, int]] = {}  # method, state to start from, products
     for name, k in terms.items():
         if k is not None:
             ways[name] = to.method(builders[name](k)), None, builders[name](k).solve(to.A, to.g).products
@@ -205,25 +201,27 @@ def _to_goal(to: System, label: str, goal: str, state: dict[str, Tree], rounds: 
         figures |= {"over the best cold": ratio(times, name, cold), "over the fastest": ratio(times, name, fastest)}
         goals = {}
         if name == "Neumann, best step":
-            goals, figures["note"] = {"over the fastest": 5.0}, "there" if arrived else "> (given up)"
+            goals, figures["note"] = {"over the fastest": 5.0}, "reached" if arrived else "> (given up)"
         rows.append(Row(to.case.name, labels, figures, at_least=goals))
     return rows
 
 
 def sides(rounds: int) -> list[Row]:
-    """Eight products with the Hessian, over eight one by one: vmapped over chunks by hand, and as hoptim's operator does."""
+    """Eight Hessian products at once, over eight one by one: in chunks of 1 to 8 by vmap, and by hoptim's operator."""
     rows = []
     for name in PROBLEMS:
         case = make(name, dropout=0.0)
-        A, g = caught(case, lambda solver: hoptim.Implicit(solver, curvature=hoptim.Exact()))
-        many = {name: torch.randn(8, *value.shape) for name, value in g.items()}
-        weights = list(case.problem.model.parameters())
+        A, g = capture(case, lambda solver: hoptim.Implicit(solver, curvature=hoptim.Exact()))
+        many, weights = torch.randn(8, len(g)), list(case.problem.model.parameters())
         with case.unfused():
             gradient = torch.autograd.grad(case.problem.loss(case.batch), weights, create_graph=True)
 
-        def chunked(size: int, many: Tree = many, weights: Any = weights, gradient: Any = gradient) -> list[Any]:
+        pieces = many.split([p.numel() for p in weights], dim=1)
+        by_weight = [piece.view(8, *p.shape) for piece, p in zip(pieces, weights, strict=True)]
+
+        def chunked(size: int, many: Any = by_weight, weights: Any = weights, gradient: Any = gradient) -> list[Any]:
             found = []
-            for part in zip(*(value.split(size) for value in many.values()), strict=True):
+            for part in zip(*(value.split(size) for value in many), strict=True):
                 vectors, batched = (part, True) if size > 1 else ([value[0] for value in part], False)
                 found.append(torch.autograd.grad(gradient, weights, vectors, retain_graph=True, is_grads_batched=batched))
             return found

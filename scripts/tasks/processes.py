@@ -1,4 +1,4 @@
-"""Several processes under torchrun, each with its share of the data: they meet, and share out, and one of them writes."""
+"""Several processes started by torchrun, each with its share of the data; the first one writes the files."""
 
 from __future__ import annotations
 
@@ -15,49 +15,55 @@ from torch.nn.parallel import DistributedDataParallel
 import hoptim
 
 
-def _part() -> None:
-    """Gloo's threads outlive the group, since DDP keeps it, and free what the last collective held.
+def _leave() -> None:
+    """Leave the process group once gloo's threads are idle.
 
-    They need the interpreter for that, and abort the process where it ends first (pytorch/pytorch issue 190489).
+    DDP keeps the group alive, so its threads outlive it; they free what the last collective held, need the interpreter for
+    that, and abort the process if the interpreter has ended before (pytorch/pytorch issue 190489).
     """
     time.sleep(0.1)
     distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
-class Together:
-    """This process's number, and how many there are."""
+class Processes:
+    """The number of this process, and how many there are."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def met(cls) -> Together:
-        """All that torchrun has started, or this one alone."""
+    def join(cls) -> Processes:
+        """Join the processes that torchrun has started; without torchrun there is only this one."""
         if "WORLD_SIZE" not in os.environ:
             return cls()
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-            atexit.register(_part)
+            atexit.register(_leave)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
-    def writes(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
         return self.rank == 0
 
     def share(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Every size-th example, from this process's own on."""
+        """This process's share of a batch: every ``size``-th example.
+
+        >>> Processes(rank=1, size=2).share((torch.arange(5),))
+        (tensor([1, 3]),)
+        """
         return tuple(part[self.rank :: self.size] for part in batch)
 
-    def wrapped(self, problem: hoptim.Problem) -> hoptim.Problem:
-        """The problem of all of them."""
+    def wrap(self, problem: hoptim.Problem) -> hoptim.Problem:
+        """The problem with its model wrapped for distributed training."""
         if self.size == 1:
             return problem
         model = DistributedDataParallel(problem.model)
         return hoptim.Problem(model, problem.hparams, problem.train_loss, problem.val_loss)
 
-    def gathered(self, own: Any) -> list[Any]:
-        """What each of them has, on all."""
+    def gather(self, own: Any) -> list[Any]:
+        """The values of all processes, in each of them."""
         if self.size == 1:
             return [own]
         found: list[Any] = [None] * self.size

@@ -1,0 +1,128 @@
+"""The files of a run that has to survive a kill: checkpoint, rows of figures, and how they are written."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import hoptim
+from hoptim.tracking import JsonLines, WandB
+from tasks.processes import Processes
+
+log = logging.getLogger("hoptim.train")
+MUST_AGREE = ("name", "seed", "task", "inner", "outer", "inner_steps", "learn", "hyperparameters", "threads")
+
+
+class ResumeError(ValueError):
+    """The run in the folder cannot be resumed. Nothing in the folder has been touched."""
+
+
+def fingerprint(cfg: DictConfig, processes: int) -> str:
+    """Everything in which a run and its resumption must agree, as text."""
+    chosen = {
+        key: OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+        for key in MUST_AGREE
+    }
+    method = OmegaConf.to_container(cfg.hoptim.method, resolve=True)
+    return json.dumps({**chosen, "processes": processes, "method": method}, sort_keys=True)
+
+
+def save_checkpoint(
+    path: Path,
+    cfg: DictConfig,
+    problem: hoptim.Problem,
+    optimizer: hoptim.BilevelOptimizer,
+    outer_step: int,
+    boards: list[WandB],
+    processes: Processes,
+) -> None:
+    """Write everything that the rest of the run depends on, as tensors and plain values."""
+    generators = processes.gather(torch.get_rng_state())
+    if not processes.is_main:
+        return
+    state = {
+        "fingerprint": fingerprint(cfg, processes.size),
+        "outer_step": outer_step,
+        "model": problem.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": generators,
+        "wandb_id": boards[0].start().id if boards else None,
+    }
+    with open(path.with_name("metrics.jsonl"), "rb") as rows:
+        os.fsync(rows.fileno())  # a resumed run needs the rows up to its checkpoint
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_atomically(path, file.getvalue())
+
+
+def load_checkpoint(
+    path: Path, cfg: DictConfig, problem: hoptim.Problem, optimizer: hoptim.BilevelOptimizer, processes: Processes
+) -> Any:
+    """Restore the state of the run and return the checkpoint, or ``None`` if there is none yet."""
+    if not path.exists():
+        log.info("no checkpoint in %s yet: the run starts from its beginning", path.parent)
+        return None
+    saved = read_checkpoint(path)
+    if saved["fingerprint"] != (own := fingerprint(cfg, processes.size)):
+        raise ResumeError(f"{path} is of another run: {saved['fingerprint']} is not {own}; use resume=false")
+    if saved["outer_step"] > cfg.outer_steps:
+        raise ResumeError(
+            f"{path} is at outer step {saved['outer_step']}, past outer_steps={cfg.outer_steps}; use resume=false"
+        )
+    problem.model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"][processes.rank])
+    return saved
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint and verify its checksums, which ``torch.load`` does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
+        saved = torch.load(path, weights_only=True)
+        if "fingerprint" not in saved:
+            raise ValueError("it was not written by scripts/train.py")
+        return saved
+    except Exception as error:
+        reason, remedy = str(error).partition(". ")[0], "put a copy in its place, or start over: resume=false"
+        raise ResumeError(f"{path} is damaged or can't be read: {reason}; {remedy}") from error
+
+
+def keep_rows(metrics: JsonLines, last: int) -> list[dict[str, Any]]:
+    """Keep the rows up to outer step ``last``; a killed run may have written more, and half of a last one."""
+    path, rows = Path(metrics.path), []
+    if last and path.exists():
+        lines = path.read_text().splitlines()[:last]
+        with suppress(json.JSONDecodeError):
+            rows = [json.loads(line) for line in lines]
+    if [row["outer_step"] for row in rows] != list(range(1, last + 1)):
+        raise ResumeError(f"{path} does not hold the {last} rows up to the checkpoint's outer step; use resume=false")
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write the whole file or leave the old one: a failure in between does not damage it."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()  # it may be what fills the disk
+        remedy = "make room, or choose another root; resume=true continues from the last checkpoint"
+        raise OSError(error.errno, f"{error.strerror}: {remedy}", str(path)) from error
