@@ -53,9 +53,10 @@ class _Live:
         leaves: Tree = dict(problem.hparams.named_parameters())
         return cls(list(problem.joint.modules()), weights, leaves, dict(problem.joint.named_buffers()))
 
-    def fresh_buffers(self) -> Tree:
-        """Clones of the buffers, into which a forward pass may write."""
-        return {name: buffer.clone() for name, buffer in self.buffers.items()}
+
+def _clones(buffers: Tree) -> Tree:
+    """Clones of buffers, into which a forward pass may write."""
+    return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
 class Problem:
@@ -91,7 +92,7 @@ class Problem:
     """
 
     _live: _Live | None = None  # inside untouched and call: others may stand in the places of the live tensors there
-    _given: dict[str, Tree] | None = None  # inside call: all weights and leaves, those that stand in their places included
+    _given: dict[str, Tree] | None = None  # inside call: all weights, leaves and buffers that stand in place
 
     def __init__(
         self, model: nn.Module, hparams: nn.Module, train_loss: Loss, val_loss: Loss, *, process_group: Any = "auto"
@@ -154,9 +155,10 @@ class Problem:
             given = {"model." + name: t for name, t in weights.items()}
             given |= {"hparams." + name: t for name, t in leaves.items()}
             outside = self._given
-            self._given = {"weights": live.weights | weights, "leaves": live.leaves | leaves}
+            buffers: Tree = dict(self.joint.named_buffers()) if live.buffers else {}  # others may stand here already
+            self._given = {"weights": live.weights | weights, "leaves": live.leaves | leaves, "buffers": buffers}
             try:
-                return functional_call(self.joint, given | live.fresh_buffers(), (function,))
+                return functional_call(self.joint, given | _clones(buffers), (function,))
             finally:
                 self._given = outside
 
@@ -173,7 +175,7 @@ class Problem:
         first = name not in self._checked and torch.is_grad_enabled()
         renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes into these
         given = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
-        given |= live.fresh_buffers()
+        given |= _clones(self._given["buffers"])
         with uncompiled(), restore_attributes(live.parts):
             with losses_precision(), forbid_writes(name, weights, leaves, values=first):
                 losses = partial(self._losses, name, batch)
@@ -185,6 +187,7 @@ class Problem:
                 self._checked.add(name)
                 # The first forward pass may have built layers.
                 live.parts, live.buffers = list(self.joint.modules()), dict(self.joint.named_buffers())
+                self._given["buffers"] = live.buffers
             yield found
 
     def pure(
