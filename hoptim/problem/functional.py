@@ -6,6 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import Context
 from typing import Any, TypeVar
 
 import torch
@@ -135,19 +136,20 @@ class _ProcessWide:
 
     def __init__(self, *settings: Callable[[], AbstractContextManager[Any]]) -> None:
         self._settings, self._stack, self._threads, self._lock = settings, ExitStack(), 0, threading.Lock()
+        self._context = Context()  # where torch 2.15's sdpa_kernel is left by the thread that entered it, or by another one
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._threads:
                 for setting in self._settings:
-                    self._stack.enter_context(setting())
+                    self._context.run(self._stack.enter_context, setting())
             self._threads += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._threads -= 1
             if not self._threads:
-                self._stack.close()
+                self._context.run(self._stack.close)
 
 
 class _NonReentrant:

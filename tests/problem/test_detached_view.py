@@ -486,7 +486,7 @@ def test_torchs_own_modules_are_seen_as_they_are(name: str) -> None:
                 p.mul_(1.5)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_torchscript_is_refused() -> None:
     hparams = nn.Sequential(torch.jit.script(nn.Linear(2, 1)))
     view = DetachedView(hparams)

@@ -35,7 +35,7 @@ from hoptim.methods.inner_step import KINDS
 
 pytestmark = pytest.mark.filterwarnings(
     "error",
-    "ignore:.*torch.jit.script:DeprecationWarning",
+    "ignore:.*torch.jit.script",
     "ignore:Converting a tensor with requires_grad=True to a scalar",  # by LBFGS itself, in older versions of torch
 )
 

@@ -21,7 +21,7 @@ from hoptim import BilevelOptimizer, Exact, Implicit, Neumann, Record, Unrolled
 
 pytestmark = pytest.mark.filterwarnings(
     "error",
-    "ignore:.*torch.jit.script:DeprecationWarning",
+    "ignore:.*torch.jit.script",
     "ignore:The epoch parameter in `scheduler.step",  # which SequentialLR gives itself, in older versions of torch
     "ignore:Converting a tensor with requires_grad=True to a scalar",  # by ReduceLROnPlateau, likewise
 )
