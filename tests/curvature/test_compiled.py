@@ -210,7 +210,7 @@ def test_float32_dropout_and_right_hand_sides_at_once() -> None:
         assert distance({name: value[r] for name, value in many.items()}, product(found, row)) < 1e-5
         assert distance({n: None if t is None else t[r] for n, t in several.items()}, mixed(found, row)) < 1e-5
     one = flat(found, row)
-    assert torch.equal(found.A @ one.repeat(2, 1).T[:, 0], found.A @ one), "a vector of another layout"
+    assert torch.equal(found.A @ torch.stack([one, -one], 1)[:, 0], found.A @ one), "a vector of another layout"
     assert torch.equal(found.A @ one.double(), found.A @ one), "or of another type"
 
 
@@ -260,6 +260,8 @@ def test_gauss_newton(counted: list[str]) -> None:
     assert distance(found.layout.unflatten(found.value), value) < 1e-12
     assert distance(mixed(found, v), Bv) < 1e-10, "B is that of the exact gradient"
     assert distance(product(found, v), Av) > 1e-2, "and A is not"
+    take(problem, batch, gauss_newton=True)
+    assert distance(product(take(problem, batch), v), Av) < 1e-10, "each curvature has a program of its own"
 
 
 # The graphs as they are -------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def test_dual_numbers_and_a_second_backward_pass_agree(name: str) -> None:
         inputs, found = Inputs.of(point), []
         for way, how in ((by_dual_numbers, layout), (by_second_pass, Exact())):
             with problem.untouched():  # the same masks
-                found.append(way(problem, inputs, how, v))
+                found.append(way(problem, inputs, how, inputs.tensors(), v))
         return found
 
     (loss, F, Av, Bv), (loss2, F2, Av2, Bv2) = point.inside(both)
@@ -300,6 +302,7 @@ def test_only_another_shape_or_mode_compiles_again(counted: list[str]) -> None:
     problem.model.eval()
     assert use(batch) == 3
     problem.model.train()
+    assert use(batch) == 0
     problem.model[1].p = 0.25
     assert use(batch) == 3
     assert use({**batch, "tag": "other"}) == 3
@@ -323,12 +326,23 @@ def test_masks_are_torchs_own(counted: list[str], p: float) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_noise_is_the_same_in_all_products(counted: list[str]) -> None:
+    def noisy(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return hparams.temperature * (torch.rand(6, 3) * model(batch["x"]) + torch.randn(3)).square().sum()
+
+    problem, batch = make(nn.Linear(4, 3), (4,), noisy)
+    v = random_like(problem.weights())
+    for seed in range(2):
+        assert_same(take(problem, batch, seed), plain(problem, batch, v, seed), v, 1e-10)
+
+
 def test_frozen_weights_constants_and_buffers_are_read_anew(counted: list[str]) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
     model.eval()
     model[3].requires_grad_(False)
     scale = torch.ones(())
     problem, batch = make(model, (4,), lambda m, h, b: scale * LOSS(m, h, b))
+    problem.hparams.temperature.requires_grad_(False)
     v = random_like(problem.weights())
     assert_same(take(problem, batch), plain(problem, batch, v), v, 1e-10)
     before = len(counted)
@@ -337,6 +351,7 @@ def test_frozen_weights_constants_and_buffers_are_read_anew(counted: list[str]) 
         scale.fill_(3.0)
     model[3].weight = nn.Parameter(torch.randn(3, 5), requires_grad=False)  # another tensor in its place
     model[1].running_mean = torch.randn(5)
+    problem.hparams.temperature = nn.Parameter(torch.tensor(0.6), requires_grad=False)
     assert_same(take(problem, batch), plain(problem, batch, v), v, 1e-10)
     assert len(counted) == before
 
@@ -536,6 +551,23 @@ def test_no_curvature_is_a_zero_product(counted: list[str]) -> None:
     one = random_like(problem.weights())
     expected = (batch["x"] @ one["weight"].T + one["bias"]).sum()  # the derivative of Σ (w x + b) along v
     assert float((mixed(found, one)["temperature"] - expected).abs()) < 1e-12
+
+
+class Blocked(torch.autograd.Function):
+    """The identity, with a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return torch.zeros(())
+
+
+def test_a_mixed_product_that_is_zero_whatever_the_vector_is(counted: list[str]) -> None:
+    problem, batch = make(nn.Linear(4, 3), (4,), lambda m, h, b: Blocked.apply(h.temperature) * m(b["x"]).square().sum())
+    assert set(mixed(take(problem, batch), random_like(problem.weights(), 3)).values()) == {None}
 
 
 def test_after_many_programs_plain_pytorch_takes_over_with_a_word(

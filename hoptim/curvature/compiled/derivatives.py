@@ -56,8 +56,11 @@ class Inputs(NamedTuple):
         return inputs
 
 
-def by_second_pass(problem: Problem, inputs: Inputs, curvature: SecondOrder, v: Tensor) -> Derivatives:
-    """As without compilation: by backward passes through the graph of F."""
+def by_second_pass(
+    problem: Problem, inputs: Inputs, curvature: SecondOrder, tensors: Sequence[Tensor], v: Tensor
+) -> Derivatives:
+    """With ``tensors`` in the inputs, as without compilation: by backward passes through the graph of F."""
+    inputs = inputs.at(tensors)
     weights, leaves = as_leaves(inputs.weights), as_leaves(inputs.leaves)
 
     def use(loss: Tensor, parts: LossParts | None) -> Derivatives:
@@ -68,12 +71,13 @@ def by_second_pass(problem: Problem, inputs: Inputs, curvature: SecondOrder, v: 
     return _evaluate(problem, inputs._replace(weights=weights, leaves=leaves), use)
 
 
-def by_dual_numbers(problem: Problem, inputs: Inputs, layout: Layout, v: Tensor) -> Derivatives:
-    """For the Hessian alone: the derivative of (∇_w L_T, ∇_λ L_T) along v.
+def by_dual_numbers(problem: Problem, inputs: Inputs, layout: Layout, tensors: Sequence[Tensor], v: Tensor) -> Derivatives:
+    """The same for the Hessian alone: by the derivative of (∇_w L_T, ∇_λ L_T) along v.
 
     A compiled product of a convolutional net takes 0.85 of the time so. On other nets it takes as long, and more at a new
     point; nor does torch know the dual numbers of every operation.
     """
+    inputs = inputs.at(tensors)
     weights, leaves, along = as_leaves(inputs.weights), as_leaves(inputs.leaves), layout.unflatten(v)
 
     def use(loss: Tensor, _: LossParts | None) -> Derivatives:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from hoptim.curvature.compiled.derivatives import Derivatives, Inputs, SecondOrder, by_dual_numbers, by_second_pass
+from hoptim.curvature.compiled.derivatives import Inputs, SecondOrder, by_dual_numbers, by_second_pass
 from hoptim.curvature.compiled.program import Program
 from hoptim.curvature.compiled.splitting import UntraceableError
 from hoptim.curvature.linearization import GradientGraph, Linearization, Point
@@ -29,7 +29,6 @@ TOO_MANY = (
     f"it was compiled {MOST_PROGRAMS} times, for as many shapes, modes or Python values. Give batches of one size, and make "
     "a number that changes a tensor of hparams, of the batch or in a buffer"
 )
-_NEW = object()
 
 
 def compiled_linearization(point: Point, curvature: SecondOrder, *, is_hessian: bool) -> Linearization | None:
@@ -70,7 +69,7 @@ def compiled_linearization(point: Point, curvature: SecondOrder, *, is_hessian: 
     try:
         inputs = Inputs.of(point)
         key = (curvature, *_key(problem, inputs))
-        program = cache.programs.get(key, _NEW)
+        program = cache.programs.get(key, "new")
     except Exception as error:  # no key: an unknown class in the batch, or a value without a hash
         cache.give_up(error)
         return None
@@ -140,19 +139,13 @@ def _make(point: Point, inputs: Inputs, curvature: SecondOrder, is_hessian: bool
     problem, tensors = point.problem, inputs.tensors()
     with problem.untouched(), problem.evaluated("train_loss", point.batch) as (loss, parts):
         graph = GradientGraph(loss, point.weights, point.leaves, parts)
-    layout, untouched = graph.layout, graph.untouched
-
-    def second_pass(tensors: Sequence[Tensor], v: Tensor) -> Derivatives:
-        return by_second_pass(problem, inputs.at(tensors), curvature, v)
-
-    def dual_numbers(tensors: Sequence[Tensor], v: Tensor) -> Derivatives:
-        return by_dual_numbers(problem, inputs.at(tensors), layout, v)
-
-    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in problem.model.modules())
-    for function in (dual_numbers, second_pass) if is_hessian and convolves else (second_pass,):
+    ways = [partial(by_second_pass, problem, inputs, curvature)]
+    if is_hessian and any(isinstance(part, nn.modules.conv._ConvNd) for part in problem.model.modules()):
+        ways.insert(0, partial(by_dual_numbers, problem, inputs, graph.layout))
+    for function in ways:
         try:
             with problem.untouched():
-                program = Program(function, tensors, layout, untouched)
+                program = Program(function, tensors, graph.layout, graph.untouched)
             with problem.untouched():
                 found = program.at(tensors)
             with problem.untouched():
@@ -160,20 +153,13 @@ def _make(point: Point, inputs: Inputs, curvature: SecondOrder, is_hessian: bool
                     raise UntraceableError(off)
             return program
         except Exception:
-            if function is second_pass:
+            if function is ways[-1]:
                 raise
     raise AssertionError
 
 
 def _what_is_off(found: Linearization, point: Point, curvature: SecondOrder, is_due: bool) -> str:
-    """What plain PyTorch gives something else for, in words; nothing where it gives the same.
-
-    Args:
-        found: by a program.
-        point: where, in the same random state.
-        curvature: A.
-        is_due: whether all is compared, and not L_T alone.
-    """
+    """What plain PyTorch gives otherwise than a program, in words, or nothing; unless ``is_due``, L_T alone is compared."""
     with point.problem.evaluated("train_loss", point.batch) as (loss, parts):
         L, epsilon = loss.detach(), epsilon_of_losses(*found.layout.dtypes)
         half, fifth = epsilon**0.5, epsilon**0.2  # of the digits

@@ -43,11 +43,7 @@ def traced(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
         return graph
 
     with _no_warnings():  # first through autograd; then without mutations, and what is empty like an input without the input
-        graph = trace(functionalize(trace(function)), get_decompositions([aten.empty_like]))
-    for node in graph.graph.nodes:
-        if _has_tag(node, torch.Tag.dynamic_output_shape) or _has_tag(node, torch.Tag.data_dependent_output):
-            raise UntraceableError(f"{node.target}: what it returns to Python depends on values")
-    return graph
+        return trace(functionalize(trace(function)), get_decompositions([aten.empty_like]))
 
 
 @dataclass
@@ -98,8 +94,6 @@ def dependents(graph: GraphModule, root: Node) -> set[Node]:
     for node in graph.graph.nodes:
         if root in node.all_input_nodes or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
-            if is_random(node):
-                raise UntraceableError(f"{node.target}: random numbers that depend on the vector")
     return found
 
 
