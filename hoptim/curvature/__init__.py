@@ -61,8 +61,8 @@ outside: use `FiniteDifference(step=0.1)` there.
 # Compiled products
 
 `Exact(compile=True)` and `GaussNewton(compile=True)` trace the training loss once, split it into a part that is run once
-for each hypergradient and a part that is run for each product, and compile both. With 20 terms of Neumann this takes 0.54
-to 0.90 of the eager time for `Exact`, 0.45 to 0.85 for `GaussNewton` (`python scripts/benchmark.py --only compiled`).
+for each hypergradient and a part that is run for each product, and compile both. With 20 terms of Neumann this takes 0.63
+to 0.92 of the eager time for `Exact`, 0.57 to 0.88 for `GaussNewton` (`python scripts/benchmark.py --only compiled`).
 Compilation takes 6 to 29 s, once for each run and each shape of batch; when only values change, nothing is compiled
 again. A loss that cannot be traced is computed as without `compile`, with a warning that names the operation. A Python
 value that the loss reads is built into the compiled code. If it changes, the products no longer agree with plain
