@@ -21,7 +21,7 @@ from hoptim.problem.problem import Problem, set_generators
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class RecordedLoss:
     """One training loss: its batch, and the random states it began with, by device; ``None``: those that the last one left.
 
     ``share`` is what its backward pass was begun with: 1, or less where losses are scaled to be added up.
@@ -36,19 +36,19 @@ class Seen:
 class Step:
     """One inner step: the losses whose gradients it added up, and the dynamics with the options it had."""
 
-    seen: tuple[Seen, ...]
+    losses: tuple[RecordedLoss, ...]
     dynamics: InnerStep
 
     def with_generators(self, problem: Problem) -> Step:
         """The same, its first loss beginning with the present random states if it has none of its own."""
-        first, *others = self.seen
+        first, *others = self.losses
         if first.generators is not None:
             return self
-        return replace(self, seen=(replace(first, generators=problem.generators()), *others))
+        return replace(self, losses=(replace(first, generators=problem.generators()), *others))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Snapshot:
     """Weights and the inner optimizer's state between two steps."""
 
     weights: Tree
@@ -59,17 +59,17 @@ class Place:
 class Trajectory:
     """Where some inner steps began, and the steps."""
 
-    start: Place
+    start: Snapshot
     steps: tuple[Step, ...]
 
 
 def look_ahead(problem: Problem, inner: Optimizer, draw: Callable[[], Any], steps: int) -> Trajectory:
     """The steps that would come next from the present weights, on the batches that ``draw`` gives."""
     dynamics = InnerStep.of(inner, problem.weights(), problem.leaves())
-    start = Place(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
-    seen = [Seen(batch=draw()) for _ in range(steps)]
-    seen[0] = replace(seen[0], generators=problem.generators())
-    return Trajectory(start=start, steps=tuple(Step(seen=(one,), dynamics=dynamics) for one in seen))
+    start = Snapshot(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
+    losses = [RecordedLoss(batch=draw()) for _ in range(steps)]
+    losses[0] = replace(losses[0], generators=problem.generators())
+    return Trajectory(start=start, steps=tuple(Step(losses=(one,), dynamics=dynamics) for one in losses))
 
 
 class Recorder:
@@ -79,30 +79,30 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self._start: Place | None = None
+        self._start: Snapshot | None = None
         self._steps: list[Step] = []
-        self._added: list[Seen] = []
+        self._added: list[RecordedLoss] = []
         self._dynamics: InnerStep | None = None
 
     def cleared(self) -> None:
         """The gradients were cleared: the backward passes since the last step count no more."""
         self._added = []
 
-    def saw(self, problem: Problem, inner: Optimizer, batch: Any) -> Callable[[Tensor], None]:
+    def record_loss(self, problem: Problem, inner: Optimizer, batch: Any) -> Callable[[Tensor], None]:
         """A training loss is about to be computed; what is returned belongs on its backward pass."""
         if not self._added:  # options may change between steps, but not between the losses of one
             first = self._start is None
             dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), with_state=first)
             if first:
-                self._start = Place(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
+                self._start = Snapshot(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
             self._dynamics = replace(dynamics, state={})
-        seen = Seen(batch=batch, generators=problem.generators())
-        return lambda share: self._added.append(replace(seen, share=share.detach()))
+        loss = RecordedLoss(batch=batch, generators=problem.generators())
+        return lambda share: self._added.append(replace(loss, share=share.detach()))
 
     def stepped(self) -> None:
         """The inner step was taken."""
         if self._added and self._dynamics is not None:
-            self._steps.append(Step(seen=tuple(self._added), dynamics=self._dynamics))
+            self._steps.append(Step(losses=tuple(self._added), dynamics=self._dynamics))
         self._added = []
 
     def check(self, steps: int) -> None:
@@ -131,7 +131,7 @@ class Recorder:
             "state": self._start.state,
             "steps": [
                 {
-                    "seen": [(one.batch, one.generators, float(one.share)) for one in step.seen],
+                    "seen": [(one.batch, one.generators, float(one.share)) for one in step.losses],
                     "groups": _plain(step.dynamics),
                 }
                 for step in self._steps
@@ -143,22 +143,22 @@ class Recorder:
         self._start, self._steps, self._added = None, [], []
         if saved is None:
             return
-        self._start = Place(
+        self._start = Snapshot(
             weights={name: value.to(live[name].device) for name, value in saved["weights"].items()},
             state={name: _moved(entries, live[name].device) for name, entries in saved["state"].items()},
         )
         dynamics = InnerStep.of(inner, {}, {})
         for step in saved["steps"]:
-            seen = tuple(
-                Seen(batch=batch, generators=states and trees.map_tree(Tensor.cpu, states), share=share)
+            losses = tuple(
+                RecordedLoss(batch=batch, generators=states and trees.map_tree(Tensor.cpu, states), share=share)
                 for batch, states, share in step["seen"]
             )
-            self._steps.append(Step(seen=seen, dynamics=replace(dynamics, groups=_groups(step["groups"]))))
+            self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=_groups(step["groups"]))))
 
 
 @contextmanager
 def summed_gradient(
-    problem: Problem, seen: Sequence[Seen], weights: Tree, leaves: Tree, *, graph: bool
+    problem: Problem, losses: Sequence[RecordedLoss], weights: Tree, leaves: Tree, *, graph: bool
 ) -> Iterator[tuple[Tree, Tensor]]:
     """∇_w of the sum of the losses by their shares, and that sum, at tensors that stand in the model's place.
 
@@ -166,10 +166,10 @@ def summed_gradient(
     """
     slope: Tree = {}
     total = next(iter(weights.values())).new_zeros(())
-    with ExitStack() as losses:
-        for one in seen:
+    with ExitStack() as stack:
+        for one in losses:
             set_generators(one.generators or {})
-            loss, _ = losses.enter_context(problem.evaluated("train_loss", one.batch))
+            loss, _ = stack.enter_context(problem.evaluated("train_loss", one.batch))
             if graph:
                 check_twice_differentiable(problem, loss, weights, leaves, one.batch)
             loss = loss * one.share

@@ -15,7 +15,7 @@ from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import vjp
 from hoptim.methods.inner_step import State as InnerState
 from hoptim.methods.method import Method, TrainingContext
-from hoptim.methods.replay import Place, Step, Trajectory, look_ahead, summed_gradient
+from hoptim.methods.replay import Snapshot, Step, Trajectory, look_ahead, summed_gradient
 from hoptim.methods.result import Hypergradient, assemble
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.problem import Problem
@@ -86,15 +86,15 @@ class Unrolled(Method):
             trajectory = taken or look_ahead(problem, loop.inner, loop.draw or (lambda: train_batch), self.steps)
             leaves = as_leaves(problem.leaves())
             stride = math.isqrt(len(trajectory.steps) - 1) + 1 if self.checkpoint else 1
-            trajectory, places, loss, gradient = replay(problem, trajectory, leaves, stride)
-            end = places.pop()
+            trajectory, snapshots, loss, gradient = replay(problem, trajectory, leaves, stride)
+            end = snapshots.pop()
             if not gradient:
                 raise ValueError(
                     f"the training loss touches none of the weights {list(end.weights)}: compute it with the model"
                 )
             weights = as_leaves({**problem.weights(), **end.weights})
             validation = problem.call(weights, leaves, lambda: validate(problem, weights, leaves, val_batch))
-            back = _back(problem, trajectory, places, stride, leaves, {name: validation.g[name] for name in end.weights})
+            back = _back(problem, trajectory, snapshots, stride, leaves, {name: validation.g[name] for name in end.weights})
             error = None if taken is None else _replay_error(trajectory, end, problem.weights())
             solution = _solution_of(back, self.steps, error)
             indirect = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
@@ -113,42 +113,42 @@ class _Back:
 
 def replay(
     problem: Problem, trajectory: Trajectory, leaves: Tree, stride: int
-) -> tuple[Trajectory, list[Place], Tensor, Tree]:
+) -> tuple[Trajectory, list[Snapshot], Tensor, Tree]:
     """Take the steps without a graph.
 
     Returns:
-        The steps with their random states, every ``stride``-th place and the end, and the last loss with its gradient.
+        The steps with their random states, every ``stride``-th snapshot and the end, and the last loss with its gradient.
     """
-    places, steps, at = [], [], trajectory.start
+    snapshots, steps, at = [], [], trajectory.start
     loss, gradient = at.weights[next(iter(at.weights))].new_zeros(()), at.weights
     for number, step in enumerate(trajectory.steps):
         if number % stride == 0:
-            places.append(at)
+            snapshots.append(at)
         steps.append(step.with_generators(problem))
         at, loss, gradient = _advance(problem, steps[-1], at, leaves)
-    return replace(trajectory, steps=tuple(steps)), [*places, at], loss, gradient
+    return replace(trajectory, steps=tuple(steps)), [*snapshots, at], loss, gradient
 
 
-def _advance(problem: Problem, step: Step, at: Place, leaves: Tree) -> tuple[Place, Tensor, Tree]:
-    """The place after one step, with the loss and the gradient before it."""
+def _advance(problem: Problem, step: Step, at: Snapshot, leaves: Tree) -> tuple[Snapshot, Tensor, Tree]:
+    """The snapshot after one step, with the loss and the gradient before it."""
     weights = as_leaves(at.weights)
 
     def inside() -> tuple[Tree, Tensor]:
-        with summed_gradient(problem, step.seen, weights, leaves, graph=False) as found:
+        with summed_gradient(problem, step.losses, weights, leaves, graph=False) as found:
             return found
 
     gradient, loss = problem.call(weights, leaves, inside)
     with torch.no_grad():
         new, state = step.dynamics.step(at.weights, gradient, leaves, at.state)
-    return Place(weights=new, state=state), loss, gradient
+    return Snapshot(weights=new, state=state), loss, gradient
 
 
-def _back(problem: Problem, trajectory: Trajectory, places: list[Place], stride: int, leaves: Tree, g: Tree) -> _Back:
+def _back(problem: Problem, trajectory: Trajectory, snapshots: list[Snapshot], stride: int, leaves: Tree, g: Tree) -> _Back:
     """From the end to the start, segment by segment, step by step."""
     back = _Back(weights=g, state={}, leaves=dict.fromkeys(leaves), norms=(_norm(g, trajectory.start.weights),))
-    for number in reversed(range(len(places))):
+    for number in reversed(range(len(snapshots))):
         segment = trajectory.steps[number * stride : (number + 1) * stride]
-        along = [places[number]]
+        along = [snapshots[number]]
         for step in segment[:-1]:
             along.append(_advance(problem, step, along[-1], leaves)[0])
         for step, at in zip(reversed(segment), reversed(along), strict=True):
@@ -156,7 +156,7 @@ def _back(problem: Problem, trajectory: Trajectory, places: list[Place], stride:
     return back
 
 
-def _through(problem: Problem, step: Step, at: Place, leaves: Tree, back: _Back) -> _Back:
+def _through(problem: Problem, step: Step, at: Snapshot, leaves: Tree, back: _Back) -> _Back:
     """Back through one step, whose graph lives only here."""
     w, state = as_leaves(at.weights), _flat(at.state)
     counts = {path: value for path, value in state.items() if path.startswith("step|")}  # torch wants them without a graph
@@ -164,7 +164,7 @@ def _through(problem: Problem, step: Step, at: Place, leaves: Tree, back: _Back)
     batched = next(iter(back.weights.values())).ndim > next(iter(w.values())).ndim
 
     def inside() -> _Back:
-        with summed_gradient(problem, step.seen, w, leaves, graph=True) as (gradient, _):
+        with summed_gradient(problem, step.losses, w, leaves, graph=True) as (gradient, _):
             weights, after = step.dynamics.step(w, gradient, leaves, _nested(counts | flat))
             outputs = {**_keyed("w", weights), **_keyed("s", _flat(after))}
             cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state)}
@@ -201,7 +201,7 @@ def _solution_of(back: _Back, steps: int, replayed: float | None) -> Solution:
     return Solution(value=back.weights, status=status, detail=detail, residuals=residuals, products=len(residuals), state={})
 
 
-def _replay_error(trajectory: Trajectory, end: Place, live: Tree) -> float:
+def _replay_error(trajectory: Trajectory, end: Snapshot, live: Tree) -> float:
     """How far the replay ends from the live weights, relative to how far those have moved."""
     names = list(end.weights)
     missed = trees.norm({name: end.weights[name] - live[name].detach() for name in names})

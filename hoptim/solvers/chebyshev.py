@@ -90,17 +90,17 @@ class Chebyshev(Iterative):
             rho, rho_before = 1 / (2 * theta - delta**2 * rho), rho
             axpy_(scale_(d, delta**2 * rho * rho_before), 2 * rho, r)
 
-        seen, failed, told = run.read(), None, State()
-        if (growth := seen.growth) is not None:
+        history, failed, told = run.read(), None, State()
+        if (growth := history.growth) is not None:
             failed = Status.STEP_TOO_LARGE if growth.curvature > 0 else Status.CURVATURE_TOO_NEGATIVE
             told = {"direction": unit(r.reshape(-1, A.size)[growth.side])}  # which the power iteration has overlooked
-        high = float(seen.curvatures.amax().clamp(min=0.0))
+        high = float(history.curvatures.amax().clamp(min=0.0))
         return run.finish(
             x,
-            seen,
+            history,
             failed=failed,
-            negative=bool((seen.curvatures < NEGATIVE * b).any()),
-            remark=Status.GROWING if bool((seen.residuals > 1 + 1e-5).any()) else None,  # on [0, b] none outgrows g
-            detail=f"on the interval [{a:.3g}, {b:.3g}], along curvatures from {seen.lowest:.3g} to {high:.3g}",
+            negative=bool((history.curvatures < NEGATIVE * b).any()),
+            remark=Status.GROWING if bool((history.residuals > 1 + 1e-5).any()) else None,  # on [0, b] none outgrows g
+            detail=f"on the interval [{a:.3g}, {b:.3g}], along curvatures from {history.lowest:.3g} to {high:.3g}",
             state=told,
         )

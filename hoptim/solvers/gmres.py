@@ -13,7 +13,7 @@ from hoptim.linalg.lanczos import orthogonalise_
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_, scale_
 from hoptim.solvers.base import Iterative, check_operator, inverse
-from hoptim.solvers.run import Run, Seen
+from hoptim.solvers.run import Run, SolveHistory
 from hoptim.solvers.solution import Solution, State, Status
 
 
@@ -78,5 +78,7 @@ class GMRES(Iterative):
         run.norms[-1] = least.to(residual)
         ritz = torch.linalg.eigvals(H[..., :-1, :]).movedim(-1, 0)  # zero where a right-hand side had stopped
         largest = torch.linalg.matrix_norm(H, 2)
-        seen = Seen(start=beta[0], largest=largest, residuals=(least * inverse(beta[0]))[None], curvatures=ritz.real)
-        return run.finish(x, seen, met="met a Ritz value with the real part")
+        history = SolveHistory(
+            start=beta[0], largest=largest, residuals=(least * inverse(beta[0]))[None], curvatures=ritz.real
+        )
+        return run.finish(x, history, met="met a Ritz value with the real part")

@@ -14,7 +14,7 @@ from hoptim.linalg.lanczos import spectral_norm, start_vector
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_, scale_, unit
 from hoptim.solvers.base import Solver, carried, check_terms, check_tolerance, rayleigh
-from hoptim.solvers.run import GROWTH_LIMIT, Growth, Run, Seen
+from hoptim.solvers.run import GROWTH_LIMIT, Growth, Run, SolveHistory
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import is_finite
 
@@ -85,24 +85,24 @@ class Neumann(Solver):
             return run.finish(x, run.read(), step_size=alpha)
         before = axpy_(v.clone(), -step, Av)  # the last vector that was multiplied
         run.curvatures, run.largest = [rayleigh(A, before, Av)], torch.full_like(run.start, 1 / alpha)
-        seen = run.read()
-        if (growth := seen.growth) is not None:
+        history = run.read()
+        if (growth := history.growth) is not None:
             stretch = float((A.norm(Av) / A.norm(before)).reshape(-1)[growth.side])
             facts = _failure(A, alpha, growth, stretch)
             if facts["failed"] is Status.STEP_TOO_LARGE:
                 facts["state"] = {"direction": unit(v.reshape(-1, A.size)[growth.side])}
         else:
-            facts = {} if seen.is_negative else _remark(A, alpha, seen)
-        return run.finish(x, seen, met="the curvature along the last term is", step_size=alpha, **facts)
+            facts = {} if history.is_negative else _remark(A, alpha, history)
+        return run.finish(x, history, met="the curvature along the last term is", step_size=alpha, **facts)
 
 
-def _remark(A: Operator, alpha: float, seen: Seen) -> dict[str, Any]:
+def _remark(A: Operator, alpha: float, history: SolveHistory) -> dict[str, Any]:
     """What a bounded series tells: its vectors shrink steadily where every eigenvalue of αA lies in [0, 1]."""
-    lengths = torch.cat([torch.ones_like(seen.start)[None], seen.residuals])
+    lengths = torch.cat([torch.ones_like(history.start)[None], history.residuals])
     if not bool((lengths[1:] > lengths[:-1] * (1 + 1e-5)).any()):
         return {}
     step, longer = f"step size {alpha:.3g}", "a term is longer than the one before it"
-    high = float(seen.curvatures.amax())
+    high = float(history.curvatures.amax())
     if high * alpha > 1:
         return {"remark": Status.GROWING, "detail": f"{step}, curvature along the last term {high:.3g}"}
     if A.is_symmetric:

@@ -11,7 +11,7 @@ from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_
 from hoptim.solvers.base import Solver, check_operator
-from hoptim.solvers.run import Run, Seen
+from hoptim.solvers.run import Run, SolveHistory
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import is_finite, is_whole
 
@@ -74,10 +74,12 @@ class Nystrom(Solver):
         run.record_residual(A.norm(left))
         damped = A.norm(axpy_(left, -self.rho, x)) / run.scale
         start, residual, damped = torch.stack([run.start, *run.residuals, damped]).double().cpu()
-        seen = Seen(start=start, largest=w.abs().amax().expand_as(start), residuals=residual[None], curvatures=w[:, None])
+        history = SolveHistory(
+            start=start, largest=w.abs().amax().expand_as(start), residuals=residual[None], curvatures=w[:, None]
+        )
         solution = run.finish(
             x,
-            seen,
+            history,
             met="met a curvature of",
             remark=Status.LARGE_RESIDUAL if bool((damped > 1 + 1e-5).any()) else Status.FINISHED,
             detail=f"‖g − (A + {self.rho:g} I)x‖ / ‖g‖ = {float(damped.amax()):.3g}",

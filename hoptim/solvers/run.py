@@ -82,19 +82,19 @@ class Run:
         """‖g − Aᵀx‖ / ‖g‖ after each term, on the device."""
         return torch.stack(self.norms) / self.scale if self.norms else self.start.new_empty((0, *self.start.shape))
 
-    def read(self) -> Seen:
+    def read(self) -> SolveHistory:
         """What was recorded, on the host."""
         found = torch.stack([self.start, self.scale, self.largest, *self.norms, *self.curvatures]).double().cpu()
         start, scale, largest = found[:3]
         norms, curvatures = found[3:].split([len(self.norms), len(self.curvatures)])
         if len(curvatures):
             largest = torch.maximum(largest, curvatures.abs().amax(0))
-        return Seen(start=start, largest=largest, residuals=norms / scale, curvatures=curvatures)
+        return SolveHistory(start=start, largest=largest, residuals=norms / scale, curvatures=curvatures)
 
     def finish(
         self,
         x: Tensor,
-        seen: Seen,
+        history: SolveHistory,
         *,
         failed: Status | None = None,
         negative: bool | None = None,
@@ -105,17 +105,17 @@ class Run:
     ) -> Solution:
         """The solution x with its status; where it seems to have converged, x is put into the system first.
 
-        A solver adds to what it has ``seen`` a failure or a remark of its own, or that the curvature was ``negative`` where
+        A solver adds to the ``history`` a failure or a remark of its own, or that the curvature was ``negative`` where
         the recorded ones do not tell; ``met`` says how it met them. What is left are other fields of the solution.
         """
-        if negative is None and (negative := seen.is_negative):
-            detail = "; ".join(filter(None, [f"{met} {seen.lowest:.3g}, within {len(self.norms)} products", detail]))
-        last = seen.residuals[-1] if len(seen.residuals) else torch.ones_like(seen.start)
+        if negative is None and (negative := history.is_negative):
+            detail = "; ".join(filter(None, [f"{met} {history.lowest:.3g}, within {len(self.norms)} products", detail]))
+        last = history.residuals[-1] if len(history.residuals) else torch.ones_like(history.start)
         candidates = [
-            (Status.NON_FINITE_GRADIENT, not bool(seen.start.isfinite().all())),
+            (Status.NON_FINITE_GRADIENT, not bool(history.start.isfinite().all())),
             (Status.NON_FINITE_PRODUCT, not bool(last.isfinite().all())),
             (failed, failed is not None),
-            (Status.NO_CURVATURE, seen.is_flat),
+            (Status.NO_CURVATURE, history.is_flat),
             (Status.NEGATIVE_CURVATURE, negative),
             (remark, remark is not None),
             (Status.LARGE_RESIDUAL, bool((last > GROWTH_LIMIT).any())),
@@ -143,7 +143,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class SolveHistory:
     """What was recorded of a solve, in float64 on the host: ‖g‖, ‖A‖ as far as it is known, and a row for each term.
 
     Residuals are relative to ‖g‖; curvatures are zero for right-hand sides that had stopped.

@@ -122,7 +122,7 @@ class BilevelOptimizer(OptimizerProxy):
         is_kept, is_watched = left < self.hypergradient.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
             progress.cleared()  # by the model's own zero_grad()
-        keep = progress.recorder.saw(self.problem, self.inner, batch) if is_kept else None
+        keep = progress.recorder.record_loss(self.problem, self.inner, batch) if is_kept else None
         loss = self.problem.loss(batch)
         if keep is not None:
             loss.register_hook(keep)

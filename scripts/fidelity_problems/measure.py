@@ -96,7 +96,7 @@ class Case:
             recorder = Recorder()
             for back in reversed(range(self.spec.lag)):
                 self.inner.zero_grad()
-                noted = recorder.saw(self.problem, self.inner, self.batch(back)) if back < kept_steps else None
+                noted = recorder.record_loss(self.problem, self.inner, self.batch(back)) if back < kept_steps else None
                 loss = self.problem.loss(self.batch(back))
                 if noted is not None:
                     loss.register_hook(noted)
