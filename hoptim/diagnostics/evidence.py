@@ -176,9 +176,10 @@ def standard_error(case: Case, method: Method, chunks: int) -> float | str:
         return "the standard error: the validation batch's tensors share no first axis to split along"
 
     def losses(model: Any, hparams: Any, batches: list[Any]) -> Tensor:
-        return torch.stack([case.problem.val_loss(model, hparams, batch).mean() for batch in batches])
+        return torch.stack([case.problem.call_loss("val_loss", model, hparams, batch)[0].mean() for batch in batches])
 
-    problem = Problem(case.problem.model, case.problem.hparams, case.problem.train_loss, losses)
+    given, options = case.problem, {"has_aux": case.problem.has_aux, "process_group": case.problem.process_group}
+    problem = Problem(given.model, given.hparams, given.train_loss, losses, **options)
     result = method(problem, case.train, parts, loop=case.loop)
     error = spread_of(result)
     if not result.solution.status.ok or error is None or not math.isfinite(error):

@@ -28,6 +28,17 @@ next hyperstep.
 >>> all(p.grad is not None for p in model.parameters()), all(leaf.grad is None for leaf in hparams.parameters())
 (True, True)
 
+With `has_aux=True` the training loss returns a pair, as in `torch.func`, and the loop gets it: an accuracy for the log, the
+hidden state of an RNN. Only the first of the two is differentiated.
+
+>>> def with_accuracy(model, hparams, batch):
+...     x, y = batch
+...     logits = model(x)
+...     return nn.functional.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean().item()
+>>> loss, accuracy = Problem(model, hparams, with_accuracy, val_loss, has_aux=True).loss(batch)
+>>> loss.requires_grad, 0 <= accuracy <= 1
+(True, True)
+
 Use the model and the hyperparameters that the loss is given, not others: in a hypergradient other tensors stand in their
 place. A loss may switch the mode with `model.eval()`: it is restored after each call. A loss that writes into weights or
 hyperparameters, or uses a model other than the one that it is given, is an error.

@@ -69,7 +69,8 @@ def check_apart(weights: Iterable[tuple[str, nn.Parameter]], leaves: Iterable[tu
 def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
     """Return ``value`` if it is a real scalar with a gradient; otherwise raise and say what to do."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} returned {describe_type(value)}: return a scalar tensor, the loss alone")
+        pair = ", or give Problem has_aux=True for a pair (loss, aux)" if isinstance(value, tuple) else ""
+        raise TypeError(f"{name} returned {describe_type(value)}: return a scalar tensor, the loss alone{pair}")
     if not value.is_floating_point():
         raise TypeError(f"{name} returned a tensor of {value.dtype}: return a real, floating-point loss")
     if value.ndim:
@@ -77,6 +78,15 @@ def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
     if needs_gradient and not value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} returned a loss without a gradient: is it computed under no_grad() or detach()ed?")
     return value
+
+
+def split_aux(name: str, returned: Any) -> tuple[Any, Any]:
+    """The loss and what was returned beside it; a validation loss may return itself alone."""
+    if isinstance(returned, (tuple, list)) and len(returned) == 2:
+        return returned[0], returned[1]
+    if name == "val_loss":
+        return returned, None
+    raise TypeError(f"{name} returned {describe_type(returned)}: with has_aux=True it returns a pair, (loss, aux)")
 
 
 def losses(name: str, value: Tensor) -> Tensor:

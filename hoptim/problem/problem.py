@@ -28,6 +28,7 @@ from hoptim.problem.loss_checks import (
     forbid_writes,
     losses,
     scalar,
+    split_aux,
 )
 from hoptim.problem.mixed_precision import full_precision, losses_precision
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap
@@ -70,6 +71,9 @@ class Problem:
             ``model.named_parameters()``, ``hparams["weight_decay"]``.
         val_loss: L_V, likewise. It may call ``model.eval()``: the mode is restored after each call. It may return a vector
             of R losses (tasks, groups, folds): each then gets a hypergradient of its own.
+        has_aux: whether ``train_loss`` returns ``(loss, aux)``, as in ``torch.func``; default ``False``. If so, that pair is
+            ``loss(batch)``: an accuracy, a hidden state, what the loop wants beside the loss. ``val_loss`` may return a pair
+            too. The ``aux`` of a ``CompositeLoss`` is z, what ``predict`` returned.
         process_group: the ranks that train together: L_T and L_V are the means of theirs. ``"auto"``, the default: those of
             the ``DistributedDataParallel``, else all, where ``torch.distributed`` is initialised; ``None``: this one alone.
 
@@ -95,7 +99,14 @@ class Problem:
     _given: dict[str, Tree] | None = None  # inside call: all weights, leaves and buffers that stand in place
 
     def __init__(
-        self, model: nn.Module, hparams: nn.Module, train_loss: Loss, val_loss: Loss, *, process_group: Any = "auto"
+        self,
+        model: nn.Module,
+        hparams: nn.Module,
+        train_loss: Loss,
+        val_loss: Loss,
+        *,
+        has_aux: bool = False,
+        process_group: Any = "auto",
     ) -> None:
         for name, module in (("model", model), ("hparams", hparams)):
             if not isinstance(module, nn.Module):
@@ -104,8 +115,10 @@ class Problem:
             raise TypeError("model is a HyperParameters: the order is Problem(model, hparams, train_loss, val_loss)")
         for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
             check_takes(name, loss, "model, hparams, batch")
+        if not isinstance(has_aux, bool):
+            raise TypeError(f"has_aux={has_aux!r}: give True where train_loss returns (loss, aux), else False")
         self.model, self.hparams, self.train_loss, self.val_loss = unwrap(model), unwrap(hparams), train_loss, val_loss
-        self.wrapper, self.process_group = model, process_group
+        self.wrapper, self.process_group, self.has_aux = model, process_group, has_aux
         check_whole(self.model)
         self.joint = Joint(self.model, self.hparams)
         check_real("weight", self.model.named_parameters())
@@ -135,14 +148,19 @@ class Problem:
             return self._given[kind]
         return dict(module.named_parameters()) if self._live is None else getattr(self._live, kind)
 
-    def loss(self, batch: Any) -> Tensor:
-        """L_T on the live model, for the inner step: hyperparameters are constants here and cost nothing."""
+    def loss(self, batch: Any) -> Any:
+        """L_T on the live model, for the inner step: hyperparameters are constants here and cost nothing.
+
+        Returns:
+            The loss, a scalar; with ``has_aux`` the pair ``(loss, aux)``.
+        """
         torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the first step's weights
         model = self.model if self.wrapper is self.model else Facade(self.wrapper, self.model)
         with self._constants.present() as constants, annotate_errors("train_loss was called with a batch that is", batch):
-            loss = scalar("train_loss", self.train_loss(model, constants, batch))
+            value, _, aux = self.call_loss("train_loss", model, constants, batch)
+            loss = scalar("train_loss", value)
             self._constants.check_detached(loss)
-            return loss
+            return (loss, aux) if self.has_aux else loss
 
     def call(self, weights: Tree, leaves: Tree, function: Callable[[], R]) -> R:
         """``function()`` with these tensors in the places of weights and hyperparameters, and clones for buffers.
@@ -206,11 +224,19 @@ class Problem:
         """The loss and its parts, checked."""
         if isinstance(batch, MicroBatches):
             return mean_loss([self._losses(name, one) for one in batch.batches], batch.shares)
-        model, hparams = self.model, self.hparams
-        loss, check = getattr(self, name), losses if name == "val_loss" else scalar
         with annotate_errors(f"{name} was called with a batch that is", batch):
-            parts = loss.parts(model, hparams, batch) if isinstance(loss, CompositeLoss) else None
-            return check(name, loss(model, hparams, batch) if parts is None else CompositeLoss.total(parts)), parts
+            value, parts, _ = self.call_loss(name, self.model, self.hparams, batch)
+            return (losses if name == "val_loss" else scalar)(name, value), parts
+
+    def call_loss(self, name: LossName, model: Any, hparams: Any, batch: Any) -> tuple[Any, LossParts | None, Any]:
+        """What the named loss returned, not yet checked; its parts, where it shows them; and what it returned beside it."""
+        loss = getattr(self, name)
+        if isinstance(loss, CompositeLoss):
+            parts = loss.parts(model, hparams, batch)
+            return CompositeLoss.total(parts), parts, parts.z
+        returned = loss(model, hparams, batch)
+        value, aux = split_aux(name, returned) if self.has_aux else (returned, None)
+        return value, None, aux
 
     @property
     def ranks(self) -> Ranks:

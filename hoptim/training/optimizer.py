@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
@@ -113,8 +112,11 @@ class BilevelOptimizer(OptimizerProxy):
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
         self.register_state_dict_post_hook(_add_state)
 
-    def loss(self, batch: Any) -> Tensor:
-        """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``."""
+    def loss(self, batch: Any) -> Any:
+        """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``.
+
+        With ``Problem(..., has_aux=True)`` it is the pair ``(loss, aux)``.
+        """
         if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
             return self.problem.loss(batch)
         progress = self._progress
@@ -123,12 +125,13 @@ class BilevelOptimizer(OptimizerProxy):
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
             progress.cleared()  # by the model's own zero_grad()
         keep = progress.recorder.record_loss(self.problem, self.inner, batch) if is_kept else None
-        loss = self.problem.loss(batch)
+        found = self.problem.loss(batch)
+        loss = found[0] if self.problem.has_aux else found
         if keep is not None:
             loss.register_hook(keep)
         if self.train_batches is None:
             progress.window.watch(batch, loss) if is_watched else progress.window.note(batch)
-        return loss
+        return found
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimizer, and a hyperstep where one is due."""
