@@ -109,6 +109,7 @@ from hoptim.solvers.nystrom import Nystrom
 from hoptim.solvers.solution import Solution, Status
 from hoptim.solvers.warm_start import SOBA, WarmStart
 from hoptim.training.optimizer import BilevelOptimizer
+from hoptim.training.outer_step import outer_step
 from hoptim.training.record import Record
 
 __version__ = "0.1.0"
@@ -146,4 +147,5 @@ __all__ = [
     "WarmStart",
     "audit",
     "hypergradient",
+    "outer_step",
 ]

@@ -35,6 +35,10 @@ class Method(ABC):
 
     keeps_steps: int = 0  # how many of the last inner steps the optimizer has to remember for it
 
+    def cut_short(self) -> Method:
+        """The same where it can be had at less cost, to see whether it can be computed at all."""
+        return self
+
     @abstractmethod
     def __call__(
         self,

@@ -64,6 +64,10 @@ class Unrolled(Method):
         if not isinstance(self.checkpoint, bool):
             raise TypeError(f"checkpoint={self.checkpoint!r}: give True or False")
 
+    def cut_short(self) -> Unrolled:
+        """A single step."""
+        return replace(self, steps=1)
+
     @property
     def keeps_steps(self) -> int:  # type: ignore[override]
         """How many of the last inner steps the optimizer has to remember."""

@@ -83,6 +83,16 @@ class Batches:
         self._position += 1
         return batch
 
+    def peek(self) -> Any:
+        """A batch of a pass of its own, with nothing drawn and nothing moved on. For use before the first draw."""
+        before = self._generator_states()
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iter(self.source), _END)
+        self._set_own_generators(before)
+        if batch is _END:
+            raise ValueError(f"{self.name} is empty: it gave no batch")
+        return batch
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the present pass, and the states of the generators at its start and now."""
         if self._iterator is None:

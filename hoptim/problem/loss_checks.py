@@ -135,7 +135,12 @@ def forbid_writes(name: str, weights: Tree, leaves: Tree, *, values: bool = Fals
     copies = [t.detach().clone() if values and t.requires_grad else None for _, _, t in tensors]
     frozen = [t for _, _, t in tensors if values and not t.requires_grad and t.is_floating_point()]
     norms = _norms(frozen)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if "a leaf Variable that requires grad" not in str(error):
+            raise
+        raise ValueError(f"{name} writes into a weight or a hyperparameter: {ONLY_READS}") from error
     moved = {id(t) for t, before, now in zip(frozen, norms, _norms(frozen), strict=True) if not torch.equal(before, now)}
     faults = []
     for (what, key, t), (version, dtype, learned), copy in zip(tensors, states, copies, strict=True):

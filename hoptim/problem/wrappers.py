@@ -20,6 +20,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return list(_layers(model))[-1]
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is compiled."""
+    return any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules())
+
+
 def process_group_of(model: nn.Module) -> Any:
     """The process group of the ``DistributedDataParallel`` that ``model`` is wrapped in, or ``None``."""
     return next((one.process_group for one in _layers(model) if isinstance(one, DistributedDataParallel)), None)

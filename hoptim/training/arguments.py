@@ -99,6 +99,13 @@ def warn_of_unheld(inner: Optimizer, outer: Optimizer, problem: Problem, known: 
     return found
 
 
+def check_again(inner: Optimizer, outer: Optimizer, problem: Problem, known: Unheld) -> Unheld:
+    """What was checked at construction, before each hypergradient: layers may have been replaced or frozen since."""
+    problem.check_learned()
+    check_optimizers(inner, outer, problem)
+    return warn_of_unheld(inner, outer, problem, known)
+
+
 def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:
     """A group that is added to the inner optimizer, as torch takes one; it holds no hyperparameter."""
     if not isinstance(param_group, dict) or "params" not in param_group:

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hoptim.linalg.vectors import Tree
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.learned_options import check_in_place, check_unscheduled, find_learned_options, put_back
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.data import Batches
-from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
 from hoptim.training import arguments
 from hoptim.training.checkpoint import KEY, VERSION, check_loadable, held_weights
+from hoptim.training.first_steps import FirstSteps, dry_run
 from hoptim.training.optimizer_proxy import OptimizerProxy
+from hoptim.training.outer_step import outer_step, warn_of_first_step
 from hoptim.training.progress import Progress, has_gradient, steps_left
 from hoptim.training.record import Record, natural_values
 from hoptim.validation import describe_type
@@ -109,6 +109,8 @@ class BilevelOptimizer(OptimizerProxy):
             learned_options=find_learned_options(inner, problem.leaves()),
             unheld=arguments.warn_of_unheld(inner, outer, problem),
         )
+        if every is not None:
+            self._progress.first_steps = FirstSteps(train_batches is None or self.hypergradient.keeps_steps > 0)
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
         self.register_state_dict_post_hook(_add_state)
 
@@ -120,6 +122,8 @@ class BilevelOptimizer(OptimizerProxy):
         if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
             return self.problem.loss(batch)
         progress = self._progress
+        if progress.first_steps is not None:
+            progress.first_steps.before_loss(self.problem, batch, lambda: self._dry_run(batch))
         left = steps_left(progress.inner_steps + 1, self.every, self.warmup)
         is_kept, is_watched = left < self.hypergradient.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
@@ -140,6 +144,9 @@ class BilevelOptimizer(OptimizerProxy):
         progress = self._progress
         if progress.learned_options:
             check_in_place(self.inner, progress.learned_options)
+        first = progress.first_steps
+        if first is not None and first.before_step(self.problem, has_closure=closure is not None):
+            progress.first_steps = None
         result = self.inner.step() if closure is None else self.inner.step(closure)
         progress.stepped()
         if steps_left(progress.inner_steps, self.every, self.warmup) == 0:
@@ -166,14 +173,17 @@ class BilevelOptimizer(OptimizerProxy):
         progress.solver_state = result.solution.state
         progress.hyper_steps += 1
         cosine_to_last = progress.cosine_to_last(gradient) if moved else None
+        before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
         if moved:
-            self._move(gradient)
+            outer_step(self.problem, self.outer, gradient)
+        after = natural_values(self.problem)
+        warn_of_first_step(before, after, gradient, self.every)
         progress.record = Record(
             inner_step=progress.inner_steps,
             hyper_step=progress.hyper_steps,
             moved=moved,
             result=result,
-            hyperparameters=natural_values(self.problem),
+            hyperparameters=after,
             seconds=time.perf_counter() - begun,
             cosine_to_last=cosine_to_last,
             val_weights=self.val_weights,
@@ -194,13 +204,21 @@ class BilevelOptimizer(OptimizerProxy):
             self.problem.check_ranks()
         loop = TrainingContext(inner=self.inner, draw=draw, trajectory=progress.recorder.trajectory())
         with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
-            self.problem.check_learned()
-            arguments.check_optimizers(self.inner, self.outer, self.problem)  # again: layers may have been replaced since
-            progress.unheld = arguments.warn_of_unheld(self.inner, self.outer, self.problem, known=progress.unheld)
+            progress.unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         if not progress.hyper_steps:
             result.check_touched()
         return result
+
+    def _dry_run(self, batch: Any) -> None:
+        """A hypergradient at the first loss, which is thrown away: its errors come now, and not after the warm-up."""
+        progress = self._progress
+        check_in_place(self.inner, progress.learned_options)
+        progress.unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
+        train_batch = batch if self.train_batches is None else self.train_batches.peek()
+        draw = None if self.train_batches is None else lambda: train_batch
+        loop = TrainingContext(inner=self.inner, draw=draw)
+        dry_run(self.problem, self.hypergradient, train_batch, self.val_batches.peek(), loop, self.val_weights)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the weights."""
@@ -277,18 +295,6 @@ class BilevelOptimizer(OptimizerProxy):
     def hyper_steps(self) -> int:
         """Hypersteps taken so far, failed ones included."""
         return self._progress.hyper_steps
-
-    def _move(self, gradient: Tree) -> None:
-        for name, leaf in self.problem.leaves().items():
-            leaf.grad = gradient[name].clone()
-        try:
-            self.outer.step()
-        finally:
-            for leaf in self.problem.leaves().values():
-                leaf.grad = None
-        for module in self.problem.hparams.modules():
-            if isinstance(module, HyperParameters):
-                module.project_()
 
     def _report_failure(self, record: Record) -> None:
         if self.on_failure == "raise":

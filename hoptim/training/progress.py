@@ -16,6 +16,7 @@ from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.replay import Recorder
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State, Status
+from hoptim.training.first_steps import FirstSteps
 from hoptim.training.record import Record, cosine
 from hoptim.training.window import Window
 
@@ -31,6 +32,7 @@ class Progress:
     record: Record | None = None
     window: Window = field(default_factory=Window)
     recorder: Recorder = field(default_factory=Recorder)
+    first_steps: FirstSteps | None = None  # until they are over
     learned_options: list[LearnedOption] = field(default_factory=list)
     warned: set[Status] = field(default_factory=set)
     unheld: list[tuple[str, str]] = field(default_factory=list)  # what neither optimizer holds, which was warned of
@@ -71,6 +73,8 @@ class Progress:
         self.solver_state = {name: vector.to(device) for name, vector in saved["solver_state"].items()}
         self.last_gradient = _beside(saved["last_gradient"], leaves)
         self.recorder.load_state_dict(saved["trajectory"], weights, inner)
+        if self.inner_steps:
+            self.first_steps = None
 
 
 def steps_left(step: int, every: int | None, warmup: int) -> float:

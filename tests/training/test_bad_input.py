@@ -159,7 +159,6 @@ def state(change: Callable[[dict[str, Any]], Any]) -> Any:
     return o.load_state_dict(saved)
 
 
-IN_PLACE = "a leaf Variable that requires grad is being used in an in-place operation"
 NO_GRADIENT = ["without a gradient", "no_grad()"]
 other = nn.Linear(2, 1, dtype=torch.float64)
 Row = tuple[Callable[[], Any], type[Exception], list[str]]
@@ -323,18 +322,18 @@ ROWS: dict[str, Row] = {
     # what a loss writes
     "in place on a hyperparameter": (
         lambda: once(before(lambda m, h: h["a"].add_(1))),
-        RuntimeError,
-        [IN_PLACE, "hoptim: train_loss"],
+        ValueError,
+        ["train_loss writes into a weight or a hyperparameter", "only reads"],
     ),
     "in place on a weight": (
         lambda: once(val=before(lambda m, h: m.weight.mul_(2))),
-        RuntimeError,
-        [IN_PLACE, "hoptim: val_loss"],
+        ValueError,
+        ["val_loss writes into a weight or a hyperparameter", "only reads"],
     ),
     "in place on a constant hyperparameter": (
         lambda: optimizer(of=problem(before(lambda m, h: h["a"].add_(1)))).loss(X),
         ValueError,
-        ["train_loss writes into hyperparameter 'a'", "optimizer.step()"],
+        ["train_loss writes into a weight or a hyperparameter", "optimizer.step()"],
     ),
     "under no_grad on a weight": (
         lambda: once(before(lambda m, h: torch.no_grad()(m.weight.mul_)(2))),
@@ -508,9 +507,9 @@ ROWS: dict[str, Row] = {
         RuntimeError,
         ["SparseAdam", "Adam instead"],
     ),
-    "weights replaced since": (lambda: replaced("model"), ValueError, ["inner optimizer holds no weight", "in hyperstep 1"]),
+    "weights replaced since": (lambda: replaced("model"), ValueError, ["inner optimizer holds no weight"]),
     "leaves replaced since": (lambda: replaced("hparams"), ValueError, ["outer optimizer holds no hyperparameter"]),
-    "weights frozen since": (lambda: frozen_later("model"), ValueError, ["no weight of the model", "in hyperstep 1"]),
+    "weights frozen since": (lambda: frozen_later("model"), ValueError, ["no weight of the model"]),
     "leaves frozen since": (lambda: frozen_later("hparams"), ValueError, ["no parameter of hparams", "nothing to learn"]),
     "unrolled with another model's": (lambda: by(Unrolled(2), stranger), ValueError, ["inner holds no weight", "trains it"]),
     "audited with another model's": (
@@ -645,7 +644,9 @@ def test_an_error_of_the_users_own_stays_what_it_is_and_says_where_it_was_raised
     error = OwnError("mine")
 
     def fails(m: Any, h: Any, b: Any) -> Tensor:
-        raise error
+        if o.inner_steps:  # not yet in the dry run
+            raise error
+        return loss(m, h, b)
 
     o = optimizer(of=problem(loss, fails), every=2)
     with pytest.raises(OwnError) as caught:

@@ -469,6 +469,7 @@ def recording(**options: Any) -> tuple[Any, list[Any]]:
 def test_hyperstep_uses_the_last_training_batch_and_cycles_the_validation_batches() -> None:
     run, seen = recording(every=2, val_batches=["v0", "v1"])
     run.batches = ["t0", "t1", "t2", "t3", "t4", "t5"]
+    run.optimizer._progress.first_steps = None  # no dry run
     advance(run, 0, 6)
     assert seen == ["v0", "t1", "v1", "t3", "v0", "t5"]
 
@@ -476,6 +477,7 @@ def test_hyperstep_uses_the_last_training_batch_and_cycles_the_validation_batche
 def test_hyperstep_draws_from_train_batches_where_given() -> None:
     run, seen = recording(every=1, val_batches=["v"], train_batches=["a", "b"])
     run.batches = ["t"]
+    run.optimizer._progress.first_steps = None  # no dry run
     advance(run, 0, 3)
     assert seen == ["v", "a", "v", "b", "v", "a"]
 

@@ -1,0 +1,136 @@
+"""What is looked at once, at the first loss and the first steps: mistakes show at once, and not after the warm-up."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoptim.linalg import trees
+from hoptim.linalg.vectors import Tree
+from hoptim.methods.method import Method, TrainingContext
+from hoptim.problem.loss_checks import annotate_errors
+from hoptim.problem.problem import Problem, set_generators
+from hoptim.problem.wrappers import is_compiled
+from hoptim.solvers.solution import Status
+
+ALIKE, UNLIKE = 0.9, 0.5  # cosines of two gradients: below the second they are not of one loss, whatever clipping does
+_NON_FINITE = (Status.NON_FINITE_LOSS, Status.NON_FINITE_GRADIENT, Status.NON_FINITE_PRODUCT)
+
+
+def dry_run(
+    problem: Problem,
+    method: Method,
+    train_batch: Any,
+    val_batch: Any,
+    loop: TrainingContext,
+    val_weights: list[float] | None = None,
+) -> None:
+    """Compute a hypergradient and throw it away. It leaves no trace, and raises what the first hyperstep would raise.
+
+    Whether a solve succeeds tells nothing on an untrained model, but what is infinite or NaN there is worth a warning.
+    """
+    with annotate_errors("in the dry run at the first loss, which computes what each hyperstep does"):
+        result = method.cut_short()(problem, train_batch, val_batch, loop=loop)
+        result.check_touched()
+        result.combined(val_weights)
+    status, detail = result.solution.status, result.solution.detail
+    if status in _NON_FINITE:
+        warnings.warn(f"in the dry run at the first loss: {status.name}: {status.message} ({detail})", stacklevel=4)
+
+
+class FirstSteps:
+    """Looks at the losses and steps of the beginning for what is easily done wrong in a loop.
+
+    That is: no loss was asked for; the inner optimizer is stepped in place of the one around it; what went backward was
+    not the loss that was given out.
+
+    Args:
+        needs_losses: whether hypersteps need what ``optimizer.loss`` has seen.
+    """
+
+    def __init__(self, needs_losses: bool) -> None:
+        self._needs_losses = needs_losses
+        self._steps = self._losses = 0
+        self._has_closures = False  # then losses come, and weights move, within a step
+        self._version: int | None = None  # of the weights at the last loss, if no step has come since
+        self._since_step: list[tuple[Any, dict[str, Tensor]]] = []  # the batch of each loss, and the random states before it
+
+    def before_loss(self, problem: Problem, batch: Any, run_dry: Callable[[], None]) -> None:
+        """A training loss is about to be computed; before the first one ``run_dry`` is called."""
+        if not self._losses:
+            run_dry()
+        self._losses += 1
+        version = sum(w._version for w in problem.weights().values())
+        if self._version not in (None, version) and not self._has_closures:
+            warnings.warn(
+                f"the weights have moved between losses {self._losses - 1} and {self._losses} without a step of the "
+                "BilevelOptimizer: is the inner optimizer stepped in its place? Call optimizer.step() on the "
+                "BilevelOptimizer, or no hyperstep will come",
+                stacklevel=4,
+            )
+        self._version = version
+        self._since_step.append((batch, problem.generators()))
+
+    def before_step(self, problem: Problem, *, has_closure: bool) -> bool:
+        """A step is about to be taken. Returns whether there is nothing more to look for.
+
+        Raises:
+            ValueError: it is the second one, and no training loss has been asked for, though hypersteps need them.
+        """
+        if (
+            not self._losses and self._needs_losses and self._steps
+        ):  # torch takes one empty step to make an optimizer's state
+            raise ValueError(
+                "two steps were taken and no loss has come from optimizer.loss(batch), so that a hyperstep would have no "
+                "training batch: compute the loss with it in place of the criterion, or give train_batches"
+            )
+        self._has_closures = has_closure
+        if not self._steps and len(self._since_step) == 1 and not has_closure:
+            _check_gradient(problem, *self._since_step[0])
+        self._steps += 1
+        self._version, self._since_step = None, []
+        return self._steps > 1
+
+
+def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> None:
+    """Warn where the weights' ``.grad`` is not the gradient of the training loss on this batch."""
+    if is_compiled(problem.wrapper):  # which draws other dropout masks than the training loss by itself
+        return
+    live = {name: w for name, w in problem.weights().items() if w.grad is not None and not w.grad.is_sparse}
+    if not live:
+        return
+    expected = _gradient(problem, batch, generators)
+    pairs = {name: (w.grad, expected[name]) for name, w in live.items() if w.grad is not None and name in expected}
+    given, own = ({name: pair[side].float() for name, pair in pairs.items()} for side in (0, 1))
+    lengths = [float(trees.norm(x)) for x in (given, own)]
+    product = lengths[0] * lengths[1]
+    if not 0 < product < float("inf"):
+        return
+    cosine = float(trees.dot(given, own)) / product
+    if cosine < (ALIKE if lengths[0] > ALIKE * lengths[1] else UNLIKE):  # clipping shortens, and by value it turns too
+        warnings.warn(
+            f"the gradient of the first step is not that of train_loss: their cosine is {cosine:.2f}, their lengths are "
+            f"{lengths[0]:.3g} and {lengths[1]:.3g}. Hypergradients are for train_loss alone. If something is added to "
+            "optimizer.loss(batch) before backward(), or a gradient is added to, put it into train_loss; if train_loss "
+            "draws random numbers elsewhere than from torch's generators, that is all it is",
+            stacklevel=4,
+        )
+
+
+def _gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> Tree:
+    """∇_w L_T on this batch, begun with these random states."""
+    weights, leaves = ({n: p.detach().requires_grad_() for n, p in x.items()} for x in (problem.weights(), problem.leaves()))
+
+    def differentiated(loss: Tensor, _: Any) -> Tree:
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        return trees.present(dict(zip(weights, found, strict=True)))
+
+    with problem.untouched():
+        set_generators(generators)
+        return trees.present(
+            problem.ranks.mean_of_found(problem.pure("train_loss", weights, leaves, batch, differentiated), weights)
+        )
