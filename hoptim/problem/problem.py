@@ -30,6 +30,7 @@ from hoptim.problem.loss_checks import (
     scalar,
 )
 from hoptim.problem.mixed_precision import full_precision, losses_precision
+from hoptim.problem.random_stream import python_and_numpy_untouched
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap
 from hoptim.validation import describe_type
 
@@ -240,7 +241,7 @@ class Problem:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """What runs inside leaves the random generators as they were, has gradients enabled, and second derivatives.
+        """What runs inside leaves all random generators as they were, has gradients enabled, and second derivatives.
 
         So the dropout masks of a hyperstep's training loss are those of the next training step.
         """
@@ -248,7 +249,13 @@ class Problem:
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
         states = self.generators()
         try:
-            with self._looked_up() as live, torch.enable_grad(), twice_differentiable(live.parts), full_precision():
+            with (
+                python_and_numpy_untouched(),
+                self._looked_up() as live,
+                torch.enable_grad(),
+                twice_differentiable(live.parts),
+                full_precision(),
+            ):
                 yield
         finally:
             set_generators(states)

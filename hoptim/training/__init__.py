@@ -51,6 +51,9 @@ With `every=None` a run is bit for bit that of the inner optimizer alone.
 - **`val_batches`**: validation batches, one for each hyperstep, over and over. Keep a test set apart: many
   hyperparameters can fit a small validation set.
 - **`train_batches`**: where a hyperstep takes its training batch from; by default the batches of the last step.
+- **Random numbers**: both may be a `DataLoader` that shuffles, with transforms that draw. What is drawn for a hyperstep, order
+  and masks included, comes from a random stream of its own, seeded by `torch.initial_seed()`. So the generators of Python,
+  NumPy and torch, and one that the loader was given, stand after a hyperstep as before it.
 - **`on_failure`**: after a failed solve nothing moves. `"skip"` warns, `"raise"` makes it an error.
 
 By hand, `optimizer.hyperstep(train_batch, val_batch)` moves the hyperparameters now and returns the `Record`; use it with
@@ -174,6 +177,8 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 
 - Ranks decide separately, from the same averaged numbers. They have to be alike in hardware and software, or one may stop
   a solve that another continues.
+- A loader with `persistent_workers` whose transforms draw: after a resume the workers are new, and draw other numbers from the
+  second pass on. Without `persistent_workers` each pass is resumed to the bit.
 - Tested on CPU, with torch 2.8 to 2.15 and gloo. No GPU was available: the code does not depend on the device, but has not been
   tried there. The same holds for cuDNN's RNNs (cuDNN is switched off inside), SyncBatchNorm with several ranks, and NCCL.
 """
