@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hoptim.linalg.vectors import Tree
 from hoptim.linalg.vjp import nodes
+from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 from hoptim.validation import describe_type
 
 _NONE = object()
@@ -97,11 +98,12 @@ class annotate_errors:  # noqa: N801 (used as a function)
     """Add a line to the traceback of an exception that is raised inside.
 
     The exception stays the one that the user's code raised, and may catch by its class. The line is a note (PEP 678); Python
-    3.10 keeps it in ``__notes__`` without printing it. With a ``batch`` the line ends in what that is.
+    3.10 keeps it in ``__notes__`` without printing it. With a ``batch`` the line ends in what that is. Where a name was not
+    found, and ``hparams`` has names of a wrapped model, another line says so.
     """
 
-    def __init__(self, note: str, batch: Any = _NONE) -> None:
-        self._note, self._batch = note, batch
+    def __init__(self, note: str, batch: Any = _NONE, hparams: nn.Module | None = None) -> None:
+        self._note, self._batch, self._hparams = note, batch, hparams
 
     def __enter__(self) -> None:
         pass
@@ -109,7 +111,13 @@ class annotate_errors:  # noqa: N801 (used as a function)
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if isinstance(error, Exception):
             note = self._note + ("" if self._batch is _NONE else f" {describe_type(self._batch)}")
-            vars(error).setdefault("__notes__", []).append(f"hoptim: {note}")
+            notes = vars(error).setdefault("__notes__", [])
+            notes.append(f"hoptim: {note}")
+            if isinstance(error, (KeyError, AttributeError)) and self._hparams is not None and AS_SEEN not in str(error):
+                names = (name for name, _ in self._hparams.named_parameters() if without_wrappers(name) != name)
+                notes += [f"hoptim: hyperparameter {name!r} has the name of a wrapped model: {AS_SEEN}" for name in names][
+                    :1
+                ]
 
 
 @contextmanager

@@ -105,7 +105,9 @@ class Problem:
             raise TypeError("model is a HyperParameters: the order is Problem(model, hparams, train_loss, val_loss)")
         for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
             check_takes(name, loss, "model, hparams, batch")
-        self.model, self.hparams, self.train_loss, self.val_loss = unwrap(model), unwrap(hparams), train_loss, val_loss
+        self.model, self.train_loss, self.val_loss = unwrap(model), train_loss, val_loss
+        # A HyperParameters may itself hold names that begin with _orig_mod.
+        self.hparams = hparams if isinstance(hparams, HyperParameters) else unwrap(hparams)
         self.wrapper, self.process_group = model, process_group
         check_whole(self.model)
         self.joint = Joint(self.model, self.hparams)
@@ -140,7 +142,8 @@ class Problem:
         """L_T on the live model, for the inner step: hyperparameters are constants here and cost nothing."""
         torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the first step's weights
         model = self.model if self.wrapper is self.model else Facade(self.wrapper, self.model)
-        with self._constants.present() as constants, annotate_errors("train_loss was called with a batch that is", batch):
+        note = annotate_errors("train_loss was called with a batch that is", batch, self.hparams)
+        with self._constants.present() as constants, note:
             loss = scalar("train_loss", self.train_loss(model, constants, batch))
             self._constants.check_detached(loss)
             return loss
@@ -209,7 +212,7 @@ class Problem:
             return mean_loss([self._losses(name, one) for one in batch.batches], batch.shares)
         model, hparams = self.model, self.hparams
         loss, check = getattr(self, name), losses if name == "val_loss" else scalar
-        with annotate_errors(f"{name} was called with a batch that is", batch):
+        with annotate_errors(f"{name} was called with a batch that is", batch, hparams):
             parts = loss.parts(model, hparams, batch) if isinstance(loss, CompositeLoss) else None
             return check(name, loss(model, hparams, batch) if parts is None else CompositeLoss.total(parts)), parts
 

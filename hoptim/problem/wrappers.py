@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,10 +15,24 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+AS_SEEN = (
+    "a loss sees the model inside its wrappers: name hyperparameters by that, as in ddp.module.named_parameters() or "
+    "compiled._orig_mod.named_parameters()"
+)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside all wrappers, which are ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``."""
     return list(_layers(model))[-1]
+
+
+def without_wrappers(name: str) -> str:
+    """A weight's name without the parts that wrappers put in front of it.
+
+    >>> [without_wrappers(name) for name in ("_orig_mod.module.0.weight", "module_0_weight", "modules.0.bias")]
+    ['0.weight', '0_weight', 'modules.0.bias']
+    """
+    return re.sub(r"^((module|_orig_mod)[^a-zA-Z0-9])+", "", name)
 
 
 def process_group_of(model: nn.Module) -> Any:
