@@ -115,9 +115,7 @@ class annotate_errors:  # noqa: N801 (used as a function)
             notes.append(f"hoptim: {note}")
             if isinstance(error, (KeyError, AttributeError)) and self._hparams is not None and AS_SEEN not in str(error):
                 names = (name for name, _ in self._hparams.named_parameters() if without_wrappers(name) != name)
-                notes += [f"hoptim: hyperparameter {name!r} has the name of a wrapped model: {AS_SEEN}" for name in names][
-                    :1
-                ]
+                notes += [f"hoptim: {name!r} is named after a wrapped model, and {AS_SEEN}" for name in names][:1]
 
 
 @contextmanager
