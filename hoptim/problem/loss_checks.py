@@ -52,6 +52,15 @@ def check_real(what: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> Non
             raise TypeError(f"{what} {name!r} is {p.dtype}: keep its real and imaginary parts, torch.view_as_real(...)")
 
 
+def check_beside(model: nn.Module, hparams: nn.Module) -> None:
+    """Raise if the hyperparameters are a part of the model."""
+    if inside := next((name for name, part in model.named_modules() if part is hparams), None):
+        raise ValueError(
+            f"hparams is registered inside the model, as {inside!r}, and would be weights too: do not register hparams inside "
+            "the model. Keep it beside the model, or give Problem the part of the model that is trained"
+        )
+
+
 def check_apart(weights: Iterable[tuple[str, nn.Parameter]], leaves: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Raise if a weight and a hyperparameter are one tensor, or start at the same memory."""
     tensors = list(weights)

@@ -22,6 +22,7 @@ from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import (
     annotate_errors,
     check_apart,
+    check_beside,
     check_given,
     check_real,
     check_takes,
@@ -77,9 +78,9 @@ class Problem:
     Raises:
         TypeError: ``model`` or ``hparams`` is no module, a loss can't be called with (model, hparams, batch), or a weight is
             complex or sharded.
-        ValueError: there is no weight or no hyperparameter to learn, one has no values yet, or a tensor is both. When
-            called, a loss that returns no real scalar, that writes into weights or hyperparameters instead of only reading
-            them, or that uses others than those it is given.
+        ValueError: there is no weight or no hyperparameter to learn, one has no values yet, a tensor is both, or ``hparams``
+            is a part of ``model``. When called, a loss that returns no real scalar, that writes into weights or
+            hyperparameters instead of only reading them, or that uses others than those it is given.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590).
 
@@ -110,6 +111,7 @@ class Problem:
         self.hparams = hparams if isinstance(hparams, HyperParameters) else unwrap(hparams)
         self.wrapper, self.process_group = model, process_group
         check_whole(self.model)
+        check_beside(self.model, self.hparams)
         self.joint = Joint(self.model, self.hparams)
         check_real("weight", self.model.named_parameters())
         check_real("hyperparameter", self.hparams.named_parameters())
