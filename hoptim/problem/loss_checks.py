@@ -56,8 +56,8 @@ def check_beside(model: nn.Module, hparams: nn.Module) -> None:
     """Raise if the hyperparameters are a part of the model."""
     if inside := next((name for name, part in model.named_modules() if part is hparams), None):
         raise ValueError(
-            f"hparams is registered inside the model, as {inside!r}, and would be weights too: do not register hparams inside "
-            "the model. Keep it beside the model, or give Problem the part of the model that is trained"
+            f"hparams is registered inside the model, as {inside!r}, and would be a weight too: do not register hparams "
+            "inside the model. Keep it beside the model, or give Problem the part of the model that is trained"
         )
 
 
