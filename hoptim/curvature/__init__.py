@@ -39,6 +39,10 @@ solver, most of all on the worst problem. It has to know the parts of the loss, 
 True
 True
 
+Gauss-Newton sees the model through the criterion's curvature in z. One that is linear in z, as `nll_loss` is in the
+log-probabilities of a model that ends in `log_softmax`, has none, and is an error: let `predict` return the logits and take
+`cross_entropy`, or take `Implicit(curvature=Exact())`. L1 and hinge losses are piecewise linear: take `Exact()`.
+
 # Damping
 
 `Implicit(damping=δ)` solves with A + δI. It bounds the answer where A is nearly singular or slightly negative, at the

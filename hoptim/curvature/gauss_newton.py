@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hoptim.curvature.exact import DoubleBackward
+from hoptim.curvature.flatness import check_criterion
 from hoptim.curvature.linearization import GradientGraph, Linearization, Point, symmetric
+from hoptim.curvature.second_derivatives import check_once
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import OptionalTree, Tree
@@ -35,7 +37,8 @@ class GaussNewton(DoubleBackward):
         compile: trace and compile the products, default ``False``, as in :class:`Exact`.
 
     Raises:
-        ValueError: when used, the training loss is no :class:`CompositeLoss`.
+        ValueError: when used, the training loss is no :class:`CompositeLoss`, or its criterion is linear in z, such as
+            ``nll_loss`` of a model that ends in ``log_softmax``: then ∂²c/∂z² is zero.
 
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
 
@@ -48,6 +51,8 @@ class GaussNewton(DoubleBackward):
         """F and its derivatives from one graph."""
         if not isinstance(point.problem.train_loss, CompositeLoss):
             raise ValueError(NO_PARTS)
+        check_once(point)
+        check_criterion(point)
         with super().linearize(point) as found:
             yield found
 

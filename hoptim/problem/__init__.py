@@ -89,7 +89,8 @@ Each row is tested; what is computed is compared with plain autograd on a copy, 
 # Limits
 
 - A module that writes in place into a plain tensor attribute, not a buffer, keeps what it wrote in a hyperstep.
-- A loss that draws from Python's or NumPy's random generators, instead of torch's, advances them in a hyperstep.
+- A loss that draws from Python's or NumPy's random generators, instead of torch's, gets other numbers in each evaluation of
+  one hyperstep, so that `FiniteDifference` and `Unrolled` see noise. A hyperstep leaves all three as they were.
 - An autocast *inside* a loss cannot be seen from outside: use `FiniteDifference(step=0.1)`.
 - Weights that require a gradient but are not in the inner optimizer are taken to be trained; a warning names them.
 """

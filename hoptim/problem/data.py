@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from hoptim.problem.random_stream import RandomStream, from_tensors, to_tensors
 from hoptim.validation import describe_type
 
 NO_BATCHES = (torch.Tensor, Mapping, str, bytes)  # what these iterate over are rows, keys and letters
@@ -37,8 +38,11 @@ pytree.register_pytree_node(
 class Batches:
     """The batches of a re-iterable, pass after pass.
 
-    A position alone does not resume a loader that shuffles. So the state also holds the states of the random generators
-    from when the present pass began: loading it begins that pass again, and walks to the position.
+    What is drawn for a batch, such as the order of a pass or a transform's numbers, comes from a random stream of their own:
+    the process's generators, and one that the loader was given, stay as they are.
+
+    A position alone does not resume a loader that shuffles. So the state also holds where that stream stood when the present
+    pass began: loading it begins the pass again, and walks to the position.
 
     Args:
         source: what can be iterated again and again: a ``DataLoader``, a list of batches.
@@ -68,64 +72,50 @@ class Batches:
         self.source, self.name = _with_own_iterator(source), name
         self._iterator: Iterator[Any] | None = None
         self._position = 0
-        self._at_start: dict[str, torch.Tensor] = {}
+        self._stream = RandomStream(name)
+        self._begun: dict[str, Any] = {}  # where the stream stood when the present pass began
 
     def draw(self) -> Any:
         """The next batch, from a new pass if the last one has ended."""
-        batch = _END if self._iterator is None else next(self._iterator, _END)
-        if batch is _END:
-            drawn, self._position, self._at_start = self._position, 0, self._generator_states()
-            self._iterator = iter(self.source)
-            batch = next(self._iterator, _END)
+        with self._stream.drawing(_own_generators(self.source)) as states_now:
+            batch = _END if self._iterator is None else next(self._iterator, _END)
             if batch is _END:
-                on_new_pass = f" on a new pass, after {drawn} batches: give what can be iterated again"
-                raise ValueError(f"{self.name} is empty{on_new_pass if drawn else ': it gave no batch'}")
+                drawn, self._position, self._begun = self._position, 0, states_now()
+                self._iterator = iter(self.source)
+                batch = next(self._iterator, _END)
+        if batch is _END:
+            on_new_pass = f" on a new pass, after {drawn} batches: give what can be iterated again"
+            raise ValueError(f"{self.name} is empty{on_new_pass if drawn else ': it gave no batch'}")
         self._position += 1
         return batch
 
     def peek(self) -> Any:
         """A batch of a pass of its own, with nothing drawn and nothing moved on. For use before the first draw."""
-        before = self._generator_states()
-        with torch.random.fork_rng(devices=[]):
+        with RandomStream(self.name).drawing(_own_generators(self.source)):
             batch = next(iter(self.source), _END)
-        self._set_own_generators(before)
         if batch is _END:
             raise ValueError(f"{self.name} is empty: it gave no batch")
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the present pass, and the states of the generators at its start and now."""
-        if self._iterator is None:
-            return {"position": 0, "begun": {}, "now": {}}
-        return {"position": self._position, "begun": dict(self._at_start), "now": self._generator_states()}
+        """The position in the present pass, and where the random stream stood at its start."""
+        return {"position": self._position, "begun": to_tensors(self._begun)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin the saved pass again and walk to its position; torch's global generator is left as it is."""
-        self._iterator, self._position, self._at_start = None, 0, {}
-        if not state["position"]:
-            return
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(state["begun"][""].cpu())
-            self._set_own_generators(state["begun"])
-            for _ in range(state["position"]):
-                self.draw()
-            self._set_own_generators(state["now"])  # others may have drawn from them too
-
-    def _generator_states(self) -> dict[str, torch.Tensor]:
-        """The state of torch's global generator, and by their places those of the source's own."""
-        own = _own_generators(self.source)
-        return {"": torch.get_rng_state()} | {place: generator.get_state() for place, generator in own.items()}
-
-    def _set_own_generators(self, states: Mapping[str, torch.Tensor]) -> None:
-        for place, generator in _own_generators(self.source).items():
-            if place in states:
-                generator.set_state(states[place].cpu())
+        """Begin the saved pass again and walk to its position."""
+        self._iterator, self._position, self._begun = None, 0, {}
+        begun = from_tensors(state["begun"])
+        if state["position"] and "" not in begun:
+            raise ValueError(f"the state of {self.name} lacks that of torch's generator: it is damaged")
+        self._stream.load(begun)
+        for _ in range(state["position"]):
+            self.draw()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": _with_own_iterator(self.source), "name": self.name, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.source, self.name = state["source"], state["name"]
+        self.source, self.name, self._stream = state["source"], state["name"], RandomStream(state["name"])
         self.load_state_dict(state["state"])
 
 

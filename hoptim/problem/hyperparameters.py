@@ -12,7 +12,10 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform, identity_transform
 
+from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 from hoptim.validation import describe_type
+
+SHOWN = 5  # names that an error lists
 
 
 class HyperParameters(nn.Module):
@@ -84,7 +87,7 @@ class HyperParameters(nn.Module):
 
     def _leaf(self, name: str) -> nn.Parameter:
         if name not in self:
-            raise KeyError(f"no hyperparameter {name!r}: the names are {sorted(self)}")
+            raise KeyError(_unknown(name, list(self)))
         *groups, last = name.split(".")
         module: Any = self
         for group in groups:
@@ -136,6 +139,15 @@ class HyperParameters(nn.Module):
         for name, constraint in self._constraints.items():
             if _is_nonnegative(constraint):
                 self._leaf(name).clamp_(min=0)
+
+
+def _unknown(name: object, names: list[str]) -> str:
+    """That there is no such hyperparameter, in one line, however many there are."""
+    bare = without_wrappers(str(name))
+    if meant := next((one for one in names if without_wrappers(one) == bare), None):
+        return f"no hyperparameter {name!r}, but {meant!r}: one is the name of a wrapped model, and {AS_SEEN}"
+    rest = len(names) - SHOWN
+    return f"no hyperparameter {name!r}: the names are {sorted(names)[:SHOWN]}{f' and {rest} more' if rest > 0 else ''}"
 
 
 class _Group(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hoptim.linalg.vectors import Tree
 from hoptim.linalg.vjp import nodes
+from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 from hoptim.validation import describe_type
 
 _NONE = object()
@@ -49,6 +50,15 @@ def check_real(what: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> Non
             raise ValueError(f"{what} {name!r} was made inside torch.inference_mode(): build it outside")
         if p.is_complex():
             raise TypeError(f"{what} {name!r} is {p.dtype}: keep its real and imaginary parts, torch.view_as_real(...)")
+
+
+def check_beside(model: nn.Module, hparams: nn.Module) -> None:
+    """Raise if the hyperparameters are a part of the model."""
+    if inside := next((name for name, part in model.named_modules() if part is hparams), None):
+        raise ValueError(
+            f"hparams is registered inside the model, as {inside!r}, and would be a weight too: do not register hparams "
+            "inside the model. Keep it beside the model, or give Problem the part of the model that is trained"
+        )
 
 
 def check_apart(weights: Iterable[tuple[str, nn.Parameter]], leaves: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -107,11 +117,12 @@ class annotate_errors:  # noqa: N801 (used as a function)
     """Add a line to the traceback of an exception that is raised inside.
 
     The exception stays the one that the user's code raised, and may catch by its class. The line is a note (PEP 678); Python
-    3.10 keeps it in ``__notes__`` without printing it. With a ``batch`` the line ends in what that is.
+    3.10 keeps it in ``__notes__`` without printing it. With a ``batch`` the line ends in what that is. Where a name was not
+    found, and ``hparams`` has names of a wrapped model, another line says so.
     """
 
-    def __init__(self, note: str, batch: Any = _NONE) -> None:
-        self._note, self._batch = note, batch
+    def __init__(self, note: str, batch: Any = _NONE, hparams: nn.Module | None = None) -> None:
+        self._note, self._batch, self._hparams = note, batch, hparams
 
     def __enter__(self) -> None:
         pass
@@ -119,7 +130,11 @@ class annotate_errors:  # noqa: N801 (used as a function)
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if isinstance(error, Exception):
             note = self._note + ("" if self._batch is _NONE else f" {describe_type(self._batch)}")
-            vars(error).setdefault("__notes__", []).append(f"hoptim: {note}")
+            notes = vars(error).setdefault("__notes__", [])
+            notes.append(f"hoptim: {note}")
+            if isinstance(error, (KeyError, AttributeError)) and self._hparams is not None and AS_SEEN not in str(error):
+                names = (name for name, _ in self._hparams.named_parameters() if without_wrappers(name) != name)
+                notes += [f"hoptim: {name!r} is named after a wrapped model, and {AS_SEEN}" for name in names][:1]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import (
     annotate_errors,
     check_apart,
+    check_beside,
     check_given,
     check_real,
     check_takes,
@@ -31,6 +32,7 @@ from hoptim.problem.loss_checks import (
     split_aux,
 )
 from hoptim.problem.mixed_precision import full_precision, losses_precision
+from hoptim.problem.random_stream import python_and_numpy_untouched
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap
 from hoptim.validation import describe_type
 
@@ -80,9 +82,9 @@ class Problem:
     Raises:
         TypeError: ``model`` or ``hparams`` is no module, a loss can't be called with (model, hparams, batch), or a weight is
             complex or sharded.
-        ValueError: there is no weight or no hyperparameter to learn, one has no values yet, or a tensor is both. When
-            called, a loss that returns no real scalar, that writes into weights or hyperparameters instead of only reading
-            them, or that uses others than those it is given.
+        ValueError: there is no weight or no hyperparameter to learn, one has no values yet, a tensor is both, or ``hparams``
+            is a part of ``model``. When called, a loss that returns no real scalar, that writes into weights or
+            hyperparameters instead of only reading them, or that uses others than those it is given.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590).
 
@@ -117,9 +119,12 @@ class Problem:
             check_takes(name, loss, "model, hparams, batch")
         if not isinstance(has_aux, bool):
             raise TypeError(f"has_aux={has_aux!r}: give True where train_loss returns (loss, aux), else False")
-        self.model, self.hparams, self.train_loss, self.val_loss = unwrap(model), unwrap(hparams), train_loss, val_loss
+        self.model, self.train_loss, self.val_loss = unwrap(model), train_loss, val_loss
+        # A HyperParameters may itself hold names that begin with _orig_mod.
+        self.hparams = hparams if isinstance(hparams, HyperParameters) else unwrap(hparams)
         self.wrapper, self.process_group, self.has_aux = model, process_group, has_aux
         check_whole(self.model)
+        check_beside(self.model, self.hparams)
         self.joint = Joint(self.model, self.hparams)
         check_real("weight", self.model.named_parameters())
         check_real("hyperparameter", self.hparams.named_parameters())
@@ -156,7 +161,8 @@ class Problem:
         """
         torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the first step's weights
         model = self.model if self.wrapper is self.model else Facade(self.wrapper, self.model)
-        with self._constants.present() as constants, annotate_errors("train_loss was called with a batch that is", batch):
+        note = annotate_errors("train_loss was called with a batch that is", batch, self.hparams)
+        with self._constants.present() as constants, note:
             value, _, aux = self.call_loss("train_loss", model, constants, batch)
             loss = scalar("train_loss", value)
             self._constants.check_detached(loss)
@@ -224,7 +230,7 @@ class Problem:
         """The loss and its parts, checked."""
         if isinstance(batch, MicroBatches):
             return mean_loss([self._losses(name, one) for one in batch.batches], batch.shares)
-        with annotate_errors(f"{name} was called with a batch that is", batch):
+        with annotate_errors(f"{name} was called with a batch that is", batch, self.hparams):
             value, parts, _ = self.call_loss(name, self.model, self.hparams, batch)
             return (losses if name == "val_loss" else scalar)(name, value), parts
 
@@ -266,7 +272,7 @@ class Problem:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """What runs inside leaves the random generators as they were, has gradients enabled, and second derivatives.
+        """What runs inside leaves all random generators as they were, has gradients enabled, and second derivatives.
 
         So the dropout masks of a hyperstep's training loss are those of the next training step.
         """
@@ -274,7 +280,13 @@ class Problem:
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
         states = self.generators()
         try:
-            with self._looked_up() as live, torch.enable_grad(), twice_differentiable(live.parts), full_precision():
+            with (
+                python_and_numpy_untouched(),
+                self._looked_up() as live,
+                torch.enable_grad(),
+                twice_differentiable(live.parts),
+                full_precision(),
+            ):
                 yield
         finally:
             set_generators(states)

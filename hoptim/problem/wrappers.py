@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,6 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+AS_SEEN = (
+    "a loss sees the model inside its wrappers: name hyperparameters by that, as in ddp.module.named_parameters() or "
+    "compiled._orig_mod.named_parameters()"
+)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -23,6 +29,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model, or a part of it, is compiled."""
     return any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules())
+
+
+def without_wrappers(name: str) -> str:
+    """A weight's name without the parts that wrappers put in front of it.
+
+    >>> [without_wrappers(name) for name in ("_orig_mod.module.0.weight", "module_0_weight", "modules.0.bias")]
+    ['0.weight', '0_weight', 'modules.0.bias']
+    """
+    return re.sub(r"^((module|_orig_mod)[^a-zA-Z0-9])+", "", name)
 
 
 def process_group_of(model: nn.Module) -> Any:

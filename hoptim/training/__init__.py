@@ -36,7 +36,8 @@ moves the hyperparameters down the validation loss: a *hyperstep*.
 >>> bool(decay[0] < decay[1:].min())
 True
 
-With `every=None` a run is bit for bit that of the inner optimizer alone.
+With `every=None` a run is bit for bit that of the inner optimizer alone, with the same options: to give Adam a tensor as
+its `lr`, as a learned rate needs, changes its last bits by itself, with or without hoptim.
 
 # Warm-up, rate and schedule
 
@@ -45,12 +46,17 @@ With `every=None` a run is bit for bit that of the inner optimizer alone.
   studies.
 - **The outer optimizer**: Adam on the leaves, `hparams.parameters()`. The studies used rates of 0.03 to 0.1. With
   `positive` the leaf is log λ, so a rate of 0.05 changes λ by about 5 % in a step. A rate that is too large shows as a
-  `cosine_to_last` around 0. For a schedule of the outer rate, build the scheduler on `optimizer.outer`.
+  `cosine_to_last` around 0. It counts the entries that both hypersteps touched, and is `None` where there are none, as for
+  example weights of batches that share no example. For a schedule of the outer rate, build the scheduler on
+  `optimizer.outer`.
 - **`every`**: training steps between hypersteps, 100 by default. A hyperstep costs about 10 training gradients with the
   default method, so `every=100` adds about 10 %, and `every=10` doubles the cost.
 - **`val_batches`**: validation batches, one for each hyperstep, over and over. Keep a test set apart: many
   hyperparameters can fit a small validation set.
 - **`train_batches`**: where a hyperstep takes its training batch from; by default the batches of the last step.
+- **Random numbers**: both may be a `DataLoader` that shuffles, with transforms that draw. What is drawn for a hyperstep, order
+  and masks included, comes from a random stream of its own, seeded by `torch.initial_seed()`. So the generators of Python,
+  NumPy and torch, and one that the loader was given, stand after a hyperstep as before it.
 - **`on_failure`**: after a failed solve nothing moves. `"skip"` warns, `"raise"` makes it an error.
 
 By hand, `optimizer.hyperstep(train_batch, val_batch)` moves the hyperparameters now and returns the `Record`; use it with
@@ -98,6 +104,10 @@ precision. With a `GradScaler`, `scaler.step(optimizer)` may skip a step; it the
 >>> train(second, second_scheduler, 60)
 >>> torch.equal(second.problem.hparams["decay"], whole.problem.hparams["decay"])
 True
+
+All that hoptim saves can be read with `torch.load(weights_only=True)`, the default. What a script saves beside it may not:
+torchvision's reference script puts an `argparse.Namespace` into its checkpoint. Save `vars(args)` instead, or call
+`torch.serialization.add_safe_globals([argparse.Namespace])` before loading.
 
 The helpers of `torch.distributed.checkpoint` drop keys that they do not know. Give them `optimizer.inner`, save
 `optimizer.state_dict()["hoptim"]` beside it, and load both with
@@ -174,6 +184,8 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 
 - Ranks decide separately, from the same averaged numbers. They have to be alike in hardware and software, or one may stop
   a solve that another continues.
+- A loader with `persistent_workers` whose transforms draw: after a resume the workers are new, and draw other numbers from the
+  second pass on. Without `persistent_workers` each pass is resumed to the bit.
 - Tested on CPU, with torch 2.8 to 2.15 and gloo. No GPU was available: the code does not depend on the device, but has not been
   tried there. The same holds for cuDNN's RNNs (cuDNN is switched off inside), SyncBatchNorm with several ranks, and NCCL.
 """

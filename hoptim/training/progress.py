@@ -17,7 +17,7 @@ from hoptim.methods.replay import Recorder
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State, Status
 from hoptim.training.first_steps import FirstSteps
-from hoptim.training.record import Record, cosine
+from hoptim.training.record import Record, cosine_in_common
 from hoptim.training.window import Window
 
 
@@ -49,11 +49,11 @@ class Progress:
         self.recorder.stepped()
 
     def cosine_to_last(self, gradient: Tree) -> float | None:
-        """The cosine of this hypergradient to the last one, whose place it takes; ``None`` without one like it."""
+        """The cosine of this hypergradient to the last one, whose place it takes, over the entries that both touch."""
         last, self.last_gradient = self.last_gradient, gradient
         if {name: value.shape for name, value in last.items()} != {name: value.shape for name, value in gradient.items()}:
             return None
-        return cosine(gradient, {name: value.to(gradient[name]) for name, value in last.items()})
+        return cosine_in_common(gradient, {name: value.to(gradient[name]) for name, value in last.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it, as tensors and plain values."""

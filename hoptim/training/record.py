@@ -28,8 +28,9 @@ class Record:
         result: the hypergradient, with the solution behind it.
         hyperparameters: their natural values after the step, detached, by name.
         seconds: wall-clock time of the hyperstep.
-        cosine_to_last: cosine between this hypergradient and the one before: near 1 where they agree, near 0 where noise
-            dominates; ``None`` at the first.
+        cosine_to_last: cosine between this hypergradient and the one before, over the entries that are zero in neither: near
+            1 where they agree, near 0 where noise dominates. ``None`` at the first, and where there is no such entry, as for
+            the weights of examples of which no two batches had one in common.
         val_weights: the weights by which several validation losses add up, in the figures too; ``None`` for the mean.
     """
 
@@ -85,6 +86,20 @@ def cosine(a: Tree, b: Tree) -> float:
     """⟨a, b⟩ / (‖a‖ ‖b‖); zero where one of them is."""
     lengths = trees.norm(a) * trees.norm(b)
     return float(trees.dot(a, b) / torch.where(lengths == 0, 1.0, lengths))
+
+
+def cosine_in_common(a: Tree, b: Tree) -> float | None:
+    """The cosine of the entries that are zero neither in ``a`` nor in ``b``; ``None`` where there are none.
+
+    >>> cosine_in_common({"x": torch.tensor([3.0, 4.0, 0.0])}, {"x": torch.tensor([6.0, 8.0, 9.0])})
+    1.0
+    >>> cosine_in_common({"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([0.0, 1.0])}) is None
+    True
+    """
+    both = {name: (value != 0) & (b[name] != 0) for name, value in a.items()}
+    if not any(bool(mask.any()) for mask in both.values()):
+        return None
+    return cosine(*({name: each[name] * mask for name, mask in both.items()} for each in (a, b)))
 
 
 def standard_error(result: Hypergradient, weights: Sequence[float] | None = None) -> float | None:

@@ -11,7 +11,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
-from hoptim import CG, CompositeLoss, Exact, GaussNewton, HyperParameters, Implicit, Neumann, Problem, hypergradient
+from hoptim import (
+    CG,
+    Averaged,
+    CompositeLoss,
+    Exact,
+    GaussNewton,
+    HyperParameters,
+    Implicit,
+    Neumann,
+    Problem,
+    Sampled,
+    hypergradient,
+)
 from hoptim.curvature.linearization import GradientGraph
 from hoptim.linalg.vectors import Layout
 
@@ -208,3 +220,115 @@ def test_a_part_that_is_no_function_is_named(parts: Any, words: str) -> None:
 def test_a_prediction_that_is_no_tensor_is_named() -> None:
     with pytest.raises(TypeError, match="predict returned a dict"):
         CompositeLoss(lambda m, b: {}, lambda z, h, b: z)(None, None, None)
+
+
+# A criterion without curvature in z
+
+
+def margins(z: Tensor, b: Any) -> Tensor:
+    return z * (2 * F.one_hot(b[1], 3) - 1)
+
+
+LINEAR = {
+    "nll_loss": lambda z, h, b: F.nll_loss(z, b[1]),
+    "L1": lambda z, h, b: F.l1_loss(z, F.one_hot(b[1], 3).double()),
+    "hinge": lambda z, h, b: (1 - margins(z, b)).clamp(min=0).mean(),
+    "pinball": lambda z, h, b: (z - 0.3 * F.one_hot(b[1], 3)).mul(0.2).maximum(-0.8 * z).mean(),
+}
+
+
+def classifier(criterion: Any, *, log: bool, penalty: Any = quartic) -> tuple[Problem, Any]:
+    """Three classes from two features; ``log``: the model returns log-probabilities instead of logits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    if log:
+        model.append(nn.LogSoftmax(dim=1))
+    batch = torch.randn(8, 2, dtype=torch.float64), torch.arange(8) % 3
+    hparams = HyperParameters({"decay": torch.tensor(0.1).double(), "weight": torch.ones(8).double()})
+    loss = CompositeLoss(lambda m, b: m(b[0]), criterion, penalty)
+
+    def val(m: Any, h: Any, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1]) + 0 * (h["decay"] + h["weight"].sum())
+
+    return Problem(model, hparams, loss, val), batch
+
+
+WAYS = {
+    "left open": Implicit(),
+    "plain": Implicit(curvature=GaussNewton()),
+    "compiled": Implicit(curvature=GaussNewton(compile=True)),
+    "averaged": Implicit(curvature=Averaged(batches=2, curvature=GaussNewton())),
+    "sampled": Implicit(curvature=Sampled(curvature=GaussNewton())),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("penalty", [quartic, None], ids=["penalty", "no penalty"])
+def test_a_criterion_that_is_linear_in_z_is_an_error_with_the_remedy(name: str, way: str, penalty: Any) -> None:
+    problem, batch = classifier(LINEAR[name], log="nll" in name, penalty=penalty)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"linear in what predict returns.*logits.*cross_entropy.*hoptim\.Exact\(\)"):
+        hypergradient(problem, batch, batch, WAYS[way], train_batches=[batch])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_remedies_agree() -> None:
+    """Logits with cross_entropy, and Exact() of either loss, at a minimum."""
+    answers = []
+    for log, criterion, curvature in (
+        (False, lambda z, h, b: F.cross_entropy(z, b[1]), GaussNewton()),
+        (False, lambda z, h, b: F.cross_entropy(z, b[1]), Exact()),
+        (True, lambda z, h, b: F.nll_loss(z, b[1]), Exact()),
+    ):
+        problem, batch = classifier(criterion, log=log, penalty=lambda m, h: h["decay"] * sum_of_squares(m))
+        optimizer = torch.optim.LBFGS(problem.model.parameters(), max_iter=200, tolerance_grad=1e-12)
+
+        def closure(problem: Problem = problem, batch: Any = batch) -> Tensor:
+            problem.model.zero_grad()
+            loss = problem.loss(batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        answers.append(hypergradient(problem, batch, batch, Implicit(CG(terms=200), curvature=curvature)).grads["decay"])
+    torch.testing.assert_close(answers[1], answers[2], rtol=1e-4, atol=0)
+    torch.testing.assert_close(answers[0], answers[1], rtol=0.5, atol=0)
+
+
+def sum_of_squares(m: Any) -> Tensor:
+    return sum((p.square().sum() for p in m.parameters()), torch.zeros(()))
+
+
+NOT_LINEAR = {
+    "a softmax that is sure of itself, and wrong": lambda z, h, b: F.cross_entropy(1e6 * z, b[1]),
+    "Huber, far from its targets": lambda z, h, b: F.huber_loss(z, torch.full_like(z, 54321.0)),
+    "squared hinge": lambda z, h, b: (1 - margins(z, b)).clamp(min=0).square().mean(),
+    "weights of zero": lambda z, h, b: (0 * h["weight"] * F.cross_entropy(z, b[1], reduction="none")).mean(),
+    "a criterion of hyperparameters alone": lambda z, h, b: h["weight"].sum(),
+    "one that refuses other z": lambda z, h, b: z.mean() if (z < 0).all() else 1 / 0,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_a_criterion_that_is_only_flat_here_is_none(name: str) -> None:
+    problem, batch = classifier(NOT_LINEAR[name], log="refuses" in name)
+    assert torch.isfinite(hypergradient(problem, batch, batch, Implicit(curvature=GaussNewton())).grads["decay"])
+
+
+def test_the_criterion_is_looked_at_once() -> None:
+    calls = []
+
+    def counting(z: Tensor, h: Any, b: Any) -> Tensor:
+        calls.append(z)
+        return (h["weight"] * F.cross_entropy(z, b[1], reduction="none")).mean()
+
+    problem, batch = classifier(counting, log=False)
+    counts = []
+    for _ in range(3):
+        calls.clear()
+        hypergradient(problem, batch, batch)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] + 3
+    assert counts[1] == counts[2]

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import io
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hoptim.problem.data import Batches
 
@@ -45,13 +48,26 @@ def values(batch: Any) -> Any:
     return batch.tolist() if isinstance(batch, Tensor) else batch
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "shuffled"])
 def test_passes_follow_one_another_without_end(name: str) -> None:
-    torch.manual_seed(7)
     expected = [values(batch) for source in [SOURCES[name]()] for _ in range(3) for batch in source]
-    torch.manual_seed(7)
     batches = Batches(SOURCES[name](), "val_batches")
     assert [values(batches.draw()) for _ in expected] == expected
+
+
+def test_each_pass_of_a_loader_that_shuffles_has_an_order_of_its_own_by_the_global_seed() -> None:
+    def orders(seed: int, name: str = "val_batches") -> list[list[float]]:
+        torch.manual_seed(seed)
+        torch.rand(seed)  # what was drawn before does not matter
+        batches = Batches(loader(True, False), name)
+        return [[x for _ in range(4) for x in values(batches.draw())] for _ in range(3)]
+
+    found = orders(7)
+    assert all(sorted(order) == list(range(10)) for order in found)
+    different = [*found, *orders(8), *orders(7, "train_batches")]
+    assert len(set(map(tuple, different))) == 9
+    torch.manual_seed(7)
+    assert found == orders(7)
 
 
 @pytest.mark.parametrize("position", range(10))
@@ -72,7 +88,7 @@ def test_restored_position_gives_the_same_batches(name: str, position: int) -> N
     assert torch.equal(torch.get_rng_state(), before)
     torch.set_rng_state(rng)
     if position == 0 and "own" in name:  # nothing drawn: the generator is as the user made it
-        assert state == {"position": 0, "begun": {}, "now": {}}
+        assert state == {"position": 0, "begun": {}}
     assert [values(second.draw()) for _ in range(12)] == expected
 
 
@@ -99,15 +115,82 @@ def test_iterable_that_is_empty_on_a_later_pass_is_an_error() -> None:
         batches.draw()
 
 
-def test_a_generator_that_others_share_is_left_where_it_was() -> None:
+def test_a_generator_that_others_share_stays_as_it_is() -> None:
     def made() -> tuple[Batches, torch.Generator]:
         generator = torch.Generator().manual_seed(3)
         return Batches(DataLoader(TensorDataset(torch.arange(8.0)), 2, shuffle=True, generator=generator), "val"), generator
 
-    first, generator = made()
+    (first, generator), (second, other) = made(), made()
+    before = generator.get_state()
     first.draw()
+    assert torch.equal(generator.get_state(), before)
     torch.randperm(5, generator=generator)  # the training loader draws from it too
-    state, expected = first.state_dict(), generator.get_state()
-    second, other = made()
-    second.load_state_dict(state)
-    assert torch.equal(other.get_state(), expected)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(other.get_state(), before)
+    assert [values(first.draw()) for _ in range(9)] == [values(second.draw()) for _ in range(9)]
+
+
+class Jittered(Dataset[Any]):
+    """Each item has a number from each of the global generators."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Tensor:
+        drawn = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()), torch.randn(())]
+        return torch.tensor([i, *drawn], dtype=torch.float64)
+
+
+def global_states() -> list[Any]:
+    numpy = np.random.get_state(legacy=False)
+    return [random.getstate(), {**numpy, "state": numpy["state"]["key"].tolist()}, torch.get_rng_state().tolist()]
+
+
+@pytest.mark.parametrize(("workers", "position"), [*((0, n) for n in (1, 2, 3, 4, 5, 8)), (2, 2), (2, 5)])
+def test_transforms_draw_aside_and_are_resumed_to_the_bit(workers: int, position: int) -> None:
+    def made() -> Batches:
+        torch.manual_seed(3)
+        return Batches(DataLoader(Jittered(), 2, shuffle=True, num_workers=workers), "val_batches")
+
+    first, second = made(), made()
+    before = global_states()
+    drawn = [first.draw() for _ in range(position)]
+    assert global_states() == before
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    saved.seek(0)
+    expected = [first.draw() for _ in range(4)]
+    torch.manual_seed(99)
+    random.random(), np.random.rand()
+    before = global_states()
+    second.load_state_dict(torch.load(saved, weights_only=True))
+    found = [second.draw() for _ in range(4)]
+    assert global_states() == before
+    assert all(map(torch.equal, found, expected))
+    jitter = torch.cat([*drawn, *expected])[:, 1:].flatten().tolist()
+    assert len(set(jitter)) == len(jitter)  # no number is drawn twice, in this pass or in another
+
+
+def test_a_state_of_before_the_streams_begins_its_pass_again() -> None:
+    """Then a pass came from the global generator, whose state at its start was saved."""
+    torch.manual_seed(7)
+    source = loader(True, False)
+    begun = torch.get_rng_state()
+    expected = [values(batch) for batch in source]
+    batches = Batches(source, "val_batches")
+    batches.load_state_dict({"position": 2, "begun": {"": begun}, "now": {"": torch.get_rng_state()}})
+    assert [values(batches.draw()) for _ in range(2)] == expected[2:]
+
+
+def test_a_generator_of_another_kind_in_numpys_place_stays_where_it_is() -> None:
+    before = np.random.mtrand._rand._bit_generator
+    try:
+        np.random.set_bit_generator(np.random.PCG64(3))
+        state = np.random.get_state(legacy=False)
+        Batches(loader(True, False), "val_batches").draw()
+        assert np.random.get_state(legacy=False) == state
+    finally:
+        np.random.set_bit_generator(before)
+
+
+# ruff: noqa: NPY002 (transforms draw from the global generators)

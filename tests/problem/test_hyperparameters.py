@@ -358,3 +358,66 @@ def test_buffers_and_submodules_of_a_subclass_are_saved_and_loaded() -> None:
     assert second["a.b"].tolist() == [3.0, 3.0]
     assert torch.equal(second.net.weight, first.net.weight)
     second.project_()
+
+
+# Names of a wrapped model
+
+
+def wrappers() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    compiled = torch.compile
+    return {"module": nn.DataParallel, "_orig_mod": compiled, "_orig_mod.module": lambda m: compiled(nn.DataParallel(m))}
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(2, 2) for _ in range(40)))
+
+
+def squares(names: Callable[[str], str] = str) -> Any:
+    return lambda m, h, b: m(b).sum() + sum((h[names(name)] * p**2).sum() for name, p in m.named_parameters())
+
+
+@pytest.mark.parametrize("prefix", wrappers())
+def test_names_of_a_wrapped_model_are_told_in_one_line(prefix: str) -> None:
+    wrapped = wrappers()[prefix](deep())
+    hparams = HyperParameters({name: torch.ones_like(p) for name, p in wrapped.named_parameters()})
+    problem = Problem(wrapped, hparams, squares(), squares())
+    one = torch.ones(1, 2)
+    for ask in (lambda: problem.loss(one), lambda: hypergradient(problem, one, one)):
+        with pytest.raises(KeyError) as caught:
+            ask()
+        words = f"no hyperparameter '0.weight', but '{prefix}.0.weight': one is the name of a wrapped model"
+        assert words in str(caught.value)
+        assert "name hyperparameters by that, as in ddp.module.named_parameters()" in str(caught.value)
+        assert len(str(caught.value)) < 300
+    inside = HyperParameters({name: torch.ones_like(p) for name, p in problem.model.named_parameters()})
+    assert Problem(wrapped, inside, squares(), squares()).loss(one).isfinite()  # the remedy
+
+
+def test_the_other_way_round_too() -> None:
+    hparams = HyperParameters({name: torch.ones_like(p) for name, p in deep().named_parameters()})
+    with pytest.raises(KeyError, match=r"no hyperparameter 'module\.0\.weight', but '0\.weight': one is"):
+        hparams["module.0.weight"]
+
+
+def test_an_unknown_name_among_many_is_one_line() -> None:
+    hparams = HyperParameters({name: torch.ones_like(p) for name, p in deep().named_parameters()})
+    with pytest.raises(KeyError, match=r"no hyperparameter 'decay': the names are \['0\.bias', .* and 75 more") as caught:
+        hparams["decay"]
+    assert len(str(caught.value)) < 150
+
+
+@pytest.mark.parametrize("kind", [KeyError, AttributeError])
+def test_a_module_of_parameters_with_names_of_a_wrapped_model_has_a_note(kind: type[Exception]) -> None:
+    wrapped = nn.DataParallel(nn.Linear(2, 1))
+
+    class Table(nn.ParameterDict):
+        def __getitem__(self, key: str) -> Any:
+            return super().__getitem__(key) if kind is AttributeError else dict(self.named_parameters())[key]
+
+    values = {name.replace(".", "_"): torch.ones_like(p) for name, p in wrapped.named_parameters()}
+    with pytest.raises(kind) as caught:
+        Problem(wrapped, Table(values), squares(), squares()).loss(torch.ones(1, 2))
+    assert [note for note in vars(caught.value)["__notes__"] if "' is named after a wrapped model" in note]
+    with pytest.raises(kind) as caught:
+        Problem(wrapped, Table({"decay": torch.ones(1)}), squares(), squares()).loss(torch.ones(1, 2))
+    assert "wrapped" not in str(vars(caught.value)["__notes__"])

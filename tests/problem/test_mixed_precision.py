@@ -148,7 +148,8 @@ def test_a_criterion_is_computed_for_its_curvature_as_in_the_loss() -> None:
     problem.train_loss = hoptim.CompositeLoss(loss.predict, noting, loss.penalty)
     with autocast():
         hoptim.hypergradient(problem, TRAIN[0], VAL)
-    assert seen == [True, True]
+    assert len(seen) > 1
+    assert all(seen)
 
 
 @pytest.mark.parametrize("name", ["exact", "gauss-newton", "differences"])

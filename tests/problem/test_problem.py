@@ -411,3 +411,14 @@ def test_a_wrapped_model_answers_in_a_loss_as_the_one_inside_does() -> None:
     inside = nn.Linear(2, 1)
     Problem(nn.DataParallel(inside), HyperParameters({"a": torch.tensor(0.5)}), train, mean_square).loss(X)
     assert seen == [(True, repr(inside), True, nn.Linear, True)]
+
+
+def test_hparams_inside_the_model_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 1))
+    model.add_module("outer", nn.Module())
+    hparams = HyperParameters({"a": torch.tensor(0.5)})
+    model.outer.hparams = hparams
+    with pytest.raises(ValueError, match=r"as 'outer\.hparams'.*do not register hparams inside the model") as caught:
+        Problem(model, hparams, mean_square, mean_square)
+    assert "part of the model that is trained" in str(caught.value)
+    assert list(Problem(model[0], hparams, mean_square, mean_square).leaves()) == ["a"]  # the remedy

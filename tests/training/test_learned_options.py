@@ -11,7 +11,8 @@ from torch.distributions import constraints
 
 from hoptim import BilevelOptimizer, HyperParameters, Identity, Implicit, Neumann, Problem, Status, Unrolled, Update
 
-pytestmark = pytest.mark.filterwarnings("error")
+# The first outer steps here take options to zero on purpose, of which users are told.
+pytestmark = pytest.mark.filterwarnings("error", "ignore:the first outer step took")
 
 LOW, HIGH = -10.0, 10.0  # where the validation loss wants the weight: to go faster is worse, or better
 

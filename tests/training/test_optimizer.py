@@ -700,13 +700,30 @@ def test_cosine_to_last_is_that_of_consecutive_hypergradients_also_over_a_checkp
     assert record.row()["cosine_to_last"] is not None
 
 
-def test_cosine_of_two_vectors() -> None:
-    a, b = {"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([1.0, 1.0])}
+def test_cosine_of_two_vectors_is_over_what_both_touch() -> None:
+    a, b, c = ({"x": torch.tensor(x)} for x in ([2.0, 1.0, 0.0, 5.0], [1.0, 2.0, 3.0, 0.0], [0.0, 0.0, -1.0, 0.0]))
     progress = Progress()
-    assert [progress.cosine_to_last(one) for one in (a, b, b, a)] == [
-        None,
-        pytest.approx(0.5**0.5),
-        pytest.approx(1.0),
-        pytest.approx(0.5**0.5),
-    ]
+    expected = [None, pytest.approx(4 / 5), pytest.approx(1.0), pytest.approx(-1.0), None]
+    assert [progress.cosine_to_last(one) for one in (a, b, b, c, a)] == expected
+    assert progress.cosine_to_last({"x": torch.zeros(4)}) is None
     assert progress.cosine_to_last({"x": torch.zeros(3)}) is None
+
+
+def test_cosine_of_example_weights_is_known_where_batches_share_examples() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = noisy_model(), classes(12, 0)
+    hparams = HyperParameters({"weight": torch.full((12,), 0.5)}, {"weight": constraints.unit_interval})
+
+    def train(m: Any, h: Any, batch: Any) -> Tensor:
+        return (h["weight"][batch] * nn.functional.cross_entropy(m(x[batch]), y[batch], reduction="none")).mean()
+
+    def val(m: Any, h: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(m.eval()(x[batch]), y[batch])
+
+    inner, outer = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(hparams.parameters(), lr=0.0)
+    optimizer = BilevelOptimizer(inner, outer, Problem(model, hparams, train, val), val_batches=[torch.arange(6, 12)])
+    records = [optimizer.hyperstep(torch.tensor(batch)) for batch in ([0, 1, 2], [3, 4, 5], [3, 4, 8])]
+    before, now = (record.result.grads["weight"][[3, 4]] for record in records[1:])
+    shared = nn.functional.cosine_similarity(before, now, dim=0).item()
+    assert [record.cosine_to_last for record in records] == [None, None, pytest.approx(shared)]
+    assert optimizer.record.row()["cosine_to_last"] == pytest.approx(shared)

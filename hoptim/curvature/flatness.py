@@ -1,0 +1,104 @@
+"""Whether the criterion of a CompositeLoss has a second derivative in z: without one Gauss-Newton is blind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from hoptim.curvature.linearization import Point
+from hoptim.problem.composite_loss import LossParts
+from hoptim.problem.problem import Problem
+
+NO_CRITERION_CURVATURE = (
+    "the criterion is linear in what predict returns, at least piecewise, as nll_loss, L1 and hinge losses are: it has no "
+    "curvature, and GaussNewton would see nothing of the model. If predict ends in log_softmax, let it return the logits, "
+    "and take cross_entropy as the criterion; else give Implicit(curvature=hoptim.Exact())"
+)
+_CHECKED: WeakSet[Problem] = WeakSet()
+
+
+def check_criterion(point: Point) -> None:
+    """Raise where the criterion has no curvature in z anywhere. Once for each problem; it costs one loss."""
+    if point.problem in _CHECKED:
+        return
+    with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (_, parts):
+        assert parts is not None
+        found = has_curvature(parts)
+    if found is False:
+        raise ValueError(NO_CRITERION_CURVATURE)
+    if found:
+        _CHECKED.add(point.problem)
+
+
+def has_curvature(parts: LossParts) -> bool | None:
+    """Whether ∂²c/∂z² is other than zero at z or elsewhere; ``None`` where this z can't tell, since ∂c/∂z is zero as well.
+
+    A zero at z alone proves nothing: a softmax that is sure of itself has one, and so has a Huber loss far from its target.
+    So other places are looked at: z of normal numbers, and those that are passed as the entry of z with the steepest slope
+    goes downhill, until its slope changes its sign. A convex criterion is curved there, or has a kink.
+
+    >>> def parts(criterion):
+    ...     return LossParts(z=torch.tensor([3.0, 100.0]), criterion=criterion, penalty=None)
+    >>> square, huber = torch.square, torch.nn.HuberLoss()
+    >>> [has_curvature(parts(f)) for f in (lambda z: z.sum(), lambda z: z.abs().sum(), lambda z: 0 * square(z).sum())]
+    [False, False, None]
+    >>> has_curvature(parts(lambda z: square(z).mean())), has_curvature(parts(lambda z: huber(z, torch.full((2,), -55.5))))
+    (True, True)
+    """
+    z = parts.z.detach()
+    v = torch.randn_like(z)
+
+    def look(place: Tensor) -> tuple[Tensor, bool]:
+        """∂c/∂z there, and whether ∂²c/∂z² is other than zero."""
+        place = place.detach().requires_grad_()
+        value = parts.criterion(place)
+        if not value.requires_grad:
+            return torch.zeros_like(place), False
+        (slope,) = torch.autograd.grad(value, place, create_graph=True, allow_unused=True)
+        if slope is None or not slope.requires_grad:
+            return torch.zeros_like(place) if slope is None else slope, False
+        (Hv,) = torch.autograd.grad(slope, place, v, allow_unused=True)
+        return slope.detach(), Hv is not None and bool(Hv.any())
+
+    slope, is_curved = look(z)
+    if is_curved or z.is_complex() or not slope.isfinite().all():
+        return True
+    if not slope.any():
+        return None
+    try:
+        return look(torch.randn_like(z))[1] or _is_curved_downhill(look, z, slope)
+    except Exception:  # a criterion that refuses other z
+        return None
+
+
+def _is_curved_downhill(look: Callable[[Tensor], tuple[Tensor, bool]], z: Tensor, slope: Tensor) -> bool:
+    """Whether the criterion is curved where one entry of z passes from one side of its minimum to the other."""
+    entry = int(slope.abs().argmax())
+    downhill = -float(slope.reshape(-1)[entry].sign())
+
+    def at(t: float) -> tuple[bool, bool]:
+        moved = z.reshape(-1).clone()
+        moved[entry] += downhill * t
+        there, is_curved = look(moved.view(z.shape))
+        return float(there.reshape(-1)[entry]) * downhill < 0, is_curved
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        goes_on, is_curved = at(high)
+        if is_curved:
+            return True
+        if not goes_on:
+            break
+        low, high = high, 2 * high
+    else:
+        return False
+    for _ in range(60):
+        middle = (low + high) / 2
+        goes_on, is_curved = at(middle)
+        if is_curved:
+            return True
+        low, high = (middle, high) if goes_on else (low, middle)
+    return False

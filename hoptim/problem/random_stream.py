@@ -1,0 +1,152 @@
+"""A random stream of its own for what is drawn aside: the process's generators go on as if nothing had been drawn."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hoptim.linalg.vectors import Tree
+
+Generators = Mapping[str, torch.Generator]
+
+
+class RandomStream:
+    """Random states that take the place of the process's own while something is drawn.
+
+    They are those of Python's, NumPy's and torch's global generators, the last on CPU and CUDA, and of other generators of
+    torch that are given. The global ones begin with a seed that is made of ``torch.initial_seed()``, which is only read, and
+    of a name; the others begin as they stand.
+
+    Args:
+        name: streams of different names draw different numbers.
+
+    >>> stream, before = RandomStream("val_batches"), torch.get_rng_state()
+    >>> with stream.drawing():
+    ...     first = torch.rand(2)
+    >>> with stream.drawing():
+    ...     second = torch.rand(2)
+    >>> torch.equal(first, second), torch.equal(torch.get_rng_state(), before)
+    (False, True)
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._states: dict[str, Any] = {}
+
+    @contextmanager
+    def drawing(self, others: Generators | None = None) -> Iterator[Callable[[], dict[str, Any]]]:
+        """Inside, random numbers come from this stream. Outside, all generators stay as they were.
+
+        What is yielded reads where the stream stands.
+        """
+        others = others or {}
+        outside = _read(others)
+        try:
+            if "python" not in self._states:  # fresh, or of a checkpoint that has torch's states only
+                _seed(torch.initial_seed() + zlib.crc32(self._name.encode()))
+            _put(self._states, others)
+            yield partial(_read, others)
+        finally:
+            self._states = _read(others)
+            _put(outside, others)
+
+    def load(self, states: Mapping[str, Any]) -> None:
+        """Go to where states were read; to the beginning if they are empty."""
+        self._states = dict(states)
+
+
+@contextmanager
+def python_and_numpy_untouched() -> Iterator[None]:
+    """What runs inside leaves Python's and NumPy's global generators as they were."""
+    outside = {name: state for name, state in _read({}).items() if name in ("python", "numpy")}
+    try:
+        yield
+    finally:
+        _put(outside, {})
+
+
+def to_tensors(states: Mapping[str, Any]) -> Tree:
+    """States as tensors, for a checkpoint: whole numbers below 2^53, which float64 holds exactly.
+
+    >>> states = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
+    >>> from_tensors(to_tensors(states))["python"] == states["python"]
+    True
+    """
+    found: Tree = {}
+    for name, state in states.items():
+        if name == "python":
+            version, words, gauss = state
+            found[name] = torch.tensor([version, gauss is not None, gauss or 0.0, *words], dtype=torch.float64)
+        elif name == "numpy":
+            plain = [state["state"]["pos"], state["has_gauss"], state["gauss"], *state["state"]["key"].tolist()]
+            found[name] = torch.tensor(plain, dtype=torch.float64)
+        else:
+            found[name] = state
+    return found
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The states again."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if name == "python":
+            version, has_gauss, gauss, *words = tensor.tolist()
+            found[name] = int(version), tuple(map(int, words)), gauss if has_gauss else None
+        elif name == "numpy":
+            pos, has_gauss, gauss, *key = tensor.tolist()
+            inner = {"key": np.array(key, dtype=np.uint32), "pos": int(pos)}
+            found[name] = {"bit_generator": "MT19937", "state": inner, "has_gauss": int(has_gauss), "gauss": gauss}
+        else:
+            found[name] = tensor.cpu()
+    return found
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    if _numpy_is_plain():
+        np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would also seed a CUDA that is not yet in use
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed % 2**63)
+
+
+def _read(others: Generators) -> dict[str, Any]:
+    """All states by name; torch's on the CPU has the empty one."""
+    states: dict[str, Any] = {"": torch.get_rng_state(), "python": random.getstate()}
+    if _numpy_is_plain():
+        states["numpy"] = np.random.get_state(legacy=False)
+    if torch.cuda.is_initialized():
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states | {name: generator.get_state() for name, generator in others.items()}
+
+
+def _put(states: Mapping[str, Any], others: Generators) -> None:
+    """Set what is both in ``states`` and here."""
+    for name, state in states.items():
+        if name == "":
+            torch.set_rng_state(state)
+        elif name == "python":
+            random.setstate(state)
+        elif name == "numpy" and _numpy_is_plain():
+            np.random.set_state(state)
+        elif name.startswith("cuda:"):
+            if torch.cuda.is_initialized() and int(name[5:]) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, name)
+        elif name in others:
+            others[name].set_state(state)
+
+
+def _numpy_is_plain() -> bool:
+    """Whether NumPy's global generator is the one that it comes with, not another kind that the user has set."""
+    return type(np.random.mtrand._rand._bit_generator) is np.random.MT19937
+
+
+# ruff: noqa: NPY002 (these are the global generators' own functions)
