@@ -28,8 +28,8 @@ Per = Literal["global", "tensor", "channel", "weight"]
 class WeightDecay(HyperParameters):
     """Learned weight decays, and their penalty ½ Σ_k λ_k ‖w_k‖², whose gradient is λ_k w_k.
 
-    Each λ_k is positive and its leaf is log λ_k, so ``torch.optim.Adam(decay.parameters(), lr=0.05)`` suits it as the outer
-    optimizer: a step changes λ_k by about 5 %. Set the inner optimizer's own ``weight_decay`` to 0.
+    Each λ_k is positive and its leaf is log λ_k, so that Adam at a rate of 0.05, which is :meth:`optimizer`, changes it by
+    about 5 % a step. Set the inner optimizer's own ``weight_decay`` to 0.
 
     The decayed weights are those that require a gradient and have at least two axes. So biases and norms are left out, also
     a ``LayerNorm`` or ``RMSNorm`` over several axes; embeddings are decayed. A tied weight counts once. Names are those of
@@ -62,9 +62,9 @@ class WeightDecay(HyperParameters):
     >>> decay = WeightDecay(model, per="tensor", start=1e-2)
     >>> decay
     WeightDecay(per='tensor', norm=2): 2 decays of 56 weights in 2 tensors, from 0.01 to 0.01
-    >>> inner, outer = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.Adam(decay.parameters(), lr=0.05)
-    >>> problem = Problem(model, decay, train_loss, val_loss)
-    >>> optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[torch.arange(20, 40)], every=10, warmup=100)
+    >>> inner, problem = torch.optim.SGD(model.parameters(), lr=0.1), Problem(model, decay, train_loss, val_loss)
+    >>> val = [torch.arange(20, 40)]
+    >>> optimizer = BilevelOptimizer(inner, decay.optimizer(), problem, val_batches=val, every=10, warmup=100)
     >>> for _ in range(300):
     ...     optimizer.zero_grad()
     ...     optimizer.loss(torch.arange(20)).backward()
@@ -110,6 +110,10 @@ class WeightDecay(HyperParameters):
     def degrees_of_freedom(self) -> int:
         """How many numbers are learned."""
         return sum(leaf.numel() for leaf in self.parameters())
+
+    def optimizer(self, lr: float = 0.05) -> torch.optim.Adam:
+        """The outer optimizer that suits it: Adam on the leaves, at ``lr``, the share by which a step changes a decay."""
+        return torch.optim.Adam(self.parameters(), lr=lr)
 
     def penalty(self, model: Any) -> Tensor:
         """½ Σ_k λ_k ‖w_k‖², or Σ_k λ_k |w_k|, of the model's weights as they are now: a scalar for the training loss.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -209,6 +210,17 @@ def test_hypergradient_is_that_of_the_lines_written_by_hand(per: Any, wrapper: s
     for name in DECAYED:
         assert expected.grads[name].abs().max() > 1e-6
         torch.testing.assert_close(found.grads["decay." + name], expected.grads[name], rtol=1e-12, atol=1e-15)
+
+
+def test_its_optimizer_changes_a_decay_by_five_percent() -> None:
+    decay = spread(WeightDecay(net(), per="weight"))
+    before = {name: decay[name].detach() for name in decay}
+    outer = decay.optimizer()
+    for leaf in decay.parameters():
+        leaf.grad = torch.rand_like(leaf) + 0.1
+    outer.step()
+    for name in decay:
+        torch.testing.assert_close(decay[name].detach(), before[name] * math.exp(-0.05), rtol=1e-6, atol=0)
 
 
 def run(hparams: nn.Module, model: nn.Module, train_loss: Any, **options: Any) -> hoptim.BilevelOptimizer:
