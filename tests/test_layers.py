@@ -21,7 +21,7 @@ FLOORS = [
     {"curvature"},
     {"methods"},
     {"training"},
-    {"diagnostics", "tracking"},
+    {"diagnostics", "tracking", "recipes"},
 ]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -19,6 +19,8 @@ scalar`:
 >>> hparams = HyperParameters(decays, dict.fromkeys(decays, constraints.positive))
 >>> problem = Problem(model, hparams, train_loss, val_loss)
 
+A decay for each tensor, channel or weight, without biases and norms, is one line with `hoptim.recipes.WeightDecay`.
+
 `problem.loss(batch)` is the training loss on the live model, for `backward()`: the weights get gradients, the
 hyperparameters none. Inside `BilevelOptimizer`, call `optimizer.loss(batch)` instead, which also notes the batch for the
 next hyperstep.

@@ -124,9 +124,10 @@ def standard_error(result: Hypergradient, weights: Sequence[float] | None = None
 
 
 def natural_values(problem: Problem) -> Tree:
-    """Copies of the natural values of a :class:`HyperParameters`, or of the parameters of any other module."""
-    hparams = problem.hparams
+    """Copies of the natural values of every :class:`HyperParameters` in ``hparams``, and of the other parameters in it."""
     with torch.no_grad():
-        if isinstance(hparams, HyperParameters):
-            return {name: hparams[name].detach().clone() for name in hparams}
-        return {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
+        values = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
+        for path, module in problem.hparams.named_modules():
+            if isinstance(module, HyperParameters):
+                values |= {f"{path}.{name}".lstrip("."): module[name].detach().clone() for name in module}
+    return values

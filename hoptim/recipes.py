@@ -1,0 +1,164 @@
+"""Recipes: hyperparameters that come ready for use, with the losses' terms that they are for.
+
+A recipe is a :class:`HyperParameters` that knows the model. It goes where ``hparams`` goes, alone or in an
+``nn.ModuleDict`` beside others:
+
+>>> hparams = nn.ModuleDict({"decay": WeightDecay(nn.Linear(2, 3)), "rest": HyperParameters({"shift": torch.zeros(3)})})
+>>> [name for name, _ in hparams.named_parameters()]
+['decay.decay.weight', 'rest.shift']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.problem.loss_checks import check_real
+from hoptim.problem.wrappers import unwrap
+from hoptim.validation import describe_type, is_finite
+
+Per = Literal["global", "tensor", "channel", "weight"]
+
+
+class WeightDecay(HyperParameters):
+    """Learned weight decays, and their penalty ½ Σ_k λ_k ‖w_k‖², whose gradient is λ_k w_k.
+
+    Each λ_k is positive and its leaf is log λ_k, so that Adam at a rate of 0.05, which is :meth:`optimizer`, changes it by
+    about 5 % a step. Set the inner optimizer's own ``weight_decay`` to 0.
+
+    The decayed weights are those that require a gradient and have at least two axes. So biases and norms are left out, also
+    a ``LayerNorm`` or ``RMSNorm`` over several axes; embeddings are decayed. A tied weight counts once. Names are those of
+    the model inside its wrappers: the decay of the weight ``"0.weight"`` is ``hparams["decay.0.weight"]``, a global one
+    ``hparams["decay"]``. Decays have their weight's device, and float32 or more.
+
+    Args:
+        model: the model, before or after it is wrapped. Move it to its device first.
+        per: what has a λ of its own: all weights together (``"global"``, shape ()), each tensor (shape ()), each output
+            channel of a tensor, which is its first axis (shape (n,)), or each weight (the tensor's shape).
+        start: λ at the start, positive.
+        norm: 2 for ½ Σ λ_k ‖w_k‖²; 1 for Σ λ_k |w_k|, which has no curvature of its own.
+        include: ``include(name, weight) -> bool`` says which weights that require a gradient are decayed, in place of the
+            rule above.
+
+    Raises:
+        TypeError: ``model`` is no module, or a weight is complex.
+        ValueError: ``per``, ``start`` or ``norm`` is none of these, no weight is left to decay, or one has no values yet.
+
+    Source: Krogh and Hertz 1991, A simple weight decay can improve generalization.
+
+    >>> from hoptim import BilevelOptimizer, Problem
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(40, 4), torch.arange(40) % 3
+    >>> def val_loss(model, hparams, batch):
+    ...     return nn.functional.cross_entropy(model(x[batch]), y[batch])
+    >>> def train_loss(model, hparams, batch):
+    ...     return val_loss(model, hparams, batch) + hparams.penalty(model)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+    >>> decay = WeightDecay(model, per="tensor", start=1e-2)
+    >>> decay
+    WeightDecay(per='tensor', norm=2): 2 decays of 56 weights in 2 tensors, from 0.01 to 0.01
+    >>> inner, problem = torch.optim.SGD(model.parameters(), lr=0.1), Problem(model, decay, train_loss, val_loss)
+    >>> val = [torch.arange(20, 40)]
+    >>> optimizer = BilevelOptimizer(inner, decay.optimizer(), problem, val_batches=val, every=10, warmup=100)
+    >>> for _ in range(300):
+    ...     optimizer.zero_grad()
+    ...     optimizer.loss(torch.arange(20)).backward()
+    ...     optimizer.step()
+    >>> decay                                                           # the labels are noise, so decays grow
+    WeightDecay(per='tensor', norm=2): 2 decays of 56 weights in 2 tensors, from 0.0185 to 0.0291
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        per: Per = "tensor",
+        start: float = 1e-4,
+        norm: Literal[1, 2] = 2,
+        include: Callable[[str, nn.Parameter], bool] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {describe_type(model)}: give an nn.Module")
+        if per not in get_args(Per):
+            raise ValueError(f"per is {per!r}: give one of {', '.join(map(repr, get_args(Per)))}")
+        if norm not in (1, 2):
+            raise ValueError(f"norm is {norm!r}: give 2 for ½ Σ λ‖w‖², or 1 for Σ λ|w|")
+        if not is_finite(start) or start <= 0:
+            raise ValueError(f"start is {start!r}: a decay is learned on a log scale, so start at a positive number")
+        inside = unwrap(model)
+        check_real("weight", inside.named_parameters())
+        decayed = include or _usual(inside)
+        weights = {name: p for name, p in inside.named_parameters() if p.requires_grad and decayed(name, p)}
+        if not weights:
+            raise ValueError(
+                "the model has no weight to decay: none requires a gradient and has at least two axes; see include"
+            )
+        values = {"decay": _full((), start, next(iter(weights.values())))}
+        if per != "global":
+            axes = {"tensor": 0, "channel": 1, "weight": None}[per]
+            values = {f"decay.{name}": _full(p.shape[:axes], start, p) for name, p in weights.items()}
+        super().__init__(values, dict.fromkeys(values, constraints.positive))
+        self.per, self.norm = per, norm
+        self._shapes = {name: p.shape for name, p in weights.items()}
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """How many numbers are learned."""
+        return sum(leaf.numel() for leaf in self.parameters())
+
+    def optimizer(self, lr: float = 0.05) -> torch.optim.Adam:
+        """The outer optimizer that suits it: Adam on the leaves, at ``lr``, the share by which a step changes a decay."""
+        return torch.optim.Adam(self.parameters(), lr=lr)
+
+    def penalty(self, model: Any) -> Tensor:
+        """½ Σ_k λ_k ‖w_k‖², or Σ_k λ_k |w_k|, of the model's weights as they are now: a scalar for the training loss.
+
+        Args:
+            model: the model that the loss is given.
+
+        Raises:
+            ValueError: a decayed weight is missing in ``model``, or has another shape.
+        """
+        weights = dict(unwrap(model).named_parameters())
+        together = self["decay"] if self.per == "global" else None
+        terms = []
+        for name, shape in self._shapes.items():
+            found = weights.get(name)
+            if found is None or found.shape != shape:
+                now = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                raise ValueError(
+                    f"weight {name!r} had shape {tuple(shape)} when WeightDecay was made, and is {now} in this model: "
+                    "give penalty the same model, and make WeightDecay after the model has its final layers"
+                )
+            decay = self[f"decay.{name}"] if together is None else together
+            w = found.to(decay.dtype)
+            size = w.square() / 2 if self.norm == 2 else w.abs()
+            if decay.ndim < w.ndim:
+                size = size.sum(dim=tuple(range(decay.ndim, w.ndim)))
+            terms.append((decay * size).sum())
+        return torch.stack(terms).sum()
+
+    def __repr__(self) -> str:
+        values = torch.cat([self[name].detach().flatten() for name in self])
+        count = sum(shape.numel() for shape in self._shapes.values())
+        return (
+            f"WeightDecay(per={self.per!r}, norm={self.norm}): {self.degrees_of_freedom} decays of {count} weights in "
+            f"{len(self._shapes)} tensors, from {values.min():.3g} to {values.max():.3g}"
+        )
+
+
+def _usual(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
+    """The rule that leaves out biases and norms. The other norms' weights have one axis."""
+    norms = [module for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.RMSNorm))]
+    scales = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    return lambda _, p: p.ndim >= 2 and id(p) not in scales
+
+
+def _full(shape: tuple[int, ...], value: float, like: Tensor) -> Tensor:
+    """A start on the device of ``like``, in float32 or more: a log in bf16 would be too coarse for an outer step."""
+    return torch.full(shape, value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)

@@ -1,0 +1,313 @@
+"""WeightDecay: its penalty and gradients against plain formulas, its names under wrappers, and in a run."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import classes
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn import functional as F
+from torch.nn.parallel import DataParallel
+
+import hoptim
+from hoptim.recipes import WeightDecay
+
+DECAYED = {"0.weight": (6, 4), "3.weight": (3, 6)}
+SHAPES: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    "tensor": lambda shape: (),
+    "channel": lambda shape: shape[:1],
+    "weight": lambda shape: shape,
+}
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "bare": lambda model: model,
+    "DataParallel": DataParallel,
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "both": lambda model: DataParallel(torch.compile(model, backend="eager")),
+}
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def spread(decay: WeightDecay) -> WeightDecay:
+    """The same with a different value for each λ."""
+    for i, name in enumerate(decay):
+        values = torch.linspace(0.01, 0.05, decay[name].numel()) * (i + 1)
+        decay[name] = values.reshape(decay[name].shape).to(decay[name].dtype)
+    return decay
+
+
+def each(decay: WeightDecay, name: str, w: Tensor) -> Tensor:
+    """λ as a matrix of the weight's shape, entry by entry."""
+    value = (decay["decay"] if decay.per == "global" else decay["decay." + name]).detach()
+    rows = [
+        [value[i, j] if value.ndim == 2 else value[i] if value.ndim else value for j in range(w.shape[1])]
+        for i in range(len(w))
+    ]
+    return torch.tensor([[float(one) for one in row] for row in rows])
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("per", ["global", "tensor", "channel", "weight"])
+def test_penalty_and_its_gradients_are_those_of_the_formula(per: Any, norm: Any) -> None:
+    model = net()
+    decay = spread(WeightDecay(model, per=per, norm=norm))
+    penalty = decay.penalty(model)
+    weights = {name: p for name, p in model.named_parameters() if name in DECAYED}
+    scales = {name: each(decay, name, w) for name, w in weights.items()}
+    sizes = {name: w.detach() ** 2 / 2 if norm == 2 else w.detach().abs() for name, w in weights.items()}
+    expected = sum(
+        float(scales[name][i, j] * sizes[name][i, j]) for name, (n, m) in DECAYED.items() for i in range(n) for j in range(m)
+    )
+    assert penalty.ndim == 0
+    assert float(penalty.detach()) == pytest.approx(expected, rel=1e-12)
+
+    penalty.backward()
+    for name, p in model.named_parameters():
+        if name not in DECAYED:
+            assert p.grad is None, name
+        else:
+            slope = p.detach() if norm == 2 else p.detach().sign()
+            torch.testing.assert_close(p.grad, scales[name] * slope, rtol=1e-12, atol=0)
+    # By log λ the derivative is λ times the size of the weights that share it.
+    moved = sum((leaf.grad.sum() for leaf in decay.parameters()), torch.zeros(()))
+    assert float(moved) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("per", SHAPES)
+def test_shapes_names_and_degrees_of_freedom(per: Any) -> None:
+    decay = WeightDecay(net(), per=per, start=0.25)
+    assert {name: tuple(decay[name].shape) for name in decay} == {f"decay.{n}": SHAPES[per](s) for n, s in DECAYED.items()}
+    assert all(torch.allclose(decay[name], torch.tensor(0.25)) for name in decay)
+    assert decay.degrees_of_freedom == {"tensor": 2, "channel": 9, "weight": 42}[per]
+    assert repr(decay) == (
+        f"WeightDecay(per={per!r}, norm=2): {decay.degrees_of_freedom} decays of 42 weights in 2 tensors, from 0.25 to 0.25"
+    )
+
+
+def test_global_is_one_number() -> None:
+    decay = WeightDecay(net(), per="global", start=0.25)
+    assert [(name, leaf.shape) for name, leaf in decay.named_parameters()] == [("decay", ())]
+    assert decay.degrees_of_freedom == 1
+    assert float(decay["decay"].detach()) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_and_a_loaded_state_give_the_same_penalty(again: Callable[[WeightDecay], WeightDecay]) -> None:
+    model = net()
+    decay, other = spread(WeightDecay(model, per="channel")), WeightDecay(model, per="channel")
+    assert not torch.equal(other.penalty(model), decay.penalty(model))
+    other.load_state_dict(decay.state_dict())
+    for one in (other, again(decay)):
+        assert torch.equal(one.penalty(model), decay.penalty(model))
+
+
+class Parts(nn.Module):
+    """All that the rule has to tell apart: a LayerNorm of two axes, a tied, a frozen and a bare weight, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Linear(3, 3)  # as HyperParameters has a method of this name
+        self.embedding = nn.Embedding(5, 3)
+        self.norm, self.scale = nn.LayerNorm((2, 3)), nn.RMSNorm((2, 3))
+        self.out = nn.Linear(3, 5)
+        self.out.weight = self.embedding.weight
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.gain = nn.Parameter(torch.ones(3))
+        self.position = nn.Parameter(torch.ones(1, 2, 3))
+        self.register_buffer("running", torch.ones(2, 2))
+
+
+def test_biases_norms_and_frozen_weights_are_left_out_and_tied_ones_count_once() -> None:
+    model = Parts()
+    decay = WeightDecay(model, start=0.5)
+    assert set(decay) == {"decay.keys.weight", "decay.embedding.weight", "decay.position"}
+    weights = (model.keys.weight, model.embedding.weight, model.position)
+    expected = sum(0.25 * float(w.detach().square().sum()) for w in weights)
+    assert decay.penalty(model).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_include_replaces_the_rule_but_frozen_weights_stay_out() -> None:
+    decay = WeightDecay(Parts(), include=lambda name, p: "embedding" not in name and p.ndim < 3)
+    assert set(decay) == {
+        f"decay.{n}" for n in ("keys.weight", "keys.bias", "norm.weight", "norm.bias", "scale.weight", "out.bias", "gain")
+    }
+
+
+@pytest.mark.parametrize("made_on", WRAPPERS)
+@pytest.mark.parametrize("used_on", WRAPPERS)
+def test_names_and_penalty_are_the_same_under_every_wrapper(made_on: str, used_on: str) -> None:
+    model = net()
+    decay = spread(WeightDecay(WRAPPERS[made_on](model), per="channel"))
+    assert set(decay) == {"decay." + name for name in DECAYED}
+    assert torch.equal(decay.penalty(WRAPPERS[used_on](model)), spread(WeightDecay(model, per="channel")).penalty(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_decays_have_the_precision_of_an_outer_step_and_the_penalty_too(dtype: torch.dtype) -> None:
+    """A step of 0.05 is lost on log 1e-4 = −9.2 in bf16, and 60,000 ones squared overflow fp16."""
+    model = nn.Linear(300, 300, dtype=dtype)
+    nn.init.ones_(model.weight)
+    decay = WeightDecay(model, per="tensor", start=2.0)
+    assert {leaf.dtype for leaf in decay.parameters()} == {torch.promote_types(dtype, torch.float32)}
+    assert decay.penalty(model).item() == pytest.approx(90_000, rel=1e-6)
+    decay.penalty(model).backward()
+    torch.testing.assert_close(model.weight.grad, torch.full_like(model.weight, 2.0))
+
+
+def by_hand(model: nn.Module, per_weight: bool) -> hoptim.HyperParameters:
+    values = {name: torch.full(shape if per_weight else (), 1e-2) for name, shape in DECAYED.items()}
+    return hoptim.HyperParameters(values, dict.fromkeys(values, constraints.positive))
+
+
+def val_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model.eval()(batch[0]), batch[1])
+
+
+def cross_entropy(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def recipe_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+    return cross_entropy(model, batch) + hparams.penalty(model)
+
+
+def hand_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+    penalty = sum((hparams[name] * p.square()).sum() for name, p in model.named_parameters() if name in DECAYED)
+    return cross_entropy(model, batch) + 0.5 * penalty
+
+
+PAIRS = {
+    "plain": (recipe_loss, hand_loss),
+    "composite": tuple(
+        hoptim.CompositeLoss(lambda m, b: m(b[0]), lambda z, h, b: F.cross_entropy(z, b[1]), penalty)
+        for penalty in (
+            lambda m, h: h.penalty(m),
+            lambda m, h: 0.5 * sum((h[n] * p.square()).sum() for n, p in m.named_parameters() if n in DECAYED),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("per", ["tensor", "weight"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("losses", PAIRS)
+def test_hypergradient_is_that_of_the_lines_written_by_hand(per: Any, wrapper: str, losses: str) -> None:
+    model = net()
+    wrapped = WRAPPERS[wrapper](model)
+    ours = hoptim.Problem(wrapped, WeightDecay(wrapped, per=per, start=1e-2), PAIRS[losses][0], val_loss)
+    theirs = hoptim.Problem(model, by_hand(model, per == "weight"), PAIRS[losses][1], val_loss)
+    found, expected = (hoptim.hypergradient(problem, classes(12, 1), classes(12, 2)) for problem in (ours, theirs))
+    assert set(found.grads) == {"decay." + name for name in DECAYED}
+    for name in DECAYED:
+        assert expected.grads[name].abs().max() > 1e-6
+        torch.testing.assert_close(found.grads["decay." + name], expected.grads[name], rtol=1e-12, atol=1e-15)
+
+
+def test_its_optimizer_changes_a_decay_by_five_percent() -> None:
+    decay = spread(WeightDecay(net(), per="weight"))
+    before = {name: decay[name].detach() for name in decay}
+    outer = decay.optimizer()
+    for leaf in decay.parameters():
+        leaf.grad = torch.rand_like(leaf) + 0.1
+    outer.step()
+    for name in decay:
+        torch.testing.assert_close(decay[name].detach(), before[name] * math.exp(-0.05), rtol=1e-6, atol=0)
+
+
+def run(hparams: nn.Module, model: nn.Module, train_loss: Any, **options: Any) -> hoptim.BilevelOptimizer:
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    outer = torch.optim.Adam(hparams.parameters(), lr=0.05)
+    problem = hoptim.Problem(model, hparams, train_loss, val_loss)
+    optimizer = hoptim.BilevelOptimizer(inner, outer, problem, val_batches=[classes(16, 5)], every=5, **options)
+    for step in range(30):
+        optimizer.zero_grad()
+        optimizer.loss(classes(12, step % 3)).backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_a_run_is_that_of_the_lines_written_by_hand() -> None:
+    models = []
+    for hparams_of, loss in ((lambda m: WeightDecay(m, start=1e-2), recipe_loss), (lambda m: by_hand(m, False), hand_loss)):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = run(hparams_of(model), model, loss)
+        assert optimizer.hyper_steps == 6
+        assert optimizer.record.moved
+        models.append((model, optimizer))
+    (ours, first), (theirs, second) = models
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for name in DECAYED:
+        moved = first.record.hyperparameters["decay." + name]
+        assert abs(float(moved) - 1e-2) > 1e-4
+        torch.testing.assert_close(moved, second.record.hyperparameters[name], rtol=1e-9, atol=0)
+
+
+def test_it_stands_beside_others_in_a_module_dict_and_the_record_has_natural_values() -> None:
+    def train_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+        logits = hparams["rest"]["scale"] * model(batch[0]) + hparams["shift"][0]
+        return F.cross_entropy(logits, batch[1]) + hparams["decay"].penalty(model)
+
+    model = net()
+    rest = hoptim.HyperParameters({"scale": torch.tensor(1.0)}, {"scale": constraints.positive})
+    shift = nn.ParameterList([nn.Parameter(torch.zeros(3))])
+    hparams = nn.ModuleDict({"decay": WeightDecay(model, start=1e-2), "rest": rest, "shift": shift})
+    seen = run(hparams, model, train_loss).record.hyperparameters
+    assert set(seen) == {"decay.decay.0.weight", "decay.decay.3.weight", "rest.scale", "shift.0"}
+    for name in DECAYED:
+        assert torch.equal(seen["decay.decay." + name], hparams["decay"]["decay." + name].detach())
+        assert 0 < float(seen["decay.decay." + name]) < 1
+    assert torch.equal(seen["rest.scale"], rest["scale"].detach())
+    assert float(seen["rest.scale"]) not in (0.0, 1.0)
+    assert torch.equal(seen["shift.0"], shift[0].detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: nn.Sequential(*m[:3]), r"'3\.weight' had shape \(3, 6\).* missing in this model"),
+        (
+            lambda m: nn.Sequential(*m[:3], nn.Linear(6, 7)),
+            r"'3\.weight' had shape \(3, 6\).* of shape \(7, 6\) in this model",
+        ),
+        (lambda m: nn.ModuleDict({"net": m}), r"'0\.weight' had shape \(6, 4\).* missing in this model"),
+    ],
+)
+def test_a_model_with_other_parameters_is_an_error_of_one_line(change: Any, message: str) -> None:
+    model = net()
+    with pytest.raises(ValueError, match=message) as caught:
+        WeightDecay(model).penalty(change(model))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        (("net",), {}, TypeError, "model is a str"),
+        ((net(),), {"per": "layer"}, ValueError, "per is 'layer': give one of 'global', 'tensor', 'channel', 'weight'"),
+        ((net(),), {"norm": 3}, ValueError, "norm is 3"),
+        ((net(),), {"start": 0.0}, ValueError, "start is 0.0"),
+        ((net(),), {"start": float("nan")}, ValueError, "start is nan"),
+        ((net(),), {"start": torch.tensor(0.1)}, ValueError, "start is tensor"),
+        ((nn.BatchNorm1d(3),), {}, ValueError, "no weight to decay"),
+        ((net().requires_grad_(False),), {}, ValueError, "no weight to decay"),
+        ((nn.LazyLinear(3),), {}, ValueError, "'weight' is not initialised yet"),
+        ((nn.Linear(2, 2, dtype=torch.complex64),), {}, TypeError, "'weight' is torch.complex64"),
+        ((nn.Linear(2, 2, device="meta"),), {}, ValueError, "'weight' is on the meta device"),
+    ],
+)
+def test_wrong_arguments(arguments: Any, options: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        WeightDecay(*arguments, **options)
+    assert words in str(caught.value)
