@@ -62,6 +62,22 @@ its `lr`, as a learned rate needs, changes its last bits by itself, with or with
 By hand, `optimizer.hyperstep(train_batch, val_batch)` moves the hyperparameters now and returns the `Record`; use it with
 `every=None`.
 
+# Mistakes show in the first second
+
+Errors after an hour of warm-up are expensive, so the beginning is looked at, once; with `every=None` nothing is:
+
+- **A dry run at the first loss** computes what a hyperstep does, with the first batches, and throws it away. It leaves no
+  trace: bits, `.grad`, modes, random streams and the order of batches are as without it. A validation loss under
+  `no_grad`, a batch of another device or dtype, a hyperparameter that no loss uses, a tensor where torch wants a number
+  (`label_smoothing=hparams["eps"]`), an operation without a second derivative, too little memory: each raises now what the
+  first hyperstep would have raised. It costs one hyperstep; with `Unrolled`, a single step is unrolled.
+- **The first step** warns if the gradient that it uses is not that of the training loss: something was added to
+  `optimizer.loss(batch)` before `backward()`, of which hypergradients know nothing.
+- **The next losses and steps**: an inner optimizer that is stepped in place of the `BilevelOptimizer` is told by a warning, a
+  loop that never asks for a loss by an error.
+- **The first hyperstep** warns if it takes most of a hyperparameter to zero, since the outer rate is too large then, and
+  if it reaches so few entries of a large hyperparameter that each will hardly ever be visited.
+
 # Records, trackers and W&B
 
 `hooks` are functions that get the `Record` of each hyperstep. Trackers are hooks: `hoptim.tracking` has `WandB`,
