@@ -42,7 +42,9 @@ hidden state of an RNN. Only the first of the two is differentiated.
 (True, True)
 
 Use the model and the hyperparameters that the loss is given, not others: in a hypergradient other tensors stand in their
-place. A loss may switch the mode with `model.eval()`: it is restored after each call. A loss that writes into weights or
+place. A loss may switch the mode with `model.eval()`: it is restored after each call. A `val_loss` that runs dropout or batch
+norm in training mode is warned of once; if random masks are meant there, silence it by
+`warnings.filterwarnings("ignore", "val_loss runs .* in training mode")`. A loss that writes into weights or
 hyperparameters, or uses a model other than the one that it is given, is an error.
 
 # Hyperparameters
@@ -93,6 +95,8 @@ Each row is tested; what is computed is compared with plain autograd on a copy, 
 - A module that writes in place into a plain tensor attribute, not a buffer, keeps what it wrote in a hyperstep.
 - A loss that draws from Python's or NumPy's random generators, instead of torch's, gets other numbers in each evaluation of
   one hyperstep, so that `FiniteDifference` and `Unrolled` see noise. A hyperstep leaves all three as they were.
+- `torch.compile(model)` has to come before `Problem`, which is given what it returns; `model.compile()` may come later. One
+  that wraps the model past the problem before the first loss is warned of; after that it is not seen.
 - An autocast *inside* a loss cannot be seen from outside: use `FiniteDifference(step=0.1)`.
 - Weights that require a gradient but are not in the inner optimizer are taken to be trained; a warning names them.
 """

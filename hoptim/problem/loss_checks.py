@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,3 +190,37 @@ def check_given(name: str, loss: Tensor, live: Mapping[int, str]) -> None:
             f"{name} uses {past[:5]} past the model and hparams that it is given, so that their derivative would be wrong: "
             "take them from its arguments, inside the loss, not from a closure, a list or a value made before"
         )
+
+
+@contextmanager
+def warn_of_training_mode(model: nn.Module) -> Iterator[None]:
+    """Warn if the validation loss that runs inside calls dropout or batch norm in training mode."""
+    called: dict[str, nn.Module] = {}
+
+    def note(name: str, part: nn.Module, _: Any) -> None:
+        if part.training:
+            called[name] = part
+
+    random = [(name, part) for name, part in model.named_modules() if _differs_in_training(part)]
+    handles = [part.register_forward_pre_hook(partial(note, name)) for name, part in random]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if called:
+        counts = Counter(type(part).__name__ for part in called.values())
+        warnings.warn(
+            f"val_loss runs {' and '.join(f'{count} {kind}' for kind, count in counts.items())} in training mode, such as "
+            f"{next(iter(called))!r}: the hypergradient is that of random masks, or of the statistics of one batch. "
+            "Call model.eval() in val_loss, which is undone after it",
+            stacklevel=3,
+        )
+
+
+def _differs_in_training(part: nn.Module) -> bool:
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        return part.running_mean is not None
+    if isinstance(part, nn.modules.dropout._DropoutNd):
+        return part.p > 0
+    return isinstance(part, (nn.RNNBase, nn.MultiheadAttention)) and part.dropout > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -30,10 +30,11 @@ from hoptim.problem.loss_checks import (
     losses,
     scalar,
     split_aux,
+    warn_of_training_mode,
 )
 from hoptim.problem.mixed_precision import full_precision, losses_precision
 from hoptim.problem.random_stream import python_and_numpy_untouched
-from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap
+from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap, warn_of_compiled_aside
 from hoptim.validation import describe_type
 
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -132,6 +133,7 @@ class Problem:
         check_apart(self.model.named_parameters(), self.hparams.named_parameters())
         self._constants = DetachedView(self.hparams, beside=self.model)
         self._checked: set[LossName] = set()  # the losses that were looked at closely, at their first evaluation
+        self._has_trained = False
 
     def check_learned(self) -> None:
         """Raise where everything is frozen."""
@@ -160,6 +162,9 @@ class Problem:
             The loss, a scalar; with ``has_aux`` the pair ``(loss, aux)``.
         """
         torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the first step's weights
+        if not self._has_trained:
+            self._has_trained = True
+            warn_of_compiled_aside(self.wrapper)
         model = self.model if self.wrapper is self.model else Facade(self.wrapper, self.model)
         note = annotate_errors("train_loss was called with a batch that is", batch, self.hparams)
         with self._constants.present() as constants, note:
@@ -201,7 +206,8 @@ class Problem:
         given = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
         given |= _clones(self._given["buffers"])
         with uncompiled(), restore_attributes(live.parts):
-            with losses_precision(), forbid_writes(name, weights, leaves, values=first):
+            looked_at = warn_of_training_mode(self.model) if first and name == "val_loss" else nullcontext()
+            with losses_precision(), forbid_writes(name, weights, leaves, values=first), looked_at:
                 losses = partial(self._losses, name, batch)
                 found = functional_call(self.joint, given, (losses,)) if given else losses()
             if first:

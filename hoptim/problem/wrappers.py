@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import operator
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -38,6 +40,19 @@ def without_wrappers(name: str) -> str:
     ['0.weight', '0_weight', 'modules.0.bias']
     """
     return re.sub(r"^((module|_orig_mod)[^a-zA-Z0-9])+", "", name)
+
+
+def warn_of_compiled_aside(given: nn.Module) -> None:
+    """Warn where ``torch.compile`` wraps the model that ``Problem`` was given, whose training therefore runs uncompiled."""
+    if "torch._dynamo" not in sys.modules or is_compiled(given):
+        return
+    layers = list(_layers(given))
+    if any(type(held) is dict and held.get("_orig_mod") is one for one in layers for held in gc.get_referrers(one)):
+        warnings.warn(
+            f"torch.compile wraps the {type(layers[-1]).__name__}, but Problem was given what is inside: the training runs "
+            "uncompiled. Give Problem what torch.compile returned, or compile in place, by model.compile()",
+            stacklevel=3,
+        )
 
 
 def process_group_of(model: nn.Module) -> Any:

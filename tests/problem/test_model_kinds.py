@@ -209,6 +209,28 @@ def test_compiled_model_trains_compiled_and_is_differentiated_as_it_was_written(
             one.model.zero_grad()
 
 
+@pytest.mark.parametrize("how", ["given", "in place", "another's", "inside", "around a wrapper"])
+def test_a_model_that_is_compiled_past_the_problem_is_told_once(how: str) -> None:
+    torch._dynamo.reset()
+    model = nn.Linear(4, 2)
+    given = {"given": lambda: torch.compile(model, backend="eager"), "around a wrapper": lambda: nn.DataParallel(model)}
+    problem = problem_of(given.get(how, lambda: model)())
+    aside: Any = None
+    if "in place" in how:
+        model.compile(backend="eager")
+    elif how == "another's":
+        aside = torch.compile(nn.Linear(4, 2), backend="eager")
+    elif how != "given":
+        aside = torch.compile(problem.wrapper, backend="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            problem.loss(batch())
+    told = [str(one.message) for one in caught if "torch.compile" in str(one.message)]
+    assert len(told) == (1 if how in ("inside", "around a wrapper") else 0), aside
+    assert all("wraps the Linear" in one and "Give Problem what torch.compile returned" in one for one in told)
+
+
 # Operations without a second derivative
 
 

@@ -214,6 +214,7 @@ def model_and_batches(name: str) -> tuple[nn.Module, Predict, Tensor, Tensor]:
     return make(), predict, torch.randn(shape), torch.randn(shape)
 
 
+@pytest.mark.filterwarnings("ignore:val_loss runs .* in training mode")
 @pytest.mark.parametrize("curvature", [Exact(), FiniteDifference()], ids=["exact", "differences"])
 @pytest.mark.parametrize("evaluated", [True, False], ids=["", "validated in train mode"])
 @pytest.mark.parametrize("name", KINDS)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import hoptim
-from hoptim import HyperParameters, Problem
+from hoptim import HyperParameters, Problem, hypergradient
 
 
 def mean_square(model: Any, hparams: Any, batch: Any) -> Tensor:
@@ -161,6 +163,7 @@ def test_a_pure_loss_by_itself_is_twice_differentiable() -> None:
     torch.testing.assert_close(bare, inside)
 
 
+@pytest.mark.filterwarnings("ignore:val_loss runs .* in training mode")
 def test_a_part_that_the_first_forward_pass_builds_keeps_its_buffers() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
@@ -422,3 +425,69 @@ def test_hparams_inside_the_model_are_refused() -> None:
         Problem(model, hparams, mean_square, mean_square)
     assert "part of the model that is trained" in str(caught.value)
     assert list(Problem(model[0], hparams, mean_square, mean_square).leaves()) == ["a"]  # the remedy
+
+
+# A validation loss in training mode
+
+
+PARTS: dict[str, Callable[[], nn.Module]] = {
+    "Dropout": lambda: nn.Dropout(0.1),
+    "AlphaDropout": lambda: nn.AlphaDropout(0.1),
+    "BatchNorm1d": lambda: nn.BatchNorm1d(2),
+    "MultiheadAttention": lambda: Attending(0.1),
+}
+EXEMPT: dict[str, Callable[[], nn.Module]] = {
+    "p of zero": lambda: nn.Dropout(0.0),
+    "without running statistics": lambda: nn.BatchNorm1d(2, track_running_stats=False),
+    "LayerNorm": lambda: nn.LayerNorm(2),
+    "attention without dropout": lambda: Attending(0.0),
+}
+
+
+class Attending(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.inside = nn.MultiheadAttention(2, 1, dropout=dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x, x, x)[0]
+
+
+def validated(part: nn.Module, mode: Callable[[Any], Any]) -> list[str]:
+    """The warnings of two hypergradients whose validation loss puts the model in this mode."""
+    model = nn.Sequential(nn.Linear(2, 2), part, part, nn.Linear(2, 1))
+    model[0].register_module("unused", nn.Dropout(0.5))
+
+    def val(m: Any, h: Any, b: Any) -> Tensor:
+        return mean_square(mode(m), h, b)
+
+    problem = Problem(model, HyperParameters({"a": torch.tensor(0.5)}), mean_square, val)
+    hooks = [len(one._forward_pre_hooks) for one in model.modules()]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            hypergradient(problem, torch.randn(5, 2), torch.randn(5, 2))
+    assert [len(one._forward_pre_hooks) for one in model.modules()] == hooks
+    return [str(one.message) for one in caught if "val_loss" in str(one.message)]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_validation_loss_in_training_mode_is_told_once(name: str) -> None:
+    (message,) = validated(PARTS[name](), lambda m: m)
+    assert f"val_loss runs 1 {name} in training mode, such as '1" in message
+    assert "Call model.eval() in val_loss" in message
+    assert validated(PARTS[name](), lambda m: m.eval()) == []
+
+
+@pytest.mark.parametrize("name", EXEMPT)
+def test_what_is_the_same_in_both_modes_is_not_told(name: str) -> None:
+    assert validated(EXEMPT[name](), lambda m: m) == []
+
+
+def test_masks_that_are_meant_are_silenced_by_the_ordinary_filter() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    problem = Problem(model, HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "val_loss runs .* in training mode")
+        assert hypergradient(problem, torch.randn(5, 2), torch.randn(5, 2)).solution.status.ok
