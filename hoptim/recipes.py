@@ -137,11 +137,12 @@ class WeightDecay(HyperParameters):
                 )
             decay = self[f"decay.{name}"] if together is None else together
             w = found.to(decay.dtype)
-            size = w.square() / 2 if self.norm == 2 else w.abs()
+            size = w * w if self.norm == 2 else w.abs()
             if decay.ndim < w.ndim:
                 size = size.sum(dim=tuple(range(decay.ndim, w.ndim)))
             terms.append((decay * size).sum())
-        return torch.stack(terms).sum()
+        total = torch.stack(terms).sum()
+        return total / 2 if self.norm == 2 else total
 
     def __repr__(self) -> str:
         values = torch.cat([self[name].detach().flatten() for name in self])
