@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hoptim.curvature.linearization import Linearization, Point, as_leaves
 from hoptim.linalg import trees
@@ -15,13 +14,14 @@ from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import vjp
 from hoptim.methods.inner_step import InnerStep
+from hoptim.methods.method import TrainingContext
 
 
 class Condition(ABC):
     """A strategy for F: a frozen dataclass that makes it from the linearised gradient of the training loss."""
 
     @abstractmethod
-    def __call__(self, gradient: Linearization, point: Point, inner: Optimizer | None) -> Linearization:
+    def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
         """F with its derivatives, from ∇_w L_T with its own."""
 
 
@@ -35,7 +35,7 @@ class Gradient(Condition):
     Gradient()
     """
 
-    def __call__(self, gradient: Linearization, point: Point, inner: Optimizer | None) -> Linearization:
+    def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
         """The gradient itself."""
         return gradient
 
@@ -59,13 +59,13 @@ class Update(Condition):
     Update()
     """
 
-    def __call__(self, gradient: Linearization, point: Point, inner: Optimizer | None) -> Linearization:
+    def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
         """The update with its derivatives."""
-        if inner is None:
+        if loop.inner is None:
             raise ValueError("Update needs the inner optimizer: call hypergradient(..., inner=optimizer)")
         w = {name: point.weights[name] for name in gradient.layout.names}
         G = as_leaves(gradient.layout.unflatten(gradient.value))
-        step = InnerStep.of(inner, *point.live)
+        step = InnerStep.of(loop.inner, *point.live, learned=loop.learned)
         moved, _ = step.step(w, G, point.leaves)
         held = {name for group in step.groups for name in group.names}
         u = {name: value - moved[name] for name, value in w.items() if name in held}

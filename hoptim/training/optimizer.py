@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.implicit import Implicit
-from hoptim.methods.learned_options import check_in_place, check_unscheduled, find_learned_options, put_back
+from hoptim.methods import learned_options
+from hoptim.methods.default import default_method
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.data import Batches
@@ -47,7 +47,8 @@ class BilevelOptimizer(OptimizerProxy):
         outer: the optimizer of ``hparams.parameters()``.
         problem: the model, the hyperparameters and the two losses.
         val_batches: validation batches: any re-iterable, cycled, one batch a hyperstep.
-        hypergradient: how to compute it; default ``Implicit()``.
+        hypergradient: how to compute it; default ``Implicit()``; where an option of ``inner`` is learned, such as its
+            learning rate, ``Unrolled()``, over ``every`` steps at most.
         every: inner steps between hypersteps, default 100; ``None`` for never.
         warmup: inner steps before the first hyperstep, default 0, which suits only a model that is already trained.
         train_batches: where a hyperstep takes its training batch; ``None``, the default: those of the last inner
@@ -101,16 +102,15 @@ class BilevelOptimizer(OptimizerProxy):
         arguments.check_strategies(hypergradient, hooks, every)
         super().__init__()
         self.inner, self.outer, self.problem = inner, outer, problem
-        self.hypergradient = Implicit() if hypergradient is None else hypergradient
+        learned = learned_options.find_learned_options(inner, problem.hparams)
+        self.hypergradient = default_method(learned, every) if hypergradient is None else hypergradient
         self.every, self.warmup, self.on_failure, self.hooks = every, warmup, on_failure, tuple(hooks)
         self.val_weights = arguments.checked_weights(val_weights)
         self.val_batches = Batches(val_batches, "val_batches")
         self.train_batches = None if train_batches is None else Batches(train_batches, "train_batches")
-        self._progress = Progress(
-            learned_options=find_learned_options(inner, problem.leaves()),
-            unheld=arguments.warn_of_unheld(inner, outer, problem),
-        )
+        self._progress = Progress(unheld=arguments.warn_of_unheld(inner, outer, problem))
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
+        self._progress.learned_options = learned_options.take_over(inner, learned, problem.hparams)
         self.register_state_dict_post_hook(_add_state)
 
     def loss(self, batch: Any) -> Tensor:
@@ -122,7 +122,7 @@ class BilevelOptimizer(OptimizerProxy):
         is_kept, is_watched = left < self.hypergradient.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
             progress.cleared()  # by the model's own zero_grad()
-        keep = progress.recorder.record_loss(self.problem, self.inner, batch) if is_kept else None
+        keep = progress.recorder.record_loss(self.problem, self.inner, batch, progress.learned_options) if is_kept else None
         loss = self.problem.loss(batch)
         if keep is not None:
             loss.register_hook(keep)
@@ -135,9 +135,8 @@ class BilevelOptimizer(OptimizerProxy):
         if closure is not None and not callable(closure):
             raise TypeError(f"closure is {describe_type(closure)}: call step() alone; batches go to optimizer.loss(batch)")
         progress = self._progress
-        if progress.learned_options:
-            check_in_place(self.inner, progress.learned_options)
-        result = self.inner.step() if closure is None else self.inner.step(closure)
+        with learned_options.in_effect(self.inner, progress.learned_options, self.problem.hparams):
+            result = self.inner.step() if closure is None else self.inner.step(closure)
         progress.stepped()
         if steps_left(progress.inner_steps, self.every, self.warmup) == 0:
             progress.recorder.check(self.hypergradient.keeps_steps)
@@ -189,14 +188,18 @@ class BilevelOptimizer(OptimizerProxy):
         val_batch = self.val_batches.draw() if val_batch is None else val_batch
         if not progress.hyper_steps:
             self.problem.check_ranks()
-        loop = TrainingContext(inner=self.inner, draw=draw, trajectory=progress.recorder.trajectory())
+        learned_options.check_in_place(self.inner, progress.learned_options)
+        loop = TrainingContext(
+            inner=self.inner, learned=progress.learned_options, draw=draw, trajectory=progress.recorder.trajectory()
+        )
         with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
             self.problem.check_learned()
             arguments.check_optimizers(self.inner, self.outer, self.problem)  # again: layers may have been replaced since
             progress.unheld = arguments.warn_of_unheld(self.inner, self.outer, self.problem, known=progress.unheld)
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         if not progress.hyper_steps:
-            result.check_touched()
+            result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
+        progress.warn_of_sign(self.hypergradient, result.solution)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -211,8 +214,8 @@ class BilevelOptimizer(OptimizerProxy):
             TypeError: the group is no dict with ``"params"``.
             ValueError: a tensor of the group is a hyperparameter.
         """
-        self.inner.add_param_group(arguments.checked_group(param_group, self.problem))
-        self._progress.learned_options = find_learned_options(self.inner, self.problem.leaves())
+        added, known = arguments.checked_group(param_group, self.problem), self.learned_options
+        self._progress.learned_options = learned_options.add_group(self.inner, added, known, self.problem.hparams)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
@@ -252,7 +255,7 @@ class BilevelOptimizer(OptimizerProxy):
     def _load(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict[KEY]
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        put_back(self.inner, self._progress.learned_options)
+        learned_options.put_back(self.inner, self._progress.learned_options)
         self.outer.load_state_dict(saved["outer"])
         self.problem.hparams.load_state_dict(saved["hparams"])
         self._progress.load_state_dict(saved, self.problem, self.inner)
@@ -264,6 +267,11 @@ class BilevelOptimizer(OptimizerProxy):
     def record(self) -> Record | None:
         """The record of the last hyperstep, if there was one."""
         return self._progress.record
+
+    @property
+    def learned_options(self) -> list[learned_options.LearnedOption]:
+        """The options of the inner optimizer that are hyperparameters."""
+        return self._progress.learned_options
 
     @property
     def inner_steps(self) -> int:
@@ -296,7 +304,7 @@ class BilevelOptimizer(OptimizerProxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(value, "_wrapped_by_lr_sched", False):  # the ``step`` that a scheduler puts here when it is built
-            check_unscheduled(self.param_groups, self.problem.leaves())
+            learned_options.check_unscheduled(self.param_groups, self.problem.leaves())
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
