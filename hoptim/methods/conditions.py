@@ -46,8 +46,9 @@ class Update(Condition):
 
     Its state (momentum buffers, moments, step counts) is held fixed. With P = ∂u/∂∇L_T and D = ∂u/∂w at a fixed gradient,
     A = P·H + D for the Hessian, or what the curvature puts in its place: not symmetric, so that CG and MINRES will not do.
-    With plain SGD u = lr·∇L_T, and the answer is that of ``Gradient``. Only here do the learning rate and the optimizer's
-    own weight decay have a hypergradient, when they are tensors among the hyperparameters.
+    With plain SGD u = lr·∇L_T, and the answer is that of ``Gradient``. The learning rate and the optimizer's own weight
+    decay have a hypergradient too, when they are hyperparameters; of an untrained model it can have the wrong sign, so that
+    :class:`Unrolled` is the default for these.
 
     Raises:
         ValueError: when called, no inner optimizer is given.

@@ -79,8 +79,8 @@ def find_learned_options(inner: optim.Optimizer, hparams: nn.Module) -> list[Lea
     >>> from hoptim.problem.hyperparameters import HyperParameters
     >>> hparams = HyperParameters({"rate": torch.tensor(0.1)}, {"rate": constraints.positive})
     >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=hparams["rate"])
-    >>> [(option.name, option.key, option.transform) for option in find_learned_options(inner, hparams)]
-    [('rate', 'lr', ExpTransform())]
+    >>> [(option.name, option.group, option.key) for option in find_learned_options(inner, hparams)]
+    [('rate', 0, 'lr')]
     """
     leaves: Tree = {name: leaf for name, leaf in hparams.named_parameters() if leaf.requires_grad}
     transforms = transforms_of(hparams)

@@ -276,6 +276,13 @@ def test_the_number_is_back_in_its_place_after_a_step_that_raises() -> None:
     assert {key: value for key, value in optimizer.param_groups[0].items() if key != "params"} == before
 
 
+def test_a_number_that_a_hook_of_the_step_has_set_stays() -> None:
+    optimizer = build(ROWS["sgd"], every=None)
+    optimizer.inner.register_step_post_hook(lambda o, *_: o.param_groups[0].update(lr=0.03))
+    train(optimizer, 0, 1)
+    assert optimizer.param_groups[0]["lr"] == 0.03
+
+
 def test_a_copy_and_an_added_group_go_on_learning() -> None:
     """A group that is added without a rate has the learned one, as it would have the default."""
     optimizer = copy.deepcopy(build(ROWS["adam"]))
