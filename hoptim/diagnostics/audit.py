@@ -191,7 +191,7 @@ def _advice(found: Audit, method: Method, shows_parts: bool) -> Iterator[str]:
     if not found.status.ok:
         yield f"the solve failed: {found.status.message}"
         return
-    if found.distance is not None and found.distance > 0.1:
+    if isinstance(method, Implicit) and found.distance is not None and found.distance > 0.1:
         yield (
             f"the weights are {found.distance:.0%} of their length from a stationary point: train longer before a hyperstep "
             "(warmup, every), or take hoptim.Unrolled, which does not need one"

@@ -84,25 +84,26 @@ def find_learned_options(inner: optim.Optimizer, hparams: nn.Module) -> list[Lea
     """
     leaves: Tree = {name: leaf for name, leaf in hparams.named_parameters() if leaf.requires_grad}
     transforms = transforms_of(hparams)
+    defaults = getattr(inner, "defaults", {})  # which some optimizers lack
     found = []
     for number, group in enumerate(inner.param_groups):
         for key, whole in group.items():
             if key == "params":
                 continue
-            default = inner.defaults.get(key)
+            default = defaults.get(key)
             for member, value in _members(whole):
                 if not isinstance(value, Tensor):
                     continue
                 own = [name for name, leaf in leaves.items() if shares_memory(value, leaf)]
                 found += [LearnedOption(name, number, key, value, member) for name in own]
-                if not own and key in inner.defaults and (origins := _origins(value, leaves)):
+                if not own and key in defaults and (origins := _origins(value, leaves)):
                     name = origins[0]
                     if len(origins) > 1 or not _is_natural_value(value, leaves[name], transforms.get(name)):
                         raise ValueError(COMPUTED.format(option=f"the {key} of {type(inner).__name__}"))
                     found.append(
                         LearnedOption(name, number, key, value, member, transforms[name], is_default=whole is default)
                     )
-    for key, whole in inner.defaults.items():  # in which the loop's own lines change nothing
+    for key, whole in defaults.items():  # in which the loop's own lines change nothing
         for _, value in _members(whole):
             own = [name for name, leaf in leaves.items() if isinstance(value, Tensor) and shares_memory(value, leaf)]
             names = own or (_origins(value, leaves) if isinstance(value, Tensor) else [])
