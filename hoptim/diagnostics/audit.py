@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from hoptim.curvature.exact import Exact
 from hoptim.diagnostics.evidence import Case, bound, compared, look, seconds, slopes, standard_error
 from hoptim.diagnostics.report import Audit, brief
-from hoptim.methods.conditions import Gradient
+from hoptim.methods.conditions import Gradient, Update
+from hoptim.methods.default import default_method
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import KINDS
-from hoptim.methods.method import Method, TrainingContext, checked
+from hoptim.methods.method import Method, checked
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.composite_loss import CompositeLoss
 from hoptim.problem.data import Batches
@@ -57,7 +58,7 @@ def audit(
         problem: the bilevel problem, trained as far as it will be at a hyperstep.
         train_batch: the batch for the training loss.
         val_batch: the batch for the validation loss.
-        method: the method to audit; default ``Implicit()``.
+        method: the method to audit; default ``Implicit()``, or ``Unrolled()`` where an option of ``inner`` is learned.
         inner: the inner optimizer, to retrain with; by default plain gradient descent with the step 1 / ‖A‖.
         train_batches: batches to retrain on; by default ``train_batch`` again and again.
         longer: the most products of the longer solve, ≥ 1, default 200.
@@ -85,7 +86,8 @@ def audit(
     >>> found.status.name, round(found.compared[0].cosine, 3), found.directions[0].verdict, found.advice
     ('CONVERGED', 1.0, 'agrees', ())
     """
-    inner = checked(problem, method, inner)
+    loop = checked(problem, method, inner)
+    inner = loop.inner
     if problem.ranks.size > 1:
         raise ValueError(
             f"an audit is for one process, and {problem.ranks.size} train together here: audit on one of them, on a problem "
@@ -98,14 +100,15 @@ def audit(
         ("chunks", chunks, 2),
     ):
         _check_whole(name, value, least)
-    method = Implicit() if method is None else method
-    implicit = _whole(method if isinstance(method, Implicit) else Implicit(), problem)
+    method = default_method(loop.learned) if method is None else method
+    other = Implicit(condition=Update()) if loop.learned else Implicit()  # which sees what is learned
+    implicit = _whole(method if isinstance(method, Implicit) else other, problem)
     method = implicit if isinstance(method, Implicit) else method
     draw = cycle([train_batch]).__next__ if train_batches is None else Batches(train_batches, "train_batches").draw
-    case = Case(problem=problem, train=train_batch, val=val_batch, loop=TrainingContext(inner=inner, draw=draw))
+    case = Case(problem=problem, train=train_batch, val=val_batch, loop=replace(loop, draw=draw))
 
     result = case(method)
-    result.check_touched()
+    result.check_touched(loop.learned, sees_options=method.sees_options)
     gradient_seconds = seconds(lambda: case.gradient())
     cost = seconds(lambda: case(method)) / gradient_seconds
     local = look(case, implicit)
@@ -188,7 +191,7 @@ def _advice(found: Audit, method: Method, shows_parts: bool) -> Iterator[str]:
     if not found.status.ok:
         yield f"the solve failed: {found.status.message}"
         return
-    if found.distance is not None and found.distance > 0.1:
+    if isinstance(method, Implicit) and found.distance is not None and found.distance > 0.1:
         yield (
             f"the weights are {found.distance:.0%} of their length from a stationary point: train longer before a hyperstep "
             "(warmup, every), or take hoptim.Unrolled, which does not need one"

@@ -89,7 +89,7 @@ def look(case: Case, method: Implicit) -> Local:
 
     def inside() -> Local:
         with method.chosen(case.problem).curvature.linearize(point) as gradient:
-            F = method.condition(gradient, point, case.loop.inner)
+            F = method.condition(gradient, point, case.loop)
             A = F.A + method.damping
             probe = gaussian(F.value)
             known = A.is_symmetric and A.is_fixed
@@ -157,7 +157,7 @@ def _steps_ahead(case: Case, inner: Optimizer, steps: int, repeat: int) -> Traje
     assert case.loop.draw is not None
     with case.problem.untouched():
         torch.manual_seed(repeat)
-        return look_ahead(case.problem, inner, case.loop.draw, steps)
+        return look_ahead(case.problem, inner, case.loop.draw, steps, case.loop.learned)
 
 
 def _retrained(case: Case, trajectory: Trajectory, leaves: Tree) -> float:

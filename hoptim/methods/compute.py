@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch.optim import Optimizer
 
-from hoptim.methods.implicit import Implicit
-from hoptim.methods.method import Method, TrainingContext, checked
+from hoptim.methods.default import default_method
+from hoptim.methods.implicit import doubt_of_sign
+from hoptim.methods.method import Method, checked
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.data import Batches
 from hoptim.problem.problem import Problem
@@ -29,7 +32,7 @@ def hypergradient(
         problem: the bilevel problem.
         train_batch: the batch for the training loss.
         val_batch: the batch for the validation loss.
-        method: how to compute it; default ``Implicit()``.
+        method: how to compute it; default ``Implicit()``, or ``Unrolled()`` where an option of ``inner`` is learned.
         inner: the inner optimizer, for methods that look into it: ``Update``, ``Unrolled``, ``SecondMoments``.
         train_batches: more training batches, for the methods that average over several or draw a fresh one a product.
 
@@ -45,7 +48,7 @@ def hypergradient(
 
     >>> import torch
     >>> from torch import nn
-    >>> from hoptim import Neumann, Problem
+    >>> from hoptim import Implicit, Neumann, Problem
     >>> model = nn.Linear(1, 1, bias=False)
     >>> hparams = nn.ParameterDict({"decay": torch.tensor(1.0)})
     >>> def train(model, hparams, batch):
@@ -58,10 +61,12 @@ def hypergradient(
     >>> round(result.grads["decay"].item(), 6), result.solution.status.name
     (-1.0, 'FINISHED')
     """
-    inner = checked(problem, method, inner)
+    loop = checked(problem, method, inner)
     problem.check_ranks()
     draw = None if train_batches is None else Batches(train_batches, "train_batches").draw
-    loop = TrainingContext(inner=inner, draw=draw)
-    result = (Implicit() if method is None else method)(problem, train_batch, val_batch, loop=loop)
-    result.check_touched()
+    method = default_method(loop.learned) if method is None else method
+    result = method(problem, train_batch, val_batch, loop=replace(loop, draw=draw))
+    result.check_touched(loop.learned, sees_options=method.sees_options)
+    if doubt := doubt_of_sign(method, loop.learned, result.solution):
+        warnings.warn(doubt, stacklevel=2)
     return result

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hoptim.curvature.linearization import Linearization, Point, as_leaves
 from hoptim.linalg import trees
@@ -15,13 +14,14 @@ from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import vjp
 from hoptim.methods.inner_step import InnerStep
+from hoptim.methods.method import TrainingContext
 
 
 class Condition(ABC):
     """A strategy for F: a frozen dataclass that makes it from the linearised gradient of the training loss."""
 
     @abstractmethod
-    def __call__(self, gradient: Linearization, point: Point, inner: Optimizer | None) -> Linearization:
+    def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
         """F with its derivatives, from ∇_w L_T with its own."""
 
 
@@ -35,7 +35,7 @@ class Gradient(Condition):
     Gradient()
     """
 
-    def __call__(self, gradient: Linearization, point: Point, inner: Optimizer | None) -> Linearization:
+    def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
         """The gradient itself."""
         return gradient
 
@@ -46,8 +46,9 @@ class Update(Condition):
 
     Its state (momentum buffers, moments, step counts) is held fixed. With P = ∂u/∂∇L_T and D = ∂u/∂w at a fixed gradient,
     A = P·H + D for the Hessian, or what the curvature puts in its place: not symmetric, so that CG and MINRES will not do.
-    With plain SGD u = lr·∇L_T, and the answer is that of ``Gradient``. Only here do the learning rate and the optimizer's
-    own weight decay have a hypergradient, when they are tensors among the hyperparameters.
+    With plain SGD u = lr·∇L_T, and the answer is that of ``Gradient``. The learning rate and the optimizer's own weight
+    decay have a hypergradient too, when they are hyperparameters; of an untrained model it can have the wrong sign, so that
+    :class:`Unrolled` is the default for these.
 
     Raises:
         ValueError: when called, no inner optimizer is given.
@@ -59,13 +60,13 @@ class Update(Condition):
     Update()
     """
 
-    def __call__(self, gradient: Linearization, point: Point, inner: Optimizer | None) -> Linearization:
+    def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
         """The update with its derivatives."""
-        if inner is None:
+        if loop.inner is None:
             raise ValueError("Update needs the inner optimizer: call hypergradient(..., inner=optimizer)")
         w = {name: point.weights[name] for name in gradient.layout.names}
         G = as_leaves(gradient.layout.unflatten(gradient.value))
-        step = InnerStep.of(inner, *point.live)
+        step = InnerStep.of(loop.inner, *point.live, learned=loop.learned)
         moved, _ = step.step(w, G, point.leaves)
         held = {name for group in step.groups for name in group.names}
         u = {name: value - moved[name] for name, value in w.items() if name in held}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,9 @@ from hoptim.curvature.exact import Exact
 from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Curvature, Linearization, Point, over_ranks
 from hoptim.curvature.minibatch import Sampled
-from hoptim.methods.conditions import Condition, Gradient
+from hoptim.linalg.vectors import Tree
+from hoptim.methods.conditions import Condition, Gradient, Update
+from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.preconditioners import Preconditioner
 from hoptim.methods.result import Hypergradient, assemble
@@ -25,7 +28,7 @@ from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.scaled import solve_scaled
-from hoptim.solvers.solution import Solution, State
+from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import describe_type, is_finite
 
 TERMS = 5  # of the default solver: to stop early is what regularises, see scripts/fidelity.py
@@ -84,6 +87,11 @@ class Implicit(Method):
         if not (is_finite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping={self.damping!r}: give a finite number, 0 or more")
 
+    @property
+    def sees_options(self) -> bool:  # type: ignore[override]
+        """Whether options of the inner optimizer have a derivative: not where F is the gradient alone."""
+        return not isinstance(self.condition, Gradient)
+
     def chosen(self, problem: Problem) -> Chosen:
         """What was left open, decided for this problem."""
         shown = isinstance(problem.train_loss, CompositeLoss)
@@ -114,12 +122,13 @@ class Implicit(Method):
         chosen = self.chosen(problem)
         validation = validate(problem, point.weights, leaves, val_batch)
         with chosen.curvature.linearize(point) as local:
-            F = self.condition(over_ranks(local, problem.ranks, point), point, loop.inner)
+            F = self.condition(over_ranks(local, problem.ranks, point), point, loop)
             _check_weights(F)
             g = F.layout.flatten(validation.g, validation.loss.shape)
             solution = self._solve(chosen.solver, F, g, point, loop.inner, state)
             indirect = F.mixed(-solution.value)
-            named = replace(solution, value=F.layout.views(solution.value))
+            detail = _stuck(solution, loop, leaves) or solution.detail
+            named = replace(solution, value=F.layout.views(solution.value), detail=detail)
             return assemble(validation, indirect, named, leaves, F.loss, F.value)
 
     def _solve(
@@ -130,6 +139,27 @@ class Implicit(Method):
         if self.preconditioner is None:
             return solver.solve(A, g, state)
         return solve_scaled(solver, A, g, self.preconditioner(A, F.layout, point, inner).rsqrt(), state)
+
+
+def doubt_of_sign(method: Method, learned: Sequence[LearnedOption], solution: Solution) -> str | None:
+    """Why the hypergradient of a learned option may have the wrong sign; ``None`` where nothing says so."""
+    is_update = isinstance(method, Implicit) and isinstance(method.condition, Update)
+    if not (is_update and learned and solution.negative_curvature and solution.status.ok):
+        return None
+    option = learned[0]
+    return (
+        f"hyperparameter {option.name!r} is the inner optimizer's {option.key}, and with the condition Update() the solve "
+        f"met negative curvature ({solution.detail}): the model is not trained, and the hypergradient may have the wrong "
+        "sign. Take hoptim.Unrolled(20), which has the right one from the start, or a longer warmup"
+    )
+
+
+def _stuck(solution: Solution, loop: TrainingContext, leaves: Tree) -> str:
+    """Why there is no curvature, where that is because a learned option is 0, as after a projection."""
+    if solution.status is not Status.NO_CURVATURE:
+        return ""
+    zero = [option for option in loop.learned if bool(leaves[option.name].detach() == 0) and option.transform is None]
+    return f"hyperparameter {zero[0].name!r}, the {zero[0].key}, is 0; hoptim.Unrolled(20) finds a way up" if zero else ""
 
 
 def _check_weights(F: Linearization) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, optim
 from torch.overrides import TorchFunctionMode
 
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.learned_options import DIFFERENTIABLE, Bound, Kind, bind, check_unscheduled
+from hoptim.methods.bound_options import DIFFERENTIABLE, Bound, Kind, bind
+from hoptim.methods.learned_options import LearnedOption, check_unscheduled
 
 State = dict[str, dict[str, Tensor]]
 
@@ -49,7 +50,7 @@ class InnerStep:
     >>> w, lr = torch.nn.Parameter(torch.tensor(2.0)), torch.nn.Parameter(torch.tensor(0.5))
     >>> inner_step = InnerStep.of(torch.optim.SGD([w], lr=lr, momentum=0.9), {"w": w}, {"lr": lr})
     >>> inner_step.groups[0].options["lr"]
-    Bound(name='lr')
+    Bound(name='lr', transform=None, factor=1.0)
     >>> new, state = inner_step.step({"w": w}, {"w": w.clone()}, {"lr": lr})
     >>> new["w"].item(), state["w"]["momentum_buffer"].item()
     (1.0, 2.0)
@@ -63,7 +64,15 @@ class InnerStep:
     state: State
 
     @classmethod
-    def of(cls, inner: optim.Optimizer, weights: Tree, leaves: Tree, *, with_state: bool = True) -> InnerStep:
+    def of(
+        cls,
+        inner: optim.Optimizer,
+        weights: Tree,
+        leaves: Tree,
+        *,
+        learned: Sequence[LearnedOption] = (),
+        with_state: bool = True,
+    ) -> InnerStep:
         """The step of ``inner`` as it is now: options and state are copied, so that later steps of it change nothing.
 
         State that is still missing is filled in with torch's own first values, mostly zeros. Not so SGD's momentum buffer
@@ -74,6 +83,7 @@ class InnerStep:
             weights: the live weights by name, ``Problem.weights()``.
             leaves: the live hyperparameter leaves by name, ``Problem.leaves()``. An option of ``inner`` that is one of them,
                 or a view of its memory, is bound to it: the step has a derivative in it.
+            learned: the learned options, of which those that are computed from a leaf are bound to it as they are now.
             with_state: copy the state too, default ``True``; else only the options.
 
         Raises:
@@ -86,8 +96,8 @@ class InnerStep:
         check_unscheduled([group for group in inner.param_groups if "initial_lr" in group], leaves)
         name_of = {id(p): name for name, p in weights.items()}
         groups = []
-        for group in inner.param_groups:
-            options = {key: bind(kind, group, key, leaves) for key in inner.defaults if key in group}
+        for number, group in enumerate(inner.param_groups):
+            options = {key: bind(kind, number, group, key, leaves, learned) for key in inner.defaults if key in group}
             names = tuple(name_of[id(p)] for p in group["params"] if id(p) in name_of)
             groups.append(Group(names=names, options=options))
         without_state = cls(kind=kind, groups=tuple(groups), defaults=dict(inner.defaults), state={})
@@ -192,7 +202,7 @@ class InnerStep:
             return option
         if option.name not in leaves:
             raise ValueError(f"leaves lack {option.name!r}, which is the {key} of {self.kind.__name__}: give it")
-        value = leaves[option.name].reshape(())
+        value = option.value(leaves)
         if key not in ("weight_decay", "momentum"):
             return value
         # At exactly 0 torch leaves these terms out, and their derivatives with them.

@@ -1,100 +1,216 @@
-"""Options of the inner optimizer that are hyperparameters, such as a learned rate: the leaf itself, or a view of it."""
+"""Options of the inner optimizer that are hyperparameters, such as a learned rate.
+
+Such an option is a leaf of ``hparams`` itself, or a view of it, which torch's own step reads. Or it is ``hparams["lr"]``,
+computed from a leaf by a constraint such as ``positive``. In its place the optimizer then has an ordinary number, which
+schedulers may change, and a step is taken with
+
+    option = number · t(θ) / t(θ₀),
+
+where t(θ) is the value of ``hparams["lr"]`` now and t(θ₀), the number's start, its value when it was taken over.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import Tensor, optim
+import torch
+from torch import Tensor, nn, optim
+from torch.distributions.transforms import Transform
 
 from hoptim.linalg.vectors import Tree
+from hoptim.problem.hyperparameters import transforms_of
 
-Kind = type[optim.Optimizer]
-
-# The classes whose step torch can differentiate, and the options in which it does; of the others it makes constants.
-DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
-    optim.SGD: frozenset({"lr", "momentum", "weight_decay"}),
-    optim.Adam: frozenset({"lr", "betas", "eps", "weight_decay"}),
-    optim.AdamW: frozenset({"lr", "betas", "eps", "weight_decay"}),
-    optim.NAdam: frozenset({"lr", "eps", "momentum_decay"}),
-    optim.RAdam: frozenset({"lr", "eps"}),
-    optim.Adamax: frozenset({"eps"}),
-    optim.RMSprop: frozenset({"eps", "momentum"}),
-    optim.Adagrad: frozenset({"eps"}),
-    optim.Adadelta: frozenset({"eps"}),
-    optim.Rprop: frozenset(),
-    optim.ASGD: frozenset(),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """In place of an option's value: it is the hyperparameter leaf of this name."""
-
-    name: str
-
-
-def bind(kind: Kind, group: Mapping[str, Any], key: str, leaves: Tree) -> Any:
-    """An option of a parameter group as a constant, copied, or :class:`Bound` to the leaf that it is; of a pair, a pair.
-
-    Raises:
-        TypeError: it is a leaf, and one that torch's step makes a constant of.
-        ValueError: it is computed from other tensors, is part of a leaf, or a leaf of more than one number.
-    """
-    if isinstance(group[key], (tuple, list)):
-        return tuple(bind(kind, {**group, key: member}, key, leaves) for member in group[key])
-    value, option = group[key], f"the {key} of {kind.__name__}"
-    if not isinstance(value, Tensor):
-        return value
-    for name, leaf in leaves.items():
-        if not shares_memory(value, leaf):
-            continue
-        if leaf.numel() != 1:
-            raise ValueError(f"{option} is part of {name!r}, of shape {tuple(leaf.shape)}: make it a leaf of one number")
-        works = DIFFERENTIABLE[kind] | ({"weight_decay"} if group.get("decoupled_weight_decay") else set())
-        works -= {"momentum"} if group.get("nesterov") else set()
-        if key not in works:
-            raise TypeError(
-                f"hyperparameter {name!r} is {option}, in which torch's step has no derivative, given its other options: "
-                f"{', '.join(sorted(works)) or 'none'} may be one; SGD, Adam and AdamW have one in lr and weight_decay"
-            )
-        return Bound(name=name)
-    if value.grad_fn is not None:
-        raise ValueError(
-            f"{option} is computed from other tensors, once and for all: give a leaf of hparams, or detach() it"
-        )
-    return value.detach().clone()
+WRITTEN_OVER = (
+    "hyperparameter {name!r} was the inner optimizer's {key}, which is now {now!r}: a scheduler, a loaded state or the loop "
+    "itself, as in group[{key!r}] = ..., wrote over it. For a schedule beside what is learned give it a constraint, such as "
+    "positive, and the inner optimizer hparams[name]; or do without, or build the scheduler on optimizer.outer, or give the "
+    "inner optimizer a number as its {key}"
+)
+COMPUTED = (
+    "{option} is computed from other tensors, and not the present hparams[name] of one hyperparameter: give hparams[name] "
+    "itself, anew after each move in a loop of your own, and build schedulers on the BilevelOptimizer; or detach() it"
+)
 
 
 class LearnedOption(NamedTuple):
-    """A hyperparameter's name, the group and the key under which the optimizer has it, and the object that is there."""
+    """An option of one parameter group that is a hyperparameter.
+
+    Attributes:
+        name: the leaf's name.
+        group: the number of the parameter group.
+        key: the option's key in it.
+        value: the tensor that was found there.
+        member: which of a pair, such as betas; ``None`` for an option that is no pair.
+        transform: t, for an option computed from the leaf; ``None`` where it is the leaf itself.
+        start: t(θ₀), for an option computed from the leaf, once :func:`take_over` has put a number in its place; before, it
+            is ``None``, and the option is t(θ) without a factor.
+        is_default: whether the optimizer gives it to groups that are added without one.
+    """
 
     name: str
     group: int
     key: str
     value: Any
+    member: int | None = None
+    transform: Transform | None = None
+    start: float | None = None
+    is_default: bool = False
+
+    def present(self, group: Mapping[str, Any]) -> Any:
+        """What stands in its place now."""
+        whole = group.get(self.key)
+        return whole if self.member is None or not isinstance(whole, (tuple, list)) else whole[self.member]
+
+    def factor(self, group: Mapping[str, Any]) -> float:
+        """What a schedule has made of it: the number in its place, relative to its start."""
+        return 1.0 if self.start is None else float(self.present(group)) / self.start
 
 
-def find_learned_options(inner: optim.Optimizer, leaves: Tree) -> list[LearnedOption]:
-    """The options of ``inner`` that are leaves, or views of their memory.
+def find_learned_options(inner: optim.Optimizer, hparams: nn.Module) -> list[LearnedOption]:
+    """The options of ``inner`` that are leaves of ``hparams``, views of their memory, or computed as ``hparams[name]``.
 
-    >>> import torch
-    >>> lr = torch.nn.Parameter(torch.tensor(0.1))
-    >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=lr)
-    >>> [(option.name, option.key) for option in find_learned_options(inner, {"rate": lr})]
-    [('rate', 'lr')]
+    Raises:
+        ValueError: an option is computed from leaves in another way, or was computed before they moved.
+
+    >>> from torch.distributions import constraints
+    >>> from hoptim.problem.hyperparameters import HyperParameters
+    >>> hparams = HyperParameters({"rate": torch.tensor(0.1)}, {"rate": constraints.positive})
+    >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=hparams["rate"])
+    >>> [(option.name, option.group, option.key) for option in find_learned_options(inner, hparams)]
+    [('rate', 0, 'lr')]
     """
-    return [
-        LearnedOption(name, number, key, value)
-        for number, group in enumerate(inner.param_groups)
-        for key, value in group.items()
-        if key != "params"
-        for member in (value if isinstance(value, (tuple, list)) else (value,))
-        if isinstance(member, Tensor)
-        for name, leaf in leaves.items()
-        if shares_memory(member, leaf)
-    ]
+    leaves: Tree = {name: leaf for name, leaf in hparams.named_parameters() if leaf.requires_grad}
+    transforms = transforms_of(hparams)
+    defaults = getattr(inner, "defaults", {})  # which some optimizers lack
+    found = []
+    for number, group in enumerate(inner.param_groups):
+        for key, whole in group.items():
+            if key == "params":
+                continue
+            default = defaults.get(key)
+            for member, value in _members(whole):
+                if not isinstance(value, Tensor):
+                    continue
+                own = [name for name, leaf in leaves.items() if shares_memory(value, leaf)]
+                found += [LearnedOption(name, number, key, value, member) for name in own]
+                if not own and key in defaults and (origins := _origins(value, leaves)):
+                    name = origins[0]
+                    if len(origins) > 1 or not _is_natural_value(value, leaves[name], transforms.get(name)):
+                        raise ValueError(COMPUTED.format(option=f"the {key} of {type(inner).__name__}"))
+                    found.append(
+                        LearnedOption(name, number, key, value, member, transforms[name], is_default=whole is default)
+                    )
+    for key, whole in defaults.items():  # in which the loop's own lines change nothing
+        for _, value in _members(whole):
+            own = [name for name, leaf in leaves.items() if isinstance(value, Tensor) and shares_memory(value, leaf)]
+            names = own or (_origins(value, leaves) if isinstance(value, Tensor) else [])
+            if names and not any(option.key == key for option in found):
+                raise ValueError(WRITTEN_OVER.format(name=names[0], key=key, now=inner.param_groups[0].get(key)))
+    return found
+
+
+def _members(whole: Any) -> Iterable[tuple[int | None, Any]]:
+    return enumerate(whole) if isinstance(whole, (tuple, list)) else [(None, whole)]
+
+
+def _origins(value: Tensor, leaves: Tree) -> list[str]:
+    """The names of the leaves that the graph of ``value`` begins with."""
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    todo, seen, found = [value.grad_fn], set(), []
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+            found.append(name)
+        todo += [before for before, _ in node.next_functions]
+    return found
+
+
+@torch.no_grad()
+def _is_natural_value(value: Tensor, leaf: Tensor, transform: Transform | None) -> bool:
+    if transform is None or leaf.numel() != 1:
+        return False
+    return math.isclose(float(value), float(transform(leaf)), rel_tol=8 * torch.finfo(leaf.dtype).eps)
+
+
+@torch.no_grad()
+def take_over(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams: nn.Module) -> list[LearnedOption]:
+    """Put plain numbers in the places of the options that are computed; returns all options, these with their starts."""
+    taken, values = [], [option.value for option in options]
+    for option in options:
+        if option.transform is not None:
+            group, start = inner.param_groups[option.group], float(option.transform(hparams.get_parameter(option.name)))
+            whole = group[option.key]
+            if option.member is not None:  # torch takes a pair of numbers or one of tensors
+                whole = [x.item() if isinstance(x, Tensor) and all(x is not y for y in values) else x for x in whole]
+            group[option.key] = _replaced(whole, option.member, start)
+            if option.is_default:
+                inner.defaults[option.key] = group[option.key]
+            option = option._replace(start=start, value=None)
+        taken.append(option)
+    return taken
+
+
+def add_group(
+    inner: optim.Optimizer, added: Mapping[str, Any], known: Sequence[LearnedOption], hparams: nn.Module
+) -> list[LearnedOption]:
+    """Add a parameter group, whose options are learned as the optimizer's defaults are; returns all learned options."""
+    inherited: dict[str, Any] = {}
+    for option in known:
+        if option.transform is not None and option.is_default:
+            before = inherited.get(option.key, inner.defaults[option.key])
+            inherited[option.key] = _replaced(before, option.member, option.transform(hparams.get_parameter(option.name)))
+    inner.add_param_group({**inherited, **added})
+    computed = [option for option in known if option.transform is not None]
+    return [*computed, *take_over(inner, find_learned_options(inner, hparams), hparams)]
+
+
+@contextmanager
+def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams: nn.Module) -> Iterator[None]:
+    """For one step, options that are computed have their present values, number · t(θ) / t(θ₀).
+
+    Raises:
+        ValueError: another value stands in the place of a leaf.
+    """
+    check_in_place(inner, options)
+    before: dict[tuple[int, str], Any] = {}
+    put: dict[tuple[int, str], Any] = {}
+    for option in options:
+        if option.transform is not None:
+            group, place = inner.param_groups[option.group], (option.group, option.key)
+            before[place] = group[option.key]
+            with torch.no_grad():
+                natural = float(option.transform(hparams.get_parameter(option.name)))
+            put[place] = _replaced(put.get(place, before[place]), option.member, option.factor(group) * natural)
+    for (number, key), value in put.items():
+        inner.param_groups[number][key] = value
+    try:
+        yield
+    finally:
+        for (number, key), value in put.items():
+            if inner.param_groups[number][key] is value:  # else a hook of the step has set another
+                inner.param_groups[number][key] = before[number, key]
+
+
+def _replaced(whole: Any, member: int | None, value: Any) -> Any:
+    """An option, or one member of a pair, replaced."""
+    return value if member is None else tuple(value if n == member else other for n, other in enumerate(whole))
+
+
+def starts(options: Iterable[LearnedOption]) -> list[list[Any]]:
+    """What a checkpoint holds of the options that are computed."""
+    return [[o.name, o.group, o.key, o.member, o.start] for o in options if o.transform is not None]
+
+
+def restarted(options: Iterable[LearnedOption], saved: Iterable[Sequence[Any]]) -> list[LearnedOption]:
+    """The options with the starts that were saved."""
+    by_place = {tuple(place): start for *place, start in saved}
+    return [o._replace(start=by_place.get((o.name, o.group, o.key, o.member), o.start)) for o in options]
 
 
 def check_in_place(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
@@ -103,19 +219,16 @@ def check_in_place(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> 
     ``ReduceLROnPlateau`` puts one there before torch 2.10, ``OneCycleLR`` for a momentum, ``inner.load_state_dict`` for all.
     """
     for option in options:
-        now = inner.param_groups[option.group].get(option.key)
-        if now is not option.value:
-            raise ValueError(
-                f"hyperparameter {option.name!r} was the inner optimizer's {option.key}, which is now {now!r}: something "
-                "replaced it, perhaps a scheduler. Do without it, build the scheduler on optimizer.outer, or give the "
-                f"inner optimizer a number as its {option.key}"
-            )
+        if option.transform is None and (now := option.present(inner.param_groups[option.group])) is not option.value:
+            raise ValueError(WRITTEN_OVER.format(name=option.name, key=option.key, now=now))
 
 
 def put_back(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
     """Give ``inner`` its learned options back, after a state was loaded into it."""
     for option in options:
-        inner.param_groups[option.group][option.key] = option.value
+        if option.transform is None:
+            group = inner.param_groups[option.group]
+            group[option.key] = _replaced(group[option.key], option.member, option.value)
 
 
 def check_unscheduled(groups: Iterable[Mapping[str, Any]], leaves: Tree) -> None:

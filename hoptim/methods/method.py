@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
+from hoptim.methods.learned_options import LearnedOption, find_learned_options
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State
@@ -21,11 +22,13 @@ class TrainingContext:
 
     Attributes:
         inner: the inner optimizer.
+        learned: its options that are hyperparameters.
         draw: gives another training batch.
         trajectory: the last inner steps, where the method asked for them to be kept.
     """
 
     inner: Optimizer | None = None
+    learned: Sequence[LearnedOption] = ()
     draw: Callable[[], Any] | None = None
     trajectory: Any = None
 
@@ -34,6 +37,7 @@ class Method(ABC):
     """A strategy for the hypergradient: a frozen dataclass that owns its options and keeps no state."""
 
     keeps_steps: int = 0  # how many of the last inner steps the optimizer has to remember for it
+    sees_options: bool = True  # whether options of the inner optimizer, such as its learning rate, have a derivative
 
     def cut_short(self) -> Method:
         """The same where it can be had at less cost, to see whether it can be computed at all."""
@@ -51,18 +55,22 @@ class Method(ABC):
         """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
 
 
-def checked(problem: object, method: object, inner: Any) -> Optimizer | None:
+def checked(problem: object, method: object, inner: Any) -> TrainingContext:
     """What a hypergradient and an audit are given, looked at; of a :class:`BilevelOptimizer` the optimizer inside."""
     problem = checked_problem(problem)
     problem.check_learned()
     check_method("method", method)
     inside = getattr(inner, "inner", None)
-    inner = inside if isinstance(inner, Optimizer) and isinstance(inside, Optimizer) else inner
+    learned = None
+    if isinstance(inner, Optimizer) and isinstance(inside, Optimizer):
+        inner, learned = inside, getattr(inner, "learned_options", None)
     if inner is not None and not isinstance(inner, Optimizer):
         raise TypeError(f"inner is {describe_type(inner)}: give the torch.optim.Optimizer of the model's weights")
     if inner is not None and not held(inner).keys() & {id(p) for p in problem.model.parameters()}:
         raise ValueError("inner holds no weight of the problem's model: give the optimizer that trains it")
-    return inner
+    if learned is None:
+        learned = [] if inner is None else find_learned_options(inner, problem.hparams)
+    return TrainingContext(inner=inner, learned=learned)
 
 
 def checked_problem(problem: object) -> Problem:

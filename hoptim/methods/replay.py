@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions.transforms import Transform
 from torch.optim import Optimizer
 
 from hoptim.curvature.linearization import check_dense
 from hoptim.curvature.second_derivatives import check_twice_differentiable
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
+from hoptim.methods.bound_options import Bound
 from hoptim.methods.inner_step import Group, InnerStep, State
-from hoptim.methods.learned_options import Bound
+from hoptim.methods.learned_options import LearnedOption
 from hoptim.problem.problem import Problem, set_generators
 
 
@@ -63,9 +65,11 @@ class Trajectory:
     steps: tuple[Step, ...]
 
 
-def look_ahead(problem: Problem, inner: Optimizer, draw: Callable[[], Any], steps: int) -> Trajectory:
+def look_ahead(
+    problem: Problem, inner: Optimizer, draw: Callable[[], Any], steps: int, learned: Sequence[LearnedOption] = ()
+) -> Trajectory:
     """The steps that would come next from the present weights, on the batches that ``draw`` gives."""
-    dynamics = InnerStep.of(inner, problem.weights(), problem.leaves())
+    dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
     start = Snapshot(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
     losses = [RecordedLoss(batch=draw()) for _ in range(steps)]
     losses[0] = replace(losses[0], generators=problem.generators())
@@ -88,11 +92,13 @@ class Recorder:
         """The gradients were cleared: the backward passes since the last step count no more."""
         self._added = []
 
-    def record_loss(self, problem: Problem, inner: Optimizer, batch: Any) -> Callable[[Tensor], None]:
+    def record_loss(
+        self, problem: Problem, inner: Optimizer, batch: Any, learned: Sequence[LearnedOption] = ()
+    ) -> Callable[[Tensor], None]:
         """A training loss is about to be computed; what is returned belongs on its backward pass."""
         if not self._added:  # options may change between steps, but not between the losses of one
             first = self._start is None
-            dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), with_state=first)
+            dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned, with_state=first)
             if first:
                 self._start = Snapshot(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
             self._dynamics = replace(dynamics, state={})
@@ -138,7 +144,9 @@ class Recorder:
             ],
         }
 
-    def load_state_dict(self, saved: dict[str, Any] | None, live: Tree, inner: Optimizer) -> None:
+    def load_state_dict(
+        self, saved: dict[str, Any] | None, live: Tree, inner: Optimizer, transforms: Mapping[str, Transform]
+    ) -> None:
         """The other half, for an inner optimizer of the same class; ``live`` are the weights."""
         self._start, self._steps, self._added = None, [], []
         if saved is None:
@@ -153,7 +161,7 @@ class Recorder:
                 RecordedLoss(batch=batch, generators=states and trees.map_tree(Tensor.cpu, states), share=share)
                 for batch, states, share in step["seen"]
             )
-            self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=_groups(step["groups"]))))
+            self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=_groups(step["groups"], transforms))))
 
 
 @contextmanager
@@ -200,21 +208,26 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _plain(dynamics: InnerStep) -> list[tuple[list[str], dict[str, Any]]]:
-    """The groups as plain values: a bound option is the name of its leaf in a dict."""
+    """The groups as plain values: a bound option is a dict of its leaf's name and, if it is computed, its factor."""
 
     def plain(option: Any) -> Any:
         if isinstance(option, tuple):
             return tuple(plain(member) for member in option)
-        return {"leaf": option.name} if isinstance(option, Bound) else option
+        if not isinstance(option, Bound):
+            return option
+        return {"leaf": option.name} | ({"factor": option.factor} if option.transform else {})
 
     return [(list(group.names), {key: plain(option) for key, option in group.options.items()}) for group in dynamics.groups]
 
 
-def _groups(saved: list[tuple[list[str], dict[str, Any]]]) -> tuple[Group, ...]:
+def _groups(saved: list[tuple[list[str], dict[str, Any]]], transforms: Mapping[str, Transform]) -> tuple[Group, ...]:
     def whole(option: Any) -> Any:
         if isinstance(option, (tuple, list)):
             return tuple(whole(member) for member in option)
-        return Bound(name=option["leaf"]) if isinstance(option, dict) else option
+        if not isinstance(option, dict):
+            return option
+        name, computed = option["leaf"], "factor" in option
+        return Bound(name=name, transform=transforms[name] if computed else None, factor=option.get("factor", 1.0))
 
     return tuple(
         Group(names=tuple(names), options={key: whole(option) for key, option in options.items()})

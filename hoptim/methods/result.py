@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import OptionalTree, Tree
+from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.validation_loss import Validation
 from hoptim.problem.mixed_precision import full_precision
 from hoptim.solvers.solution import Solution, Status
@@ -43,12 +44,27 @@ class Hypergradient:
     gradient_norm: Tensor
     untouched: tuple[str, ...] = ()
 
-    def check_touched(self) -> None:
-        """Raise where a hyperparameter is touched by neither loss."""
-        if self.untouched:
+    def check_touched(self, learned: Sequence[LearnedOption] = (), *, sees_options: bool = False) -> None:
+        """Raise where a hyperparameter is touched by neither loss.
+
+        Args:
+            learned: the learned options of the inner optimizer.
+            sees_options: whether the method sees them: then one that did not matter so far is no mistake.
+        """
+        untouched = [name for name in self.untouched if not sees_options or name not in {option.name for option in learned}]
+        for option in learned:
+            if option.name in untouched:
+                raise ValueError(
+                    f"hyperparameter {option.name!r} is the inner optimizer's {option.key}, of which the training gradient "
+                    "does not depend: with the condition Gradient(), Implicit does not see it. Take hoptim.Unrolled(20), or "
+                    "on a trained model hoptim.Implicit(condition=hoptim.Update())"
+                )
+        if untouched:
             raise ValueError(
-                f"hyperparameters {list(self.untouched)} are touched by neither loss: the training loss's gradient and the "
-                'validation loss do not depend on them. Use hparams["name"] in a loss, without detach(), or drop them'
+                f"hyperparameters {untouched} are touched by neither loss: the training loss's gradient and the "
+                'validation loss do not depend on them. Use hparams["name"] in a loss, without detach(), or drop them. An '
+                "option of the inner optimizer, such as a learning rate, is seen by hoptim.Unrolled(20), or on a trained "
+                "model by hoptim.Implicit(condition=hoptim.Update()), given inner=optimizer"
             )
 
     def combined(self, weights: Sequence[float] | None = None) -> Tree:

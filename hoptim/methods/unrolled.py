@@ -87,7 +87,9 @@ class Unrolled(Method):
             raise ValueError("Unrolled needs the inner optimizer: call hypergradient(..., inner=optimizer)")
         taken: Trajectory | None = loop.trajectory
         with problem.untouched():
-            trajectory = taken or look_ahead(problem, loop.inner, loop.draw or (lambda: train_batch), self.steps)
+            trajectory = taken or look_ahead(
+                problem, loop.inner, loop.draw or (lambda: train_batch), self.steps, loop.learned
+            )
             leaves = as_leaves(problem.leaves())
             stride = math.isqrt(len(trajectory.steps) - 1) + 1 if self.checkpoint else 1
             trajectory, snapshots, loss, gradient = replay(problem, trajectory, leaves, stride)

@@ -154,6 +154,16 @@ class _Group(nn.Module):
     """Holds the hyperparameters whose names share what is before a dot."""
 
 
+def transforms_of(hparams: nn.Module) -> dict[str, Transform]:
+    """The maps from leaves to natural values, by the names of the leaves, of every :class:`HyperParameters` inside."""
+    return {
+        f"{prefix}.{name}" if prefix else name: transform
+        for prefix, module in hparams.named_modules()
+        if isinstance(module, HyperParameters)
+        for name, transform in module._transforms.items()
+    }
+
+
 def _is_nonnegative(constraint: Constraint) -> bool:
     bound = getattr(constraint, "lower_bound", None)
     return type(constraint) is type(constraints.nonnegative) and not isinstance(bound, Tensor) and bound == 0

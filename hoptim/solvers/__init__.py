@@ -44,8 +44,8 @@ solves in a row would undo it. So it is for `GaussNewton()`, or an exact Hessian
 - **Strongly convex or damped problems**: `CG(terms=20)`. On the paper's own example, Boston housing with 14 log decays
   ([picture](scripts/fidelity_boston.png)), 20 terms are exact, where 20 terms of Neumann have a cosine of 0.93.
 - **Small batches**: average the curvature, `Implicit(curvature=Averaged(batches=4))`; see `hoptim.curvature`.
-- **Learning rate, momentum, or the optimizer's own weight decay**: `Implicit(condition=Update())` with GMRES, or
-  `Unrolled`; see `hoptim.methods`.
+- **Learning rate, momentum, or the optimizer's own weight decay**: `Unrolled`; on a trained model also
+  `Implicit(condition=Update())` with GMRES. See `hoptim.methods`.
 
 # How close they come to the truth
 

@@ -178,7 +178,7 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 |---|---|---|
 | every class of `torch.optim`, fused and foreach ones, several groups, any other subclass of `Optimizer` | `every=None` is the bare optimizer bit for bit, `state_dict()` included; right hypergradients; resumable. `Unrolled` and `Update` need one that torch can differentiate | [inner](tests/training/test_inner_optimizers.py) |
 | Muon with AdamW for the rest | wrap one of them, and call the other's `step()` before the wrapper's; a warning names the weights that the wrapped one does not hold, which is right here | [inner](tests/training/test_inner_optimizers.py) |
-| every class of `torch.optim.lr_scheduler`, and `SWALR` | on the wrapper, bit for bit; for the outer rate, on `optimizer.outer`; one that would overwrite a learned learning rate is an error | [schedulers](tests/training/test_schedulers.py) |
+| every class of `torch.optim.lr_scheduler`, and `SWALR` | on the wrapper, bit for bit; for the outer rate, on `optimizer.outer`; beside a learned rate or momentum it sets the shape; one that would overwrite a leaf is an error | [schedulers](tests/training/test_schedulers.py), [learned options](tests/training/test_computed_options.py) |
 | clipping, `AveragedModel`, EMA, `update_bn`, hooks of step and state, `add_param_group` during training | as with the inner optimizer | [inner](tests/training/test_inner_optimizers.py) |
 | **loops** | | |
 | gradient accumulation | the hypergradient sees all micro-batches of the step, with the shares that their backward passes began with | [loops](tests/training/test_loops.py) |

@@ -35,7 +35,7 @@ def dry_run(
     """
     with annotate_errors("in the dry run at the first loss, which computes what each hyperstep does"):
         result = method.cut_short()(problem, train_batch, val_batch, loop=loop)
-        result.check_touched()
+        result.check_touched(loop.learned, sees_options=method.sees_options)
         result.combined(val_weights)
     status, detail = result.solution.status, result.solution.detail
     if status in _NON_FINITE:
@@ -75,8 +75,8 @@ class FirstSteps:
         self._version = version
         self._since_step.append((batch, problem.generators()))
 
-    def before_step(self, problem: Problem, *, has_closure: bool) -> bool:
-        """A step is about to be taken. Returns whether there is nothing more to look for.
+    def before_step(self, problem: Problem, *, has_closure: bool) -> FirstSteps | None:
+        """A step is about to be taken. Returns itself, or ``None`` if there is nothing more to look for.
 
         Raises:
             ValueError: it is the second one, and no training loss has been asked for, though hypersteps need them.
@@ -93,7 +93,7 @@ class FirstSteps:
             _check_gradient(problem, *self._since_step[0])
         self._steps += 1
         self._version, self._since_step = None, []
-        return self._steps > 1
+        return self if self._steps < 2 else None
 
 
 def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> None:

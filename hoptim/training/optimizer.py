@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from hoptim.methods.implicit import Implicit
-from hoptim.methods.learned_options import check_in_place, check_unscheduled, find_learned_options, put_back
+from hoptim.methods import learned_options
+from hoptim.methods.default import default_method
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.data import Batches
@@ -46,7 +46,8 @@ class BilevelOptimizer(OptimizerProxy):
         outer: the optimizer of ``hparams.parameters()``.
         problem: the model, the hyperparameters and the two losses.
         val_batches: validation batches: any re-iterable, cycled, one batch a hyperstep.
-        hypergradient: how to compute it; default ``Implicit()``.
+        hypergradient: how to compute it; default ``Implicit()``; where an option of ``inner`` is learned, such as its
+            learning rate, ``Unrolled()``, over ``every`` steps at most.
         every: inner steps between hypersteps, default 100; ``None`` for never.
         warmup: inner steps before the first hyperstep, default 0, which suits only a model that is already trained.
         train_batches: where a hyperstep takes its training batch; ``None``, the default: those of the last inner
@@ -100,18 +101,17 @@ class BilevelOptimizer(OptimizerProxy):
         arguments.check_strategies(hypergradient, hooks, every)
         super().__init__()
         self.inner, self.outer, self.problem = inner, outer, problem
-        self.hypergradient = Implicit() if hypergradient is None else hypergradient
+        learned = learned_options.find_learned_options(inner, problem.hparams)
+        self.hypergradient = default_method(learned, every) if hypergradient is None else hypergradient
         self.every, self.warmup, self.on_failure, self.hooks = every, warmup, on_failure, tuple(hooks)
         self.val_weights = arguments.checked_weights(val_weights)
         self.val_batches = Batches(val_batches, "val_batches")
         self.train_batches = None if train_batches is None else Batches(train_batches, "train_batches")
-        self._progress = Progress(
-            learned_options=find_learned_options(inner, problem.leaves()),
-            unheld=arguments.warn_of_unheld(inner, outer, problem),
-        )
+        self._progress = Progress(unheld=arguments.warn_of_unheld(inner, outer, problem))
         if every is not None:
             self._progress.first_steps = FirstSteps(train_batches is None or self.hypergradient.keeps_steps > 0)
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
+        self._progress.learned_options = learned_options.take_over(inner, learned, problem.hparams)
         self.register_state_dict_post_hook(_add_state)
 
     def loss(self, batch: Any) -> Any:
@@ -128,7 +128,7 @@ class BilevelOptimizer(OptimizerProxy):
         is_kept, is_watched = left < self.hypergradient.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
             progress.cleared()  # by the model's own zero_grad()
-        keep = progress.recorder.record_loss(self.problem, self.inner, batch) if is_kept else None
+        keep = progress.recorder.record_loss(self.problem, self.inner, batch, self.learned_options) if is_kept else None
         found = self.problem.loss(batch)
         loss = found[0] if self.problem.has_aux else found
         if keep is not None:
@@ -142,12 +142,11 @@ class BilevelOptimizer(OptimizerProxy):
         if closure is not None and not callable(closure):
             raise TypeError(f"closure is {describe_type(closure)}: call step() alone; batches go to optimizer.loss(batch)")
         progress = self._progress
-        if progress.learned_options:
-            check_in_place(self.inner, progress.learned_options)
-        first = progress.first_steps
-        if first is not None and first.before_step(self.problem, has_closure=closure is not None):
-            progress.first_steps = None
-        result = self.inner.step() if closure is None else self.inner.step(closure)
+        if progress.first_steps is not None:
+            progress.first_steps = progress.first_steps.before_step(self.problem, has_closure=closure is not None)
+        learned = progress.learned_options
+        with learned_options.in_effect(self.inner, learned, self.problem.hparams) if learned else nullcontext():
+            result = self.inner.step() if closure is None else self.inner.step(closure)
         progress.stepped()
         if steps_left(progress.inner_steps, self.every, self.warmup) == 0:
             progress.recorder.check(self.hypergradient.keeps_steps)
@@ -191,7 +190,7 @@ class BilevelOptimizer(OptimizerProxy):
         for hook in self.hooks:
             hook(progress.record)
         if not moved:
-            self._report_failure(progress.record)
+            progress.report_failure(progress.record, self.on_failure)
         return progress.record
 
     def _hypergradient(self, train_batch: Any, val_batch: Any) -> Hypergradient:
@@ -202,23 +201,26 @@ class BilevelOptimizer(OptimizerProxy):
         val_batch = self.val_batches.draw() if val_batch is None else val_batch
         if not progress.hyper_steps:
             self.problem.check_ranks()
-        loop = TrainingContext(inner=self.inner, draw=draw, trajectory=progress.recorder.trajectory())
         with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
-            progress.unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
+            loop = self._context(draw, progress.recorder.trajectory())
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         if not progress.hyper_steps:
-            result.check_touched()
+            result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
+        progress.warn_of_sign(self.hypergradient, result.solution)
         return result
 
     def _dry_run(self, batch: Any) -> None:
         """A hypergradient at the first loss, which is thrown away: its errors come now, and not after the warm-up."""
-        progress = self._progress
-        check_in_place(self.inner, progress.learned_options)
-        progress.unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
         train_batch = batch if self.train_batches is None else self.train_batches.peek()
-        draw = None if self.train_batches is None else lambda: train_batch
-        loop = TrainingContext(inner=self.inner, draw=draw)
+        loop = self._context(None if self.train_batches is None else lambda: train_batch)
         dry_run(self.problem, self.hypergradient, train_batch, self.val_batches.peek(), loop, self.val_weights)
+
+    def _context(self, draw: Callable[[], Any] | None, trajectory: Any = None) -> TrainingContext:
+        """What surrounds a hypergradient. What was checked at construction is checked again: layers may be replaced."""
+        progress, learned = self._progress, self._progress.learned_options
+        learned_options.check_in_place(self.inner, learned)
+        progress.unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
+        return TrainingContext(inner=self.inner, learned=learned, draw=draw, trajectory=trajectory)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the weights."""
@@ -232,8 +234,8 @@ class BilevelOptimizer(OptimizerProxy):
             TypeError: the group is no dict with ``"params"``.
             ValueError: a tensor of the group is a hyperparameter.
         """
-        self.inner.add_param_group(arguments.checked_group(param_group, self.problem))
-        self._progress.learned_options = find_learned_options(self.inner, self.problem.leaves())
+        added, known = arguments.checked_group(param_group, self.problem), self.learned_options
+        self._progress.learned_options = learned_options.add_group(self.inner, added, known, self.problem.hparams)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
@@ -273,7 +275,7 @@ class BilevelOptimizer(OptimizerProxy):
     def _load(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict[KEY]
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        put_back(self.inner, self._progress.learned_options)
+        learned_options.put_back(self.inner, self._progress.learned_options)
         self.outer.load_state_dict(saved["outer"])
         self.problem.hparams.load_state_dict(saved["hparams"])
         self._progress.load_state_dict(saved, self.problem, self.inner)
@@ -287,6 +289,11 @@ class BilevelOptimizer(OptimizerProxy):
         return self._progress.record
 
     @property
+    def learned_options(self) -> list[learned_options.LearnedOption]:
+        """The options of the inner optimizer that are hyperparameters."""
+        return self._progress.learned_options
+
+    @property
     def inner_steps(self) -> int:
         """Inner steps taken so far."""
         return self._progress.inner_steps
@@ -296,16 +303,9 @@ class BilevelOptimizer(OptimizerProxy):
         """Hypersteps taken so far, failed ones included."""
         return self._progress.hyper_steps
 
-    def _report_failure(self, record: Record) -> None:
-        if self.on_failure == "raise":
-            raise RuntimeError(f"{record.failure}. With on_failure='skip' the training would go on")
-        if record.status not in self._progress.warned:
-            self._progress.warned.add(record.status)
-            warnings.warn(f"{record.failure}. Later ones of this kind are only recorded", stacklevel=5)
-
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(value, "_wrapped_by_lr_sched", False):  # the ``step`` that a scheduler puts here when it is built
-            check_unscheduled(self.param_groups, self.problem.leaves())
+            learned_options.check_unscheduled(self.param_groups, self.problem.leaves())
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:

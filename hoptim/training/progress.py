@@ -6,16 +6,21 @@ Lightning copies the optimizer's ``__dict__``: the copy has to share it.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.learned_options import LearnedOption
+from hoptim.methods.implicit import doubt_of_sign
+from hoptim.methods.learned_options import LearnedOption, restarted, starts
+from hoptim.methods.method import Method
 from hoptim.methods.replay import Recorder
+from hoptim.problem.hyperparameters import transforms_of
 from hoptim.problem.problem import Problem
-from hoptim.solvers.solution import State, Status
+from hoptim.solvers.solution import Solution, State, Status
+from hoptim.training.arguments import OnFailure
 from hoptim.training.first_steps import FirstSteps
 from hoptim.training.record import Record, cosine_in_common
 from hoptim.training.window import Window
@@ -48,6 +53,21 @@ class Progress:
         self.window.stepped()
         self.recorder.stepped()
 
+    def warn_of_sign(self, method: Method, solution: Solution) -> None:
+        """Warn once where the sign of a learned option's hypergradient is in doubt."""
+        doubt = doubt_of_sign(method, self.learned_options, solution)
+        if doubt and Status.NEGATIVE_CURVATURE not in self.warned:
+            self.warned.add(Status.NEGATIVE_CURVATURE)
+            warnings.warn(f"{doubt}. Later ones are only recorded", stacklevel=5)
+
+    def report_failure(self, record: Record, on_failure: OnFailure) -> None:
+        """Raise, or warn of the first failure of each kind."""
+        if on_failure == "raise":
+            raise RuntimeError(f"{record.failure}. With on_failure='skip' the training would go on")
+        if record.status not in self.warned:
+            self.warned.add(record.status)
+            warnings.warn(f"{record.failure}. Later ones of this kind are only recorded", stacklevel=5)
+
     def cosine_to_last(self, gradient: Tree) -> float | None:
         """The cosine of this hypergradient to the last one, whose place it takes, over the entries that both touch."""
         last, self.last_gradient = self.last_gradient, gradient
@@ -57,12 +77,14 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it, as tensors and plain values."""
+        computed = starts(self.learned_options)
         return {
             "inner_steps": self.inner_steps,
             "hyper_steps": self.hyper_steps,
             "solver_state": dict(self.solver_state),
             "last_gradient": dict(self.last_gradient),
             "trajectory": self.recorder.state_dict(),
+            **({"option_starts": computed} if computed else {}),
         }
 
     def load_state_dict(self, saved: dict[str, Any], problem: Problem, inner: Optimizer) -> None:
@@ -72,7 +94,8 @@ class Progress:
         device = next(iter(weights.values())).device
         self.solver_state = {name: vector.to(device) for name, vector in saved["solver_state"].items()}
         self.last_gradient = _beside(saved["last_gradient"], leaves)
-        self.recorder.load_state_dict(saved["trajectory"], weights, inner)
+        self.recorder.load_state_dict(saved["trajectory"], weights, inner, transforms_of(problem.hparams))
+        self.learned_options = restarted(self.learned_options, saved.get("option_starts", ()))
         if self.inner_steps:
             self.first_steps = None
 

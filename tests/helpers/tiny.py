@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import hoptim
 from hoptim.curvature.linearization import Point
+from hoptim.methods.method import TrainingContext
 
 SHAPES = {"0.weight": (3, 2), "0.bias": (3,), "3.weight": (2, 3), "3.bias": (2,)}
 LIKE = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
@@ -142,7 +143,7 @@ def linearized(
 
     def inside() -> Any:
         with curvature.linearize(point) as one:
-            return then(condition(one, point, inner))
+            return then(condition(one, point, TrainingContext(inner=inner)))
 
     with problem.untouched():
         return point.inside(inside)

@@ -49,6 +49,7 @@ from hoptim import (
 )
 from hoptim.curvature.linearization import Point
 from hoptim.linalg.operators import Operator
+from hoptim.methods.method import TrainingContext
 from hoptim.solvers.gmres import GMRES
 
 INNERS: dict[str, Callable[[Any], optim.Optimizer]] = {
@@ -179,8 +180,10 @@ def test_learning_rate_and_weight_decay_among_the_hyperparameters(name: str, ste
 def test_learning_rate_that_only_the_update_knows_is_untouched_for_the_gradient() -> None:
     problem, inner = started("adamw", lr=0.13)
     inner.param_groups[0]["lr"] = problem.leaves()["lr"]
-    with pytest.raises(ValueError, match=r"\['lr'\] are touched by neither loss"):
+    with pytest.raises(ValueError, match=r"'lr' is the inner optimizer's lr.*Take hoptim\.Unrolled\(20\), or.*Update\(\)"):
         hypergradient(problem, BATCHES[0], VAL, Implicit(Identity()), inner=inner)
+    with pytest.raises(ValueError, match=r"\['lr'\] are touched by neither.*Unrolled\(20\).*Update\(\).*inner=optimizer"):
+        hypergradient(problem, BATCHES[0], VAL, Implicit(Identity()))
 
 
 @pytest.mark.parametrize("name", ["sgd with decay", "adamw"])
@@ -304,7 +307,7 @@ def test_curvature_that_is_not_symmetric_is_transposed_inside() -> None:
 
     def inside() -> tuple[Tensor, Tensor]:
         with Exact().linearize(point) as one:
-            A = Update()(dataclasses.replace(one, A=Dense(M)), point, inner).A
+            A = Update()(dataclasses.replace(one, A=Dense(M)), point, TrainingContext(inner=inner)).A
             return matrix(A), matrix(A.T)
 
     with problem.untouched():

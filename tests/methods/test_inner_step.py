@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hoptim.methods.bound_options import Bound
 from hoptim.methods.inner_step import KINDS, InnerStep
-from hoptim.methods.learned_options import Bound
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -484,7 +484,7 @@ def test_bound_learning_rate_survives_a_checkpoint_within_a_window() -> None:
             step(optimizer, [b])
     saved = through_disk(first._progress.state_dict()["trajectory"])
     first._progress.recorder.restart()
-    first._progress.recorder.load_state_dict(saved, first.problem.weights(), first.inner)
+    first._progress.recorder.load_state_dict(saved, first.problem.weights(), first.inner, {})
     step(first, [BATCHES[1]])
     assert same(first.record.result.grads, whole.record.result.grads)
     assert first.record.result.grads["lr"].abs() > 1e-3

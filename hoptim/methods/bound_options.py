@@ -1,0 +1,94 @@
+"""Options of one inner step as a pure function: constants, or bound to the hyperparameter leaf that they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+from torch.distributions.transforms import Transform
+
+from hoptim.linalg.vectors import Tree
+from hoptim.methods.learned_options import COMPUTED, LearnedOption, shares_memory
+
+Kind = type[optim.Optimizer]
+
+# The classes whose step torch can differentiate, and the options in which it does; of the others it makes constants.
+DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
+    optim.SGD: frozenset({"lr", "momentum", "weight_decay"}),
+    optim.Adam: frozenset({"lr", "betas", "eps", "weight_decay"}),
+    optim.AdamW: frozenset({"lr", "betas", "eps", "weight_decay"}),
+    optim.NAdam: frozenset({"lr", "eps", "momentum_decay"}),
+    optim.RAdam: frozenset({"lr", "eps"}),
+    optim.Adamax: frozenset({"eps"}),
+    optim.RMSprop: frozenset({"eps", "momentum"}),
+    optim.Adagrad: frozenset({"eps"}),
+    optim.Adadelta: frozenset({"eps"}),
+    optim.Rprop: frozenset(),
+    optim.ASGD: frozenset(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """In place of an option's value: it is the leaf of this name, or factor · transform(leaf)."""
+
+    name: str
+    transform: Transform | None = None
+    factor: float = 1.0
+
+    def value(self, leaves: Tree) -> Tensor:
+        """The option as a tensor of one number."""
+        leaf = leaves[self.name]
+        if self.transform is None:
+            return leaf.reshape(())
+        wide = torch.float32 if leaf.device.type == "mps" else torch.float64  # as precise as the number in the real step
+        return self.factor * self.transform(leaf).reshape(()).to(wide)
+
+
+def bind(kind: Kind, number: int, group: Mapping[str, Any], key: str, leaves: Tree, learned: Sequence[LearnedOption]) -> Any:
+    """An option of parameter group ``number`` as a constant, copied, or :class:`Bound` to its leaf; of a pair, a pair.
+
+    Raises:
+        TypeError: it is learned, and one that torch's step makes a constant of.
+        ValueError: it is computed from other tensors, is part of a leaf, or a leaf of more than one number.
+    """
+    computed = {option.member: option for option in learned if option.transform and option[1:3] == (number, key)}
+
+    def bound(value: Any, member: int | None) -> Any:
+        if member in computed:
+            option = computed[member]
+            _check_differentiable(kind, group, key, option.name)
+            return Bound(name=option.name, transform=option.transform, factor=option.factor(group))
+        if not isinstance(value, Tensor):
+            return value
+        for name, leaf in leaves.items():
+            if not shares_memory(value, leaf):
+                continue
+            if leaf.numel() != 1:
+                shape = tuple(leaf.shape)
+                raise ValueError(
+                    f"the {key} of {kind.__name__} is part of {name!r}, of shape {shape}: make it a leaf of one number"
+                )
+            _check_differentiable(kind, group, key, name)
+            return Bound(name=name)
+        if value.grad_fn is not None:
+            raise ValueError(COMPUTED.format(option=f"the {key} of {kind.__name__}"))
+        return value.detach().clone()
+
+    if isinstance(group[key], (tuple, list)):
+        return tuple(bound(value, member) for member, value in enumerate(group[key]))
+    return bound(group[key], None)
+
+
+def _check_differentiable(kind: Kind, group: Mapping[str, Any], key: str, name: str) -> None:
+    works = DIFFERENTIABLE[kind] | ({"weight_decay"} if group.get("decoupled_weight_decay") else set())
+    works -= {"momentum"} if group.get("nesterov") else set()
+    if key not in works:
+        raise TypeError(
+            f"hyperparameter {name!r} is the {key} of {kind.__name__}, in which torch's step has no derivative, given its "
+            f"other options: {', '.join(sorted(works)) or 'none'} may be one; SGD, Adam and AdamW have one in lr and "
+            "weight_decay"
+        )
