@@ -70,7 +70,7 @@ If `val_loss` returns a vector of R losses (tasks, groups, folds), each gets its
 
 >>> def two(model, hparams, batch):
 ...     x, y = batch
-...     return nn.functional.cross_entropy(model(x), y, reduction="none").reshape(2, -1).mean(1)
+...     return nn.functional.cross_entropy(model.eval()(x), y, reduction="none").reshape(2, -1).mean(1)
 >>> result = hypergradient(Problem(model, hparams, train_loss, two), batch, batch)
 >>> result.val_loss.shape, result.grads["0.bias"].shape
 (torch.Size([2]), torch.Size([2, 8]))

@@ -74,7 +74,7 @@ def python_and_numpy_untouched() -> Iterator[None]:
 
 
 def to_tensors(states: Mapping[str, Any]) -> Tree:
-    """States as tensors, for a checkpoint: whole numbers below 2^53, which float64 holds exactly.
+    """States as tensors of bytes, for a checkpoint.
 
     >>> states = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
     >>> from_tensors(to_tensors(states))["python"] == states["python"]
@@ -84,10 +84,9 @@ def to_tensors(states: Mapping[str, Any]) -> Tree:
     for name, state in states.items():
         if name == "python":
             version, words, gauss = state
-            found[name] = torch.tensor([version, gauss is not None, gauss or 0.0, *words], dtype=torch.float64)
+            found[name] = _packed([version, gauss is not None, gauss or 0.0], words)
         elif name == "numpy":
-            plain = [state["state"]["pos"], state["has_gauss"], state["gauss"], *state["state"]["key"].tolist()]
-            found[name] = torch.tensor(plain, dtype=torch.float64)
+            found[name] = _packed([state["state"]["pos"], state["has_gauss"], state["gauss"]], state["state"]["key"])
         else:
             found[name] = state
     return found
@@ -98,15 +97,25 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name == "python":
-            version, has_gauss, gauss, *words = tensor.tolist()
-            found[name] = int(version), tuple(map(int, words)), gauss if has_gauss else None
+            (version, has_gauss, gauss), words = _unpacked(tensor)
+            found[name] = int(version), tuple(words.tolist()), gauss if has_gauss else None
         elif name == "numpy":
-            pos, has_gauss, gauss, *key = tensor.tolist()
-            inner = {"key": np.array(key, dtype=np.uint32), "pos": int(pos)}
+            (pos, has_gauss, gauss), key = _unpacked(tensor)
+            inner = {"key": key, "pos": int(pos)}
             found[name] = {"bit_generator": "MT19937", "state": inner, "has_gauss": int(has_gauss), "gauss": gauss}
         else:
             found[name] = tensor.cpu()
     return found
+
+
+def _packed(three: list[float], words: Any) -> Tensor:
+    parts = np.array(three, dtype=np.float64), np.array(words, dtype=np.uint32)
+    return torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts]))
+
+
+def _unpacked(tensor: Tensor) -> tuple[list[float], Any]:
+    raw = tensor.cpu().numpy()
+    return raw[:24].view(np.float64).tolist(), raw[24:].view(np.uint32).copy()
 
 
 def _seed(seed: int) -> None:

@@ -184,6 +184,7 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 | gradient accumulation | the hypergradient sees all micro-batches of the step, with the shares that their backward passes began with | [loops](tests/training/test_loops.py) |
 | bf16 `autocast`, fp16 with `GradScaler` | losses in bf16 where yours are, in full precision where yours are in fp16; products and solvers in full precision; a skipped step does not count | [precision](tests/problem/test_mixed_precision.py) |
 | `DataLoader` with workers; batches of any kind; closures; early stopping | an empty or exhausted source of batches is an error that names it | [loops](tests/training/test_loops.py) |
+| a `DataLoader` that shuffles, or whose transforms draw from torch, Python or NumPy, as `val_batches` or `train_batches` | a run with hypersteps that move nothing has the bits of one without; resumed to the bit amid a pass | [random](tests/training/test_random_streams.py) |
 | Lightning, Accelerate, Trainer | as above | [frameworks](tests/integration/test_frameworks.py) |
 | **several processes** | | |
 | DistributedDataParallel, `no_sync`, uneven batches, subgroups; Lightning and Accelerate on two ranks | the hypergradient of one process on the joint batch, to 1e-9; uneven last batches: the mean of the ranks' means | [distributed](tests/integration/test_distributed.py), [frameworks](tests/integration/test_frameworks.py) |

@@ -372,6 +372,7 @@ def test_the_graph_is_freed_at_once_and_waits_for_no_garbage_collection() -> Non
         gc.enable()
 
 
+@pytest.mark.filterwarnings("ignore:val_loss runs .* in training mode")
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_checkpointed_activations_change_no_value_and_leave_no_trace(evaluated: bool) -> None:
     def block(checkpointed: bool) -> Problem:

@@ -582,7 +582,7 @@ def test_statistics_of_an_averaged_model_are_updated_as_ever() -> None:
     def train(m: Any, h: Any, b: Any) -> Tensor:
         return F.cross_entropy(m(b[0]), b[1]) + h["decay"] * m[0].weight.square().sum()
 
-    problem = Problem(model, hparams, train, lambda m, h, b: F.cross_entropy(m(b[0]), b[1]))
+    problem = Problem(model, hparams, train, lambda m, h, b: F.cross_entropy(m.eval()(b[0]), b[1]))
     inner, outer = optim.SGD(model.parameters(), lr=0.1), optim.SGD(hparams.parameters(), lr=0.1)
     optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[VAL], every=2)
     average = swa_utils.AveragedModel(problem.model)
