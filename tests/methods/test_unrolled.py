@@ -383,9 +383,9 @@ def test_steps_that_were_never_seen_are_not_silently_others() -> None:
     """The loss was computed past the optimizer: there is nothing to unroll, and the answer is no quiet look ahead."""
     problem = tiny()
     optimizer = optimizer_of(problem, "adamw", train_batches=BATCHES)
-    for b in BATCHES[:2]:
+    for b, loss in zip(BATCHES[:2], (optimizer.loss, problem.loss), strict=True):  # the first steps are looked at
         optimizer.zero_grad()
-        problem.loss(b).backward()
+        loss(b).backward()
         optimizer.step()
     optimizer.zero_grad()
     problem.loss(BATCHES[2]).backward()
