@@ -92,6 +92,10 @@ class Implicit(Method):
         """Whether options of the inner optimizer have a derivative: not where F is the gradient alone."""
         return not isinstance(self.condition, Gradient)
 
+    def cut_short(self) -> Implicit:
+        """Without a preconditioner: an optimizer has no second moments before its first step."""
+        return replace(self, preconditioner=None)
+
     def chosen(self, problem: Problem) -> Chosen:
         """What was left open, decided for this problem."""
         shown = isinstance(problem.train_loss, CompositeLoss)
