@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -42,7 +42,7 @@ def audit(
     method: Method | None = None,
     *,
     inner: Optimizer | None = None,
-    train_batches: Iterable[Any] | None = None,
+    train_batches: Iterable[Any] | Callable[[], Any] | None = None,
     longer: int = 200,
     steps: int = 100,
     directions: int = 2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ def hypergradient(
     method: Method | None = None,
     *,
     inner: Optimizer | None = None,
-    train_batches: Iterable[Any] | None = None,
+    train_batches: Iterable[Any] | Callable[[], Any] | None = None,
 ) -> Hypergradient:
     """One hypergradient dL_V/dλ at the model's present weights, for any loop; it touches nothing.
 

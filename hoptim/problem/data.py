@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.random_stream import RandomStream, from_tensors, to_tensors
 from hoptim.validation import describe_type
 
@@ -45,7 +46,8 @@ class Batches:
     pass began: loading it begins the pass again, and walks to the position.
 
     Args:
-        source: what can be iterated again and again: a ``DataLoader``, a list of batches.
+        source: what can be iterated again and again: a ``DataLoader``, a list of batches; or a function of no argument that
+            draws one.
         name: what errors call it.
 
     Raises:
@@ -57,9 +59,14 @@ class Batches:
     ['a', 'b', 'a']
     """
 
-    def __init__(self, source: Iterable[Any], name: str) -> None:
+    def __init__(self, source: Iterable[Any] | Callable[[], Any], name: str) -> None:
+        if callable(source) and not isinstance(source, (Iterable, type)):
+            check_takes(name, source, "")
+            source = _Draws(source)
         if isinstance(source, NO_BATCHES) or hasattr(source, "__array__") or not isinstance(source, Iterable):
-            raise TypeError(f"{name} is {describe_type(source)}: give a DataLoader or a list of batches, such as [batch]")
+            raise TypeError(
+                f"{name} is {describe_type(source)}: give a DataLoader, a list of batches, such as [batch], or a function"
+            )
         if isinstance(source, Iterator):
             raise TypeError(f"{name} is a one-shot iterator: give what makes it, such as the DataLoader or a list")
         if hasattr(source, "gradient_state"):
@@ -117,6 +124,16 @@ class Batches:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.source, self.name, self._stream = state["source"], state["name"], RandomStream(state["name"])
         self.load_state_dict(state["state"])
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """A function that draws a batch, as passes of one batch each: a state then holds where the last one began."""
+
+    draw: Callable[[], Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.draw()
 
 
 def _length(source: Iterable[Any]) -> int | None:

@@ -37,7 +37,7 @@ def check_takes(name: str, function: Any, arguments: str) -> None:
     except (TypeError, ValueError):  # functions written in C may have no signature
         return
     try:
-        signature.bind(*arguments.split(", "))
+        signature.bind(*filter(None, arguments.split(", ")))
     except TypeError as error:
         raise TypeError(f"{name} takes {signature}, but is called as {name}({arguments}): {error}") from None
 

@@ -51,7 +51,7 @@ its `lr`, as a learned rate needs, changes its last bits by itself, with or with
   `optimizer.outer`.
 - **`every`**: training steps between hypersteps, 100 by default. A hyperstep costs about 10 training gradients with the
   default method, so `every=100` adds about 10 %, and `every=10` doubles the cost.
-- **`val_batches`**: validation batches, one for each hyperstep, over and over. Keep a test set apart: many
+- **`val_batches`**: validation batches, one for each hyperstep, over and over; or a function that draws one. Keep a test set apart: many
   hyperparameters can fit a small validation set.
 - **`train_batches`**: where a hyperstep takes its training batch from; by default the batches of the last step.
 - **Random numbers**: both may be a `DataLoader` that shuffles, with transforms that draw. What is drawn for a hyperstep, order

@@ -45,7 +45,7 @@ class BilevelOptimizer(OptimizerProxy):
         inner: the optimizer of the model's weights.
         outer: the optimizer of ``hparams.parameters()``.
         problem: the model, the hyperparameters and the two losses.
-        val_batches: validation batches: any re-iterable, cycled, one batch a hyperstep.
+        val_batches: validation batches, one a hyperstep: any re-iterable, cycled, or a function that draws one.
         hypergradient: how to compute it; default ``Implicit()``; where an option of ``inner`` is learned, such as its
             learning rate, ``Unrolled()``, over ``every`` steps at most.
         every: inner steps between hypersteps, default 100; ``None`` for never.
@@ -87,11 +87,11 @@ class BilevelOptimizer(OptimizerProxy):
         outer: Optimizer,
         problem: Problem,
         *,
-        val_batches: Iterable[Any],
+        val_batches: Iterable[Any] | Callable[[], Any],
         hypergradient: Method | None = None,
         every: int | None = 100,
         warmup: int = 0,
-        train_batches: Iterable[Any] | None = None,
+        train_batches: Iterable[Any] | Callable[[], Any] | None = None,
         val_weights: Sequence[float] | None = None,
         on_failure: arguments.OnFailure = "skip",
         hooks: Sequence[Callable[[Record], None]] = (),

@@ -194,3 +194,30 @@ def test_a_generator_of_another_kind_in_numpys_place_stays_where_it_is() -> None
 
 
 # ruff: noqa: NPY002 (transforms draw from the global generators)
+
+
+@pytest.mark.parametrize("position", [1, 5])
+def test_a_function_that_draws_is_resumed_to_the_bit_with_a_single_call(position: int) -> None:
+    calls: list[Tensor] = []
+
+    def draw() -> Tensor:
+        calls.append(torch.rand(2))
+        return calls[-1]
+
+    torch.manual_seed(3)
+    first, second = Batches(draw, "val_batches"), Batches(draw, "val_batches")
+    before = global_states()
+    drawn = [first.draw() for _ in range(position)]
+    saved = first.state_dict()
+    expected = [first.draw() for _ in range(3)]
+    assert global_states() == before
+    calls.clear()
+    second.load_state_dict(saved)
+    assert len(calls) == 1
+    assert all(map(torch.equal, [second.draw() for _ in range(3)], expected))
+    assert len({float(x[0]) for x in [*drawn, *expected]}) == position + 3
+
+
+def test_a_function_that_wants_arguments_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"val_batches takes \(split\), but is called as val_batches\(\)"):
+        Batches(lambda split: split, "val_batches")

@@ -560,7 +560,7 @@ def test_a_loader_with_workers_that_persist_is_copied_with_its_place() -> None:
         (lambda: DataLoader(Rows(), 20, drop_last=True), "is empty: it must hold .* drop_last"),
         (lambda: iter([VAL]), "one-shot iterator"),
         (lambda: (batch for batch in [VAL]), "one-shot iterator"),
-        (lambda: VAL[0], "give a DataLoader or a list"),
+        (lambda: VAL[0], "give a DataLoader, a list"),
         (lambda: DataLoader(Stream(), 20, drop_last=True), "is empty: it gave no batch"),
         (lambda: DataLoader(Spent(), 6), "is empty on a new pass, after 2 batches: give what can be iterated again"),
     ],

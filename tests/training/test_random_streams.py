@@ -45,6 +45,7 @@ LOADERS: dict[str, Callable[[torch.Generator], Any]] = {
     "shuffled": lambda _: DataLoader(rows(), 4, shuffle=True),
     "with replacement": lambda _: DataLoader(rows(), 4, sampler=RandomSampler(rows(), replacement=True, num_samples=40)),
     "the training loader's generator": lambda shared: DataLoader(rows(), 4, shuffle=True, generator=shared),
+    "a function that draws": lambda _: lambda: rows()[torch.randint(12, (4,))],
     "workers": lambda _: DataLoader(Jittered("torch"), 4, shuffle=True, num_workers=2, persistent_workers=True),
     **{f"noise from {name}": (lambda _, name=name: DataLoader(Jittered(name), 4, shuffle=True)) for name in PULLED},
 }
@@ -94,7 +95,9 @@ METHODS = {
 
 @pytest.mark.filterwarnings("ignore:hyperstep")
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["shuffled", "noise from python", "the training loader's generator"])
+@pytest.mark.parametrize(
+    "name", ["shuffled", "a function that draws", "noise from python", "the training loader's generator"]
+)
 def test_training_batches_leave_the_training_to_its_bits(name: str, method: str) -> None:
     options = {"train_batches": LOADERS[name], "hypergradient": METHODS[method]}
     assert same(trained(1, **options), trained(None, **options))
