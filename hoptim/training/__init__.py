@@ -70,7 +70,8 @@ Errors after an hour of warm-up are expensive, so the beginning is looked at, on
   trace: bits, `.grad`, modes, random streams and the order of batches are as without it. A validation loss under
   `no_grad`, a batch of another device or dtype, a hyperparameter that no loss uses, a tensor where torch wants a number
   (`label_smoothing=hparams["eps"]`), an operation without a second derivative, too little memory: each raises now what the
-  first hyperstep would have raised. It costs one hyperstep; with `Unrolled`, a single step is unrolled.
+  first hyperstep would have raised. It costs one hyperstep; with `Unrolled`, a single step is unrolled. By hand it is
+  `optimizer.check(train_batch, val_batch)`.
 - **The first step** warns if the gradient that it uses is not that of the training loss: something was added to
   `optimizer.loss(batch)` before `backward()`, of which hypergradients know nothing.
 - **The next losses and steps**: an inner optimizer that is stepped in place of the `BilevelOptimizer` is told by a warning, a

@@ -33,13 +33,13 @@ def dry_run(
 
     Whether a solve succeeds tells nothing on an untrained model, but what is infinite or NaN there is worth a warning.
     """
-    with annotate_errors("in the dry run at the first loss, which computes what each hyperstep does"):
+    with annotate_errors("in the dry run, which computes what each hyperstep does"):
         result = method.cut_short()(problem, train_batch, val_batch, loop=loop)
         result.check_touched(loop.learned, sees_options=method.sees_options)
         result.combined(val_weights)
     status, detail = result.solution.status, result.solution.detail
     if status in _NON_FINITE:
-        warnings.warn(f"in the dry run at the first loss: {status.name}: {status.message} ({detail})", stacklevel=4)
+        warnings.warn(f"in the dry run: {status.name}: {status.message} ({detail})", stacklevel=4)
 
 
 class FirstSteps:
@@ -59,10 +59,10 @@ class FirstSteps:
         self._version: int | None = None  # of the weights at the last loss, if no step has come since
         self._since_step: list[tuple[Any, dict[str, Tensor]]] = []  # the batch of each loss, and the random states before it
 
-    def before_loss(self, problem: Problem, batch: Any, run_dry: Callable[[], None]) -> None:
-        """A training loss is about to be computed; before the first one ``run_dry`` is called."""
+    def before_loss(self, problem: Problem, batch: Any, check: Callable[[], None]) -> None:
+        """A training loss is about to be computed; before the first one ``check`` is called."""
         if not self._losses:
-            run_dry()
+            check()
         self._losses += 1
         version = sum(w._version for w in problem.weights().values())
         if self._version not in (None, version) and not self._has_closures:

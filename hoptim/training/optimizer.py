@@ -123,7 +123,7 @@ class BilevelOptimizer(OptimizerProxy):
             return self.problem.loss(batch)
         progress = self._progress
         if progress.first_steps is not None:
-            progress.first_steps.before_loss(self.problem, batch, lambda: self._dry_run(batch))
+            progress.first_steps.before_loss(self.problem, batch, lambda: self.check(None if self.train_batches else batch))
         left = steps_left(progress.inner_steps + 1, self.every, self.warmup)
         is_kept, is_watched = left < self.hypergradient.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
@@ -209,11 +209,13 @@ class BilevelOptimizer(OptimizerProxy):
         progress.warn_of_sign(self.hypergradient, result.solution)
         return result
 
-    def _dry_run(self, batch: Any) -> None:
-        """A hypergradient at the first loss, which is thrown away: its errors come now, and not after the warm-up."""
-        train_batch = batch if self.train_batches is None else self.train_batches.peek()
+    def check(self, train_batch: Any = None, val_batch: Any = None) -> None:
+        """Raise what a hyperstep on these batches would raise. It leaves no trace; the first ``loss`` does it by itself."""
+        if train_batch is None:
+            train_batch = self._progress.window.batch() if self.train_batches is None else self.train_batches.peek()
         loop = self._context(None if self.train_batches is None else lambda: train_batch)
-        dry_run(self.problem, self.hypergradient, train_batch, self.val_batches.peek(), loop, self.val_weights)
+        val_batch = self.val_batches.peek() if val_batch is None else val_batch
+        dry_run(self.problem, self.hypergradient, train_batch, val_batch, loop, self.val_weights)
 
     def _context(self, draw: Callable[[], Any] | None, trajectory: Any = None) -> TrainingContext:
         """What surrounds a hypergradient. What was checked at construction is checked again: layers may be replaced."""

@@ -560,7 +560,7 @@ ROWS: dict[str, Row] = {
     "a data set": (lambda: optimizer(val_batches=TensorDataset(X)), TypeError, ["TensorDataset", "DataLoader"]),
     "an iterator of a loader": (lambda: optimizer(val_batches=iter(DataLoader([1]))), TypeError, ["one-shot", "DataLoader"]),
     "a zip": (lambda: optimizer(val_batches=zip([X], [X], strict=True)), TypeError, ["one-shot", "list"]),
-    "a class of batches": (lambda: optimizer(val_batches=list), TypeError, ["val_batches is the class list", "or a function"]),
+    "a class of batches": (lambda: optimizer(val_batches=list), TypeError, ["is the class list", "or a function"]),
     "a tensor to train on": (
         lambda: hypergradient(problem(), X, X, train_batches=X),
         TypeError,

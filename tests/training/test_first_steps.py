@@ -85,12 +85,20 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+def test_check_by_hand_looks_at_the_batches_it_is_given() -> None:
+    optimizer = build(every=None)
+    optimizer.check(BATCH)
+    with pytest.raises(RuntimeError, match="shape"):
+        optimizer.check(BATCH, (X[:, :2], Y))
+    assert optimizer.hyper_steps == 0
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_shows_at_the_first_loss_and_not_after_the_warm_up(name: str) -> None:
     options, error, words = FAULTS[name]
     with pytest.raises(error, match=words) as caught:
         build(**options).loss(BATCH)
-    assert "in the dry run at the first loss" in "".join(getattr(caught.value, "__notes__", []))
+    assert "in the dry run" in "".join(getattr(caught.value, "__notes__", []))
 
 
 class Augmented(Dataset[Any]):
@@ -150,7 +158,7 @@ def test_a_nan_is_told_and_the_training_goes_on() -> None:
         return train_loss(model, hparams, batch) + hparams["decay"] * model[3].bias.mul(0).norm()
 
     optimizer = build(train)
-    with pytest.warns(UserWarning, match="in the dry run at the first loss: NON_FINITE_GRADIENT|NON_FINITE_PRODUCT"):
+    with pytest.warns(UserWarning, match="in the dry run: NON_FINITE_GRADIENT|NON_FINITE_PRODUCT"):
         optimizer.loss(BATCH)
 
 
