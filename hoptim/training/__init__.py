@@ -146,7 +146,7 @@ steps, on small data and two busy cores. With `every=None` and a penalty of zero
 | Lightning `backbone_image_classifier` | 9 | 2, 2 | 3 | `configure_optimizers` returns the `BilevelOptimizer` |
 | Accelerate `nlp_example`, MiniLM | 9 | 1, 1 | 13 | `problem.wrapper = model` after `prepare()`, and `optimizer.optimizer.loss(batch)` |
 
-All solves ended `FINISHED` or `NEGATIVE_CURVATURE`, and moved the decays. Two of them, told anew, are [tests](tests/integration/test_scripts.py).
+All solves ended `FINISHED` or `NEGATIVE_CURVATURE`, and moved the decays. Three of them, told anew, are [tests](tests/integration/test_scripts.py).
 
 # Lightning, Accelerate and the Hugging Face Trainer
 

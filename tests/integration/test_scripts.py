@@ -1,4 +1,4 @@
-"""Two kinds of training scripts: a language model that carries a hidden state, an image classifier with all extras.
+"""Three kinds of training scripts: a language model that carries a hidden state, an image classifier with all extras, a GPT.
 
 Each loop runs ``plain``, with a fixed decay and a bare optimizer, and with hoptim dropped in. With ``every=None`` both end
 in the same bits. With hypersteps, the training loss that each of them saw is computed again on a copy.
@@ -212,3 +212,87 @@ def test_hypersteps_of_an_image_classifier_see_the_mixed_batch_and_smoothed_labe
 
     check_hypersteps(optimizer, smoothed, 5)
     assert sum(found["accuracies"][-4:]) > sum(found["accuracies"][:4])
+
+
+# A GPT: batches drawn by a function, accumulation, bf16, a schedule that is written into the groups ------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mix, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.mix(self.first(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.second(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, letters: int = 8, length: int = 12, width: int = 16) -> None:
+        super().__init__()
+        self.letters, self.places = nn.Embedding(letters, width), nn.Embedding(length, width)
+        self.blocks, self.norm = nn.Sequential(Block(width), Block(width)), nn.LayerNorm(width)
+        self.head = nn.Linear(width, letters, bias=False)
+        self.head.weight = self.letters.weight
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        found = self.blocks(self.letters(x) + self.places.weight[: x.shape[1]])
+        return F.cross_entropy(self.head(self.norm(found)).flatten(0, 1), y.flatten())
+
+
+def write(every: int | None, *, plain: bool) -> tuple[dict[str, Any], Any]:
+    torch.manual_seed(0)
+    streams, model = {"train": text()[:, 0], "val": text()[:, 1]}, GPT()
+    decay = WeightDecay(model, start=START)
+
+    def get_batch(split: str) -> tuple[Tensor, Tensor]:
+        starts = torch.randint(len(streams[split]) - 12, (8,))
+        return tuple(torch.stack([streams[split][i + shift : i + shift + 12] for i in starts]) for shift in (0, 1))
+
+    def val_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return model.eval()(*batch)
+
+    def train_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return model(*batch) + hparams.penalty(model)
+
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) is wide]} for wide in (True, False)]
+    optimizer: Any = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0, fused=True)
+    if plain:
+        decay.requires_grad_(False)
+    else:
+        problem = hoptim.Problem(model, decay, train_loss, val_loss)
+        optimizer = Watched(
+            optimizer, decay.optimizer(), problem, val_batches=lambda: get_batch("val"), every=every, warmup=6
+        )
+    low = torch.autocast("cpu", torch.bfloat16)
+    losses = []
+    for step in range(16):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * min(1.0, (step + 1) / 4)
+        for _ in range(2):
+            batch = get_batch("train")
+            with low:
+                loss = model(*batch) + decay.penalty(model) if plain else optimizer.loss(batch)
+            (loss / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return {"model": model.state_dict(), "losses": losses, "drawn": torch.rand(3)}, optimizer
+
+
+def test_a_gpt_has_the_bits_of_its_plain_loop() -> None:
+    assert same(write(None, plain=False)[0], write(None, plain=True)[0])
+
+
+def test_hypersteps_of_a_gpt_draw_their_batches_aside_and_move_each_decay() -> None:
+    (found, optimizer), (expected, _) = write(5, plain=False), write(None, plain=True)
+    assert [record.moved for *_, record in optimizer.seen] == [True, True]
+    assert found["losses"][:10] == expected["losses"][:10]  # up to the first hyperstep, with the same batches and masks
+    assert torch.equal(found["drawn"], expected["drawn"])
+    for *_, record in optimizer.seen:
+        assert all((value / START).log().abs() > 1e-3 for value in record.hyperparameters.values())
+    assert found["losses"][-1] < 0.9 * found["losses"][0]
