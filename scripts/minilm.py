@@ -92,7 +92,7 @@ def anchored(model):
     return penalty
 
 
-def predict(model, batch):
+def predict(model, hparams, batch):
     return model(batch[0])
 
 

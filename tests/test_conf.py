@@ -45,7 +45,9 @@ def on_exact(solver):
 
 def chosen():
     """What Implicit() takes on the task's loss."""
-    problem = SimpleNamespace(train_loss=hoptim.CompositeLoss(lambda model, batch: batch, lambda z, hparams, batch: z))
+    problem = SimpleNamespace(
+        train_loss=hoptim.CompositeLoss(lambda model, hparams, batch: batch, lambda z, hparams, batch: z)
+    )
     open_ = hoptim.Implicit().chosen(problem)
     return hoptim.Implicit(open_.solver, curvature=open_.curvature)
 

@@ -188,7 +188,7 @@ def hand_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
 PAIRS = {
     "plain": (recipe_loss, hand_loss),
     "composite": tuple(
-        hoptim.CompositeLoss(lambda m, b: m(b[0]), lambda z, h, b: F.cross_entropy(z, b[1]), penalty)
+        hoptim.CompositeLoss(lambda m, h, b: m(b[0]), lambda z, h, b: F.cross_entropy(z, b[1]), penalty)
         for penalty in (
             lambda m, h: h.penalty(m),
             lambda m, h: 0.5 * sum((h[n] * p.square()).sum() for n, p in m.named_parameters() if n in DECAYED),

@@ -27,7 +27,7 @@ solver, most of all on the worst problem. It has to know the parts of the loss, 
 >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 >>> hparams = HyperParameters({"decay": torch.tensor(0.1)})
 >>> train_loss = CompositeLoss(
-...     predict=lambda model, batch: model(batch[0]),
+...     predict=lambda model, hparams, batch: model(batch[0]),
 ...     criterion=lambda z, hparams, batch: (z[:, 0] - batch[1]).square().mean(),
 ...     penalty=lambda model, hparams: hparams["decay"] * sum(p.square().sum() for p in model.parameters()),
 ... )

@@ -25,27 +25,27 @@ class LossParts:
 
 @dataclass(frozen=True)
 class CompositeLoss:
-    """A loss that also shows its parts: L(w, λ) = criterion(predict(w), λ) + penalty(w, λ). ``GaussNewton`` needs them.
+    """A loss that also shows its parts: L(w, λ) = criterion(predict(w, λ), λ) + penalty(w, λ). ``GaussNewton`` needs them.
 
     Args:
-        predict: z = ``predict(model, batch)``, a tensor of any shape: the model's output for the batch.
+        predict: z = ``predict(model, hparams, batch)``, a tensor of any shape: the model's output for the batch.
         criterion: ``criterion(z, hparams, batch) -> scalar``, convex in z for a positive semidefinite curvature.
         penalty: ``penalty(model, hparams) -> scalar``; ``None`` for none.
 
     Raises:
         TypeError: a part can't be called so; when called, ``predict`` returned no tensor of real or complex numbers.
 
-    >>> loss = CompositeLoss(lambda model, x: model(x), lambda z, hparams, x: z.square().mean())
+    >>> loss = CompositeLoss(lambda model, hparams, x: model(x), lambda z, hparams, x: z.square().mean())
     >>> loss(torch.nn.Identity(), None, torch.tensor([3.0, 4.0]))
     tensor(12.5000)
     """
 
-    predict: Callable[[Any, Any], Tensor]
+    predict: Callable[[Any, Any, Any], Tensor]
     criterion: Callable[[Tensor, Any, Any], Tensor]
     penalty: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        check_takes("predict", self.predict, "model, batch")
+        check_takes("predict", self.predict, "model, hparams, batch")
         check_takes("criterion", self.criterion, "z, hparams, batch")
         if self.penalty is not None:
             check_takes("penalty", self.penalty, "model, hparams")
@@ -56,7 +56,7 @@ class CompositeLoss:
 
     def parts(self, model: Any, hparams: Any, batch: Any) -> LossParts:
         """z, the criterion as a function of z alone, and the penalty's value."""
-        z = self.predict(model, batch)
+        z = self.predict(model, hparams, batch)
         if not isinstance(z, Tensor):
             raise TypeError(f"predict returned {describe_type(z)}: return one tensor, such as the logits")
         if not (z.is_floating_point() or z.is_complex()):

@@ -110,7 +110,7 @@ class Case:
         return replace(self, problem=wide, batch=batches[0], val_batch=batches[1])
 
 
-def predict(model: Any, batch: Any) -> Tensor:
+def predict(model: Any, _: Any, batch: Any) -> Tensor:
     return model(batch[0])
 
 

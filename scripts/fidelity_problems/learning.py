@@ -66,7 +66,7 @@ def _run(method: Any, seed: int) -> tuple[float, float, float, int]:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     half = torch.full((TRAIN,), 0.5)
     hparams = hoptim.HyperParameters({"example_weight": half}, {"example_weight": constraints.unit_interval})
-    train_loss = hoptim.CompositeLoss(lambda model, batch: model(x[train][batch]), criterion)
+    train_loss = hoptim.CompositeLoss(lambda model, _, batch: model(x[train][batch]), criterion)
     rows: list[dict[str, Any]] = []
     optimizer = hoptim.BilevelOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3),

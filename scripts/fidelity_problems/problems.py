@@ -88,7 +88,7 @@ def constant_decay(value: float) -> Callable[[nn.Module, Any], Tensor]:
     return lambda model, _: 0.5 * value * sum(p.square().sum() for p in model.parameters())
 
 
-def predict(model: nn.Module, batch: Batch) -> Tensor:
+def predict(model: nn.Module, hparams: nn.Module, batch: Batch) -> Tensor:
     return model(batch[0])
 
 

@@ -75,7 +75,7 @@ class Iris:
             values = {"decay": torch.tensor(self.decay)}
         hparams = hoptim.HyperParameters(values, dict.fromkeys(values, PARAMETERISATIONS[self.parameterisation]))
         train_loss = hoptim.CompositeLoss(
-            lambda model, batch: model(batch[0]),
+            lambda model, _, batch: model(batch[0]),
             lambda z, _, batch: F.cross_entropy(z, batch[1]),
             self.penalty,
         )

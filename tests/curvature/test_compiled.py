@@ -47,7 +47,7 @@ def criterion(z: Tensor, hparams: Any, batch: Any) -> Tensor:
     return cross_entropy(hparams.temperature.exp() * z, batch["y"])
 
 
-LOSS = CompositeLoss(lambda model, batch: model(batch["x"]), criterion, penalty)
+LOSS = CompositeLoss(lambda model, hparams, batch: model(batch["x"]), criterion, penalty)
 
 
 def make(model: nn.Module, shape: tuple[int, ...], loss: Any = LOSS, size: int = 6) -> tuple[Problem, Any]:

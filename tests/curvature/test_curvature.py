@@ -167,7 +167,7 @@ class Once(torch.autograd.Function):
 
 
 def test_model_without_a_second_derivative() -> None:
-    problem = tiny(predict=lambda m, b: m[3](Once.apply(m[0](b[0]))))
+    problem = tiny(predict=lambda m, h, b: m[3](Once.apply(m[0](b[0]))))
     exact = hypergradient(tiny(), BATCHES[0], VAL, Implicit(FIVE, curvature=Exact()))
     found = hypergradient(problem, BATCHES[0], VAL, Implicit(FIVE, curvature=FiniteDifference()))
     torch.testing.assert_close(leaf_vector(found.grads), leaf_vector(exact.grads), rtol=1e-7, atol=1e-9)
@@ -175,7 +175,7 @@ def test_model_without_a_second_derivative() -> None:
 
 @pytest.mark.parametrize("curvature", [None, Exact(), GaussNewton()])
 def test_curvature_of_a_model_without_a_second_derivative_is_an_error_and_no_answer(curvature: Any) -> None:
-    problem = tiny(predict=lambda m, b: m[3](Once.apply(m[0](b[0]))))
+    problem = tiny(predict=lambda m, h, b: m[3](Once.apply(m[0](b[0]))))
     with pytest.raises((RuntimeError, ValueError, TypeError), match=r"once_differentiable|FiniteDifference"):
         hypergradient(problem, BATCHES[0], VAL, Implicit(FIVE, curvature=curvature))
 

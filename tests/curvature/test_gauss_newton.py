@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hoptim import (
     CG,
+    MINRES,
     Averaged,
     CompositeLoss,
     Exact,
@@ -53,7 +54,7 @@ def made(name: str, model: nn.Module | None = None, penalty: Any = quartic) -> t
     hparams = HyperParameters(values if name == "weighted" else {"decay": values["decay"]})
     y = target(8)
     batch = (torch.randn(8, 2, dtype=torch.float64), y.double() if y.is_floating_point() else y)
-    loss = CompositeLoss(lambda m, b: m(b[0]), criterion, penalty)
+    loss = CompositeLoss(lambda m, h, b: m(b[0]), criterion, penalty)
     return Problem(model, hparams, loss, lambda m, h, b: criterion(m(b[0]), {"weight": torch.ones(8).double()}, b)), batch
 
 
@@ -208,8 +209,8 @@ def test_without_parts_it_says_how_to_show_them() -> None:
     ("parts", "words"),
     [
         (("model", quartic), "predict is a str"),
-        ((quartic, None), "criterion is a NoneType"),
-        ((quartic, lambda z, h, b: z.mean(), 3), "penalty is an int"),
+        ((lambda m, h, b: m(b), None), "criterion is a NoneType"),
+        ((lambda m, h, b: m(b), lambda z, h, b: z.mean(), 3), "penalty is an int"),
     ],
 )
 def test_a_part_that_is_no_function_is_named(parts: Any, words: str) -> None:
@@ -219,7 +220,30 @@ def test_a_part_that_is_no_function_is_named(parts: Any, words: str) -> None:
 
 def test_a_prediction_that_is_no_tensor_is_named() -> None:
     with pytest.raises(TypeError, match="predict returned a dict"):
-        CompositeLoss(lambda m, b: {}, lambda z, h, b: z)(None, None, None)
+        CompositeLoss(lambda m, h, b: {}, lambda z, h, b: z)(None, None, None)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_predict_sees_the_hyperparameters_and_the_hypergradient_goes_through_them(compile: bool) -> None:
+    """A learned scale of each feature: z = (x ⊙ scale) w is linear in w, so that Gauss-Newton is the Hessian."""
+    x, y = torch.randn(20, 3), torch.randn(20, 1)
+
+    def predict(m: Any, h: Any, b: Any) -> Tensor:
+        return m(x[b] * h["scale"])
+
+    def val(m: Any, h: Any, b: Any) -> Tensor:
+        return (m(x[b]) - y[b]).square().mean()
+
+    found = {}
+    for name, curvature in (("exact", Exact()), ("ours", GaussNewton(compile=compile))):
+        torch.manual_seed(0)
+        model, hparams = nn.Linear(3, 1), HyperParameters({"scale": torch.tensor([0.5, 1.0, 2.0])})
+        loss = CompositeLoss(predict, lambda z, h, b: (z - y[b]).square().mean(), lambda m, h: 0.1 * m.weight.square().sum())
+        problem = Problem(model, hparams, loss, val)
+        method = Implicit(MINRES(terms=8), curvature=curvature)
+        found[name] = hypergradient(problem, torch.arange(10), torch.arange(10, 20), method).grads["scale"]
+    torch.testing.assert_close(found["ours"], found["exact"], rtol=1e-9, atol=1e-12)
+    assert float(found["exact"].abs().min()) > 1e-3
 
 
 # A criterion without curvature in z
@@ -245,7 +269,7 @@ def classifier(criterion: Any, *, log: bool, penalty: Any = quartic) -> tuple[Pr
         model.append(nn.LogSoftmax(dim=1))
     batch = torch.randn(8, 2, dtype=torch.float64), torch.arange(8) % 3
     hparams = HyperParameters({"decay": torch.tensor(0.1).double(), "weight": torch.ones(8).double()})
-    loss = CompositeLoss(lambda m, b: m(b[0]), criterion, penalty)
+    loss = CompositeLoss(lambda m, h, b: m(b[0]), criterion, penalty)
 
     def val(m: Any, h: Any, b: Any) -> Tensor:
         return F.cross_entropy(m(b[0]), b[1]) + 0 * (h["decay"] + h["weight"].sum())

@@ -174,7 +174,7 @@ def test_a_failed_solve_is_the_first_thing_said() -> None:
 
 
 def test_known_mu_is_the_damping_of_gauss_newton() -> None:
-    parts = hoptim.CompositeLoss(lambda m, b: m.w.reshape(1), lambda z, h, b: 0.5 * (z - 4.0).square().sum() * h["d"])
+    parts = hoptim.CompositeLoss(lambda m, h, b: m.w.reshape(1), lambda z, h, b: 0.5 * (z - 4.0).square().sum() * h["d"])
     problem = hoptim.Problem(
         Mean(), nn.ParameterDict({"d": torch.tensor(1.0)}), parts, lambda m, h, b: 0.5 * (m.w - b).square().mean()
     )
@@ -301,7 +301,7 @@ def test_the_optimizer_itself_may_be_given_as_inner() -> None:
 
 def test_a_bound_is_given_for_the_gradient_only_and_damping_is_known_only_where_it_holds() -> None:
     parts = hoptim.CompositeLoss(
-        lambda m, b: m.w.reshape(1),
+        lambda m, h, b: m.w.reshape(1),
         lambda z, h, b: (z - 4.0).square().sum() * h["d"],
         lambda m, h: -0.6 * m.w.square().sum(),
     )

@@ -47,7 +47,7 @@ def tiny(*, dropout: float = 0.0, val: Any = None, predict: Any = None, **more: 
     def penalty(m: Any, h: Any) -> Tensor:
         return sum(h["decay"][int(p.ndim == 1)].exp() * (p.square() / 2 + p**4 / 4).sum() for p in m.parameters())
 
-    loss = hoptim.CompositeLoss(predict or (lambda m, b: m(b[0])), criterion, penalty)
+    loss = hoptim.CompositeLoss(predict or (lambda m, h, b: m(b[0])), criterion, penalty)
     return hoptim.Problem(model.double(), hparams, loss, val or val_loss)
 
 

@@ -173,7 +173,7 @@ def classify(every: int | None, *, plain: bool) -> tuple[dict[str, Any], Any]:
     if plain:
         decay.requires_grad_(False)
     else:
-        fit = hoptim.CompositeLoss(lambda m, b: m(b[0]), lambda z, h, b: criterion(z, b[1]), lambda m, h: h.penalty(m))
+        fit = hoptim.CompositeLoss(lambda m, h, b: m(b[0]), lambda z, h, b: criterion(z, b[1]), lambda m, h: h.penalty(m))
         problem = hoptim.Problem(model, decay, fit, val_loss, has_aux=True)
         optimizer = Watched(optimizer, decay.optimizer(), problem, val_batches=val, every=every, warmup=8)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)

@@ -115,7 +115,7 @@ class Net:
         def penalty(m: Any, h: Any) -> Tensor:
             return scale * sum((h[name] * p.square()).sum() for name, p in zip(decays, m.parameters(), strict=True))
 
-        loss = hoptim.CompositeLoss(lambda m, b: m(b[0]), criterion, penalty)
+        loss = hoptim.CompositeLoss(lambda m, h, b: m(b[0]), criterion, penalty)
         return hoptim.Problem(self.model(), hparams, loss, val or losses[0])
 
     def gradient(self, method: Any, val: Any = None, scale: float = 1.0, **options: Any) -> Hypergradient:

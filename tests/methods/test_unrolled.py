@@ -225,7 +225,7 @@ def test_checkpoints_are_a_root_of_the_steps_apart_and_what_lies_between_is_walk
     """Each step is taken once forwards and once backwards; with checkpoints, all but the last of a segment once more."""
     counted: list[int] = []
 
-    def predict(m: Any, b: Any) -> Tensor:
+    def predict(m: Any, h: Any, b: Any) -> Tensor:
         counted.append(1)
         return m(b[0])
 
@@ -584,7 +584,7 @@ def test_checkpointed_activations_change_no_value() -> None:
     found = []
     for checkpointed in (False, True):
 
-        def predict(m: Any, b: Any, on: bool = checkpointed) -> Tensor:
+        def predict(m: Any, h: Any, b: Any, on: bool = checkpointed) -> Tensor:
             return checkpoint(m, b[0], use_reentrant=False) if on else m(b[0])
 
         optimizer = optimizer_of(tiny(dropout=0.4, predict=predict), "adamw", Unrolled(3, checkpoint=True))

@@ -35,7 +35,7 @@ def val_with_aux(model: Any, hparams: Any, batch: Any) -> tuple[Tensor, str]:
 
 def parts(model: Any, hparams: Any) -> dict[str, Any]:
     return {
-        "predict": lambda model, batch: model(batch[0]),
+        "predict": lambda model, hparams, batch: model(batch[0]),
         "criterion": lambda z, hparams, batch: F.mse_loss(z, batch[1]),
         "penalty": lambda model, hparams: hparams["decay"] * model.weight.square().sum(),
     }

@@ -53,7 +53,7 @@ def problem_of(
     hparams = nn.ParameterDict({"decay": nn.Parameter(torch.full((2,), -2.5)), "scale": nn.Parameter(torch.tensor(0.3))})
     hparams.to(dtype)
 
-    def predict(m: Any, b: Any) -> Tensor:
+    def predict(m: Any, h: Any, b: Any) -> Tensor:
         with within():
             return m(b[0].to(next(m.parameters()).dtype))
 
@@ -66,7 +66,7 @@ def problem_of(
 
     loss = hoptim.CompositeLoss(predict, criterion, penalty)
     train = loss if composite else lambda m, h, b: loss(m, h, b)
-    return hoptim.Problem(model, hparams, train, lambda m, h, b: F.cross_entropy(predict(m, b), b[1]))
+    return hoptim.Problem(model, hparams, train, lambda m, h, b: F.cross_entropy(predict(m, h, b), b[1]))
 
 
 def optimizer_of(problem: hoptim.Problem, method: Any = None, inner: Any = None, **options: Any) -> BilevelOptimizer:

@@ -55,7 +55,7 @@ def val(m: Any, h: Any, b: Any) -> Tensor:
     return (m(b) - 1).square().mean()
 
 
-def predict(m: Any, b: Any) -> Tensor:
+def predict(m: Any, h: Any, b: Any) -> Tensor:
     return m(b)
 
 
@@ -224,10 +224,10 @@ ROWS: dict[str, Row] = {
     "loss of four": (lambda: problem(val=lambda m, h, x, y: m(x).mean()), TypeError, ["val_loss takes (m, h, x, y)", "'y'"]),
     "loss is a criterion": (lambda: problem(train=nn.MSELoss()), TypeError, ["train_loss takes (input", "hparams"]),
     "loss is a word": (lambda: problem(train="mse"), TypeError, ["train_loss is a str", "(model, hparams, batch)"]),
-    "predict of three": (
-        lambda: parts(lambda m, h, b: m(b)),
+    "predict of two": (
+        lambda: parts(lambda m, b: m(b)),
         TypeError,
-        ["predict takes (m, h, b)", "predict(model, batch)"],
+        ["predict takes (m, b)", "predict(model, hparams, batch)"],
     ),
     "criterion of two": (
         lambda: parts(criterion=lambda z, b: z.mean()),
@@ -239,7 +239,6 @@ ROWS: dict[str, Row] = {
         TypeError,
         ["penalty takes", "penalty(model, hparams)"],
     ),
-    "parts swapped": (lambda: CompositeLoss(criterion, predict), TypeError, ["predict takes (z", "predict(model, batch)"]),
     "penalty is a number": (lambda: CompositeLoss(predict, criterion, 0.1), TypeError, ["penalty is a float", "function"]),
     # what a loss returns
     "a float": (lambda: once(val=lambda m, h, b: 1.0), TypeError, ["val_loss returned a float", "scalar tensor"]),
@@ -286,8 +285,8 @@ ROWS: dict[str, Row] = {
         RuntimeError,
         ["detach().numpy()", "hoptim: train_loss", "a Tensor"],
     ),
-    "a prediction in a tuple": (lambda: parts(lambda m, b: (m(b),)), TypeError, ["predict returned a tuple", "one tensor"]),
-    "a prediction of classes": (lambda: parts(lambda m, b: m(b).argmax(1)), TypeError, ["torch.int64", "logits"]),
+    "a prediction in a tuple": (lambda: parts(lambda m, h, b: (m(b),)), TypeError, ["predict returned a tuple", "one"]),
+    "a prediction of classes": (lambda: parts(lambda m, h, b: m(b).argmax(1)), TypeError, ["torch.int64", "logits"]),
     "a criterion of a float": (lambda: parts(criterion=lambda z, h, b: 1.0), TypeError, ["criterion returned a float"]),
     "a criterion of None": (lambda: parts(criterion=lambda z, h, b: None), TypeError, ["criterion returned a NoneType"]),
     "a criterion of a vector": (
@@ -792,7 +791,7 @@ def test_a_criterion_without_the_prediction_leaves_the_penaltys_curvature(detach
 def test_gauss_newton_of_complex_outputs_is_that_of_their_real_and_imaginary_parts() -> None:
     turn = torch.polar(torch.ones(2), torch.tensor([0.3, 1.1]))
 
-    def as_complex(m: Any, b: Any) -> Tensor:
+    def as_complex(m: Any, h: Any, b: Any) -> Tensor:
         return torch.tanh(m(b)) * turn
 
     def size(z: Tensor, h: Any, b: Any) -> Tensor:
@@ -802,7 +801,7 @@ def test_gauss_newton_of_complex_outputs_is_that_of_their_real_and_imaginary_par
     found = []
     for way, square in (
         (as_complex, size),
-        (lambda m, b: torch.view_as_real(as_complex(m, b)), lambda z, h, b: size(torch.view_as_complex(z), h, b)),
+        (lambda m, h, b: torch.view_as_real(as_complex(m, h, b)), lambda z, h, b: size(torch.view_as_complex(z), h, b)),
     ):
         p = problem(CompositeLoss(way, square, penalty), val, model)
         found.append(hypergradient(p, X, X, Implicit(CG(terms=9), curvature=GaussNewton())).grads["a"])

@@ -453,7 +453,7 @@ def reading(read: Callable[[Any], Any], read_val: Callable[[Any], Any] = lambda 
     base = tiny()
     loss: Any = base.train_loss
     train = hoptim.CompositeLoss(
-        lambda m, b: loss.predict(m, read(b)), lambda z, h, b: loss.criterion(z, h, read(b)), loss.penalty
+        lambda m, h, b: loss.predict(m, h, read(b)), lambda z, h, b: loss.criterion(z, h, read(b)), loss.penalty
     )
     return hoptim.Problem(base.model, base.hparams, train, lambda m, h, b: base.val_loss(m, h, read_val(b)))
 
