@@ -10,6 +10,7 @@ A recipe is a :class:`HyperParameters` that knows the model. It goes where ``hpa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -32,9 +33,10 @@ class WeightDecay(HyperParameters):
     about 5 % a step. Set the inner optimizer's own ``weight_decay`` to 0.
 
     The decayed weights are those that require a gradient and have at least two axes. So biases and norms are left out, also
-    a ``LayerNorm`` or ``RMSNorm`` over several axes; embeddings are decayed. A tied weight counts once. Names are those of
-    the model inside its wrappers: the decay of the weight ``"0.weight"`` is ``hparams["decay.0.weight"]``, a global one
-    ``hparams["decay"]``. Decays have their weight's device, and float32 or more.
+    a ``LayerNorm`` or ``RMSNorm`` over several axes; embeddings are decayed. A tied weight counts once. A weight that is
+    unfrozen later has no decay, which a warning tells once. Names are those of the model inside its wrappers: the decay of
+    the weight ``"0.weight"`` is ``hparams["decay.0.weight"]``, a global one ``hparams["decay"]``. Decays have their weight's
+    device, and float32 or more.
 
     Args:
         model: the model, before or after it is wrapped. Move it to its device first.
@@ -93,7 +95,8 @@ class WeightDecay(HyperParameters):
         inside = unwrap(model)
         check_real("weight", inside.named_parameters())
         decayed = include or _usual(inside)
-        weights = {name: p for name, p in inside.named_parameters() if p.requires_grad and decayed(name, p)}
+        usable = {name: p for name, p in inside.named_parameters() if decayed(name, p)}
+        weights = {name: p for name, p in usable.items() if p.requires_grad}
         if not weights:
             raise ValueError(
                 "the model has no weight to decay: none requires a gradient and has at least two axes; see include"
@@ -105,6 +108,7 @@ class WeightDecay(HyperParameters):
         super().__init__(values, dict.fromkeys(values, constraints.positive))
         self.per, self.norm = per, norm
         self._shapes = {name: p.shape for name, p in weights.items()}
+        self._frozen = [name for name in usable if name not in weights]  # emptied when one of them has been told of
 
     @property
     def degrees_of_freedom(self) -> int:
@@ -125,6 +129,7 @@ class WeightDecay(HyperParameters):
             ValueError: a decayed weight is missing in ``model``, or has another shape.
         """
         weights = dict(unwrap(model).named_parameters())
+        self._warn_of_unfrozen(weights)
         together = self["decay"] if self.per == "global" else None
         terms = []
         for name, shape in self._shapes.items():
@@ -143,6 +148,18 @@ class WeightDecay(HyperParameters):
             terms.append((decay * size).sum())
         total = torch.stack(terms).sum()
         return total / 2 if self.norm == 2 else total
+
+    def _warn_of_unfrozen(self, weights: dict[str, nn.Parameter]) -> None:
+        unfrozen = [name for name in self._frozen if name in weights and weights[name].requires_grad]
+        if not unfrozen:
+            return
+        self._frozen.clear()
+        warnings.warn(
+            f"weights that were frozen when WeightDecay was made train now without a decay: {unfrozen[0]!r} and "
+            f"{len(unfrozen) - 1} more. Make WeightDecay, and what is built on it, with these unfrozen, or leave them out "
+            "with include",
+            stacklevel=3,
+        )
 
     def __repr__(self) -> str:
         values = torch.cat([self[name].detach().flatten() for name in self])

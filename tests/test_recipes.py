@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,31 @@ def test_biases_norms_and_frozen_weights_are_left_out_and_tied_ones_count_once()
     weights = (model.keys.weight, model.embedding.weight, model.position)
     expected = sum(0.25 * float(w.detach().square().sum()) for w in weights)
     assert decay.penalty(model).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_weights_that_are_unfrozen_later_are_told_once() -> None:
+    """In a run, where the loss of a step sees a view of the hyperparameters, and that of a hyperstep stand-ins of both."""
+    model = net()
+    model[0].requires_grad_(False)
+    decay = WeightDecay(model)
+    assert set(decay) == {"decay.3.weight"}
+    problem = hoptim.Problem(model, decay, recipe_loss, val_loss)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = hoptim.BilevelOptimizer(inner, decay.optimizer(), problem, val_batches=[classes(12, 2)], every=1)
+
+    def step() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.zero_grad()
+            optimizer.loss(classes(12, 1)).backward()
+            optimizer.step()
+        return [str(one.message) for one in caught if "WeightDecay" in str(one.message)]
+
+    assert [step(), step()] == [[], []]
+    model[0].requires_grad_(True)
+    (message,) = step()
+    assert "train now without a decay: '0.weight' and 0 more" in message  # not the bias, which is never decayed
+    assert [step(), step()] == [[], []]
 
 
 def test_include_replaces_the_rule_but_frozen_weights_stay_out() -> None:
