@@ -19,7 +19,7 @@ in it.
 | folder | what it holds |
 |---|---|
 | `hoptim.diagnostics`, `hoptim.tracking` | the audit; trackers for W&B, the terminal and files |
-| `hoptim.recipes` | hyperparameters that come with their part of the loss: `WeightDecay` |
+| `hoptim.recipes` | hyperparameters that come with their part of the loss: `WeightDecay`, `LabelSmoothing`, `NoiseWidth` |
 | `hoptim.training` | the only code that changes anything: `BilevelOptimizer`, its records and checkpoints |
 | `hoptim.methods` | ways to dL_V/dλ: implicit, unrolled, conditions, one inner step as a pure function |
 | `hoptim.curvature` | F at a point, A and Bᵀ: exact, Gauss-Newton, differences, several batches, compiled |

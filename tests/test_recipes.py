@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DataParallel
 
 import hoptim
-from hoptim.recipes import WeightDecay
+from hoptim.recipes import LabelSmoothing, NoiseWidth, WeightDecay
 
 DECAYED = {"0.weight": (6, 4), "3.weight": (3, 6)}
 SHAPES: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
@@ -133,6 +134,31 @@ def test_biases_norms_and_frozen_weights_are_left_out_and_tied_ones_count_once()
     weights = (model.keys.weight, model.embedding.weight, model.position)
     expected = sum(0.25 * float(w.detach().square().sum()) for w in weights)
     assert decay.penalty(model).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_weights_that_are_unfrozen_later_are_told_once() -> None:
+    """In a run, where the loss of a step sees a view of the hyperparameters, and that of a hyperstep stand-ins of both."""
+    model = net()
+    model[0].requires_grad_(False)
+    decay = WeightDecay(model)
+    assert set(decay) == {"decay.3.weight"}
+    problem = hoptim.Problem(model, decay, recipe_loss, val_loss)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = hoptim.BilevelOptimizer(inner, decay.optimizer(), problem, val_batches=[classes(12, 2)], every=1)
+
+    def step() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.zero_grad()
+            optimizer.loss(classes(12, 1)).backward()
+            optimizer.step()
+        return [str(one.message) for one in caught if "WeightDecay" in str(one.message)]
+
+    assert [step(), step()] == [[], []]
+    model[0].requires_grad_(True)
+    (message,) = step()
+    assert "train now without a decay: '0.weight' and 0 more" in message  # not the bias, which is never decayed
+    assert [step(), step()] == [[], []]
 
 
 def test_include_replaces_the_rule_but_frozen_weights_stay_out() -> None:
@@ -311,3 +337,105 @@ def test_wrong_arguments(arguments: Any, options: Any, error: type[Exception], w
     with pytest.raises(error) as caught:
         WeightDecay(*arguments, **options)
     assert words in str(caught.value)
+
+
+# Label smoothing and noise ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(6, 4), (2, 4, 3)])
+def test_label_smoothing_is_torchs_at_the_same_number(shape: tuple[int, ...], reduction: str) -> None:
+    hparams, z = LabelSmoothing(start=0.2), torch.randn(shape)
+    y = torch.arange(z[:, 0].numel()).reshape(z[:, 0].shape) % 4
+    expected = F.cross_entropy(z, y, label_smoothing=0.2, reduction=reduction)
+    torch.testing.assert_close(hparams.cross_entropy(z, y, reduction=reduction), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_derivative_in_the_smoothing_is_that_of_differences() -> None:
+    hparams, z, y = LabelSmoothing(start=0.2).double(), torch.randn(6, 4), torch.arange(6) % 4
+    (found,) = torch.autograd.grad(hparams.cross_entropy(z, y), list(hparams.parameters()))
+    low, high = (F.cross_entropy(z, y, label_smoothing=0.2 + step) for step in (-1e-6, 1e-6))
+    torch.testing.assert_close(found, (high - low) / 2e-6 * 0.2 * 0.8, rtol=1e-5, atol=0)  # through the sigmoid
+
+
+def noisy_network() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Sequential(nn.Linear(5, 2)))
+
+
+def test_noise_comes_before_each_layer_with_its_own_width() -> None:
+    model, x = noisy_network(), torch.randn(4, 3)
+    hparams = NoiseWidth(model, start=0.3).double()
+    assert list(hparams) == ["width.0", "width.2.0"]
+    hparams["width.2.0"] = torch.tensor(0.7)
+    torch.manual_seed(1)
+    found = hparams.call(model, x)
+    torch.manual_seed(1)
+    first = model[1](model[0](x + 0.3 * torch.randn(4, 3)))
+    expected = model[2](first + 0.7 * torch.randn(4, 5))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    assert torch.equal(model(x), model(x))  # outside of call there is none
+    assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+def test_a_layer_in_evaluation_mode_gets_no_noise() -> None:
+    model, x = noisy_network(), torch.randn(4, 3)
+    hparams = NoiseWidth(model)
+    assert torch.equal(hparams.call(model.eval(), x), model(x))
+
+
+@pytest.mark.parametrize("curvature", [hoptim.Exact(), hoptim.GaussNewton()])
+def test_the_hypergradient_of_a_width_is_that_of_the_noise_written_out(curvature: Any) -> None:
+    """With one and the same noise a hypergradient, as for a dropout mask."""
+    x, y, v = torch.randn(8, 3), torch.randn(8, 1), torch.randn(8, 3)
+
+    def val_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return (model.eval()(v) - 0.5).square().mean()
+
+    def by_hand(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return model(x + hparams["width.0"] * torch.randn_like(x))
+
+    def by_name(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return hparams.call(model, x)
+
+    found = []
+    for predict in (by_hand, by_name):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 1))
+        hparams = NoiseWidth(model, ["0"], start=0.4).double()
+        loss = hoptim.CompositeLoss(predict, lambda z, h, b: (z - y).square().mean())
+        problem = hoptim.Problem(model, hparams, loss, val_loss)
+        torch.manual_seed(5)
+        method = hoptim.Implicit(hoptim.CG(terms=10), curvature=curvature)
+        found.append(hoptim.hypergradient(problem, None, None, method).grads["width.0"])
+        problem.loss(None).backward()
+        assert all(leaf.grad is None for leaf in hparams.parameters())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    assert abs(float(found[0])) > 1e-3
+
+
+NOISE_FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "a layer that is not there": (lambda: NoiseWidth(noisy_network(), ["3"]), ValueError, "no layer '3': its layers are"),
+    "no layer at all": (lambda: NoiseWidth(nn.Tanh()), ValueError, "name layers"),
+    "a width out of range": (lambda: NoiseWidth(noisy_network(), start=1.5), ValueError, "start is 1.5"),
+    "no model": (lambda: NoiseWidth("model"), TypeError, "model is a str"),
+    "a smoothing out of range": (lambda: LabelSmoothing(1.0), ValueError, "start is 1.0"),
+    "another model": (
+        lambda: NoiseWidth(noisy_network()).call(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3)),
+        ValueError,
+        "no layer '2.0', which NoiseWidth was made for",
+    ),
+    "whole numbers": (
+        lambda: NoiseWidth(nn.Sequential(nn.Embedding(3, 2)), ["0"]).call(
+            nn.Sequential(nn.Embedding(3, 2)), torch.tensor([1])
+        ),
+        TypeError,
+        "layer '0' gets a Tensor, to which no noise",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOISE_FAULTS)
+def test_what_a_recipe_cannot_do_is_named(name: str) -> None:
+    call, error, words = NOISE_FAULTS[name]
+    with pytest.raises(error, match=words):
+        call()

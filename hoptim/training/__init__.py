@@ -69,9 +69,9 @@ Errors after an hour of warm-up are expensive, so the beginning is looked at, on
 - **A dry run at the first loss** computes what a hyperstep does, with the first batches, and throws it away. It leaves no
   trace: bits, `.grad`, modes, random streams and the order of batches are as without it. A validation loss under
   `no_grad`, a batch of another device or dtype, a hyperparameter that no loss uses, a tensor where torch wants a number
-  (`label_smoothing=hparams["eps"]`), an operation without a second derivative, too little memory: each raises now what the
-  first hyperstep would have raised. It costs one hyperstep; with `Unrolled`, a single step is unrolled. By hand it is
-  `optimizer.check(train_batch, val_batch)`.
+  (`label_smoothing=hparams["eps"]`), an operation without a second derivative, ranks whose weights differ, too little
+  memory: each raises now what the first hyperstep would have raised. It costs one hyperstep; with `Unrolled`, a single
+  step is unrolled. By hand it is `optimizer.check(train_batch, val_batch)`.
 - **The first step** warns if the gradient that it uses is not that of the training loss: something was added to
   `optimizer.loss(batch)` before `backward()`, of which hypergradients know nothing.
 - **The next losses and steps**: an inner optimizer that is stepped in place of the `BilevelOptimizer` is told by a warning, a
@@ -178,8 +178,9 @@ Each process (rank) has batches of its own. L_T and L_V are the means over the r
 sides and mixed products are averaged *inside* the solve, so the hypergradient is that of one process on the joint batch.
 The mean of the solutions that each rank would find alone is a different, wrong answer. The hyperparameters start with
 rank 0's values, and after 200 hypersteps they and the outer optimizer's state are bit-identical on all ranks. If weights
-differ between ranks, because gradients are not averaged, the first hyperstep raises an error. A NaN on one rank gives the
-same status on all. Only rank 0 logs. An audit is for one process. `process_group=None` is for ranks that train alone.
+differ between ranks, the first loss raises an error; if they come apart later, because gradients are not averaged, the
+first hyperstep. A NaN on one rank gives the same status on all. Only rank 0 logs. An audit is for one process.
+`process_group=None` is for ranks that train alone.
 
 *What N ranks cost.* A hypergradient makes K + 3 all-reduces: L_V with g and ∂L_V/∂λ (n + h numbers for n weights and h
 hyperparameters), L_T with F (n), one of n for each of K products, and Bᵀx (h). A training step makes one of n. With the
@@ -206,7 +207,7 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 | a `DataLoader` that shuffles, or whose transforms draw from torch, Python or NumPy, as `val_batches` or `train_batches` | a run with hypersteps that move nothing has the bits of one without; resumed to the bit amid a pass | [random](tests/training/test_random_streams.py) |
 | Lightning, Accelerate, Trainer | as above | [frameworks](tests/integration/test_frameworks.py) |
 | **several processes** | | |
-| DistributedDataParallel, `no_sync`, uneven batches, subgroups; Lightning and Accelerate on two ranks | the hypergradient of one process on the joint batch, to 1e-9; uneven last batches: the mean of the ranks' means | [distributed](tests/integration/test_distributed.py), [frameworks](tests/integration/test_frameworks.py) |
+| DistributedDataParallel, `no_sync`, uneven batches, subgroups, outputs beside the loss; Lightning and Accelerate on two ranks | the hypergradient of one process on the joint batch, to 1e-9; uneven last batches: the mean of the ranks' means | [distributed](tests/integration/test_distributed.py), [frameworks](tests/integration/test_frameworks.py) |
 | FSDP, tensor-parallel weights | an error at construction that says what works | [distributed](tests/integration/test_distributed.py), [kinds](tests/problem/test_model_kinds.py) |
 | **faults** | | |
 | NaN, or an error inside a loss | hyperparameters and outer state stay as they are, to the bit; the failure is named | [faults](tests/integration/test_faults.py) |

@@ -34,6 +34,7 @@ def dry_run(
     Whether a solve succeeds tells nothing on an untrained model, but what is infinite or NaN there is worth a warning.
     """
     with annotate_errors("in the dry run, which computes what each hyperstep does"):
+        problem.check_ranks()
         result = method.cut_short()(problem, train_batch, val_batch, loop=loop)
         result.check_touched(loop.learned, sees_options=method.sees_options)
         result.combined(val_weights)

@@ -214,6 +214,36 @@ def accumulated(rank: int, size: int) -> Answer:
     return end(optimizer)
 
 
+def outputs(rank: int, size: int) -> Answer:
+    """Runs with the logits beside the loss, and without: of a loss in parts, and of one that is a plain function.
+
+    Two micro-batches of unequal shares make a step.
+    """
+
+    def run(composite: bool, has_aux: bool) -> Answer:
+        plain = tiny()
+
+        def loss(m: Any, h: Any, b: Any) -> Any:
+            value = plain.train_loss(m, h, b)
+            return (value, m(b[0])) if has_aux else value
+
+        model, train = DistributedDataParallel(plain.model), plain.train_loss if composite else loss
+        problem = hoptim.Problem(model, plain.hparams, train, plain.val_loss, has_aux=has_aux)
+        optimizer = bilevel(problem, val_shard(rank), every=3)
+        for step in range(24):
+            found, expected = optimizer.loss(shard(rank, step)), plain.model(shard(rank, step)[0])
+            if has_aux:
+                found, z = found
+                assert torch.equal(z, expected)
+            (found * (0.2 if step % 2 else 0.8)).backward()
+            if step % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return end(optimizer)
+
+    return {f"{kind}, {aux}": run(kind, aux) for kind in (False, True) for aux in (False, True)}
+
+
 def communication(rank: int, size: int) -> Answer:
     """How many numbers go into each all-reduce of a hypergradient with five products, of one loss and of two."""
     return {"one": counted(wrapped(tiny()), rank), "two": counted(wrapped(tiny(val=several)), rank)}
@@ -285,6 +315,11 @@ def start(rank: int, size: int) -> Answer:
         message = ""
     except ValueError as error:
         message = str(error)
+    try:
+        bilevel(alone, VAL, warmup=100).loss(shard(rank))
+        first_loss, notes = "", []
+    except ValueError as error:
+        first_loss, notes = str(error), error.__notes__
     unshared = hoptim.Problem(alone.model, alone.hparams, alone.train_loss, alone.val_loss, process_group=None)
     own = hoptim.hypergradient(unshared, shard(rank), VAL).grads
     try:
@@ -292,7 +327,8 @@ def start(rank: int, size: int) -> Answer:
         audit = ""
     except ValueError as error:
         audit = str(error)
-    return {"leaf": leaf, "message": message, "own": own, "audit": audit}
+    messages = {"message": message, "first_loss": first_loss, "notes": notes, "audit": audit}
+    return {"leaf": leaf, "own": own, **messages}
 
 
 def groups(rank: int, size: int) -> Answer:
@@ -342,6 +378,7 @@ CASES = [
     training,
     unrolled,
     accumulated,
+    outputs,
     communication,
     start,
     groups,

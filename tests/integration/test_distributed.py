@@ -170,6 +170,13 @@ def test_accumulation_without_sync_sees_the_micro_batches_of_all_ranks(world: li
     assert_answer(found, job.end(optimizer), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("composite", [False, True])
+def test_outputs_beside_the_loss_change_no_bit(world: list[dict[str, Any]], composite: bool) -> None:
+    found = equal_on_all_ranks(world, "outputs")
+    assert found[f"{composite}, True"]["hypersteps"] == 4
+    assert same(found[f"{composite}, True"], found[f"{composite}, False"])
+
+
 def test_one_all_reduce_of_the_weights_size_a_product(world: list[dict[str, Any]]) -> None:
     """L_V, g and ∂L_V/∂λ; L_T and F; five products; the mixed product: eight, each with a flag for what may be missing."""
     weights, leaves, entries = 17, 3, 4
@@ -201,6 +208,8 @@ def test_hyperparameters_start_alike_and_weights_that_are_apart_are_an_error(wor
         assert "the weights differ between" in one["message"]
         assert "DistributedDataParallel" in one["message"]
         assert "process_group=None" in one["message"]
+        assert one["first_loss"] == one["message"]
+        assert any("in the dry run at the first loss" in note for note in one["notes"])
         assert "audit is for one process" in one["audit"]
 
 

@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ def noting(optimizer: hoptim.BilevelOptimizer) -> list[tuple[Any, Tensor]]:
     return seen
 
 
+def with_outputs(monkeypatch: pytest.MonkeyPatch, example: Any) -> None:
+    """Let the example's training loss return its logits too."""
+    loss = example.train_loss
+    monkeypatch.setattr(example, "train_loss", lambda net, learned, b: (loss(net, learned, b), net(b[0])))
+    monkeypatch.setattr(hoptim, "Problem", partial(hoptim.Problem, has_aux=True))
+
+
 # Lightning
 
 
@@ -146,6 +154,23 @@ def test_lightning_is_the_plain_loop(options: Any, by_hand: Any, hypersteps: int
     assert trainer.optimizers[0].inner_steps == trainer.global_step
     if options:
         assert not same(lightning_plain()["weights"], expected["weights"])
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}], ids=["plain", "accumulated"])
+def test_lightning_with_outputs_beside_the_loss_is_the_run_without(options: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    expected, shapes = state(lightning_fit(tmp_path, **options).optimizers[0]), []
+
+    def training_step(module: Any, batch: Any, _: int) -> Tensor:
+        loss, z = module.optimizers().loss(batch)
+        shapes.append(tuple(z.shape))
+        return loss
+
+    with_outputs(monkeypatch, lightning_digits)
+    monkeypatch.setattr(lightning_digits.Digits, "training_step", training_step)
+    (optimizer,) = lightning_fit(tmp_path, **options).optimizers
+    assert same(state(optimizer), expected)
+    assert shapes == [(100, 10)] * 12
+    assert optimizer.hyper_steps > 0
 
 
 def test_lightning_logs_the_record_and_the_validation_loss(tmp_path: Path) -> None:
@@ -276,6 +301,31 @@ def test_accelerate_takes_a_problem_made_before_as_well(accelerator: Any) -> Non
     for part in loader:
         accelerate_digits.epoch(here, net, bilevel, part, optimizer, scheduler)
     assert same(state(bilevel), state(first[1]))
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_accelerate_with_outputs_beside_the_loss_is_the_run_without(
+    accelerator: Any, together: int, monkeypatch: Any
+) -> None:
+    options = {"gradient_accumulation_steps": together}
+    expected, _ = accelerated(accelerator(**options))
+    with_outputs(monkeypatch, accelerate_digits)
+    torch.manual_seed(0)
+    here, shapes = accelerator(**options), []
+    prepared = accelerate_digits.prepare(here, TRAIN, VAL)
+    pair = prepared[1].loss
+
+    def loss(batch: Any) -> Tensor:  # as a loop that keeps the outputs for itself
+        value, z = pair(batch)
+        shapes.append(tuple(z.shape))
+        return value
+
+    prepared[1].loss = loss
+    for _ in range(2):
+        accelerate_digits.epoch(here, *prepared)
+    assert same(state(prepared[1]), state(expected[1]))
+    assert shapes == [(100, 10)] * 12
+    assert prepared[1].hyper_steps > 0
 
 
 def two_ranks(folder: Path) -> None:
