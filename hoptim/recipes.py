@@ -211,7 +211,7 @@ class NoiseWidth(HyperParameters):
 
     Args:
         model: the model, before or after it is wrapped.
-        layers: the names of the layers, as ``named_modules`` has them; ``None``, the default, for each that has a weight of
+        layers: the names of the layers, such as ``"blocks.0.mlp"``; ``None``, the default, for each that has a weight of
             at least two axes and is no embedding.
         start: σ at the start.
 

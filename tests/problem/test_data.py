@@ -182,6 +182,7 @@ def test_a_state_of_before_the_streams_begins_its_pass_again() -> None:
     assert [values(batches.draw()) for _ in range(2)] == expected[2:]
 
 
+@pytest.mark.skipif(not hasattr(np.random, "set_bit_generator"), reason="NumPy has set_bit_generator from 1.24 on")
 def test_a_generator_of_another_kind_in_numpys_place_stays_where_it_is() -> None:
     before = np.random.mtrand._rand._bit_generator
     try:
