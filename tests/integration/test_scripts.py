@@ -7,9 +7,13 @@ in the same bits. With hypersteps, the training loss that each of them saw is co
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import outcomes
 import pytest
 import torch
 from cases import same
@@ -212,3 +216,46 @@ def test_hypersteps_of_an_image_classifier_see_the_mixed_batch_and_smoothed_labe
 
     check_hypersteps(optimizer, smoothed, 5)
     assert sum(found["accuracies"][-4:]) > sum(found["accuracies"][:4])
+
+
+# What it was good for: scripts/examples/outcomes.py, on pictures of noise -----------------------------------------------
+
+
+@pytest.fixture
+def noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mnist(root: str, train: bool) -> Any:
+        draw = torch.Generator().manual_seed(int(train))
+        pictures = torch.randint(0, 256, (60, 28, 28), generator=draw, dtype=torch.uint8)
+        return SimpleNamespace(data=pictures, targets=torch.arange(60) % 10)
+
+    monkeypatch.setattr(outcomes, "MNIST", mnist)
+    monkeypatch.setattr(outcomes, "TRAIN", 40)
+    monkeypatch.setattr(outcomes, "VAL", 20)
+    for name, case in outcomes.CASES.items():
+        monkeypatch.setitem(outcomes.CASES, name, replace(case, batch_size=8, epochs=4))
+
+
+@pytest.mark.parametrize("name", ["mnist", "backbone"])
+def test_the_runs_that_are_compared_differ_by_hypersteps_and_penalty_alone(
+    noise: None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = outcomes.CASES[name]
+    train, val, _ = outcomes.draw(case, "")
+    monkeypatch.setattr(WeightDecay, "penalty", lambda self, model: torch.zeros(()))
+    made = hoptim.BilevelOptimizer
+    monkeypatch.setattr(hoptim, "BilevelOptimizer", lambda *a, **options: made(*a, **{**options, "every": None}))
+    ends = [outcomes.run(case, arm, train, val, seed=3)[0].state_dict() for arm in ("training", "hoptim", "joined")]
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("name", ["mnist", "wrong"])
+def test_outcomes_are_told_as_means_of_paired_differences(noise: None, name: str, capsys: Any) -> None:
+    outcomes.study(name, "", 2)
+    told = capsys.readouterr().out
+    numbers = [float(found) for found in re.findall(r"(-?[\d.]+) ± ", told)]
+    assert len(numbers) == 10
+    for joined, training, ours, against_joined, against_training in (numbers[:5], numbers[5:]):
+        assert against_joined == pytest.approx(ours - joined, abs=2e-4)
+        assert against_training == pytest.approx(ours - training, abs=2e-4)
+    assert outcomes.mean_and_error([1.0, 2.0, 6.0]) == "3.0000 ± 1.5275"
