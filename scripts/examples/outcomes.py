@@ -1,9 +1,10 @@
 """What hoptim was good for in two public scripts, told anew: pytorch/examples mnist and Lightning's backbone classifier.
 
-Each seed draws 2,000 training and 200 validation digits of MNIST. Three runs share them, and the first weights:
+Each seed draws 2,000 training and 200 validation digits of MNIST. Four runs share them, and the first weights:
 
 - joined: the script alone, on training and validation digits together, the best simple use of the latter;
 - training: the script alone, on the training digits;
+- stopped: the same, with the weights of the epoch whose validation loss was lowest;
 - hoptim: on the training digits, hyperparameters learned on the validation digits, every 10 steps after a quarter of them.
 
     python scripts/examples/outcomes.py DATA [mnist backbone wrong] [--seeds 5]
@@ -13,6 +14,8 @@ labels are drawn at random, and a weight for each training example is learned in
 """
 
 import argparse
+import copy
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from torchvision.datasets import MNIST
 import hoptim
 
 TRAIN, VAL = 2000, 200
-ARMS = ("joined", "training", "hoptim")
+ARMS = ("joined", "training", "stopped", "hoptim")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def run(case, arm, train, val, seed):
     if arm == "hoptim":
         optimizer = drop_in(case, model, inner, val, case.epochs * len(batches))
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, case.gamma)
-    begun = time.process_time()
+    begun, best = time.process_time(), (math.inf, {})
     for _ in range(case.epochs):
         for batch in batches:
             model.train()
@@ -122,6 +125,13 @@ def run(case, arm, train, val, seed):
             loss.backward()
             optimizer.step()
         schedule.step()
+        if arm == "stopped":
+            with torch.no_grad():
+                now = val_loss(model, None, val).item()
+            if now < best[0]:
+                best = now, copy.deepcopy(model.state_dict())
+    if arm == "stopped":
+        model.load_state_dict(best[1])
     return model, time.process_time() - begun, optimizer
 
 
@@ -150,7 +160,7 @@ def study(name, root, seeds):
     for column, what in enumerate(("test loss", "test accuracy, %")):
         by_arm = {arm: [row[column] for row in rows] for arm, rows in found.items()}
         print(name, what, *(f"{arm} {mean_and_error(values)}" for arm, values in by_arm.items()), sep="  ")
-        for other in ("joined", "training"):
+        for other in ARMS[:-1]:
             print(
                 "   hoptim -", other, mean_and_error([a - b for a, b in zip(by_arm["hoptim"], by_arm[other], strict=True)])
             )

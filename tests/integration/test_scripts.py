@@ -249,13 +249,27 @@ def test_the_runs_that_are_compared_differ_by_hypersteps_and_penalty_alone(
     assert not same(ends[0], ends[2])
 
 
+def test_the_run_that_is_stopped_has_the_weights_of_its_best_epoch(noise: None) -> None:
+    case = outcomes.CASES["wrong"]
+    train, val, _ = outcomes.draw(case, "")
+
+    def end(arm: str, epochs: int) -> Any:
+        return outcomes.run(replace(case, epochs=epochs), arm, train, val, seed=3)[0]
+
+    ends = [end("training", epochs) for epochs in (1, 2, 3, 4)]
+    losses = [outcomes.val_loss(model, None, val).item() for model in ends]
+    best = losses.index(min(losses))
+    assert best < 3  # on noise
+    assert same(end("stopped", 4).state_dict(), ends[best].state_dict())
+
+
 @pytest.mark.parametrize("name", ["mnist", "wrong"])
 def test_outcomes_are_told_as_means_of_paired_differences(noise: None, name: str, capsys: Any) -> None:
     outcomes.study(name, "", 2)
     told = capsys.readouterr().out
     numbers = [float(found) for found in re.findall(r"(-?[\d.]+) ± ", told)]
-    assert len(numbers) == 10
-    for joined, training, ours, against_joined, against_training in (numbers[:5], numbers[5:]):
-        assert against_joined == pytest.approx(ours - joined, abs=2e-4)
-        assert against_training == pytest.approx(ours - training, abs=2e-4)
+    assert len(numbers) == 14
+    for *others, ours, against_joined, against_training, against_stopped in (numbers[:7], numbers[7:]):
+        expected = [ours - other for other in others]
+        assert [against_joined, against_training, against_stopped] == pytest.approx(expected, abs=2e-4)
     assert outcomes.mean_and_error([1.0, 2.0, 6.0]) == "3.0000 ± 1.5275"
