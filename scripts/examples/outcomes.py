@@ -1,0 +1,179 @@
+"""What hoptim was good for in two public scripts, told anew: pytorch/examples mnist and Lightning's backbone classifier.
+
+Each seed draws 2,000 training and 200 validation digits of MNIST. Four runs share them, and the first weights:
+
+- joined: the script alone, on training and validation digits together, the best simple use of the latter;
+- training: the script alone, on the training digits;
+- stopped: the same, with the weights of the epoch whose validation loss was lowest;
+- hoptim: on the training digits, hyperparameters learned on the validation digits, every 10 steps after a quarter of them.
+
+    python scripts/examples/outcomes.py DATA [mnist backbone wrong] [--seeds 5]
+
+DATA is a folder that torchvision.datasets.MNIST can read. `wrong` is the backbone classifier where 40 % of the training
+labels are drawn at random, and a weight for each training example is learned in place of decays.
+"""
+
+import argparse
+import copy
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributions import constraints
+from torch.nn import functional as F
+from torchvision.datasets import MNIST
+
+import hoptim
+
+TRAIN, VAL = 2000, 200
+ARMS = ("joined", "training", "stopped", "hoptim")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One script: its network, its optimizer, its schedule, and what is learned in it."""
+
+    network: object
+    optimizer: object
+    batch_size: int
+    epochs: int
+    gamma: float = 1.0  # of the learning rate, each epoch
+    mean: float = 0.0  # subtracted from the images, which are then divided by std
+    std: float = 1.0
+    wrong: float = 0.0  # share of the training labels that are drawn at random; then example weights are learned
+
+
+def convolutions():
+    """The network of pytorch/examples mnist, a quarter as wide. It returns logits, as its own log_softmax is in the loss."""
+    first, second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3)
+    seen = (first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25), nn.Flatten())
+    return nn.Sequential(*seen, nn.Linear(2304, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10))
+
+
+def backbone():
+    """Lightning's, with the ReLU behind its logits."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10), nn.ReLU())
+
+
+def adam(weights):
+    return torch.optim.Adam(weights, lr=1e-4)
+
+
+CASES = {
+    "mnist": Case(convolutions, torch.optim.Adadelta, 64, epochs=14, gamma=0.7, mean=0.1307, std=0.3081),
+    "backbone": Case(backbone, adam, 32, epochs=50),
+    "wrong": Case(backbone, adam, 32, epochs=50, wrong=0.4),
+}
+
+
+def draw(case, root):
+    """Training digits (x, y, index), validation digits and test digits (x, y)."""
+    sets = [MNIST(root, train=train) for train in (True, False)]
+    (x, y), test = ((((one.data[:, None] / 255) - case.mean) / case.std, one.targets) for one in sets)
+    order = torch.randperm(len(x))[: TRAIN + VAL]
+    train, val = order[:TRAIN], order[TRAIN:]
+    labels, wrong = y[train], torch.rand(TRAIN) < case.wrong
+    labels[wrong] = torch.randint(10, (int(wrong.sum()),))
+    return (x[train], labels, torch.arange(TRAIN)), (x[val], y[val]), test
+
+
+def val_loss(model, hparams, batch):
+    return F.cross_entropy(model.eval()(batch[0]), batch[1])
+
+
+def decayed_loss(model, hparams, batch):
+    return F.cross_entropy(model(batch[0]), batch[1]) + hparams.penalty(model)
+
+
+def weighted_loss(model, hparams, batch):
+    losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return (hparams["example_weight"][batch[2]] * losses).mean()
+
+
+def drop_in(case, model, inner, val, steps):
+    """The script's optimizer, with hoptim around it."""
+    if case.wrong:
+        start = {"example_weight": torch.full((TRAIN,), 0.5)}
+        hparams, loss = hoptim.HyperParameters(start, {"example_weight": constraints.unit_interval}), weighted_loss
+    else:
+        hparams, loss = hoptim.recipes.WeightDecay(model), decayed_loss
+    problem = hoptim.Problem(model, hparams, loss, val_loss)
+    outer = torch.optim.Adam(hparams.parameters(), lr=0.1)
+    return hoptim.BilevelOptimizer(inner, outer, problem, val_batches=[val], every=10, warmup=steps // 4)
+
+
+def run(case, arm, train, val, seed):
+    """The trained model, the seconds that it took, and the optimizer."""
+    torch.manual_seed(seed)
+    model = case.network()
+    optimizer = inner = case.optimizer(model.parameters())
+    if arm == "joined":
+        train = (*(torch.cat(pair) for pair in zip(train, val, strict=False)), torch.arange(TRAIN + VAL))
+    batches = list(zip(*(part.split(case.batch_size) for part in train), strict=True))
+    if arm == "hoptim":
+        optimizer = drop_in(case, model, inner, val, case.epochs * len(batches))
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, case.gamma)
+    begun, best = time.process_time(), (math.inf, {})
+    for _ in range(case.epochs):
+        for batch in batches:
+            model.train()
+            optimizer.zero_grad()
+            loss = optimizer.loss(batch) if arm == "hoptim" else F.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        if arm == "stopped":
+            with torch.no_grad():
+                now = val_loss(model, None, val).item()
+            if now < best[0]:
+                best = now, copy.deepcopy(model.state_dict())
+    if arm == "stopped":
+        model.load_state_dict(best[1])
+    return model, time.process_time() - begun, optimizer
+
+
+@torch.no_grad()
+def figures(model, test):
+    """Test loss, and test accuracy in per cent."""
+    z = torch.cat([model.eval()(x) for x in test[0].split(1000)])
+    return F.cross_entropy(z, test[1]).item(), 100 * (z.argmax(1) == test[1]).float().mean().item()
+
+
+def mean_and_error(values):
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}"
+
+
+def study(name, root, seeds):
+    case, found, seconds = CASES[name], {arm: [] for arm in ARMS}, {arm: [] for arm in ARMS}
+    for seed in range(seeds):
+        torch.manual_seed(1000 + seed)
+        train, val, test = draw(case, root)
+        for arm in ARMS:
+            model, taken, optimizer = run(case, arm, train, val, seed)
+            found[arm].append(figures(model, test))
+            seconds[arm].append(taken)
+        if not case.wrong:
+            print(" ", name, seed, {key: f"{float(value):.1e}" for key, value in optimizer.record.hyperparameters.items()})
+    for column, what in enumerate(("test loss", "test accuracy, %")):
+        by_arm = {arm: [row[column] for row in rows] for arm, rows in found.items()}
+        print(name, what, *(f"{arm} {mean_and_error(values)}" for arm, values in by_arm.items()), sep="  ")
+        for other in ARMS[:-1]:
+            print(
+                "   hoptim -", other, mean_and_error([a - b for a, b in zip(by_arm["hoptim"], by_arm[other], strict=True)])
+            )
+    ratios = [a / b for a, b in zip(seconds["hoptim"], seconds["training"], strict=True)]
+    print(f"   cost in plain trainings {statistics.median(ratios):.2f}, of {statistics.median(seconds['training']):.1f} s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("cases", nargs="*", default=list(CASES))
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for one in options.cases:
+        study(one, options.data, options.seeds)
