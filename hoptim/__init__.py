@@ -111,6 +111,7 @@ from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.nystrom import Nystrom
 from hoptim.solvers.solution import Solution, Status
 from hoptim.solvers.warm_start import SOBA, WarmStart
+from hoptim.training.cross_validated import CrossValidated
 from hoptim.training.optimizer import BilevelOptimizer
 from hoptim.training.outer_step import outer_step
 from hoptim.training.record import Record
@@ -127,6 +128,7 @@ __all__ = [
     "BilevelOptimizer",
     "Chebyshev",
     "CompositeLoss",
+    "CrossValidated",
     "Exact",
     "FiniteDifference",
     "GaussNewton",
