@@ -38,7 +38,7 @@ class CrossValidatedFit:
         models: the models of the folds, in their order; the mean of their predictions is an ensemble.
         hyperparameters: the learned natural values, detached, by name; ``hparams`` holds them too.
         history: ``Record.row()`` of each hyperstep.
-        cost: how long all of it took, in last trainings: 1 for the last one, and the rest for the folds.
+        cost: the wall-clock time of all of it, over that of the last training, which is a plain one.
     """
 
     model: nn.Module

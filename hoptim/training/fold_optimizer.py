@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,10 @@ class FoldOptimizer(BilevelOptimizer):
         self.due, self.steps = tuple(due), due[-1]
         self._await_next()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the inner optimizer, and a hyperstep of all folds where one is due."""
+    def loss(self, batch: Any) -> Any:
+        """The training loss of ``batch``. A training that was given up ends here."""
         self.turn.check()
-        return super().step(closure)
+        return super().loss(batch)
 
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
         """Hand this fold's hypergradient over and wait until all have come and the hyperparameters have moved."""
