@@ -96,7 +96,7 @@ True
   plain training with the learned values. Build schedulers inside the loop, since each training has its own.
 - **Failures.** If the solve of one fold fails, nothing moves, and the record's `detail` names the fold.
 - **Cost.** One solve a fold for each of 60 hypersteps, so in all about K·(K−1)/K trainings of K folds, one more, and the
-  hypersteps; `found.cost` is what it came to, in wall-clock time. Three folds took 4 to 7 plain trainings.
+  hypersteps; `found.cost` is what it came to, in wall-clock time: about 4.5 plain trainings for the example below.
 - **Not there yet**: checkpoints within a fit, several processes, folds side by side in one batched model.
 
 [cross_validated.py](scripts/examples/cross_validated.py) learns two decays, two noise widths and label smoothing on 200 digits.

@@ -163,7 +163,7 @@ class CrossValidated:
                 raise TypeError(f"make returned {describe_type(model)}: return an nn.Module")
             return Problem(model, hparams, train_loss, val_loss)
 
-        def fold_optimizer(number: int, fold: Fold, problem: Problem) -> FoldOptimizer:
+        def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
             return FoldOptimizer(
                 inner(problem.model),
                 outer,
@@ -172,7 +172,7 @@ class CrossValidated:
                 val_batches=[fold.held_out] if val_batches is None else val_batches(fold.held_out),
                 hypergradient=hypergradient,
                 on_failure=on_failure,
-                hooks=hooks if number == 1 else (),  # its hyperstep is that of all
+                hooks=hooks,  # which are called by the first one, for all
             )
 
         problems = [problem()]
@@ -183,7 +183,7 @@ class CrossValidated:
         self._optimizers: list[FoldOptimizer] = []
         for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
             with annotate_errors(f"for fold {number}"):
-                self._optimizers.append(fold_optimizer(number, fold, one))
+                self._optimizers.append(fold_optimizer(fold, one))
         everything = [self._examples]  # which no hyperstep draws
         self._last = BilevelOptimizer(inner(problems[0].model), outer, problems[0], val_batches=everything, every=None)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -168,6 +170,26 @@ def test_it_costs_a_solve_a_fold_of_the_size_of_a_model():
     assert [row["products"] for row in found.history] == [9] * 5
 
 
+@dataclass(frozen=True, kw_only=True)
+class Remembering(hoptim.MINRES):
+    seen: list[Any]
+
+    def solve(self, A: Any, g: Any, state: Any = None) -> Any:
+        found = replace(super().solve(A, g), state={"mine": g.clone()})
+        self.seen.append(((state or {}).get("mine"), g.clone()))
+        return found
+
+
+def test_each_fold_carries_its_own_solver_state():
+    seen: list[Any] = []
+    cross_validated(hypergradient=hoptim.Implicit(Remembering(terms=3, seen=seen))).fit(loop(40))
+    solves = [*seen[1:6:2], *seen[6:]]  # without the dry run at each fold's first loss
+    assert len(solves) == 3 * 5
+    assert all(carried is None for carried, _ in solves[:3])
+    for (_, before), (carried, _) in zip(solves, solves[3:], strict=False):
+        assert torch.equal(carried, before)
+
+
 def test_the_leaves_are_averaged_over_the_second_half():
     values = []
     found = cross_validated(hypersteps=5, hooks=[lambda record: values.append(record.hyperparameters["decay"])]).fit(
@@ -230,6 +252,18 @@ def test_a_training_of_another_length_than_was_said():
         cross_validated().fit(loop(30))
     with pytest.warns(UserWarning, match="took 50 steps, where steps says 40, so that 5 hypersteps"):
         cross_validated().fit(loop(50))
+
+
+def test_where_a_training_ends_early_hypersteps_end_and_the_others_go_on():
+    def train(model: Any, optimizer: Any, examples: Any) -> None:
+        loop(30 if len(examples) == 5 else 40)(model, optimizer, examples)
+        taken.append((len(examples), optimizer.inner_steps, optimizer.hyper_steps))
+
+    taken: list[Any] = []
+    with pytest.warns(UserWarning, match="fold 2 took 30 steps, where steps says 40, so that 3 hypersteps"):
+        found = cross_validated().fit(train)
+    assert [row["inner_step"] for row in found.history] == [16, 22, 28]
+    assert sorted(taken) == [(3, 40, 3), (5, 30, 3), (8, 40, 3), (11, 40, 0)]
 
 
 # Random numbers
@@ -352,6 +386,26 @@ def test_an_error_in_the_loop_names_the_fold_and_leaves_no_thread():
         cross_validated().fit(train)
     assert caught.value.__notes__ == ["hoptim: in the training of fold 2 of 3"]
     assert sorted(cleaned) == [3, 5, 8]
+    assert threading.active_count() == threads
+
+
+def test_an_interrupt_ends_the_fold_that_runs():
+    threads, cleaned = threading.active_count(), []
+
+    def train(model: Any, optimizer: Any, examples: Any) -> None:
+        try:
+            optimizer.loss(examples)
+            while True:
+                os.kill(os.getpid(), signal.SIGINT) if not sent and len(examples) == 3 else None
+                sent.append(True)
+                optimizer.loss(examples)
+        finally:
+            cleaned.append(len(examples))
+
+    sent: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        cross_validated().fit(train)
+    assert cleaned == [3]
     assert threading.active_count() == threads
 
 
