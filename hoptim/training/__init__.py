@@ -64,9 +64,9 @@ By hand, `optimizer.hyperstep(train_batch, val_batch)` moves the hyperparameters
 
 # Learn over folds, then train on everything
 
-A validation set is an expense: what it holds is not trained on, and hyperparameters can fit it. `hoptim.CrossValidated` trains
-K models on K folds with the same hyperparameters, which move by the mean of the K hypergradients, each of the examples that
-its fold holds out. Then it trains one model on everything with what was learned.
+A validation set is an expense: what it holds is not trained on, and hyperparameters can fit it. `hoptim.CrossValidated`
+trains K models on K folds with the same hyperparameters, which move by the mean of the K hypergradients, each of the examples
+that its fold holds out. Then it trains one model on everything with what was learned.
 
 >>> from hoptim import CrossValidated
 >>> def loop(model, optimizer, examples):               # as above; the examples to train on are given, and serve both phases
@@ -87,19 +87,21 @@ its fold holds out. Then it trains one model on everything with what was learned
 >>> bool(decay[0] < decay[1:].min())
 True
 
-- **Folds.** A number, or what a splitter of scikit-learn yields: `folds=StratifiedKFold(3).split(x, y)`, grouped, repeated or
-  ordered in time. `val_batches` divides what is held out into batches, or makes a `DataLoader` of it.
-- **Steps.** Every fold meets the others at the same share of its training, so it must be known how long that is: `steps`, or,
-  for a loop over epochs of batches of 50, `steps=lambda n: epochs * math.ceil(n / 50)`.
-- **The loop is yours.** It stops inside `optimizer.step()` until the other folds have come as far, for which each fold has a
-  thread; one runs at a time. A fold's random numbers are its own, the last training's are the process's: it has the bits of a
-  plain training with the learned values. Build schedulers inside the loop, since each training has its own.
+- **Folds.** A number, or what a splitter of scikit-learn yields, such as `folds=StratifiedKFold(3).split(x, y)`: grouped,
+  repeated, ordered in time. `val_batches` divides what is held out into batches, or makes a `DataLoader` of it.
+- **Steps.** Every fold meets the others at the same share of its training, so it must be known how long that is: `steps`,
+  or, for a loop over epochs of batches of 50, `steps=lambda n: epochs * math.ceil(n / 50)`.
+- **The loop is yours.** It stops inside `optimizer.step()` until the other folds have come as far, for which each fold has
+  a thread; one runs at a time. A fold's random numbers are its own, the last training's are the process's: it has the bits
+  of a plain training with the learned values. Make schedulers inside the loop, since each training needs its own.
 - **Failures.** If the solve of one fold fails, nothing moves, and the record's `detail` names the fold.
-- **Cost.** One solve a fold for each of 60 hypersteps, so in all about K·(K−1)/K trainings of K folds, one more, and the
-  hypersteps; `found.cost` is what it came to, in wall-clock time: about 4.5 plain trainings for the example below.
+- **Cost.** K trainings on a part of the data, one on all of it, and K solves for each of 60 hypersteps. `found.cost` is what
+  it came to, in wall-clock time. For the example below it is 4.7 plain trainings, counted in processor time.
 - **Not there yet**: checkpoints within a fit, several processes, folds side by side in one batched model.
 
-[cross_validated.py](scripts/examples/cross_validated.py) learns two decays, two noise widths and label smoothing on 200 digits.
+[cross_validated.py](scripts/examples/cross_validated.py) learns two decays, two noise widths and label smoothing on 200
+digits. It ends at a test cross-entropy of 0.214. The same training with a fixed decay of 0.001, 0.01 or 0.1 alone ends at
+0.196, 0.318 and 1.313: near the best of them, which one would have to know.
 
 # Mistakes show in the first second
 
