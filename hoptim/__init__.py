@@ -20,7 +20,7 @@ in it.
 |---|---|
 | `hoptim.diagnostics`, `hoptim.tracking` | the audit; trackers for W&B, the terminal and files |
 | `hoptim.recipes` | hyperparameters that come with their part of the loss: `WeightDecay`, `LabelSmoothing`, `NoiseWidth` |
-| `hoptim.training` | the only code that changes anything: `BilevelOptimizer`, its records and checkpoints |
+| `hoptim.training` | the only code that changes anything: `BilevelOptimizer`, records, checkpoints; `CrossValidated` |
 | `hoptim.methods` | ways to dL_V/dλ: implicit, unrolled, conditions, one inner step as a pure function |
 | `hoptim.curvature` | F at a point, A and Bᵀ: exact, Gauss-Newton, differences, several batches, compiled |
 | `hoptim.solvers` | Aᵀx = g; a solver sees an operator and a vector, never a model |
@@ -80,9 +80,9 @@ problem, weights, leaves and a batch, and gives a `Linearization` as a context m
 the map x ↦ Bᵀx, for use inside.
 `hoptim.curvature.finite_difference` is the shortest example. Tests compare it with dense matrices in float64.
 
-**A recipe** is a `HyperParameters` with the losses' terms that it is for, as in `hoptim.recipes`; or, such as
-cross-validation or a search over starting points, ordinary code on top of `Problem` and `BilevelOptimizer`. It goes above
-`hoptim.training`, and nothing below may know it.
+**A recipe** is a `HyperParameters` with the losses' terms that it is for, as in `hoptim.recipes`; or, such as a search over
+starting points, ordinary code on top of `Problem` and `BilevelOptimizer`. It goes above `hoptim.training`, and nothing below
+may know it.
 """
 
 from hoptim import recipes
@@ -111,6 +111,7 @@ from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.nystrom import Nystrom
 from hoptim.solvers.solution import Solution, Status
 from hoptim.solvers.warm_start import SOBA, WarmStart
+from hoptim.training.cross_validated import CrossValidated
 from hoptim.training.optimizer import BilevelOptimizer
 from hoptim.training.outer_step import outer_step
 from hoptim.training.record import Record
@@ -127,6 +128,7 @@ __all__ = [
     "BilevelOptimizer",
     "Chebyshev",
     "CompositeLoss",
+    "CrossValidated",
     "Exact",
     "FiniteDifference",
     "GaussNewton",

@@ -1,4 +1,4 @@
-"""The training loop: `BilevelOptimizer`, its settings, and everything it works with.
+"""The training loop: `BilevelOptimizer`, its settings, and everything it works with; `CrossValidated`.
 
 `hoptim.BilevelOptimizer` is a `torch.optim.Optimizer`. It takes the steps of the inner optimizer, and every few steps it
 moves the hyperparameters down the validation loss: a *hyperstep*.
@@ -61,6 +61,47 @@ its `lr`, as a learned rate needs, changes its last bits by itself, with or with
 
 By hand, `optimizer.hyperstep(train_batch, val_batch)` moves the hyperparameters now and returns the `Record`; use it with
 `every=None`.
+
+# Learn over folds, then train on everything
+
+A validation set is an expense: what it holds is not trained on, and hyperparameters can fit it. `hoptim.CrossValidated`
+trains K models on K folds with the same hyperparameters, which move by the mean of the K hypergradients, each of the examples
+that its fold holds out. Then it trains one model on everything with what was learned.
+
+>>> from hoptim import CrossValidated
+>>> def loop(model, optimizer, examples):               # as above; the examples to train on are given, and serve both phases
+...     for _ in range(200):
+...         optimizer.zero_grad()
+...         optimizer.loss(examples).backward()
+...         optimizer.step()
+>>> hparams = HyperParameters({"decay": torch.full((1, 5), 0.1)}, {"decay": constraints.positive})
+>>> def make():
+...     return nn.Linear(5, 1)
+>>> def inner(model):
+...     return torch.optim.SGD(model.parameters(), lr=0.1)
+>>> cv = CrossValidated(make, hparams, train_loss, val_loss, inner=inner, examples=80, steps=200, folds=3)
+>>> found = cv.fit(loop)
+>>> found.model, len(found.models), [row["status"] for row in found.history[-2:]]
+(Linear(in_features=5, out_features=1, bias=True), 3, ['FINISHED', 'FINISHED'])
+>>> decay = found.hyperparameters["decay"][0]
+>>> bool(decay[0] < decay[1:].min())
+True
+
+- **Folds.** A number, or what a splitter of scikit-learn yields, such as `folds=StratifiedKFold(3).split(x, y)`: grouped,
+  repeated, ordered in time. `val_batches` divides what is held out into batches, or makes a `DataLoader` of it.
+- **Steps.** Every fold meets the others at the same share of its training, so it must be known how long that is: `steps`,
+  or, for a loop over epochs of batches of 50, `steps=lambda n: epochs * math.ceil(n / 50)`.
+- **The loop is yours.** It stops inside `optimizer.step()` until the other folds have come as far, for which each fold has
+  a thread; one runs at a time. A fold's random numbers are its own, the last training's are the process's: it has the bits
+  of a plain training with the learned values. Make schedulers inside the loop, since each training needs its own.
+- **Failures.** If the solve of one fold fails, nothing moves, and the record's `detail` names the fold.
+- **Cost.** K trainings on a part of the data, one on all of it, and K solves for each of 60 hypersteps. `found.cost` is what
+  it came to, in wall-clock time. For the example below it is 4.7 plain trainings, counted in processor time.
+- **Not there yet**: checkpoints within a fit, several processes, folds side by side in one batched model.
+
+[cross_validated.py](scripts/examples/cross_validated.py) learns two decays, two noise widths and label smoothing on 200
+digits. It ends at a test cross-entropy of 0.214. The same training with a fixed decay of 0.001, 0.01 or 0.1 alone ends at
+0.196, 0.318 and 1.313: near the best of them, which one would have to know.
 
 # Mistakes show in the first second
 
@@ -205,6 +246,7 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 | bf16 `autocast`, fp16 with `GradScaler` | losses in bf16 where yours are, in full precision where yours are in fp16; products and solvers in full precision; a skipped step does not count | [precision](tests/problem/test_mixed_precision.py) |
 | `DataLoader` with workers; batches of any kind; closures; early stopping | an empty or exhausted source of batches is an error that names it | [loops](tests/training/test_loops.py) |
 | a `DataLoader` that shuffles, or whose transforms draw from torch, Python or NumPy, as `val_batches` or `train_batches` | a run with hypersteps that move nothing has the bits of one without; resumed to the bit amid a pass | [random](tests/training/test_random_streams.py) |
+| `CrossValidated`: mini-batches, schedulers, clipping, shuffling loaders, a learned rate, folds of unequal size and length | K separate problems and the mean of their `hypergradient`s to 1e-9; each training has the bits of a plain one in its random stream | [folds](tests/training/test_cross_validated.py) |
 | Lightning, Accelerate, Trainer | as above | [frameworks](tests/integration/test_frameworks.py) |
 | **several processes** | | |
 | DistributedDataParallel, `no_sync`, uneven batches, subgroups, outputs beside the loss; Lightning and Accelerate on two ranks | the hypergradient of one process on the joint batch, to 1e-9; uneven last batches: the mean of the ranks' means | [distributed](tests/integration/test_distributed.py), [frameworks](tests/integration/test_frameworks.py) |

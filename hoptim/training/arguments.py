@@ -1,15 +1,16 @@
-"""The arguments of BilevelOptimizer, checked before anything runs: each error names the value and the remedy."""
+"""The arguments of BilevelOptimizer and CrossValidated, checked before all else: errors name the value and the remedy."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from hoptim.methods.method import Method, check_method, checked_problem, held
+from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
 from hoptim.validation import describe_type, is_finite, is_whole
 
@@ -116,3 +117,50 @@ def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:
     if wrong := [leaves[id(p)] for p in ([params] if isinstance(params, Tensor) else params) if id(p) in leaves]:
         raise ValueError(f"the added group holds {wrong[0]!r}, a hyperparameter: add it to the outer optimizer")
     return {**param_group, "params": params}
+
+
+def checked_steps(steps: int | Callable[[int], int], examples: int) -> int:
+    """How many inner steps a training on so many examples takes."""
+    found = steps(examples) if callable(steps) else steps
+    if not (is_whole(found) and found >= 1):
+        given = f"steps({examples})" if callable(steps) else "steps"
+        raise ValueError(f"{given} is {found!r}: give how many inner steps the training takes, a whole number")
+    return int(found)
+
+
+def check_fold_schedule(warmup: object, hypersteps: object) -> None:
+    """``warmup`` is a share of the training, ``hypersteps`` a positive number."""
+    if not (is_finite(warmup) and 0 <= warmup < 1):  # type: ignore[operator]
+        raise ValueError(
+            f"warmup={warmup!r}: give the share of the training before the first hyperstep, at least 0, below 1"
+        )
+    if not (is_whole(hypersteps) and hypersteps >= 1):  # type: ignore[operator]
+        raise ValueError(f"hypersteps={hypersteps!r}: give a whole number, 1 or more")
+
+
+def check_functions(make: object, inner: object, val_batches: object) -> None:
+    """What CrossValidated calls for each fold are functions of what they are called with."""
+    for name, given, arguments, example in (
+        ("make", make, None, "def make(): return nn.Linear(2, 1)"),
+        ("inner", inner, "model", "lambda model: torch.optim.SGD(model.parameters(), lr=0.1)"),
+        ("val_batches", val_batches, "held_out", "lambda held_out: held_out.split(256)"),
+    ):
+        if given is None and name == "val_batches":
+            continue
+        if isinstance(given, (nn.Module, Optimizer)) or not callable(given):
+            raise TypeError(f"{name} is {describe_type(given)}: give a function, such as {example}")
+        if arguments:
+            check_takes(name, given, arguments)
+
+
+def check_models(problems: list[Problem]) -> None:
+    """No tensor belongs to two models: a model would have seen what another fold trains on."""
+    seen: dict[int, tuple[int, str]] = {}
+    for number, problem in enumerate(problems):
+        for name, tensor in (*problem.model.named_parameters(), *problem.model.named_buffers()):
+            first, first_name = seen.setdefault(tensor.untyped_storage().data_ptr() or id(tensor), (number, name))
+            if first != number:
+                raise ValueError(
+                    f"two models that make returned share the tensor {first_name!r}, so that each would be trained on what "
+                    "is held out from the other: make every layer anew inside make, or deepcopy it there"
+                )

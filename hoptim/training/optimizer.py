@@ -115,10 +115,7 @@ class BilevelOptimizer(OptimizerProxy):
         self.register_state_dict_post_hook(_add_state)
 
     def loss(self, batch: Any) -> Any:
-        """The training loss of ``batch`` on the live model, for ``backward()``; hyperparameters get no ``.grad``.
-
-        With ``Problem(..., has_aux=True)`` it is the pair ``(loss, aux)``.
-        """
+        """The training loss of ``batch`` for ``backward()``, with ``has_aux`` a pair; hyperparameters get no ``.grad``."""
         if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
             return self.problem.loss(batch)
         progress = self._progress
@@ -166,10 +163,11 @@ class BilevelOptimizer(OptimizerProxy):
             ValueError: there is no training batch: none given, none seen by ``loss``, no ``train_batches``.
             RuntimeError: the solve failed and ``on_failure`` is ``"raise"``; the record is there, the hooks have seen it.
         """
-        progress, begun = self._progress, time.perf_counter()
-        result = self._hypergradient(train_batch, val_batch)
-        gradient, moved = result.combined(self.val_weights), result.solution.status.ok
-        progress.solver_state = result.solution.state
+        return self._move(time.perf_counter(), self._hypergradient(train_batch, val_batch))
+
+    def _move(self, begun: float, result: Hypergradient) -> Record:
+        """The outer step of a hyperstep that began at this time, and all that is told of it."""
+        progress, gradient, moved = self._progress, result.combined(self.val_weights), result.solution.status.ok
         progress.hyper_steps += 1
         cosine_to_last = progress.cosine_to_last(gradient) if moved else None
         before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
@@ -204,6 +202,7 @@ class BilevelOptimizer(OptimizerProxy):
         with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
             loop = self._context(draw, progress.recorder.trajectory())
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
+        progress.solver_state = result.solution.state
         if not progress.hyper_steps:
             result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
         progress.warn_of_sign(self.hypergradient, result.solution)

@@ -70,7 +70,7 @@ def warn_of_first_step(before: Tree, after: Tree, grads: Tree, every: int | None
                 f"the first outer step took {share:.0%} of hyperparameter {name!r} to zero, from {float(old.mean()):.3g} on "
                 f"average to {float(new.mean()):.3g}: the outer rate is too large for it. Take one well below the value, or "
                 "constraints.positive, under which steps are relative",
-                stacklevel=5,
+                stacklevel=6,
             )
         if size >= MANY and 0 < reached <= FEW * size:
             steps = "" if every is None else f", that is every {every * size // reached:,} training steps"
@@ -78,5 +78,5 @@ def warn_of_first_step(before: Tree, after: Tree, grads: Tree, every: int | None
                 f"the first hyperstep has a gradient for {reached:,} of the {size:,} entries of hyperparameter {name!r}: at "
                 f"this rate each is reached every {size // reached:,} hypersteps{steps}. Lower every, give train_batches "
                 "with larger batches, or share one entry among many examples",
-                stacklevel=5,
+                stacklevel=6,
             )

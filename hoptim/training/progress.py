@@ -66,7 +66,7 @@ class Progress:
             raise RuntimeError(f"{record.failure}. With on_failure='skip' the training would go on")
         if record.status not in self.warned:
             self.warned.add(record.status)
-            warnings.warn(f"{record.failure}. Later ones of this kind are only recorded", stacklevel=5)
+            warnings.warn(f"{record.failure}. Later ones of this kind are only recorded", stacklevel=6)
 
     def cosine_to_last(self, gradient: Tree) -> float | None:
         """The cosine of this hypergradient to the last one, whose place it takes, over the entries that both touch."""

@@ -1,0 +1,117 @@
+"""The optimizer of one fold, whose hypersteps wait for those of the other folds and take the mean with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hoptim.linalg.vectors import Tree
+from hoptim.methods.result import Hypergradient
+from hoptim.problem.problem import Problem
+from hoptim.solvers.solution import Solution
+from hoptim.training.in_turn import InTurn
+from hoptim.training.optimizer import BilevelOptimizer
+from hoptim.training.record import Record
+
+Met = tuple[Hypergradient, float]  # what a fold brings to a hyperstep: its hypergradient, and how long that took
+
+
+def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
+    """The inner steps after which hypersteps are due: in equal distances from the warm-up to the last step.
+
+    Raises:
+        ValueError: there are fewer steps after the warm-up than hypersteps.
+
+    >>> due_steps(100, warmup=0.25, hypersteps=6)
+    [37, 50, 62, 75, 87, 100]
+    """
+    begin = int(warmup * steps)
+    if steps - begin < hypersteps:
+        raise ValueError(
+            f"steps={steps} with a warmup of {begin} leaves {steps - begin} for hypersteps={hypersteps}: give fewer "
+            "hypersteps, a shorter warmup or more steps"
+        )
+    return [begin + (steps - begin) * number // hypersteps for number in range(1, hypersteps + 1)]
+
+
+class FoldOptimizer(BilevelOptimizer):
+    """A BilevelOptimizer whose hypersteps come after given steps, and are those of all folds.
+
+    Args:
+        due: the inner steps after which a hyperstep follows, in order; the last one is the training's last.
+        **more: those of :class:`BilevelOptimizer`.
+    """
+
+    turn: InTurn
+
+    def __init__(self, inner: Optimizer, outer: Optimizer, problem: Problem, *, due: Sequence[int], **more: Any) -> None:
+        shortest = min(b - a for a, b in zip((0, *due), due, strict=False))
+        super().__init__(inner, outer, problem, every=shortest, **more)
+        self.due, self.steps = tuple(due), due[-1]
+        self._await_next()
+
+    def loss(self, batch: Any) -> Any:
+        """The training loss of ``batch``. A training that was given up ends here."""
+        self.turn.check()
+        return super().loss(batch)
+
+    def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
+        """Hand this fold's hypergradient over and wait until all have come and the hyperparameters have moved."""
+        begun = time.perf_counter()
+        self.every = None
+        result = self._hypergradient(train_batch, val_batch)
+        record = self.turn.pause((result, time.perf_counter() - begun))
+        if record is not None:
+            self._progress.hyper_steps, self._progress.record = record.hyper_step, record
+        self._await_next()
+        return self._progress.record  # type: ignore[return-value]
+
+    def _await_next(self) -> None:
+        """The next hyperstep follows the next step that is due: it is the first multiple of itself."""
+        self.every = next((step for step in self.due if step > self.inner_steps), None)
+        self.warmup = self.every or 0
+
+
+def joined(met: Sequence[Met]) -> Hypergradient:
+    """The hypergradients of K folds as that of a vector of K validation losses, whose mean is the step.
+
+    The status is that of the first fold whose solve failed; of none, that of the first with a remark; ``detail`` names it.
+    """
+    results = [result for result, _ in met]
+    first = results[0]
+    solutions = [result.solution for result in results]
+    return Hypergradient(
+        grads=_stacked([result.combined() for result in results]),
+        direct=_stacked([result.mixed_by(None, result.direct) for result in results]),
+        indirect=_stacked([result.mixed_by(None, result.indirect) for result in results]),
+        solution=_joined_solution(solutions),
+        val_loss=torch.stack([result.val_loss.mean() for result in results]),
+        train_loss=torch.stack([result.train_loss for result in results]).mean(),
+        gradient_norm=torch.stack([result.gradient_norm for result in results]).mean(),
+        untouched=tuple(name for name in first.untouched if all(name in result.untouched for result in results)),
+    )
+
+
+def _joined_solution(solutions: Sequence[Solution]) -> Solution:
+    kinds = [("failed", "remark", "ok").index(solution.status.kind) for solution in solutions]
+    worst = kinds.index(min(kinds))
+    finals = [solution.residuals[-1].amax() for solution in solutions if len(solution.residuals)]
+    of_fold = f"fold {worst + 1} of {len(solutions)}: {solutions[worst].detail or 'no detail'}"
+    return Solution(
+        value=_stacked([solution.value for solution in solutions]),
+        status=solutions[worst].status,
+        detail="" if solutions[worst].status.kind == "ok" else of_fold,
+        converged=all(solution.converged for solution in solutions),
+        negative_curvature=any(solution.negative_curvature for solution in solutions),
+        residuals=torch.stack(finals)[None] if finals else torch.empty(0),
+        products=sum(solution.products for solution in solutions),
+    )
+
+
+def _stacked(trees: Sequence[Tree]) -> dict[str, Tensor]:
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}

@@ -1,0 +1,103 @@
+"""Folds: which examples each model is trained on, and which are held out for its hypergradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoptim.problem.random_stream import RandomStream
+from hoptim.validation import describe_type, is_whole
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One division of the examples in two.
+
+    Attributes:
+        train: the indices of the examples that its model is trained on.
+        held_out: the indices of those that its hypergradients are of.
+    """
+
+    train: Tensor
+    held_out: Tensor
+
+
+def make_folds(folds: int | Iterable[Any], examples: int) -> list[Fold]:
+    """The folds, checked.
+
+    Args:
+        folds: their number, for equal parts of a random order, each held out once, which ``torch.manual_seed`` decides; or
+            pairs of indices (train, held out), as ``split`` of any splitter of scikit-learn gives them.
+        examples: how many examples there are.
+
+    Raises:
+        TypeError: ``folds`` or ``examples`` is neither of these.
+        ValueError: there are fewer than two folds, two that hold out the same examples, or one that is empty, has an index
+            that is out of range or twice in one part, or trains on what it holds out.
+
+    >>> make_folds([([0, 1], [2]), ([0, 1, 2], [3])], 4)[1]
+    Fold(train=tensor([0, 1, 2]), held_out=tensor([3]))
+    """
+    if not (is_whole(examples) and examples >= 2):
+        raise ValueError(f"examples={examples!r}: give how many training examples there are, 2 or more")
+    if isinstance(folds, Integral) and is_whole(folds):
+        found = list(_random_folds(int(folds), examples))
+    elif hasattr(folds, "split") and not isinstance(folds, (str, Tensor)):
+        raise TypeError(f"folds is {describe_type(folds)}: give what it yields, as in folds=splitter.split(x, y)")
+    elif isinstance(folds, (str, bytes, Tensor)) or not isinstance(folds, Iterable):
+        raise TypeError(f"folds is {describe_type(folds)}: give a number, or pairs of indices such as KFold(3).split(x)")
+    else:
+        found = [_checked(number, pair, examples) for number, pair in enumerate(folds, 1)]
+    if len(found) < 2:
+        raise ValueError(f"folds: there are {len(found)}, give two or more")
+    seen: dict[tuple[int, ...], int] = {}
+    for number, fold in enumerate(found, 1):
+        first = seen.setdefault(tuple(fold.held_out.sort().values.tolist()), number)
+        if first != number:
+            raise ValueError(f"folds {first} and {number} hold out the same examples: give each fold others")
+    return found
+
+
+def _random_folds(count: int, examples: int) -> Iterator[Fold]:
+    if not 2 <= count <= examples:
+        raise ValueError(f"folds={count} of {examples} examples: give from 2 to {examples}")
+    with RandomStream("folds").drawing():
+        order = torch.randperm(examples, device="cpu")
+    parts = order.tensor_split(count)
+    for number, part in enumerate(parts):
+        rest = torch.cat([*parts[:number], *parts[number + 1 :]])
+        yield Fold(rest.sort().values, part.sort().values)
+
+
+def _checked(number: int, pair: Any, examples: int) -> Fold:
+    """A pair of indices as a fold."""
+    try:
+        train, held_out = pair
+    except (TypeError, ValueError):
+        raise TypeError(f"fold {number} is {describe_type(pair)}: give a pair of indices, (train, held out)") from None
+    parts = {}
+    for name, given in (("train", train), ("held out", held_out)):
+        part = torch.as_tensor(given, device="cpu")
+        where = f"the part to {name} of fold {number}" if name == "train" else f"the part that fold {number} holds out"
+        if not part.numel():
+            raise ValueError(f"{where} is empty: give at least one example")
+        if part.ndim != 1 or part.dtype == torch.bool or part.is_floating_point():
+            raise TypeError(f"{where} is {part.dtype} of shape {tuple(part.shape)}: give a list of indices")
+        if int(part.min()) < 0 or int(part.max()) >= examples:
+            wrong = int(part.min() if part.min() < 0 else part.max())
+            raise ValueError(f"{where} has index {wrong}: examples={examples}, so indices go from 0 to {examples - 1}")
+        if len(part.unique()) < len(part):
+            raise ValueError(f"{where} has an example twice: give each once")
+        parts[name] = part.long()
+    both = parts["train"][torch.isin(parts["train"], parts["held out"])]
+    if len(both):
+        raise ValueError(
+            f"fold {number} trains on {len(both)} of the examples that it holds out, such as {int(both[0])}: then they "
+            "can't tell how well its model does on others"
+        )
+    return Fold(parts["train"], parts["held out"])

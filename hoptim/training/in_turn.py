@@ -1,0 +1,111 @@
+"""Functions that run in turn, each in a thread of its own, so that what they call can stop and wait in the middle."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class InTurn:
+    """A function that runs from one :meth:`pause` inside it to the next, each time that it is resumed.
+
+    It is a coroutine whose body is ordinary code: the function need not know that it is stopped. It has a thread of its own,
+    which sleeps while anything else runs, so that nothing happens at the same time. What torch sets for each thread, which
+    are the default device, CUDA's current device and autocast, is there as it was where the object was made.
+
+    Args:
+        function: what to run.
+
+    >>> def count():
+    ...     for number in range(2):
+    ...         print("paused with", number, "resumed with", turn.pause(number))
+    >>> turn = InTurn(count)
+    >>> [turn.resume(sent) for sent in ("nothing yet", "a")], turn.resume("b"), turn.ended
+    paused with 0 resumed with a
+    paused with 1 resumed with b
+    ([0, 1], None, True)
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.ended = self._closing = False
+        self._inbox: SimpleQueue[Any] = SimpleQueue()
+        self._outbox: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        enter, context = _settings_of_this_thread(), contextvars.copy_context()
+
+        def body() -> None:
+            error: BaseException | None = None
+            try:
+                self._inbox.get()
+                self.check()
+                with enter():
+                    function()
+            except BaseException as caught:
+                error = caught
+            self.ended = True
+            self._outbox.put((None, error))
+
+        self._thread = threading.Thread(target=context.run, args=(body,), daemon=True)
+
+    def resume(self, sent: Any = None) -> Any:
+        """Let it run on. Returns what the next pause is given, ``None`` when the function has ended; raises what it raised.
+
+        Args:
+            sent: what the present pause returns inside.
+        """
+        if not self._thread.ident:
+            self._thread.start()
+        self._inbox.put(sent)
+        value, error = self._outbox.get()
+        if error is not None:
+            raise error
+        return value
+
+    def pause(self, value: Any) -> Any:
+        """Called inside: stop until it is resumed, and return what that sends."""
+        self._outbox.put((value, None))
+        sent = self._inbox.get()
+        self.check()
+        return sent
+
+    def check(self) -> None:
+        """Called inside: end here if it was closed."""
+        if self._closing:
+            raise Closed
+
+    def close(self) -> None:
+        """End it at its present pause, or at its next check; what it has to clean up is run."""
+        self._closing = True
+        if self._thread.ident and not self.ended:
+            self._inbox.put(None)
+            self._thread.join()
+
+
+class Closed(BaseException):
+    """Raised where a function waits for a turn that will not come."""
+
+
+def _settings_of_this_thread() -> Callable[[], ExitStack]:
+    """A function that sets, in another thread, what torch has set for this one."""
+    device = torch.get_default_device()
+    cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    lowered = [(kind, torch.get_autocast_dtype(kind)) for kind in _DEVICES if torch.is_autocast_enabled(kind)]
+
+    def enter() -> ExitStack:
+        stack = ExitStack()
+        if cuda is not None:
+            torch.cuda.set_device(cuda)
+        if device != torch.get_default_device():
+            stack.enter_context(device)
+        for kind, dtype in lowered:
+            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        return stack
+
+    return enter
