@@ -155,13 +155,19 @@ class CrossValidated:
         self.folds, self.hparams, self.average, self._fitted = make_folds(folds, examples), hparams, average, False
         self._examples, self._hypersteps = torch.arange(examples, device="cpu"), hypersteps
         self._streams = [RandomStream(f"fold {number}") for number, _ in enumerate(self.folds, 1)]
-        outer = Adam(hparams.parameters(), lr=0.05) if outer is None else outer
 
         def problem() -> Problem:
             model = make()
             if not isinstance(model, nn.Module):
                 raise TypeError(f"make returned {describe_type(model)}: return an nn.Module")
             return Problem(model, hparams, train_loss, val_loss)
+
+        problems = [problem()]
+        for stream in self._streams:
+            with stream.drawing():
+                problems.append(problem())
+        arguments.check_models(problems)
+        outer = Adam(hparams.parameters(), lr=0.05) if outer is None else outer
 
         def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
             return FoldOptimizer(
@@ -175,11 +181,6 @@ class CrossValidated:
                 hooks=hooks,  # which are called by the first one, for all
             )
 
-        problems = [problem()]
-        for stream in self._streams:
-            with stream.drawing():
-                problems.append(problem())
-        arguments.check_models(problems)
         self._optimizers: list[FoldOptimizer] = []
         for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
             with annotate_errors(f"for fold {number}"):
@@ -269,6 +270,7 @@ class CrossValidated:
                 if not hypersteps:
                     raise ValueError(f"{words}: it ended before the first hyperstep. Give steps as they are")
                 warnings.warn(f"{words}, so that {hypersteps} hypersteps were not spread over all of it", stacklevel=4)
+                return
 
 
 class _Average:

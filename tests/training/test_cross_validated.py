@@ -66,7 +66,8 @@ def loop(steps: int, size: int = 2) -> Any:
 
 def cross_validated(hparams: Any = None, **changed: Any) -> CrossValidated:
     hparams = decays() if hparams is None else hparams
-    outer = SGD(hparams.parameters(), lr=0.5) if isinstance(hparams, nn.Module) else None
+    learned = isinstance(hparams, nn.Module) and list(hparams.parameters())
+    outer = SGD(learned, lr=0.5) if learned else None
     settings = {"make": make, "train_loss": train_loss, "val_loss": val_loss, "inner": inner, "examples": N}
     settings |= {"folds": FOLDS, "steps": 40, "hypersteps": 5, "outer": outer, **changed}
     return CrossValidated(hparams=hparams, **settings)
@@ -475,6 +476,7 @@ def sharing() -> nn.Module:
         ({"inner": lambda model: None}, TypeError, "inner is a NoneType: give a torch.optim.Optimizer"),
         ({"inner": lambda model: inner(ONE)}, ValueError, "the inner optimizer holds no weight of the model"),
         ({"hparams": {"decay": 1.0}}, TypeError, "hparams is a dict"),
+        ({"hparams": nn.ParameterDict(), "outer": None}, ValueError, "no parameter of hparams requires a gradient"),
         ({"outer": inner(ONE)}, ValueError, "the outer optimizer holds no hyperparameter"),
         ({"folds": [([0, 1], [1])]}, ValueError, "fold 1 trains on 1 of the examples that it holds out"),
         ({"folds": 12}, ValueError, "folds=12 of 11 examples"),
