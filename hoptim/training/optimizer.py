@@ -120,7 +120,8 @@ class BilevelOptimizer(OptimizerProxy):
             return self.problem.loss(batch)
         progress = self._progress
         if progress.first_steps is not None:
-            progress.first_steps.before_loss(self.problem, batch, lambda: self.check(None if self.train_batches else batch))
+            drawn = self.train_batches
+            progress.first_steps.before_loss(self.problem, batch, lambda: self.check(drawn.peek() if drawn else batch))
         left = steps_left(progress.inner_steps + 1, self.every, self.warmup)
         is_kept, is_watched = left < self.hypergradient.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
@@ -208,10 +209,8 @@ class BilevelOptimizer(OptimizerProxy):
         progress.warn_of_sign(self.hypergradient, result.solution)
         return result
 
-    def check(self, train_batch: Any = None, val_batch: Any = None) -> None:
+    def check(self, train_batch: Any, val_batch: Any = None) -> None:
         """Raise what a hyperstep on these batches would raise. It leaves no trace; the first ``loss`` does it by itself."""
-        if train_batch is None:
-            train_batch = self._progress.window.batch() if self.train_batches is None else self.train_batches.peek()
         loop = self._context(None if self.train_batches is None else lambda: train_batch)
         val_batch = self.val_batches.peek() if val_batch is None else val_batch
         dry_run(self.problem, self.hypergradient, train_batch, val_batch, loop, self.val_weights)
