@@ -4,10 +4,10 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from torch import nn
-from torch.distributions.constraints import positive, unit_interval
 from torch.nn import functional as F
 
 import hoptim
+from hoptim.recipes import LabelSmoothing, NoiseWidth, WeightDecay
 
 torch.manual_seed(0)
 torch.set_num_threads(1)  # more are slower for so small a net
@@ -25,12 +25,8 @@ def inner(model):
 
 
 def train_loss(model, hparams, batch):
-    hidden = model[:2](x[batch] + hparams["noise"][0] * torch.randn(len(batch), 64))
-    scores = model[2](hidden + hparams["noise"][1] * torch.randn(len(batch), 64))
-    labels = torch.lerp(F.one_hot(y[batch], 10).float(), torch.tensor(0.1), hparams["smoothing"])
-    return F.cross_entropy(scores, labels) + sum(
-        hparams["decay"][i] / 2 * model[2 * i].weight.square().sum() for i in (0, 1)
-    )
+    scores = hparams["noise"].call(model, x[batch])
+    return hparams["smoothing"].cross_entropy(scores, y[batch]) + hparams["decay"].penalty(model)
 
 
 def val_loss(model, hparams, batch):
@@ -45,13 +41,17 @@ def train(model, optimizer, examples):
             optimizer.step()
 
 
-values = {"decay": torch.full((2,), 0.01), "noise": torch.full((2,), 0.1), "smoothing": torch.tensor(0.02)}
-hparams = hoptim.HyperParameters(values, {"decay": positive, "noise": unit_interval, "smoothing": unit_interval})
+def recipe(decay, rest):
+    decay, noise = WeightDecay(make(), start=decay), NoiseWidth(make(), start=rest)
+    return nn.ModuleDict({"decay": decay, "noise": noise, "smoothing": LabelSmoothing(start=rest)})
+
+
+hparams = recipe(decay=0.01, rest=0.05)
 settings = {"inner": inner, "examples": 200, "steps": lambda n: 375 * -(-n // 50), "folds": StratifiedKFold(3).split(x, y)}
 found = hoptim.CrossValidated(make, hparams, train_loss, val_loss, **settings).fit(train)
 print(f"learned, in {found.cost:.1f} trainings: test cross-entropy {F.cross_entropy(found.model(x_test), y_test):.3f}")
 for decay in (0.001, 0.01, 0.1):  # the same training with a fixed decay alone
-    fixed = nn.ParameterDict({"decay": torch.full((2,), decay), "noise": torch.zeros(2), "smoothing": torch.tensor(0.0)})
+    fixed = recipe(decay, rest=1e-6)
     problem = hoptim.Problem(make(), fixed, train_loss, val_loss)
     outer = torch.optim.SGD(fixed.parameters())
     plain = hoptim.BilevelOptimizer(inner(problem.model), outer, problem, val_batches=[order], every=None)
