@@ -117,7 +117,8 @@ Errors after an hour of warm-up are expensive, so the beginning is looked at, on
   memory: each raises now what the first hyperstep would have raised. It costs one hyperstep; with `Unrolled`, a single
   step is unrolled. By hand it is `optimizer.check(train_batch, val_batch)`.
 - **The first step** warns if the gradient that it uses is not that of the training loss: something was added to
-  `optimizer.loss(batch)` before `backward()`, of which hypergradients know nothing.
+  `optimizer.loss(batch)` before `backward()`, of which hypergradients know nothing. On several ranks, in a compiled model
+  and with a closure it is not looked at.
 - **The next losses and steps**: an inner optimizer that is stepped in place of the `BilevelOptimizer` is told by a warning, a
   loop that never asks for a loss by an error.
 - **The first hyperstep** warns if it takes most of a hyperparameter to zero, since the outer rate is too large then, and

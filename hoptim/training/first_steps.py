@@ -58,7 +58,7 @@ class FirstSteps:
         self._steps = self._losses = 0
         self._has_closures = False  # then losses come, and weights move, within a step
         self._version: int | None = None  # of the weights at the last loss, if no step has come since
-        self._since_step: list[tuple[Any, dict[str, Tensor]]] = []  # the batch of each loss, and the random states before it
+        self._since_step: list[tuple[Any, dict[str, Tensor]]] = []  # of two losses: the batch, the random states before it
 
     def before_loss(self, problem: Problem, batch: Any, check: Callable[[], None]) -> None:
         """A training loss is about to be computed; before the first one ``check`` is called."""
@@ -74,7 +74,8 @@ class FirstSteps:
                 stacklevel=4,
             )
         self._version = version
-        self._since_step.append((batch, problem.generators()))
+        if len(self._since_step) < 2:
+            self._since_step.append((batch, problem.generators()))
 
     def before_step(self, problem: Problem, *, has_closure: bool) -> FirstSteps | None:
         """A step is about to be taken. Returns itself, or ``None`` if there is nothing more to look for.
@@ -82,9 +83,7 @@ class FirstSteps:
         Raises:
             ValueError: it is the second one, and no training loss has been asked for, though hypersteps need them.
         """
-        if (
-            not self._losses and self._needs_losses and self._steps
-        ):  # torch takes one empty step to make an optimizer's state
+        if not self._losses and self._needs_losses and self._steps:  # a single step may be torch's, to make a state
             raise ValueError(
                 "two steps were taken and no loss has come from optimizer.loss(batch), so that a hyperstep would have no "
                 "training batch: compute the loss with it in place of the criterion, or give train_batches"
@@ -99,7 +98,7 @@ class FirstSteps:
 
 def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> None:
     """Warn where the weights' ``.grad`` is not the gradient of the training loss on this batch."""
-    if is_compiled(problem.wrapper):  # which draws other dropout masks than the training loss by itself
+    if is_compiled(problem.wrapper) or problem.ranks.size > 1:  # other dropout masks; other ranks may have more losses
         return
     live = {name: w for name, w in problem.weights().items() if w.grad is not None and not w.grad.is_sparse}
     if not live:
@@ -132,6 +131,4 @@ def _gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> Tr
 
     with problem.untouched():
         set_generators(generators)
-        return trees.present(
-            problem.ranks.mean_of_found(problem.pure("train_loss", weights, leaves, batch, differentiated), weights)
-        )
+        return problem.pure("train_loss", weights, leaves, batch, differentiated)
