@@ -81,8 +81,8 @@ class CrossValidated:
         train_loss: as in :class:`Problem`.
         val_loss: as in :class:`Problem`.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of a model's weights.
-        outer: the optimizer of ``hparams.parameters()``; default Adam at a rate of 0.05. In 60 hypersteps that changes what is
-            ``positive`` by a factor of 20 at most; a rate of 0.1 does by 400.
+        outer: the optimizer of ``hparams.parameters()``; default Adam at a rate of 0.05. In 60 hypersteps that changes what
+            is ``positive`` by a factor of 20 at most; a rate of 0.1 does by 400.
         examples: how many examples there are, all but those that are kept for testing.
         steps: how many inner steps ``train`` takes; where that depends on the number n of its examples, a function of n.
         folds: their number, default 3; or what a splitter of scikit-learn yields, such as
