@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hoptim.curvature.linearization import as_leaves
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method, TrainingContext
@@ -123,7 +124,7 @@ def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor])
 
 def _gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> Tree:
     """∇_w L_T on this batch, begun with these random states."""
-    weights, leaves = ({n: p.detach().requires_grad_() for n, p in x.items()} for x in (problem.weights(), problem.leaves()))
+    weights, leaves = as_leaves(problem.weights()), as_leaves(problem.leaves())
 
     def differentiated(loss: Tensor, _: Any) -> Tree:
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)

@@ -25,7 +25,7 @@ def outer_step(problem: Problem, outer: Optimizer, grads: Tree) -> None:
             validation loss is a vector.
 
     Raises:
-        ValueError: ``grads`` lacks a hyperparameter, or has another shape.
+        ValueError: ``grads`` lacks a hyperparameter, has another shape, or is not finite, as after a failed solve.
 
     >>> import torch
     >>> from torch import nn
@@ -46,6 +46,11 @@ def outer_step(problem: Problem, outer: Optimizer, grads: Tree) -> None:
             raise ValueError(
                 f"the hypergradient of {name!r} has shape {tuple(grads[name].shape)}, the hyperparameter "
                 f"{tuple(leaf.shape)}: of several validation losses give result.combined()"
+            )
+        if not bool(grads[name].isfinite().all()):
+            raise ValueError(
+                f"the hypergradient of {name!r} is not finite, so that nothing was moved: look at result.solution.status, "
+                "whose message says what to do, and step where it is ok"
             )
     try:
         for name, leaf in leaves.items():

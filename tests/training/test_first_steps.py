@@ -326,7 +326,12 @@ def test_outer_step_does_what_a_hyperstep_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grads", "words"), [({}, "nothing for hyperparameter 'decay'"), ({"decay": torch.ones(2)}, r"shape \(2,\).*combined")]
+    ("grads", "words"),
+    [
+        ({}, "nothing for hyperparameter 'decay'"),
+        ({"decay": torch.tensor(float("nan"))}, "'decay' is not finite, so that nothing was moved"),
+        ({"decay": torch.ones(2)}, r"shape \(2,\).*combined"),
+    ],
 )
 def test_gradients_that_do_not_fit_are_refused_and_move_nothing(grads: Any, words: str) -> None:
     optimizer = build()
