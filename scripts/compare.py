@@ -37,10 +37,12 @@ class Run:
 
 
 def read(root: Path) -> list[Run]:
-    """Every run below ``root``. Runs that differ only in the seed form a group."""
+    """Every run below ``root``, but for the baselines of each. Runs that differ only in the seed form a group."""
     runs = []
     for path in sorted(root.rglob("result.json")):
         folder = path.parent
+        if folder.parent.name == "baselines":
+            continue
         metrics = folder / "metrics.jsonl"
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("\n")]

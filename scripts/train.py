@@ -15,12 +15,12 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 from safetensors.torch import save as packed
-from tasks.checkpoint import ResumeError, keep_rows, load_checkpoint, save_checkpoint, write_atomically
+from tasks.checkpoint import ResumeError, keep_rows, load_checkpoint, read_rows, save_checkpoint, write_atomically
 from tasks.processes import Processes
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,6 +37,8 @@ def main(cfg: DictConfig) -> float:
     """Run one job; a sweep calls this for each of its jobs."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        for label, own in baselines(cfg).items():
+            train(own, folder / "baselines" / label)
         return train(cfg, folder)
     except ResumeError:
         raise
@@ -46,6 +48,17 @@ def main(cfg: DictConfig) -> float:
             write_atomically(folder / "result.json", json.dumps(failure).encode() + b"\n")
         WandB().abandon()
         raise
+
+
+def baselines(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The config of each plain training that the picture of the losses shows beside this one."""
+    found = {}
+    for label, changes in cfg.baselines.items() if cfg.plots else ():
+        own = OmegaConf.merge(cfg, changes, {"name": label, "learn": False, "plots": False, "baselines": {}})
+        with open_dict(own):
+            own.hoptim.tracker = None
+        found[label] = own
+    return found
 
 
 def train(cfg: DictConfig, folder: Path) -> float:
@@ -173,7 +186,8 @@ def finish(cfg: DictConfig, folder: Path, problem: hoptim.Problem, rows: list[di
         from tasks import plots
 
         images = {f"plots/{name}": folder / f"{name}.png" for name in ("curves", "hyperparameters")}
-        plots.curves(rows, cfg.name, folder / "curves.png")
+        plain = {label: read_rows(folder / "baselines" / label) for label in cfg.baselines}
+        plots.curves(rows, cfg.name, folder / "curves.png", plain)
         plots.hyperparameters(rows, QUANTILES, folder / "hyperparameters.png")
     for board in boards:
         board.finish(result, images)

@@ -112,6 +112,11 @@ def keep_rows(metrics: JsonLines, last: int) -> list[dict[str, Any]]:
     return rows
 
 
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of figures of the finished run in a folder."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write the whole file or leave the old one: a failure in between does not damage it."""
     part = path.with_name(path.name + ".part")

@@ -18,9 +18,9 @@ PARTS = {"train": "train", "val": "validation", "test": "test"}
 Rows = Sequence[Mapping[str, Any]]
 
 
-def curves(rows: Rows, title: str, path: Path) -> None:
-    """Cross-entropy of one run on train, validation and test data against outer steps."""
-    compared({title: [rows]}, path)
+def curves(rows: Rows, title: str, path: Path, baselines: Mapping[str, Rows]) -> None:
+    """Cross-entropy of one run on train, validation and test data against outer steps, beside plain trainings."""
+    compared({title: [rows]} | {label: [plain] for label, plain in baselines.items()}, path)
 
 
 def compared(groups: Mapping[str, Sequence[Rows]], path: Path) -> None:

@@ -43,6 +43,25 @@ def test_a_run_writes_all_its_files_and_they_agree(finished):
     assert "hidden: 16" in (finished / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("label", "experiment"),
+    [
+        ("no decay", "iris_none"),
+        ("fixed decay 0.01", "iris_uniform"),
+        ("fixed decay 0.01, trained on validation too", "iris_joined"),
+    ],
+)
+def test_the_plain_trainings_in_the_picture_are_those_of_their_experiments(finished, tmp_path, label, experiment):
+    train(f"hydra.run.dir={tmp_path}", f"experiment={experiment}", *SHORT, *QUIET)
+    shown = finished / "baselines" / label
+    assert [timeless(row) for row in rows(shown)] == [timeless(row) for row in rows(tmp_path)]
+    assert {**result(shown), "name": experiment} == result(tmp_path)
+
+
+def test_the_comparison_of_runs_leaves_their_plain_trainings_out(finished):
+    assert "no decay" not in run("compare.py", finished).stdout
+
+
 def test_the_wandb_run_reads_back(finished):
     (path,) = finished.glob("wandb/offline-run-*/*.wandb")
     run, lines = read_finished(path), rows(finished)
