@@ -96,6 +96,7 @@ from hoptim.methods.compute import hypergradient
 from hoptim.methods.conditions import Gradient, Update
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.preconditioners import Jacobi, SecondMoments
+from hoptim.methods.replay import Replay
 from hoptim.methods.result import Hypergradient
 from hoptim.methods.unrolled import Unrolled
 from hoptim.problem.composite_loss import CompositeLoss
@@ -142,6 +143,7 @@ __all__ = [
     "Nystrom",
     "Problem",
     "Record",
+    "Replay",
     "Sampled",
     "SecondMoments",
     "Solution",

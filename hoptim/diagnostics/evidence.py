@@ -25,9 +25,10 @@ from hoptim.linalg.vectors import Layout, Tree
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import KINDS
 from hoptim.methods.method import Method, TrainingContext
-from hoptim.methods.replay import Trajectory, look_ahead
 from hoptim.methods.result import Hypergradient
-from hoptim.methods.unrolled import Unrolled, replay
+from hoptim.methods.reverse import end_of
+from hoptim.methods.trajectory import Trajectory, look_ahead
+from hoptim.methods.unrolled import Unrolled
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.mixed_precision import epsilon_of_losses
 from hoptim.problem.problem import Problem
@@ -164,8 +165,7 @@ def _retrained(case: Case, trajectory: Trajectory, leaves: Tree) -> float:
     """The validation loss at the end of the steps, taken with these hyperparameters."""
     problem = case.problem
     with problem.untouched():
-        _, places, _, _ = replay(problem, trajectory, leaves, stride=len(trajectory.steps))
-        weights = as_leaves(places[-1].weights)
+        weights = as_leaves(end_of(problem, trajectory, leaves))
         return float(problem.pure("val_loss", weights, leaves, case.val, lambda loss, _: loss.detach().mean()))
 
 

@@ -117,4 +117,34 @@ log λ.
 Properties that are tested on random small models: the hypergradient is linear in the validation loss, does not depend on
 names or on the order of hidden units, is the same for several right-hand sides at once and one by one, and equals the
 dense answer ([tests](tests/methods/test_properties.py)).
+
+# A whole training, and a learned schedule
+
+`Replay(batches)` differentiates through all steps of a training on these batches, from the present weights on. It is exact,
+so it sees what acts early and far from any stationary point: a warm-up, a schedule, the order of the data. The model stays
+where it is. So hyperparameters are learned over many trainings from one start, and then comes the one that counts. Here the
+rate of SGD is a curve with a value at the begin, the middle and the end, straight in between:
+
+>>> from hoptim import Replay, outer_step
+>>> steps, curve = 20, HyperParameters({"rate": torch.full((3,), 0.01)}, {"rate": constraints.positive})
+>>> def rate(hparams, t):
+...     place = 2 * t / (steps - 1)
+...     left = min(int(place), 1)
+...     return torch.lerp(hparams["rate"][left], hparams["rate"][left + 1], place - left)
+>>> method = Replay([train] * steps, options=lambda hparams, t: {"lr": rate(hparams, t)})
+>>> model = nn.Linear(3, 1)
+>>> inner, problem = torch.optim.SGD(model.parameters(), lr=1.0), Problem(model, curve, loss, loss)
+>>> outer = torch.optim.Adam(curve.parameters(), lr=0.3)
+>>> losses = []
+>>> for _ in range(5):                                                             # five trainings, of which none is kept
+...     result = hypergradient(problem, None, val, method, inner=inner)
+...     outer_step(problem, outer, result.grads)
+...     losses.append(result.val_loss.item())
+>>> losses == sorted(losses, reverse=True)
+True
+>>> scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda t: rate(curve, t).item())     # for the training itself
+
+With T steps and k = `segments` some k·log_k T copies of weights and optimizer state are held, and a step is taken log_k T
+times without a graph and once with it: 1,000 steps in 8 segments hold at most 32 copies, and take each step five times, at
+most four of them without a graph.
 """

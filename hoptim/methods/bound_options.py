@@ -60,7 +60,7 @@ def bind(kind: Kind, number: int, group: Mapping[str, Any], key: str, leaves: Tr
     def bound(value: Any, member: int | None) -> Any:
         if member in computed:
             option = computed[member]
-            _check_differentiable(kind, group, key, option.name)
+            check_differentiable(kind, group, key, f"hyperparameter {option.name!r}")
             return Bound(name=option.name, transform=option.transform, factor=option.factor(group))
         if not isinstance(value, Tensor):
             return value
@@ -72,7 +72,7 @@ def bind(kind: Kind, number: int, group: Mapping[str, Any], key: str, leaves: Tr
                 raise ValueError(
                     f"the {key} of {kind.__name__} is part of {name!r}, of shape {shape}: make it a leaf of one number"
                 )
-            _check_differentiable(kind, group, key, name)
+            check_differentiable(kind, group, key, f"hyperparameter {name!r}")
             return Bound(name=name)
         if value.grad_fn is not None:
             raise ValueError(COMPUTED.format(option=f"the {key} of {kind.__name__}"))
@@ -83,12 +83,13 @@ def bind(kind: Kind, number: int, group: Mapping[str, Any], key: str, leaves: Tr
     return bound(group[key], None)
 
 
-def _check_differentiable(kind: Kind, group: Mapping[str, Any], key: str, name: str) -> None:
+def check_differentiable(kind: Kind, group: Mapping[str, Any], key: str, what: str) -> None:
+    """Raise unless the step of this class has a derivative in the option, for ``what``, of a group with these options."""
     works = DIFFERENTIABLE[kind] | ({"weight_decay"} if group.get("decoupled_weight_decay") else set())
     works -= {"momentum"} if group.get("nesterov") else set()
     if key not in works:
         raise TypeError(
-            f"hyperparameter {name!r} is the {key} of {kind.__name__}, in which torch's step has no derivative, given its "
+            f"{what} is the {key} of {kind.__name__}, in which torch's step has no derivative, given its "
             f"other options: {', '.join(sorted(works)) or 'none'} may be one; SGD, Adam and AdamW have one in lr and "
             "weight_decay"
         )

@@ -12,7 +12,7 @@ from torch import Tensor, optim
 from torch.overrides import TorchFunctionMode
 
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.bound_options import DIFFERENTIABLE, Bound, Kind, bind
+from hoptim.methods.bound_options import DIFFERENTIABLE, Bound, Kind, bind, check_differentiable
 from hoptim.methods.learned_options import LearnedOption, check_unscheduled
 
 State = dict[str, dict[str, Tensor]]
@@ -117,6 +117,20 @@ class InnerStep:
         empty = {name: p for name, p in held.items() if not state[name]}
         return replace(without_state, state=state | without_state._first_state(empty, leaves))
 
+    def with_options(self, options: Mapping[str, Any]) -> InnerStep:
+        """The same with other options in each group: numbers, or tensors of one number with a graph.
+
+        Raises:
+            TypeError: torch's step makes a constant of one that is a tensor.
+            ValueError: the optimizer has no such option.
+        """
+        for key, value in options.items():
+            if key not in self.defaults:
+                raise ValueError(f"{self.kind.__name__} has no option {key!r}: its options are {', '.join(self.defaults)}")
+            for group in self.groups if isinstance(value, Tensor) else ():
+                check_differentiable(self.kind, group.options, key, f"the {key}")
+        return replace(self, groups=tuple(replace(group, options={**group.options, **options}) for group in self.groups))
+
     def step(self, weights: Tree, gradients: Tree, leaves: Tree, state: State | None = None) -> tuple[Tree, State]:
         """One step: new weights and new state, with a graph where gradients are enabled.
 
@@ -198,11 +212,11 @@ class InnerStep:
         """The option as a number or a tensor."""
         if isinstance(option, tuple):
             return tuple(self._value(key, member, leaves) for member in option)
-        if not isinstance(option, Bound):
-            return option
-        if option.name not in leaves:
+        if isinstance(option, Bound) and option.name not in leaves:
             raise ValueError(f"leaves lack {option.name!r}, which is the {key} of {self.kind.__name__}: give it")
-        value = option.value(leaves)
+        value = option.value(leaves) if isinstance(option, Bound) else option
+        if not (isinstance(option, Bound) or (isinstance(option, Tensor) and option.requires_grad)):
+            return value
         if key not in ("weight_decay", "momentum"):
             return value
         # At exactly 0 torch leaves these terms out, and their derivatives with them.

@@ -1,235 +1,126 @@
-"""The last inner steps before a hyperstep, kept so that they can be taken again: batches, masks, options, their start."""
+"""Replay: the hypergradient by differentiating through a whole training, in little memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributions.transforms import Transform
-from torch.optim import Optimizer
+from torch import nn
 
-from hoptim.curvature.linearization import check_dense
-from hoptim.curvature.second_derivatives import check_twice_differentiable
-from hoptim.linalg import trees
-from hoptim.linalg.vectors import Tree
-from hoptim.methods.bound_options import Bound
-from hoptim.methods.inner_step import Group, InnerStep, State
-from hoptim.methods.learned_options import LearnedOption
-from hoptim.problem.problem import Problem, set_generators
+from hoptim.methods.inner_step import InnerStep
+from hoptim.methods.method import Method, TrainingContext
+from hoptim.methods.result import Hypergradient
+from hoptim.methods.reverse import through_steps
+from hoptim.methods.trajectory import RecordedLoss, Step, Trajectory, present
+from hoptim.problem.problem import Problem
+from hoptim.solvers.solution import State
+from hoptim.validation import describe_type, is_whole
+
+Options = Callable[[nn.Module, int], Mapping[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecordedLoss:
-    """One training loss: its batch, and the random states it began with, by device; ``None``: those that the last one left.
+@dataclass(frozen=True)
+class Replay(Method):
+    """Reverse through a whole training: dL_V/dλ of w_T(λ), where w_T is reached from the present weights in T steps.
 
-    ``share`` is what its backward pass was begun with: 1, or less where losses are scaled to be added up.
+    The training is that of the inner optimizer, from the present weights and state on, on the given batches in their order.
+    The model does not move: its hypergradient is that of a training that starts here, so hyperparameters can be learned
+    over many trainings from one start, before the one that counts. The result is exact. What each step did is had again by
+    taking it again, so that for T steps and k segments some k·log_k T copies of weights and state are held; a step is taken
+    once without a graph on each of log_k T levels, and once with one.
+
+    Random numbers, as those of dropout, are the same each time, and so are those that ``batches`` draws from torch. If a
+    step taken again ends elsewhere, as when batches draw from another source, the status says so.
+
+    Args:
+        batches: the training batches of all T steps: ``batches[t]`` is that of step t, and ``len(batches)`` is T.
+        segments: k, a whole number, 2 or more, default 8.
+        options: ``options(hparams, t) -> {"lr": ...}``, a function for options of the inner optimizer in step t, numbers or
+            tensors with a graph: a schedule, also one that is learned. Default: the optimizer's own, in each step.
+
+    Raises:
+        TypeError: ``batches`` can't be had again, such as an iterator or a ``DataLoader``; ``options`` is no function; when
+            called, an inner optimizer that torch can't differentiate.
+        ValueError: there are no batches, or ``segments`` is below 2; when called, no inner optimizer.
+
+    Source: Engstrom et al. 2025, Optimizing ML training with metagradient descent (arXiv 2503.13751), section 3.
+
+    >>> import torch
+    >>> from hoptim import HyperParameters, Problem, hypergradient
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = model.weight.data.fill_(2.0)
+    >>> hparams = HyperParameters({"lr": torch.tensor([0.1, 0.2])})
+    >>> def loss(model, hparams, batch):
+    ...     return 0.5 * model.weight.square().sum()                         # so each step is w ← (1 − lr_t)·w
+    >>> def options(hparams, t):
+    ...     return {"lr": hparams["lr"][t]}
+    >>> inner = torch.optim.SGD(model.parameters())
+    >>> problem = Problem(model, hparams, loss, loss)
+    >>> found = hypergradient(problem, None, None, Replay([None, None], options=options), inner=inner)
+    >>> found.grads["lr"]                                                    # −(2·0.9·0.8)·2·(0.8, 0.9)
+    tensor([-2.3040, -2.5920])
     """
 
-    batch: Any
-    generators: dict[str, Tensor] | None = None
-    share: float | Tensor = 1.0
+    batches: Sequence[Any]
+    _: KW_ONLY
+    segments: int = 8
+    options: Options | None = None
 
+    takes_train_batch = False
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One inner step: the losses whose gradients it added up, and the dynamics with the options it had."""
-
-    losses: tuple[RecordedLoss, ...]
-    dynamics: InnerStep
-
-    def with_generators(self, problem: Problem) -> Step:
-        """The same, its first loss beginning with the present random states if it has none of its own."""
-        first, *others = self.losses
-        if first.generators is not None:
-            return self
-        return replace(self, losses=(replace(first, generators=problem.generators()), *others))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """Weights and the inner optimizer's state between two steps."""
-
-    weights: Tree
-    state: State
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trajectory:
-    """Where some inner steps began, and the steps."""
-
-    start: Snapshot
-    steps: tuple[Step, ...]
-
-
-def look_ahead(
-    problem: Problem, inner: Optimizer, draw: Callable[[], Any], steps: int, learned: Sequence[LearnedOption] = ()
-) -> Trajectory:
-    """The steps that would come next from the present weights, on the batches that ``draw`` gives."""
-    dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
-    start = Snapshot(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
-    losses = [RecordedLoss(batch=draw()) for _ in range(steps)]
-    losses[0] = replace(losses[0], generators=problem.generators())
-    return Trajectory(start=start, steps=tuple(Step(losses=(one,), dynamics=dynamics) for one in losses))
-
-
-class Recorder:
-    """Keeps the inner steps from the first loss on that it is told of, until it begins anew.
-
-    A loss belongs to the step before which its backward pass runs, unless gradients are cleared in between.
-    """
-
-    def __init__(self) -> None:
-        self._start: Snapshot | None = None
-        self._steps: list[Step] = []
-        self._added: list[RecordedLoss] = []
-        self._dynamics: InnerStep | None = None
-
-    def cleared(self) -> None:
-        """The gradients were cleared: the backward passes since the last step count no more."""
-        self._added = []
-
-    def record_loss(
-        self, problem: Problem, inner: Optimizer, batch: Any, learned: Sequence[LearnedOption] = ()
-    ) -> Callable[[Tensor], None]:
-        """A training loss is about to be computed; what is returned belongs on its backward pass."""
-        if not self._added:  # options may change between steps, but not between the losses of one
-            first = self._start is None
-            dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned, with_state=first)
-            if first:
-                self._start = Snapshot(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
-            self._dynamics = replace(dynamics, state={})
-        loss = RecordedLoss(batch=batch, generators=problem.generators())
-        return lambda share: self._added.append(replace(loss, share=share.detach()))
-
-    def stepped(self) -> None:
-        """The inner step was taken."""
-        if self._added and self._dynamics is not None:
-            self._steps.append(Step(losses=tuple(self._added), dynamics=self._dynamics))
-        self._added = []
-
-    def check(self, steps: int) -> None:
-        """Raise where none of the last inner steps is there, though ``steps`` are to be unrolled."""
-        if steps and not self._steps:
-            raise ValueError(
-                f"none of the last {steps} inner steps, which are to be unrolled, is known: compute the training loss by "
-                "optimizer.loss(batch), and call backward() on it"
+    def __post_init__(self) -> None:
+        if not (hasattr(self.batches, "__getitem__") and hasattr(self.batches, "__len__")):
+            raise TypeError(
+                f"batches is {describe_type(self.batches)}, whose batches can't be had again: give a sequence such as a "
+                "list, in which batches[t] is the batch of step t each time"
+            )
+        if len(self.batches) < 1:
+            raise ValueError("batches is empty: give the batch of each step, one at least")
+        if not (is_whole(self.segments) and self.segments >= 2):
+            raise ValueError(f"segments={self.segments!r}: give a whole number, 2 or more")
+        if self.options is not None and not callable(self.options):
+            raise TypeError(
+                f'options is {describe_type(self.options)}: give a function, options(hparams, t) -> {{"lr": ...}}'
             )
 
-    def trajectory(self) -> Trajectory | None:
-        """The steps kept so far, if any."""
-        start, steps = self._start, tuple(self._steps)
-        return Trajectory(start=start, steps=steps) if start is not None and steps else None
+    def cut_short(self) -> Replay:
+        """The first step alone."""
+        return replace(self, batches=[self.batches[0]])
 
-    def restart(self) -> None:
-        """The next loss begins anew."""
-        self._start, self._steps, self._added = None, [], []
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """The steps kept so far, for a checkpoint; batches as they are."""
-        if self._start is None:
-            return None
-        return {
-            "weights": self._start.weights,
-            "state": self._start.state,
-            "steps": [
-                {
-                    "seen": [(one.batch, one.generators, float(one.share)) for one in step.losses],
-                    "groups": _plain(step.dynamics),
-                }
-                for step in self._steps
-            ],
-        }
-
-    def load_state_dict(
-        self, saved: dict[str, Any] | None, live: Tree, inner: Optimizer, transforms: Mapping[str, Transform]
-    ) -> None:
-        """The other half, for an inner optimizer of the same class; ``live`` are the weights."""
-        self._start, self._steps, self._added = None, [], []
-        if saved is None:
-            return
-        self._start = Snapshot(
-            weights={name: value.to(live[name].device) for name, value in saved["weights"].items()},
-            state={name: _moved(entries, live[name].device) for name, entries in saved["state"].items()},
-        )
-        dynamics = InnerStep.of(inner, {}, {})
-        for step in saved["steps"]:
-            losses = tuple(
-                RecordedLoss(batch=batch, generators=states and trees.map_tree(Tensor.cpu, states), share=share)
-                for batch, states, share in step["seen"]
-            )
-            self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=_groups(step["groups"], transforms))))
+    def __call__(
+        self,
+        problem: Problem,
+        train_batch: Any,
+        val_batch: Any,
+        state: State | None = None,
+        loop: TrainingContext | None = None,
+    ) -> Hypergradient:
+        """The hypergradient over all steps; ``train_batch`` and ``state`` have no part in it."""
+        loop = loop or TrainingContext()
+        if loop.inner is None:
+            raise ValueError("Replay needs the inner optimizer: call hypergradient(..., inner=optimizer)")
+        with problem.untouched():
+            dynamics = InnerStep.of(loop.inner, problem.weights(), problem.leaves(), learned=loop.learned)
+            steps = _Steps(problem, self.batches, dynamics, self.options)
+            trajectory = Trajectory(start=present(problem, dynamics), steps=steps)
+            return through_steps(problem, trajectory, self.segments, val_batch, live=False, expected=len(steps))
 
 
-@contextmanager
-def summed_gradient(
-    problem: Problem, losses: Sequence[RecordedLoss], weights: Tree, leaves: Tree, *, graph: bool
-) -> Iterator[tuple[Tree, Tensor]]:
-    """∇_w of the sum of the losses by their shares, and that sum, at tensors that stand in the model's place.
+class _Steps(Sequence[Step]):
+    """The steps of a training, each made when it is asked for."""
 
-    With ``graph`` the gradient has its graph, which may be used inside the context.
-    """
-    slope: Tree = {}
-    total = next(iter(weights.values())).new_zeros(())
-    with ExitStack() as stack:
-        for one in losses:
-            set_generators(one.generators or {})
-            loss, _ = stack.enter_context(problem.evaluated("train_loss", one.batch))
-            if graph:
-                check_twice_differentiable(problem, loss, weights, leaves, one.batch)
-            loss = loss * one.share
-            parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
-            touched = trees.present(dict(zip(weights, parts, strict=True)))
-            check_dense(touched)
-            slope |= {name: slope[name] + part if name in slope else part for name, part in touched.items()}
-            total = total + loss.detach()
-        yield _over_ranks(problem, slope, total, weights)
+    def __init__(self, problem: Problem, batches: Sequence[Any], dynamics: InnerStep, options: Options | None) -> None:
+        self._problem, self._batches, self._dynamics, self._options = problem, batches, dynamics, options
 
+    def __len__(self) -> int:
+        return len(self._batches)
 
-def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> tuple[Tree, Tensor]:
-    """Their means over the ranks, which pass a derivative on to this rank's own gradient."""
-    ranks = problem.ranks
-    if ranks.size == 1:
-        return found, total
-    loss, averaged = ranks.mean_with_loss(total, found, weights)
-    slope = trees.present(averaged)
-    return {n: mean + (found[n] - found[n].detach()) if n in found else mean for n, mean in slope.items()}, loss
+    def __getitem__(self, number: Any) -> Any:
+        options = self._options
+        present_options = None if options is None else lambda: options(self._problem.hparams, number)
+        loss = RecordedLoss(batch=self._batches[number])
+        return Step(losses=(loss,), dynamics=self._dynamics, options=present_options)
 
-
-def _moved(entries: Tree, device: torch.device) -> Tree:
-    return {key: value if key == "step" else value.to(device) for key, value in entries.items()}
-
-
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().clone()
-
-
-def _plain(dynamics: InnerStep) -> list[tuple[list[str], dict[str, Any]]]:
-    """The groups as plain values: a bound option is a dict of its leaf's name and, if it is computed, its factor."""
-
-    def plain(option: Any) -> Any:
-        if isinstance(option, tuple):
-            return tuple(plain(member) for member in option)
-        if not isinstance(option, Bound):
-            return option
-        return {"leaf": option.name} | ({"factor": option.factor} if option.transform else {})
-
-    return [(list(group.names), {key: plain(option) for key, option in group.options.items()}) for group in dynamics.groups]
-
-
-def _groups(saved: list[tuple[list[str], dict[str, Any]]], transforms: Mapping[str, Transform]) -> tuple[Group, ...]:
-    def whole(option: Any) -> Any:
-        if isinstance(option, (tuple, list)):
-            return tuple(whole(member) for member in option)
-        if not isinstance(option, dict):
-            return option
-        name, computed = option["leaf"], "factor" in option
-        return Bound(name=name, transform=transforms[name] if computed else None, factor=option.get("factor", 1.0))
-
-    return tuple(
-        Group(names=tuple(names), options={key: whole(option) for key, option in options.items()})
-        for names, options in saved
-    )
+    def __iter__(self) -> Iterator[Step]:
+        return (self[number] for number in range(len(self)))

@@ -195,7 +195,7 @@ class BilevelOptimizer(OptimizerProxy):
     def _hypergradient(self, train_batch: Any, val_batch: Any) -> Hypergradient:
         """The hypergradient at the present weights. The first one also shows whether the losses use all hyperparameters."""
         progress, draw = self._progress, None if self.train_batches is None else self.train_batches.draw
-        if train_batch is None:
+        if train_batch is None and self.hypergradient.takes_train_batch:
             train_batch = progress.window.batch() if draw is None else draw()
         val_batch = self.val_batches.draw() if val_batch is None else val_batch
         if not progress.hyper_steps:

@@ -16,7 +16,7 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.implicit import doubt_of_sign
 from hoptim.methods.learned_options import LearnedOption, restarted, starts
 from hoptim.methods.method import Method
-from hoptim.methods.replay import Recorder
+from hoptim.methods.trajectory import Recorder
 from hoptim.problem.hyperparameters import transforms_of
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import Solution, State, Status

@@ -19,7 +19,7 @@ from fidelity_problems.methods import Entry
 from fidelity_problems.problems import Batch, Setup, Spec
 from fidelity_problems.truth import Trained, Tree
 from hoptim.methods.method import TrainingContext
-from hoptim.methods.replay import Recorder, Trajectory
+from hoptim.methods.trajectory import Recorder, Trajectory
 
 AT_LEAST = 2e-3  # seconds of training gradients in one sample of the unit of cost
 

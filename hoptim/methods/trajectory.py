@@ -1,0 +1,242 @@
+"""The last inner steps before a hyperstep, kept so that they can be taken again: batches, masks, options, their start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.transforms import Transform
+from torch.optim import Optimizer
+
+from hoptim.curvature.linearization import check_dense
+from hoptim.curvature.second_derivatives import check_twice_differentiable
+from hoptim.linalg import trees
+from hoptim.linalg.vectors import Tree
+from hoptim.methods.bound_options import Bound
+from hoptim.methods.inner_step import Group, InnerStep, State
+from hoptim.methods.learned_options import LearnedOption
+from hoptim.problem.problem import Problem, set_generators
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedLoss:
+    """One training loss: its batch, and the random states it began with, by device; ``None``: those that the last one left.
+
+    ``share`` is what its backward pass was begun with: 1, or less where losses are scaled to be added up.
+    """
+
+    batch: Any
+    generators: dict[str, Tensor] | None = None
+    share: float | Tensor = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One inner step: the losses whose gradients it added up, and the dynamics with the options it had.
+
+    ``options``, where there is one, gives options of the optimizer as they are with the present hyperparameters.
+    """
+
+    losses: tuple[RecordedLoss, ...]
+    dynamics: InnerStep
+    options: Callable[[], Mapping[str, Any]] | None = None
+
+    def present_dynamics(self) -> InnerStep:
+        """The dynamics, with these options."""
+        return self.dynamics if self.options is None else self.dynamics.with_options(self.options())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Weights, the inner optimizer's state and the states of the random generators between two steps."""
+
+    weights: Tree
+    state: State
+    generators: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """Where some inner steps began, and the steps."""
+
+    start: Snapshot
+    steps: Sequence[Step]
+
+
+def look_ahead(
+    problem: Problem, inner: Optimizer, draw: Callable[[], Any], steps: int, learned: Sequence[LearnedOption] = ()
+) -> Trajectory:
+    """The steps that would come next from the present weights, on the batches that ``draw`` gives."""
+    dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
+    batches = [draw() for _ in range(steps)]
+    taken = [Step(losses=(RecordedLoss(batch=batch),), dynamics=dynamics) for batch in batches]
+    return Trajectory(start=present(problem, dynamics), steps=tuple(taken))
+
+
+def present(problem: Problem, dynamics: InnerStep) -> Snapshot:
+    """A copy of what the model and its optimizer, of which the dynamics are, have now."""
+    weights = trees.map_tree(_copy, problem.weights())
+    return Snapshot(weights=weights, state=dynamics.state, generators=problem.generators())
+
+
+class Recorder:
+    """Keeps the inner steps from the first loss on that it is told of, until it begins anew.
+
+    A loss belongs to the step before which its backward pass runs, unless gradients are cleared in between.
+    """
+
+    def __init__(self) -> None:
+        self._start: Snapshot | None = None
+        self._steps: list[Step] = []
+        self._added: list[RecordedLoss] = []
+        self._dynamics: InnerStep | None = None
+
+    def cleared(self) -> None:
+        """The gradients were cleared: the backward passes since the last step count no more."""
+        self._added = []
+
+    def record_loss(
+        self, problem: Problem, inner: Optimizer, batch: Any, learned: Sequence[LearnedOption] = ()
+    ) -> Callable[[Tensor], None]:
+        """A training loss is about to be computed; what is returned belongs on its backward pass."""
+        if not self._added:  # options may change between steps, but not between the losses of one
+            first = self._start is None
+            dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned, with_state=first)
+            if first:
+                self._start = Snapshot(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
+            self._dynamics = replace(dynamics, state={})
+        loss = RecordedLoss(batch=batch, generators=problem.generators())
+        return lambda share: self._added.append(replace(loss, share=share.detach()))
+
+    def stepped(self) -> None:
+        """The inner step was taken."""
+        if self._added and self._dynamics is not None:
+            self._steps.append(Step(losses=tuple(self._added), dynamics=self._dynamics))
+        self._added = []
+
+    def check(self, steps: int) -> None:
+        """Raise where none of the last inner steps is there, though ``steps`` are to be unrolled."""
+        if steps and not self._steps:
+            raise ValueError(
+                f"none of the last {steps} inner steps, which are to be unrolled, is known: compute the training loss by "
+                "optimizer.loss(batch), and call backward() on it"
+            )
+
+    def trajectory(self) -> Trajectory | None:
+        """The steps kept so far, if any."""
+        start, steps = self._start, tuple(self._steps)
+        return Trajectory(start=start, steps=steps) if start is not None and steps else None
+
+    def restart(self) -> None:
+        """The next loss begins anew."""
+        self._start, self._steps, self._added = None, [], []
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The steps kept so far, for a checkpoint; batches as they are."""
+        if self._start is None:
+            return None
+        return {
+            "weights": self._start.weights,
+            "state": self._start.state,
+            "steps": [
+                {
+                    "seen": [(one.batch, one.generators, float(one.share)) for one in step.losses],
+                    "groups": _plain(step.dynamics),
+                }
+                for step in self._steps
+            ],
+        }
+
+    def load_state_dict(
+        self, saved: dict[str, Any] | None, live: Tree, inner: Optimizer, transforms: Mapping[str, Transform]
+    ) -> None:
+        """The other half, for an inner optimizer of the same class; ``live`` are the weights."""
+        self._start, self._steps, self._added = None, [], []
+        if saved is None:
+            return
+        self._start = Snapshot(
+            weights={name: value.to(live[name].device) for name, value in saved["weights"].items()},
+            state={name: _moved(entries, live[name].device) for name, entries in saved["state"].items()},
+        )
+        dynamics = InnerStep.of(inner, {}, {})
+        for step in saved["steps"]:
+            losses = tuple(
+                RecordedLoss(batch=batch, generators=states and trees.map_tree(Tensor.cpu, states), share=share)
+                for batch, states, share in step["seen"]
+            )
+            self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=_groups(step["groups"], transforms))))
+
+
+@contextmanager
+def summed_gradient(
+    problem: Problem, losses: Sequence[RecordedLoss], weights: Tree, leaves: Tree, *, graph: bool
+) -> Iterator[tuple[Tree, Tensor]]:
+    """∇_w of the sum of the losses by their shares, and that sum, at tensors that stand in the model's place.
+
+    With ``graph`` the gradient has its graph, which may be used inside the context.
+    """
+    slope: Tree = {}
+    total = next(iter(weights.values())).new_zeros(())
+    with ExitStack() as stack:
+        for one in losses:
+            set_generators(one.generators or {})
+            loss, _ = stack.enter_context(problem.evaluated("train_loss", one.batch))
+            if graph:
+                check_twice_differentiable(problem, loss, weights, leaves, one.batch)
+            loss = loss * one.share
+            parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
+            touched = trees.present(dict(zip(weights, parts, strict=True)))
+            check_dense(touched)
+            slope |= {name: slope[name] + part if name in slope else part for name, part in touched.items()}
+            total = total + loss.detach()
+        yield _over_ranks(problem, slope, total, weights)
+
+
+def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> tuple[Tree, Tensor]:
+    """Their means over the ranks, which pass a derivative on to this rank's own gradient."""
+    ranks = problem.ranks
+    if ranks.size == 1:
+        return found, total
+    loss, averaged = ranks.mean_with_loss(total, found, weights)
+    slope = trees.present(averaged)
+    return {n: mean + (found[n] - found[n].detach()) if n in found else mean for n, mean in slope.items()}, loss
+
+
+def _moved(entries: Tree, device: torch.device) -> Tree:
+    return {key: value if key == "step" else value.to(device) for key, value in entries.items()}
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().clone()
+
+
+def _plain(dynamics: InnerStep) -> list[tuple[list[str], dict[str, Any]]]:
+    """The groups as plain values: a bound option is a dict of its leaf's name and, if it is computed, its factor."""
+
+    def plain(option: Any) -> Any:
+        if isinstance(option, tuple):
+            return tuple(plain(member) for member in option)
+        if not isinstance(option, Bound):
+            return option
+        return {"leaf": option.name} | ({"factor": option.factor} if option.transform else {})
+
+    return [(list(group.names), {key: plain(option) for key, option in group.options.items()}) for group in dynamics.groups]
+
+
+def _groups(saved: list[tuple[list[str], dict[str, Any]]], transforms: Mapping[str, Transform]) -> tuple[Group, ...]:
+    def whole(option: Any) -> Any:
+        if isinstance(option, (tuple, list)):
+            return tuple(whole(member) for member in option)
+        if not isinstance(option, dict):
+            return option
+        name, computed = option["leaf"], "factor" in option
+        return Bound(name=name, transform=transforms[name] if computed else None, factor=option.get("factor", 1.0))
+
+    return tuple(
+        Group(names=tuple(names), options={key: whole(option) for key, option in options.items()})
+        for names, options in saved
+    )
