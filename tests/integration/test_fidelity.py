@@ -70,18 +70,6 @@ def test_the_truth_is_the_slope_of_retraining(name):
     assert length > 1e-5
 
 
-def test_the_truth_does_not_depend_on_what_is_kept():
-    spec = SPECS["batches"]
-    found = []
-    for segment in (1, 4, 23, 100):
-        setup = spec.make(0, torch.float64, NOWHERE)
-        found.append(trained(setup.problem, spec.batches(setup, 0), setup.val, spec.training, segment=segment, lag=7))
-    for other in found[1:]:
-        for kind in ("weights", "velocity", "earlier", "earlier_velocity", "truth"):
-            for name, value in getattr(found[0], kind).items():
-                torch.testing.assert_close(getattr(other, kind)[name], value)
-
-
 def test_a_truncated_truth_is_hoptims_own_unrolling_and_the_whole_is_the_truth():
     spec = SPECS["batches"]
     setup = spec.make(0, torch.float64, NOWHERE)
