@@ -19,8 +19,8 @@ in it.
 | folder | what it holds |
 |---|---|
 | `hoptim.diagnostics`, `hoptim.tracking` | the audit; trackers for W&B, the terminal and files |
-| `hoptim.recipes` | hyperparameters that come with their part of the loss: `WeightDecay`, `LabelSmoothing`, `NoiseWidth` |
-| `hoptim.training` | the only code that changes anything: `BilevelOptimizer`, records, checkpoints; `CrossValidated` |
+| `hoptim.recipes` | hyperparameters with their part of the loss: `WeightDecay`, `ExampleWeights`, `LabelSmoothing`, `NoiseWidth` |
+| `hoptim.training` | the only code that changes anything: `BilevelOptimizer`, records, checkpoints, `CrossValidated`, `retrain` |
 | `hoptim.methods` | ways to dL_V/dλ: implicit, unrolled, conditions, one inner step as a pure function |
 | `hoptim.curvature` | F at a point, A and Bᵀ: exact, Gauss-Newton, differences, several batches, compiled |
 | `hoptim.solvers` | Aᵀx = g; a solver sees an operator and a vector, never a model |
@@ -116,6 +116,7 @@ from hoptim.training.cross_validated import CrossValidated
 from hoptim.training.optimizer import BilevelOptimizer
 from hoptim.training.outer_step import outer_step
 from hoptim.training.record import Record
+from hoptim.training.retrain import retrain
 
 __version__ = "0.1.0"
 
@@ -156,4 +157,5 @@ __all__ = [
     "hypergradient",
     "outer_step",
     "recipes",
+    "retrain",
 ]

@@ -133,7 +133,7 @@ class Problem:
         check_apart(self.model.named_parameters(), self.hparams.named_parameters())
         self._constants = DetachedView(self.hparams, beside=self.model)
         self._checked: set[LossName] = set()  # the losses that were looked at closely, at their first evaluation
-        self._has_trained = False
+        self.has_trained = False
 
     def check_learned(self) -> None:
         """Raise where everything is frozen."""
@@ -162,8 +162,8 @@ class Problem:
             The loss, a scalar; with ``has_aux`` the pair ``(loss, aux)``.
         """
         torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the first step's weights
-        if not self._has_trained:
-            self._has_trained = True
+        if not self.has_trained:
+            self.has_trained = True
             warn_of_compiled_aside(self.wrapper)
         model = self.model if self.wrapper is self.model else Facade(self.wrapper, self.model)
         note = annotate_errors("train_loss was called with a batch that is", batch, self.hparams)

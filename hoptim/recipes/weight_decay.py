@@ -1,18 +1,9 @@
-"""Recipes: hyperparameters that come ready for use, with the losses' terms that they are for.
-
-A recipe is a :class:`HyperParameters` that knows the model. It goes where ``hparams`` goes, alone or in an
-``nn.ModuleDict`` beside others:
-
->>> hparams = nn.ModuleDict({"decay": WeightDecay(nn.Linear(2, 3)), "rest": HyperParameters({"shift": torch.zeros(3)})})
->>> [name for name, _ in hparams.named_parameters()]
-['decay.decay.weight', 'rest.shift']
-"""
+"""WeightDecay: a decay for all weights, each tensor, channel or weight, learned on a log scale."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +13,7 @@ from torch.distributions import constraints
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import check_real
 from hoptim.problem.wrappers import unwrap
+from hoptim.recipes.start import full
 from hoptim.validation import describe_type, is_finite
 
 Per = Literal["global", "tensor", "channel", "weight"]
@@ -102,10 +94,10 @@ class WeightDecay(HyperParameters):
             raise ValueError(
                 "the model has no weight to decay: none requires a gradient and has at least two axes; see include"
             )
-        values = {"decay": _full((), start, next(iter(weights.values())))}
+        values = {"decay": full((), start, next(iter(weights.values())))}
         if per != "global":
             axes = {"tensor": 0, "channel": 1, "weight": None}[per]
-            values = {f"decay.{name}": _full(p.shape[:axes], start, p) for name, p in weights.items()}
+            values = {f"decay.{name}": full(p.shape[:axes], start, p) for name, p in weights.items()}
         super().__init__(values, dict.fromkeys(values, constraints.positive))
         self.per, self.norm = per, norm
         self._shapes = {name: p.shape for name, p in weights.items()}
@@ -171,117 +163,8 @@ class WeightDecay(HyperParameters):
         )
 
 
-class LabelSmoothing(HyperParameters):
-    """A learned label smoothing ε in (0, 1), and its cross-entropy (1 − ε)·(−log p_y) + ε/K · Σ_k (−log p_k).
-
-    It is ``torch.nn.functional.cross_entropy(..., label_smoothing=ε)``, which takes ε as a number, in which there is no
-    derivative.
-
-    Args:
-        start: ε at the start.
-
-    Raises:
-        ValueError: ``start`` is not between 0 and 1.
-
-    Source: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
-
-    >>> hparams = LabelSmoothing(start=0.1)
-    >>> z, y = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
-    >>> [round(x.item(), 4) for x in (hparams.cross_entropy(z, y), nn.functional.cross_entropy(z, y, label_smoothing=0.1))]
-    [0.3365, 0.3365]
-    """
-
-    def __init__(self, start: float = 0.05) -> None:
-        if not (is_finite(start) and 0 < start < 1):
-            raise ValueError(f"start is {start!r}: give a number between 0 and 1")
-        super().__init__({"smoothing": torch.tensor(float(start))}, {"smoothing": constraints.unit_interval})
-
-    def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        """The loss of logits z, of shape (N, K, …) with classes as ``target``, of shape (N, …); ``reduction`` as torch's."""
-        own = nn.functional.cross_entropy(z, target, reduction=reduction)
-        others = nn.functional.cross_entropy(z, torch.full_like(z, 1 / z.shape[1]), reduction=reduction)
-        return own + self["smoothing"].to(z.dtype) * (others - own)
-
-
-class NoiseWidth(HyperParameters):
-    """Learned widths σ in (0, 1) of Gaussian noise that is added to the input of layers while they train: x + σ·ξ.
-
-    No line of the model changes: its layers are found by name, and get their noise while :meth:`call` runs the model. A
-    layer in evaluation mode gets none.
-
-    Args:
-        model: the model, before or after it is wrapped.
-        layers: the names of the layers, such as ``"blocks.0.mlp"``; ``None``, the default, for each that has a weight of
-            at least two axes and is no embedding.
-        start: σ at the start.
-
-    Raises:
-        TypeError: ``model`` is no module; when called, the input of a layer is no tensor of real numbers.
-        ValueError: a layer is not there, none is left, or ``start`` is not between 0 and 1.
-
-    Source: Bishop 1995, Training with noise is equivalent to Tikhonov regularization.
-
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> hparams = NoiseWidth(model, start=0.1)
-    >>> list(hparams)
-    ['width.0', 'width.2']
-    >>> x = torch.zeros(2, 4)
-    >>> torch.equal(hparams.call(model, x), model(x)), torch.equal(hparams.call(model.eval(), x), model(x))
-    (False, True)
-    """
-
-    def __init__(self, model: nn.Module, layers: Sequence[str] | None = None, *, start: float = 0.1) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is {describe_type(model)}: give an nn.Module")
-        if not (is_finite(start) and 0 < start < 1):
-            raise ValueError(f"start is {start!r}: give a number between 0 and 1")
-        parts = dict(unwrap(model).named_modules())
-        if layers is None:
-            layers = [name for name, part in parts.items() if _is_matrix(part)]
-        if strangers := [name for name in layers if name not in parts or not name]:
-            raise ValueError(f"the model has no layer {strangers[0]!r}: its layers are {[name for name in parts if name]}")
-        if not layers:
-            raise ValueError("no layer is given, and the model has none with a weight of two axes: name layers")
-        like = next(unwrap(model).parameters(), torch.zeros(()))
-        values = {f"width.{name}": _full((), start, like) for name in layers}
-        super().__init__(values, dict.fromkeys(values, constraints.unit_interval))
-        self.layers = tuple(layers)
-
-    def call(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """``model(*args, **kwargs)``, with noise at the inputs of its layers where they are in training mode."""
-        parts = dict(unwrap(model).named_modules())
-        if missing := [name for name in self.layers if name not in parts]:
-            raise ValueError(f"this model has no layer {missing[0]!r}, which NoiseWidth was made for: give the same model")
-        handles = [parts[name].register_forward_pre_hook(partial(self._with_noise, name)) for name in self.layers]
-        try:
-            return model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _with_noise(self, name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        if not layer.training:
-            return None
-        x = inputs[0] if inputs else None
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(
-                f"layer {name!r} gets {describe_type(x)}, to which no noise can be added: leave it out of layers"
-            )
-        return x + self[f"width.{name}"].to(x.dtype) * torch.randn_like(x), *inputs[1:]
-
-
-def _is_matrix(part: nn.Module) -> bool:
-    weight = part._parameters.get("weight")
-    return weight is not None and weight.ndim >= 2 and not isinstance(part, (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm))
-
-
 def _usual(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
     """The rule that leaves out biases and norms. The other norms' weights have one axis."""
     norms = [module for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.RMSNorm))]
     scales = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
     return lambda _, p: p.ndim >= 2 and id(p) not in scales
-
-
-def _full(shape: tuple[int, ...], value: float, like: Tensor) -> Tensor:
-    """A start on the device of ``like``, in float32 or more: a log in bf16 would be too coarse for an outer step."""
-    return torch.full(shape, value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)

@@ -1,0 +1,144 @@
+"""ExampleWeights: a learned weight for each training example, beside examples that are known to be right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.validation import describe_type, is_finite, is_whole
+
+NAME = "example_weight"
+Trusted = Tensor | Sequence[int] | Sequence[bool]
+
+
+class ExampleWeights(HyperParameters):
+    """Learned weights w_i in (0, 1) of n training examples, and the weighted mean (1/B) Σ_i w_i ℓ_i of a batch's losses.
+
+    Each weight's leaf is its logit. An example that is known to be right has the fixed weight 1. So one data set can hold
+    both those with doubtful labels, on which the weights are learned, and those with right ones, which serve as validation
+    data meanwhile; ``hoptim.retrain`` then trains on all of them, with the same loss.
+
+    ``hparams["example_weight"]``, of shape (n,), is the weight of every example, 1 where it is fixed. The mean is over the
+    batch's B examples, not over the sum of their weights: low weights make small steps. A hyperstep moves the weights of the
+    examples in its training batch, so give ``BilevelOptimizer`` large ``train_batches`` where n is large.
+
+    Args:
+        n: how many examples there are.
+        start: the weight of each at the start, default 0.5.
+        trusted: the examples of fixed weight 1, as indices or as a mask of n ``bool``; default none.
+
+    Raises:
+        TypeError: ``trusted`` is neither.
+        ValueError: ``n`` is no positive whole number, ``start`` is not between 0 and 1, ``trusted`` names examples that are
+            not there, or all.
+
+    Source: Ren et al. 2018, Learning to reweight examples for robust deep learning (arXiv 1803.09050).
+
+    >>> import hoptim
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> x, label = torch.randn(300, 2), torch.arange(300) % 2
+    >>> x[:, 0] += 4 * label
+    >>> label[:60] = 1 - label[:60]                                       # the first 60 labels are wrong
+    >>> def val_loss(model, hparams, batch):
+    ...     return nn.functional.cross_entropy(model(x[batch]), label[batch])
+    >>> def train_loss(model, hparams, batch):
+    ...     return hparams.mean(nn.functional.cross_entropy(model(x[batch]), label[batch], reduction="none"), batch)
+    >>> noisy, clean = torch.arange(200), torch.arange(200, 300)
+    >>> model, hparams = nn.Linear(2, 2), ExampleWeights(300, trusted=clean)
+    >>> problem = hoptim.Problem(model, hparams, train_loss, val_loss)
+    >>> inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> optimizer = hoptim.BilevelOptimizer(
+    ...     inner, hparams.optimizer(), problem, val_batches=[clean], every=5, warmup=100)
+    >>> for _ in range(400):
+    ...     optimizer.zero_grad()
+    ...     optimizer.loss(noisy).backward()
+    ...     optimizer.step()
+    >>> weight = hparams["example_weight"].detach()
+    >>> bool(weight[:60].mean() < 0.2), bool(weight[60:200].mean() > 0.8), weight[200:].unique().item()
+    (True, True, 1.0)
+    """
+
+    trusted: Tensor
+
+    def __init__(
+        self, n: int, *, start: float = 0.5, trusted: Tensor | Sequence[int] | Sequence[bool] | None = None
+    ) -> None:
+        if not (is_whole(n) and n >= 1):
+            raise ValueError(f"n is {n!r}: give the number of examples, a whole number of at least 1")
+        if not (is_finite(start) and 0 < start < 1):
+            raise ValueError(f"start is {start!r}: give a number between 0 and 1")
+        super().__init__({NAME: torch.full((n,), float(start))}, {NAME: constraints.unit_interval})
+        self.register_buffer("trusted", _mask(n, trusted))
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = super().__getitem__(name)
+        return value.masked_fill(self.trusted, 1.0) if name == NAME else value
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        """Set the weights; those that are fixed stay 1."""
+        own = isinstance(value, Tensor) and name == NAME and value.shape == self.trusted.shape
+        super().__setitem__(name, value.masked_fill(self.trusted.to(value.device), 0.5) if own else value)
+
+    def mean(self, losses: Tensor, index: Tensor) -> Tensor:
+        """(1/B) Σ_i w_i ℓ_i, for the training loss.
+
+        Args:
+            losses: the loss ℓ_i of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
+            index: which examples these are, shape (B,), whole numbers below n.
+
+        Raises:
+            TypeError: ``index`` is no tensor of whole numbers.
+            ValueError: the shapes are not the same (B,), or B is 0.
+        """
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype is torch.bool:
+            what = f"of {index.dtype}" if isinstance(index, Tensor) else describe_type(index)
+            raise TypeError(f"index is {what}: give the numbers of the batch's examples, a tensor of whole numbers")
+        if losses.ndim != 1 or losses.shape != index.shape or not len(losses):
+            raise ValueError(
+                f"losses have shape {tuple(losses.shape)} and index {tuple(index.shape)}: give one loss for each example of "
+                'the batch, of shape (B,), from a criterion with reduction="none"'
+            )
+        return (self[NAME][index] * losses).mean()
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """How many weights are learned: those that are not fixed."""
+        return int((~self.trusted).sum())
+
+    def optimizer(self, lr: float = 0.1) -> torch.optim.Adam:
+        """The outer optimizer that suits it: Adam on the logits. At 0.1 a weight gets from 0.5 to 0.9 in 22 hypersteps."""
+        return torch.optim.Adam(self.parameters(), lr=lr)
+
+    def __repr__(self) -> str:
+        learned = self[NAME].detach()[~self.trusted]
+        n, fixed = len(self.trusted), int(self.trusted.sum())
+        return (
+            f"ExampleWeights(n={n}): {len(learned)} learned weights from {learned.min():.3g} to {learned.max():.3g}, "
+            f"{fixed} fixed at 1"
+        )
+
+
+def _mask(n: int, trusted: Trusted | None) -> Tensor:
+    """Which of n examples have a fixed weight, as n ``bool``."""
+    mask = torch.zeros(n, dtype=torch.bool)
+    if trusted is None:
+        return mask
+    found = torch.as_tensor(trusted, device="cpu").detach()
+    if found.is_floating_point() or found.is_complex() or found.ndim != 1:
+        raise TypeError(f"trusted is of {found.dtype} and shape {tuple(found.shape)}: give a list of indices, or n bool")
+    if found.dtype is torch.bool:
+        if len(found) != n:
+            raise ValueError(f"trusted is a mask of {len(found)} examples, of which there are {n}: give n bool, or indices")
+        mask = found.clone()
+    else:
+        if len(found) and (int(found.min()) < 0 or int(found.max()) >= n):
+            raise ValueError(f"trusted has indices from {found.min()} to {found.max()}: give indices from 0 to {n - 1}")
+        mask[found] = True
+    if bool(mask.all()):
+        raise ValueError(f"all {n} examples are trusted, so that no weight is left to learn: leave some out of trusted")
+    return mask

@@ -1,0 +1,42 @@
+"""LabelSmoothing: one learned number, and the cross-entropy with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.validation import is_finite
+
+
+class LabelSmoothing(HyperParameters):
+    """A learned label smoothing ε in (0, 1), and its cross-entropy (1 − ε)·(−log p_y) + ε/K · Σ_k (−log p_k).
+
+    It is ``torch.nn.functional.cross_entropy(..., label_smoothing=ε)``, which takes ε as a number, in which there is no
+    derivative.
+
+    Args:
+        start: ε at the start.
+
+    Raises:
+        ValueError: ``start`` is not between 0 and 1.
+
+    Source: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
+
+    >>> hparams = LabelSmoothing(start=0.1)
+    >>> z, y = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
+    >>> [round(x.item(), 4) for x in (hparams.cross_entropy(z, y), nn.functional.cross_entropy(z, y, label_smoothing=0.1))]
+    [0.3365, 0.3365]
+    """
+
+    def __init__(self, start: float = 0.05) -> None:
+        if not (is_finite(start) and 0 < start < 1):
+            raise ValueError(f"start is {start!r}: give a number between 0 and 1")
+        super().__init__({"smoothing": torch.tensor(float(start))}, {"smoothing": constraints.unit_interval})
+
+    def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        """The loss of logits z, of shape (N, K, …) with classes as ``target``, of shape (N, …); ``reduction`` as torch's."""
+        own = nn.functional.cross_entropy(z, target, reduction=reduction)
+        others = nn.functional.cross_entropy(z, torch.full_like(z, 1 / z.shape[1]), reduction=reduction)
+        return own + self["smoothing"].to(z.dtype) * (others - own)

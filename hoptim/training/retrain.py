@@ -1,0 +1,113 @@
+"""retrain: a new model, trained from scratch with hyperparameters that were learned before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from hoptim.methods.method import checked_problem
+from hoptim.problem.loss_checks import check_takes
+from hoptim.problem.problem import Problem
+from hoptim.training import arguments
+from hoptim.training.optimizer import BilevelOptimizer
+from hoptim.validation import describe_type
+
+
+def retrain(
+    problem: Problem,
+    make: Callable[[], nn.Module],
+    train: Callable[[nn.Module, BilevelOptimizer, Any], Any],
+    examples: Any,
+    *,
+    inner: Callable[[nn.Module], Optimizer],
+) -> nn.Module:
+    """Train a new model from scratch, with the hyperparameters of ``problem`` as they are now, held fixed.
+
+    A model that was trained while they were learned has seen other values before, and it did not train on the validation
+    data. This one trains with the learned values from its first step, on whichever examples are given, those of the
+    validation data included. It is an ordinary training: ``problem.train_loss``, no hypersteps, random numbers from the
+    process's generators, as in the last training of :class:`CrossValidated`. The model inside ``problem`` is left alone.
+
+    Args:
+        problem: the problem whose hyperparameters were learned.
+        make: ``make() -> model``, a function that makes a new model.
+        train: the training loop, ``train(model, optimizer, examples)``, which calls ``optimizer.loss(batch)`` and
+            ``optimizer.step()``; the same function can serve the run in which the hyperparameters are learned.
+        examples: what ``train`` gets: in general a tensor of indices.
+        inner: ``inner(model) -> optimizer``, a function that makes the optimizer of the model's weights.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        TypeError: an argument of the wrong kind; ``make`` or ``inner`` returned something else.
+        ValueError: ``make`` returned the trained model, one that shares a tensor with it, or a copy of it; there are no
+            examples.
+        RuntimeError: ``train`` took no step, or moved the hyperparameters.
+
+    >>> from hoptim.recipes import WeightDecay
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(40, 3), torch.randn(40, 1)
+    >>> def val_loss(model, hparams, batch):
+    ...     return (model(x[batch]) - y[batch]).square().mean()
+    >>> def train_loss(model, hparams, batch):
+    ...     return val_loss(model, hparams, batch) + hparams.penalty(model)
+    >>> def train(model, optimizer, examples):
+    ...     for _ in range(200):
+    ...         optimizer.zero_grad()
+    ...         optimizer.loss(examples).backward()
+    ...         optimizer.step()
+    >>> def make():
+    ...     return nn.Linear(3, 1)
+    >>> def inner(model):
+    ...     return SGD(model.parameters(), lr=0.1)
+    >>> model = make()
+    >>> decay, val = WeightDecay(model, start=0.1), [torch.arange(20, 40)]
+    >>> problem = Problem(model, decay, train_loss, val_loss)
+    >>> optimizer = BilevelOptimizer(inner(model), decay.optimizer(), problem, val_batches=val, every=10, warmup=50)
+    >>> train(model, optimizer, torch.arange(20))
+    >>> final = retrain(problem, make, train, torch.arange(40), inner=inner)
+    >>> bool(train_loss(final, decay, torch.arange(40)) < train_loss(model, decay, torch.arange(40)))
+    True
+    """
+    checked_problem(problem)
+    arguments.check_functions(make, inner, None)
+    check_takes("train", train, "model, optimizer, examples")
+    if hasattr(examples, "__len__") and not len(examples):
+        raise ValueError("examples is empty: give those to train on, such as torch.arange(n)")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make returned {describe_type(model)}: return an nn.Module")
+    losses, group = (problem.train_loss, problem.val_loss), problem.process_group
+    new = Problem(model, problem.hparams, *losses, has_aux=problem.has_aux, process_group=group)
+    _check_new(new.model, problem)
+    unmoved = SGD(problem.hparams.parameters(), lr=0.0)
+    optimizer = BilevelOptimizer(inner(model), unmoved, new, val_batches=[examples], every=None)
+    before = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
+    train(model, optimizer, examples)
+    if not optimizer.inner_steps:
+        raise RuntimeError("train took no step: it is called as train(model, optimizer, examples), so step that optimizer")
+    if moved := [name for name, leaf in problem.leaves().items() if not torch.equal(leaf, before[name])]:
+        raise RuntimeError(f"train moved hyperparameter {moved[0]!r}, which is held fixed here: step only its optimizer")
+    return model
+
+
+def _check_new(model: nn.Module, problem: Problem) -> None:
+    """Raise where the model is the trained one, shares a tensor with it, or has its weights."""
+    remedy = "training starts from scratch, so make every layer anew inside make"
+    old = {tensor.untyped_storage().data_ptr(): name for name, tensor in _tensors(problem.model)}
+    for name, tensor in _tensors(model):
+        if found := old.get(tensor.untyped_storage().data_ptr() if tensor.numel() else -1):
+            raise ValueError(f"{name!r} of the model that make returned is {found!r} of the trained one: {remedy}")
+    now, learned = dict(model.named_parameters()), problem.weights()
+    if problem.has_trained and all(name in now and torch.equal(now[name], w) for name, w in learned.items()):
+        raise ValueError(f"make returned a copy of the trained model, with its weights: {remedy}")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
