@@ -1,6 +1,6 @@
 """Recipes: hyperparameters that come ready for use, with the losses' terms that they are for.
 
-A recipe is a :class:`HyperParameters` that knows the model. It goes where ``hparams`` goes, alone or in an
+A recipe is a :class:`HyperParameters` with a method for the training loss. It goes where ``hparams`` goes, alone or in an
 ``nn.ModuleDict`` beside others:
 
 >>> import torch
@@ -9,11 +9,68 @@ A recipe is a :class:`HyperParameters` that knows the model. It goes where ``hpa
 >>> hparams = nn.ModuleDict({"decay": WeightDecay(nn.Linear(2, 3)), "rest": HyperParameters({"shift": torch.zeros(3)})})
 >>> [name for name, _ in hparams.named_parameters()]
 ['decay.decay.weight', 'rest.shift']
+
+# What to tune
+
+| to learn | recipe and its part of the training loss | numbers | constraint |
+|---|---|---|---|
+| weight decays | `WeightDecay(model, per=...)`, `.penalty(model)` | 1 to one a weight | positive |
+| scales of Gaussian priors | `PriorScale(model, examples, per=...)`, `.penalty(model)` | 1 to one a weight | positive |
+| noise before layers | `NoiseWidth(model, layers)`, `.call(model, x)` | one a layer | unit interval |
+| dropout before layers | `Dropout(model, layers, per=...)`, `.call(model, x)` | one a layer or unit | unit interval |
+| label smoothing | `LabelSmoothing()`, `.cross_entropy(z, y)` | 1 | unit interval |
+| a temperature of logits | `Temperature()`, `.cross_entropy(z, y)` | 1 | positive |
+| a weight for each example | `ExampleWeights(n)`, `.mean(losses, index)` | n | unit interval |
+| a label for each example | `SoftLabels(labels)`, `.cross_entropy(z, index)` | n·(K − 1) | simplex |
+| weights of several losses | `LossWeights(names)`, `.sum(losses)` | K − 1 | simplex |
+| a mixture of data sources | `DomainWeights(sizes)`, `.mean(losses, source)` | K − 1 | simplex |
+| training examples themselves | `DistilledData(classes, shape)`, `.examples()` | one a pixel | real |
+| a schedule over the steps | `Schedule(steps, knots)`, `.at(t)`, with `hoptim.Replay` | one a knot | positive |
+| one of several options | `Categorical(options)`, `.mix(found)`, `.harden()` | K − 1 | simplex |
+| which features or units to keep | `Gate(n)`, `.values()`, `.harden()` | n | unit interval |
+
+*How many.* A few numbers can be learned from a small validation set; `hoptim.CrossValidated` does it without giving data up.
+As many as there are examples or weights can fit a validation set as weights fit a training set: keep it large, and judge by
+a test set that took no part.
+
+*The outer optimizer* is Adam. Under `positive`, `unit_interval` and `simplex` the leaves are on a log scale, where rates of
+0.03 to 0.1 serve; what is `real`, as learned inputs, takes a rate of a tenth of its size.
+
+*Warm-up.* What acts on a trained model, as decays and noise do, needs one: a quarter of the steps. A schedule learned by
+`Replay` needs none, since it differentiates through the whole training.
+
+*Evaluation.* The validation loss is without noise, smoothing, decay and weights. Call the plain model in it, in `eval()`;
+`Gate` and `Categorical` belong to the model, so it has them with `training=False`.
 """
 
+from hoptim.recipes.categorical import Categorical
+from hoptim.recipes.distilled_data import DistilledData
+from hoptim.recipes.domain_weights import DomainWeights
+from hoptim.recipes.dropout import Dropout
 from hoptim.recipes.example_weights import ExampleWeights
+from hoptim.recipes.gate import Gate
 from hoptim.recipes.label_smoothing import LabelSmoothing
+from hoptim.recipes.loss_weights import LossWeights
 from hoptim.recipes.noise_width import NoiseWidth
+from hoptim.recipes.prior_scale import PriorScale
+from hoptim.recipes.schedule import Schedule
+from hoptim.recipes.soft_labels import SoftLabels
+from hoptim.recipes.temperature import Temperature
 from hoptim.recipes.weight_decay import WeightDecay
 
-__all__ = ["ExampleWeights", "LabelSmoothing", "NoiseWidth", "WeightDecay"]
+__all__ = [
+    "Categorical",
+    "DistilledData",
+    "DomainWeights",
+    "Dropout",
+    "ExampleWeights",
+    "Gate",
+    "LabelSmoothing",
+    "LossWeights",
+    "NoiseWidth",
+    "PriorScale",
+    "Schedule",
+    "SoftLabels",
+    "Temperature",
+    "WeightDecay",
+]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.validation import is_finite
+from hoptim.recipes.start import check_between
 
 
 class LabelSmoothing(HyperParameters):
@@ -31,8 +31,7 @@ class LabelSmoothing(HyperParameters):
     """
 
     def __init__(self, start: float = 0.05) -> None:
-        if not (is_finite(start) and 0 < start < 1):
-            raise ValueError(f"start is {start!r}: give a number between 0 and 1")
+        check_between("start", start, 0, 1)
         super().__init__({"smoothing": torch.tensor(float(start))}, {"smoothing": constraints.unit_interval})
 
     def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:

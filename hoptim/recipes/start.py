@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from hoptim.validation import describe_type, is_finite
 
 
 def full(shape: tuple[int, ...], value: float, like: Tensor) -> Tensor:
     """A start on the device of ``like``, in float32 or more: a log in bf16 would be too coarse for an outer step."""
     return torch.full(shape, value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Raise unless it is a number above ``low`` and below ``high``."""
+    if not (is_finite(value) and low < value < high):  # type: ignore[operator]
+        words = f"above {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} is {value!r}: give a number {words}")
+
+
+def checked_names(what: str, names: object) -> list[str]:
+    """Two names or more, each once."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{what} is {describe_type(names)}: give a list of names")
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"{what} is {list(names)}: give two names or more, each once")
+    return list(names)

@@ -1,0 +1,83 @@
+"""Categorical: a choice between some options, learned by a relaxation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.recipes.start import check_between, checked_names
+
+Relaxation = Literal["softmax", "gumbel"]
+
+
+class Categorical(HyperParameters):
+    """A learned choice between K options, such as activations or data sources, as probabilities p and a relaxation of them.
+
+    The mixture Σ_k a_k·f_k of what the options give has the weights
+
+    - ``"softmax"``: a = p, each option by its probability;
+    - ``"gumbel"``: a = onehot(k) with k drawn from p, and the derivative of softmax((log p + Gumbel noise)/τ) in place of
+      its own, which is 0. A single option is tried at a time, as in the model that is wanted; give many hypersteps.
+
+    Evaluation has no noise: ``training=False`` gives a = p for both. ``hparams["probability"]`` is p, of shape (K,).
+
+    Args:
+        options: their names, two or more; K − 1 degrees of freedom.
+        relaxation: one of these, default ``"softmax"``.
+        temperature: τ of the second, default 1; an attribute, which a loop may lower.
+
+    Raises:
+        TypeError: ``options`` is no list of names.
+        ValueError: there are fewer than two options, one is there twice, ``relaxation`` is none of these or ``temperature``
+            not positive; when called, what one of the options gives is missing.
+
+    Source: Liu, Simonyan and Yang 2019, DARTS (arXiv 1806.09055); Jang, Gu and Poole 2017 (arXiv 1611.01144).
+
+    >>> choice = Categorical(["relu", "tanh"])
+    >>> x = torch.tensor([-1.0, 2.0])
+    >>> choice.mix({"relu": x.relu(), "tanh": x.tanh()}).detach()
+    tensor([-0.3808,  1.4820])
+    >>> choice["probability"] = torch.tensor([0.1, 0.9])
+    >>> choice.harden()                                                # the choice, and the probability of all others
+    ('tanh', 0.1...)
+    """
+
+    def __init__(self, options: Sequence[str], *, relaxation: Relaxation = "softmax", temperature: float = 1.0) -> None:
+        self.options = tuple(checked_names("options", options))
+        if relaxation not in ("softmax", "gumbel"):
+            raise ValueError(f"relaxation is {relaxation!r}: give 'softmax' or 'gumbel'")
+        check_between("temperature", temperature, 0)
+        even = torch.full((len(self.options),), 1 / len(self.options))
+        super().__init__({"probability": even}, {"probability": constraints.simplex})
+        self.relaxation, self.temperature = relaxation, temperature
+
+    def weights(self, training: bool = True) -> Tensor:
+        """a, of shape (K,), in the order of the options."""
+        p = self["probability"]
+        if self.relaxation == "softmax" or not training:
+            return p
+        return nn.functional.gumbel_softmax(p.log(), tau=self.temperature, hard=True)
+
+    def mix(self, found: Mapping[str, Tensor], training: bool = True) -> Tensor:
+        """Σ_k a_k·f_k of what the options give, by name, all of one shape."""
+        if set(found) != set(self.options):
+            raise ValueError(f"found has {sorted(found)}: give what each of {sorted(self.options)} gives")
+        a = self.weights(training)
+        parts = [found[name] * weight.to(found[name].dtype) for name, weight in zip(self.options, a, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def harden(self) -> tuple[str, float]:
+        """The most probable option, and how far the relaxed choice is from it: the probability of all others."""
+        p = self["probability"].detach()
+        best = int(p.argmax())
+        return self.options[best], float(1 - p[best])
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """K − 1."""
+        return len(self.options) - 1

@@ -1,0 +1,81 @@
+"""LayerInputs: hyperparameters that change what goes into the layers of a model, whose code stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.problem.wrappers import unwrap
+from hoptim.validation import describe_type
+
+
+class LayerInputs(HyperParameters):
+    """Hyperparameters of which each belongs to one layer, and changes that layer's input while it is in training mode."""
+
+    layers: tuple[str, ...]
+
+    def call(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """``model(*args, **kwargs)``, with changed inputs of its layers where they are in training mode."""
+        parts = dict(unwrap(model).named_modules())
+        if missing := [name for name in self.layers if name not in parts]:
+            own = type(self).__name__
+            raise ValueError(f"this model has no layer {missing[0]!r}, which {own} was made for: give the same model")
+        handles = [parts[name].register_forward_pre_hook(partial(self._change, name)) for name in self.layers]
+        try:
+            return model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def changed(self, name: str, x: Tensor) -> Tensor:
+        """What goes into the layer of this name in place of ``x``."""
+        raise NotImplementedError
+
+    def _change(self, name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        if not layer.training:
+            return None
+        x = inputs[0] if inputs else None
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(
+                f"layer {name!r} gets {describe_type(x)}, to which no noise can be added: leave it out of layers"
+            )
+        return self.changed(name, x), *inputs[1:]
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """How many numbers are learned."""
+        return sum(leaf.numel() for leaf in self.parameters())
+
+
+def find_layers(model: object, layers: Sequence[str] | None) -> dict[str, nn.Module]:
+    """The layers by name; by default each that has a weight of at least two axes and is no embedding.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a layer is not there, or none is left.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {describe_type(model)}: give an nn.Module")
+    parts = dict(unwrap(model).named_modules())
+    if layers is None:
+        layers = [name for name, part in parts.items() if _is_matrix(part)]
+    if strangers := [name for name in layers if name not in parts or not name]:
+        raise ValueError(f"the model has no layer {strangers[0]!r}: its layers are {[name for name in parts if name]}")
+    if not layers:
+        raise ValueError("no layer is given, and the model has none with a weight of two axes: name layers")
+    return {name: parts[name] for name in layers}
+
+
+def first_weight(model: nn.Module) -> Tensor:
+    """A tensor on the model's device, of its precision."""
+    return next(unwrap(model).parameters(), torch.zeros(()))
+
+
+def _is_matrix(part: nn.Module) -> bool:
+    weight = part._parameters.get("weight")
+    return weight is not None and weight.ndim >= 2 and not isinstance(part, (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm))

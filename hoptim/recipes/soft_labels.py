@@ -1,0 +1,65 @@
+"""SoftLabels: a learned distribution over the classes for each training example."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.recipes.start import check_between
+from hoptim.validation import describe_type, is_whole
+
+
+class SoftLabels(HyperParameters):
+    """Learned label distributions q_i over K classes of n examples, and the cross-entropy −Σ_k q_ik log p_k with them.
+
+    Where a label is wrong the right one can be found, not only the wrong one left out, as by a weight. For that there are
+    n·(K − 1) degrees of freedom: many hypersteps and a trustworthy validation set are needed. ``hparams["label"]`` is q, of
+    shape (n, K).
+
+    Args:
+        labels: the given classes, shape (n,), whole numbers.
+        classes: K; default: one more than the largest label.
+        start: the probability of the given class at the start, default 0.9; the others share the rest.
+
+    Raises:
+        TypeError: ``labels`` is no vector of whole numbers.
+        ValueError: a label is not below ``classes``, or ``start`` not between 0 and 1.
+
+    Source: Algan and Ulusoy 2020, Meta soft label generation for noisy labels (arXiv 2007.05836).
+
+    >>> hparams = SoftLabels(torch.tensor([0, 2]), start=0.8)
+    >>> hparams["label"].detach()
+    tensor([[0.8000, 0.1000, 0.1000],
+            [0.1000, 0.1000, 0.8000]])
+    >>> z, batch = torch.zeros(1, 3), torch.tensor([1])
+    >>> round(hparams.cross_entropy(z, batch).item(), 4)                                           # log 3
+    1.0986
+    """
+
+    def __init__(self, labels: Tensor, classes: int | None = None, *, start: float = 0.9) -> None:
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype.is_floating_point or not len(labels):
+            raise TypeError(f"labels is {describe_type(labels)}: give the class of each example, a vector of whole numbers")
+        count = int(labels.max()) + 1 if classes is None else classes
+        if not (is_whole(count) and count >= 2 and int(labels.min()) >= 0 and int(labels.max()) < count):
+            raise ValueError(f"labels go from {labels.min()} to {labels.max()} and classes is {classes}: give 2 or more")
+        check_between("start", start, 0, 1)
+        q = torch.full((len(labels), count), (1 - start) / (count - 1), device=labels.device)
+        q.scatter_(1, labels[:, None].long(), float(start))
+        super().__init__({"label": q}, {"label": constraints.simplex})
+
+    def cross_entropy(self, z: Tensor, index: Tensor, reduction: str = "mean") -> Tensor:
+        """−Σ_k q_ik log softmax(z_i)_k of a batch.
+
+        Args:
+            z: logits, shape (B, K).
+            index: which examples these are, shape (B,).
+            reduction: as torch's.
+        """
+        return nn.functional.cross_entropy(z, self["label"][index].to(z.dtype), reduction=reduction)
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """n·(K − 1)."""
+        return sum(leaf.numel() for leaf in self.parameters())

@@ -1,0 +1,46 @@
+"""Temperature: a learned temperature of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.recipes.start import check_between
+
+
+class Temperature(HyperParameters):
+    """A learned temperature T > 0 by which logits are divided, z/T, and the cross-entropy of these.
+
+    In the training loss T sets how far apart the classes are pushed; in the validation loss alone it calibrates the
+    probabilities, and its hypergradient is the direct one. One degree of freedom, on a log scale.
+
+    Args:
+        start: T at the start, default 1.
+
+    Raises:
+        ValueError: ``start`` is not positive.
+
+    Source: Guo et al. 2017, On calibration of modern neural networks (arXiv 1706.04599).
+
+    >>> hparams, z = Temperature(start=2.0), torch.tensor([[2.0, 0.0]])
+    >>> hparams.scaled(z).tolist()
+    [[1.0, 0.0]]
+    >>> round(hparams.cross_entropy(z, torch.tensor([0])).item(), 4)
+    0.3133
+    """
+
+    degrees_of_freedom = 1
+
+    def __init__(self, start: float = 1.0) -> None:
+        check_between("start", start, 0)
+        super().__init__({"temperature": torch.tensor(float(start))}, {"temperature": constraints.positive})
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """z/T, of any shape."""
+        return z / self["temperature"].to(z.dtype)
+
+    def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        """That of z/T, with arguments as ``torch.nn.functional.cross_entropy`` has them."""
+        return nn.functional.cross_entropy(self.scaled(z), target, reduction=reduction)

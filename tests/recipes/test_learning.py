@@ -1,0 +1,171 @@
+"""Each recipe in a hypergradient, against differences of retrainings to the end, and several of them in a fit over folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hoptim
+from hoptim.recipes import (
+    Categorical,
+    DistilledData,
+    DomainWeights,
+    Dropout,
+    ExampleWeights,
+    Gate,
+    LabelSmoothing,
+    LossWeights,
+    NoiseWidth,
+    PriorScale,
+    SoftLabels,
+    Temperature,
+    WeightDecay,
+)
+
+DRAW = torch.Generator().manual_seed(0)
+X = torch.randn(40, 4, generator=DRAW, dtype=torch.float64)
+Y = (X @ torch.randn(4, 3, generator=DRAW, dtype=torch.float64) + torch.randn(40, 3, generator=DRAW).double()).argmax(1)
+TRAIN, VAL = torch.arange(24), torch.arange(24, 40)
+SOURCE = torch.arange(40) % 3
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3)).double()
+
+
+def each(z: Tensor, batch: Tensor) -> Tensor:
+    return F.cross_entropy(z, Y[batch], reduction="none")
+
+
+def two_losses(z: Tensor, batch: Tensor) -> dict[str, Tensor]:
+    return {"classes": each(z, batch).mean(), "first": (z[:, 0] - X[batch, 0]).square().mean()}
+
+
+def distilled(model: Any, hparams: Any, batch: Tensor) -> Tensor:
+    x, y = hparams.examples()
+    return F.cross_entropy(model(x), y)
+
+
+def mixed(model: Any, hparams: Any, batch: Tensor, training: bool) -> Tensor:
+    x = X[batch]
+    return each(model(hparams.mix({"plain": x, "tanh": x.tanh(), "abs": x.abs()}, training)), batch).mean()
+
+
+RECIPES: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[Any, Any, Tensor], Tensor]]] = {
+    "WeightDecay": (lambda m: WeightDecay(m, start=0.1), lambda m, h, b: each(m(X[b]), b).mean() + h.penalty(m)),
+    "PriorScale": (lambda m: PriorScale(m, 24), lambda m, h, b: each(m(X[b]), b).mean() + h.penalty(m)),
+    "NoiseWidth": (lambda m: NoiseWidth(m, start=0.4), lambda m, h, b: each(h.call(m, X[b]), b).mean()),
+    "Dropout": (lambda m: Dropout(m, start=0.3), lambda m, h, b: each(h.call(m, X[b]), b).mean()),
+    "Dropout of units": (lambda m: Dropout(m, per="unit", start=0.3), lambda m, h, b: each(h.call(m, X[b]), b).mean()),
+    "LabelSmoothing": (lambda m: LabelSmoothing(0.2), lambda m, h, b: h.cross_entropy(m(X[b]), Y[b])),
+    "Temperature": (lambda m: Temperature(2.0), lambda m, h, b: h.cross_entropy(m(X[b]), Y[b])),
+    "ExampleWeights": (lambda m: ExampleWeights(40), lambda m, h, b: h.mean(each(m(X[b]), b), b)),
+    "SoftLabels": (lambda m: SoftLabels(Y, start=0.8), lambda m, h, b: h.cross_entropy(m(X[b]), b)),
+    "LossWeights": (lambda m: LossWeights(["classes", "first"]), lambda m, h, b: h.sum(two_losses(m(X[b]), b))),
+    "DomainWeights": (
+        lambda m: DomainWeights({"a": 1, "b": 1, "c": 1}), lambda m, h, b: h.mean(each(m(X[b]), b), SOURCE[b])
+    ),
+    "DistilledData": (lambda m: DistilledData(3, (4,), size=1.0), distilled),
+    "Categorical": (lambda m: Categorical(["plain", "tanh", "abs"]), lambda m, h, b: mixed(m, h, b, True)),
+    "Gate": (lambda m: Gate(4, start=0.6), lambda m, h, b: each(m(X[b] * h.values()), b).mean()),
+}  # fmt: skip
+
+
+def problem_of(name: str) -> hoptim.Problem:
+    model = linear()
+    make, part = RECIPES[name]
+    torch.manual_seed(1)
+    hparams = make(model).double()
+
+    def train_loss(model: Any, h: Any, batch: Any) -> Tensor:
+        torch.manual_seed(7)  # the same noise each time, so that a retraining has an end
+        return part(model, h, batch) + 0.02 * sum(p.square().sum() for p in model.parameters())
+
+    def val_loss(model: Any, h: Any, batch: Any) -> Tensor:
+        if name == "Categorical":
+            return mixed(model, h, batch, False)
+        gates = h.values(training=False) if name == "Gate" else 1.0
+        return each(model.eval()(X[batch] * gates), batch).mean()
+
+    return hoptim.Problem(model, hparams, train_loss, val_loss)
+
+
+def train(problem: hoptim.Problem) -> None:
+    """To the end: most of the way by LBFGS, the rest by Newton's method."""
+    weights = list(problem.model.train().parameters())
+    optimizer = torch.optim.LBFGS(weights, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = problem.loss(TRAIN)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    for _ in range(4):
+        gradient = flat(torch.autograd.grad(problem.loss(TRAIN), weights, create_graph=True))
+        rows = [flat(torch.autograd.grad(slope, weights, retain_graph=True)) for slope in gradient]
+        step = torch.linalg.solve(torch.stack(rows), gradient.detach())
+        nn.utils.vector_to_parameters(flat(weights).detach() - step, weights)
+    assert flat(torch.autograd.grad(problem.loss(TRAIN), weights)).norm() < 1e-12
+
+
+def flat(parts: Any) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_hypergradient_is_the_slope_of_retraining(name: str) -> None:
+    problem = problem_of(name)
+    leaves = list(problem.hparams.parameters())
+    at = nn.utils.parameters_to_vector(leaves).detach()
+    train(problem)
+    method = hoptim.Implicit(hoptim.CG(terms=60, tolerance=1e-10), curvature=hoptim.Exact())
+    found = hoptim.hypergradient(problem, TRAIN, VAL, method)
+    assert found.solution.status is hoptim.Status.CONVERGED
+    gradient = flat(found.grads.values())
+    torch.manual_seed(0)
+    lines = [gradient / gradient.norm(), *torch.randn(2, len(at))]
+    for line in lines:
+        ends = []
+        for sign in (1e-4, -1e-4):
+            nn.utils.vector_to_parameters(at + sign * line, leaves)
+            train(problem)
+            ends.append(problem.val_loss(problem.model, problem.hparams, VAL).item())
+        assert (ends[0] - ends[1]) / 2e-4 == pytest.approx(float(gradient @ line), rel=1e-4, abs=1e-8)
+    assert gradient.norm() > 1e-4
+
+
+def test_several_are_learned_together_over_folds() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+
+    def train_loss(model: Any, h: Any, batch: Any) -> Tensor:
+        z = h["dropout"].call(model, X[batch])
+        return h["temperature"].cross_entropy(z, Y[batch]) + h["prior"].penalty(model)
+
+    def val_loss(model: Any, h: Any, batch: Any) -> Tensor:
+        return each(model.eval()(X[batch]), batch).mean()
+
+    def loop(model: Any, optimizer: Any, examples: Tensor) -> None:
+        for _ in range(40):
+            optimizer.zero_grad()
+            optimizer.loss(examples).backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    hparams = nn.ModuleDict({"dropout": Dropout(make()), "temperature": Temperature(), "prior": PriorScale(make(), 27)})
+    before = [leaf.detach().clone() for leaf in hparams.double().parameters()]
+    fit = hoptim.CrossValidated(
+        make, hparams, train_loss, val_loss, inner=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        examples=40, steps=40, hypersteps=10,
+    ).fit(loop)  # fmt: skip
+    assert len(fit.history) == 10
+    assert all(row["moved"] for row in fit.history)
+    assert all((leaf - start).abs().min() > 0.01 for leaf, start in zip(hparams.parameters(), before, strict=True))
