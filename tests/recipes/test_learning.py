@@ -169,3 +169,57 @@ def test_several_are_learned_together_over_folds() -> None:
     assert len(fit.history) == 10
     assert all(row["moved"] for row in fit.history)
     assert all((leaf - start).abs().min() > 0.01 for leaf, start in zip(hparams.parameters(), before, strict=True))
+
+
+def learned(problem: hoptim.Problem, train: Any, val: Any, steps: int = 600, lr: float = 0.1) -> hoptim.BilevelOptimizer:
+    optimizer = hoptim.BilevelOptimizer(
+        torch.optim.Adam(problem.model.parameters(), lr=0.01),
+        torch.optim.Adam(problem.hparams.parameters(), lr=lr),
+        problem, val_batches=[val], every=5, warmup=100,
+    )  # fmt: skip
+    for _ in range(steps):
+        optimizer.zero_grad()
+        optimizer.loss(train).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gates_open_for_the_features_that_matter(seed: int) -> None:
+    """Of twelve features three matter; the others fit noise."""
+    torch.manual_seed(seed)
+    x = torch.randn(300, 12)
+    y = x[:, [2, 5, 9]] @ torch.tensor([1.0, -1.5, 0.8]) + 0.5 * torch.randn(300)
+    model, gate = nn.Linear(12, 1).double(), Gate(12).double()
+
+    def train_loss(model: Any, h: Any, batch: Any) -> Tensor:
+        return (model(x[batch] * h.values())[:, 0] - y[batch]).square().mean()
+
+    def val_loss(model: Any, h: Any, batch: Any) -> Tensor:
+        error = (model(x[batch] * h.values(training=False))[:, 0] - y[batch]).square().mean()
+        return error + 0.1 * h.count()
+
+    learned(hoptim.Problem(model, gate, train_loss, val_loss), torch.arange(100), torch.arange(100, 300), steps=1200)
+    opened, far = gate.harden()
+    assert opened.nonzero()[:, 0].tolist() == [2, 5, 9]
+    assert far < 0.5
+
+
+@pytest.mark.parametrize("relaxation", ["softmax", "gumbel"])
+def test_the_option_that_made_the_data_is_chosen(relaxation: Any) -> None:
+    """A target that is linear in |x|; the other options see another function of x."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 3)
+    y = x.abs() @ torch.tensor([1.0, -2.0, 0.5]) + 0.1 * torch.randn(200)
+    model = nn.Linear(3, 1).double()
+    choice = Categorical(["plain", "abs", "sin"], relaxation=relaxation).double()
+
+    def loss(model: Any, h: Any, batch: Any, training: bool) -> Tensor:
+        inputs = h.mix({"plain": x[batch], "abs": x[batch].abs(), "sin": x[batch].sin()}, training)
+        return (model(inputs)[:, 0] - y[batch]).square().mean()
+
+    problem = hoptim.Problem(model, choice, lambda m, h, b: loss(m, h, b, True), lambda m, h, b: loss(m, h, b, False))
+    learned(problem, torch.arange(100), torch.arange(100, 200), steps=1000)
+    best, rest = choice.harden()
+    assert best == "abs"
+    assert rest < 0.3
