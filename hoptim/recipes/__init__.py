@@ -24,6 +24,8 @@ A recipe is a :class:`HyperParameters` with a method for the training loss. It g
 | a label for each example | `SoftLabels(labels)`, `.cross_entropy(z, index)` | n·(K − 1) | simplex |
 | weights of several losses | `LossWeights(names)`, `.sum(losses)` | K − 1 | simplex |
 | a mixture of data sources | `DomainWeights(sizes)`, `.mean(losses, source)` | K − 1 | simplex |
+| changes of images | `Augmentation(changes)`, `.augment(x)` | one a change | positive |
+| a network that changes images | `AugmentationNet(channels)`, `hparams(x)` | thousands | real |
 | training examples themselves | `DistilledData(classes, shape)`, `.examples()` | one a pixel | real |
 | a schedule over the steps | `Schedule(steps, knots)`, `.at(t)`, with `hoptim.Replay` | one a knot | positive |
 | one of several options | `Categorical(options)`, `.mix(found)`, `.harden()` | K − 1 | simplex |
@@ -43,6 +45,7 @@ a test set that took no part.
 `Gate` and `Categorical` belong to the model, so it has them with `training=False`.
 """
 
+from hoptim.recipes.augmentation import Augmentation, AugmentationNet
 from hoptim.recipes.categorical import Categorical
 from hoptim.recipes.distilled_data import DistilledData
 from hoptim.recipes.domain_weights import DomainWeights
@@ -59,6 +62,8 @@ from hoptim.recipes.temperature import Temperature
 from hoptim.recipes.weight_decay import WeightDecay
 
 __all__ = [
+    "Augmentation",
+    "AugmentationNet",
     "Categorical",
     "DistilledData",
     "DomainWeights",

@@ -96,24 +96,24 @@ def problem_of(name: str) -> hoptim.Problem:
     return hoptim.Problem(model, hparams, train_loss, val_loss)
 
 
-def train(problem: hoptim.Problem) -> None:
+def train(problem: hoptim.Problem, batch: Tensor = TRAIN) -> None:
     """To the end: most of the way by LBFGS, the rest by Newton's method."""
     weights = list(problem.model.train().parameters())
     optimizer = torch.optim.LBFGS(weights, max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = problem.loss(TRAIN)
+        loss = problem.loss(batch)
         loss.backward()
         return loss
 
     optimizer.step(closure)
     for _ in range(4):
-        gradient = flat(torch.autograd.grad(problem.loss(TRAIN), weights, create_graph=True))
+        gradient = flat(torch.autograd.grad(problem.loss(batch), weights, create_graph=True))
         rows = [flat(torch.autograd.grad(slope, weights, retain_graph=True)) for slope in gradient]
         step = torch.linalg.solve(torch.stack(rows), gradient.detach())
         nn.utils.vector_to_parameters(flat(weights).detach() - step, weights)
-    assert flat(torch.autograd.grad(problem.loss(TRAIN), weights)).norm() < 1e-12
+    assert flat(torch.autograd.grad(problem.loss(batch), weights)).norm() < 1e-12
 
 
 def flat(parts: Any) -> Tensor:

@@ -1,0 +1,137 @@
+"""Augmentation: learned magnitudes of random changes of images; AugmentationNet: a network that makes the changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn import functional as F
+
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.recipes.start import check_between
+from hoptim.validation import is_whole
+
+Change = Literal["rotation", "shift", "scale", "shear", "brightness", "contrast", "noise"]
+AFFINE = ("rotation", "shift", "scale", "shear")
+
+
+class Augmentation(HyperParameters):
+    """Learned magnitudes m > 0 of random changes of images, drawn anew for each image and differentiable in m.
+
+    With u uniform on (−1, 1) for each image and change, and ξ normal for each pixel:
+
+    - ``"rotation"``: by m·u radians; ``"shift"``: by m·u of half the width and of half the height, each with a u of its own;
+    - ``"scale"``: by exp(m·u); ``"shear"``: by m·u along the rows;
+    - ``"brightness"``: x + m·u; ``"contrast"``: x̄ + exp(m·u)·(x − x̄), with the image's mean x̄; ``"noise"``: x + m·ξ.
+
+    The first four move pixels, with bilinear interpolation and zeros from outside. A magnitude that hurts goes towards 0,
+    where nothing is changed; which of them help is so learned from the validation loss, in which images stay as they are.
+
+    Args:
+        changes: their names, each once; default all of them.
+        start: m of each at the start, default 0.1.
+
+    Raises:
+        ValueError: a change is none of these or there twice, there is none, or ``start`` is not positive; when called, the
+            images are not of shape (B, C, H, W).
+
+    Source: Benton et al. 2020, Learning invariances in neural networks (arXiv 2010.11882), where the training loss moves m.
+
+    >>> _ = torch.manual_seed(0)
+    >>> hparams = Augmentation(["rotation", "noise"], start=0.2)
+    >>> list(hparams), hparams.degrees_of_freedom
+    (['rotation', 'noise'], 2)
+    >>> hparams.augment(torch.rand(8, 1, 28, 28)).shape
+    torch.Size([8, 1, 28, 28])
+    """
+
+    def __init__(self, changes: Sequence[Change] = get_args(Change), *, start: float = 0.1) -> None:
+        if strangers := [change for change in changes if change not in get_args(Change)]:
+            raise ValueError(f"changes has {strangers[0]!r}: give some of {', '.join(get_args(Change))}")
+        if not changes or len(set(changes)) < len(changes):
+            raise ValueError(f"changes is {list(changes)}: give one or more, each once")
+        check_between("start", start, 0)
+        values: dict[str, Tensor] = {change: torch.tensor(float(start)) for change in changes}
+        super().__init__(values, dict.fromkeys(values, constraints.positive))
+
+    def augment(self, x: Tensor) -> Tensor:
+        """The images, shape (B, C, H, W), each changed."""
+        if x.ndim != 4:
+            raise ValueError(f"the images have shape {tuple(x.shape)}: give (B, C, H, W)")
+        if any(change in self for change in AFFINE):
+            grid = F.affine_grid(self._matrices(x), list(x.shape), align_corners=False)
+            x = F.grid_sample(x, grid, align_corners=False)
+        if "contrast" in self:
+            mean = x.mean(dim=(1, 2, 3), keepdim=True)
+            x = mean + self._drawn("contrast", x).exp()[:, None, None, None] * (x - mean)
+        if "brightness" in self:
+            x = x + self._drawn("brightness", x)[:, None, None, None]
+        if "noise" in self:
+            x = x + self["noise"].to(x.dtype) * torch.randn_like(x)
+        return x
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """How many magnitudes are learned."""
+        return len(self)
+
+    def _drawn(self, change: str, x: Tensor) -> Tensor:
+        """m·u for each image, 0 where there is no such change."""
+        if change not in self:
+            return x.new_zeros(len(x))
+        return self[change].to(x.dtype) * (2 * torch.rand(len(x), dtype=x.dtype, device=x.device) - 1)
+
+    def _matrices(self, x: Tensor) -> Tensor:
+        """The affine map of each image, shape (B, 2, 3), from places in the new image to places in the old one."""
+        angle, size, shear = self._drawn("rotation", x), self._drawn("scale", x).exp(), self._drawn("shear", x)
+        cos, sin, right, down = angle.cos(), angle.sin(), self._drawn("shift", x), self._drawn("shift", x)
+        first = torch.stack([size * cos, size * (shear * cos - sin), right], dim=1)
+        second = torch.stack([size * sin, size * (shear * sin + cos), down], dim=1)
+        return torch.stack([first, second], dim=1)
+
+
+class AugmentationNet(nn.Module):
+    """A small convolutional network x ↦ x + f(x, ξ) from an image and noise to a changed image; its weights are learned.
+
+    Its last layer is 0 at the start, so that it begins with the image as it is. It is itself ``hparams``: the training loss
+    has ``model(hparams(x))``, the validation loss ``model(x)``. It has thousands of degrees of freedom: keep the validation
+    set large.
+
+    Args:
+        channels: C of the images, shape (B, C, H, W).
+        hidden: channels of its two hidden layers, default 16.
+
+    Raises:
+        ValueError: ``channels`` or ``hidden`` is no positive whole number.
+
+    Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), section 5.3.
+
+    >>> net, x = AugmentationNet(3), torch.rand(2, 3, 8, 8)
+    >>> torch.equal(net(x), x), net.degrees_of_freedom
+    (True, 3635)
+    """
+
+    def __init__(self, channels: int, hidden: int = 16) -> None:
+        for name, count in {"channels": channels, "hidden": hidden}.items():
+            if not (is_whole(count) and count >= 1):
+                raise ValueError(f"{name} is {count!r}: give a whole number of at least 1")
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(2 * channels, hidden, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(hidden, channels, 3, padding=1),
+        )  # fmt: skip
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The changed images, of the same shape."""
+        return x + self.layers(torch.cat([x, torch.randn_like(x)], dim=1))
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """How many weights it has."""
+        return sum(p.numel() for p in self.parameters())
