@@ -40,8 +40,10 @@ low by far, `Update()` gave +901 and took the rate to 0, where training stands s
 scale it took the rate to 2e-3, and the test loss after 600 steps was 0.23 in place of 1.58. Where `Update()` meets negative
 curvature a warning tells.
 
-Pass `hparams["lr"]` to the inner optimizer as its option. With `positive` it is learned on a log scale; `unit_interval` is
-for momentum and betas.
+Name the options in `BilevelOptimizer(..., options={"lr": "rate"})`: here the hyperparameter `"rate"` is the learning rate of
+every parameter group. With `positive` it is learned on a log scale; `unit_interval` is for momentum and betas. Of a pair,
+one or both are named: `{"betas": ("one", None)}`. A list has a name for each parameter group, `None` for one that is left as
+it is: `{"lr": ["rate", None]}`. The inner optimizer may also be built with `lr=hparams["rate"]`.
 
 >>> import torch
 >>> from torch import nn
@@ -50,27 +52,27 @@ for momentum and betas.
 >>> _ = torch.manual_seed(0)
 >>> model, x, y = nn.Linear(3, 1), torch.randn(16, 3), torch.randn(16, 1)
 >>> loss = lambda model, hparams, batch: (model(x[batch]) - y[batch]).square().mean()
->>> hparams = HyperParameters({"lr": torch.tensor(0.01)}, {"lr": constraints.positive})
+>>> hparams = HyperParameters({"rate": torch.tensor(0.01)}, {"rate": constraints.positive})
 >>> problem = Problem(model, hparams, loss, loss)
->>> inner = torch.optim.SGD(model.parameters(), lr=hparams["lr"])
+>>> inner = torch.optim.SGD(model.parameters())
 >>> outer = torch.optim.Adam(hparams.parameters(), lr=0.1)
 >>> train, val = torch.arange(8), torch.arange(8, 16)
->>> optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[val], every=5)
+>>> optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[val], options={"lr": "rate"}, every=5)
 >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
 >>> for _ in range(20):
 ...     optimizer.zero_grad()
 ...     optimizer.loss(train).backward()
 ...     optimizer.step()
 ...     scheduler.step()
->>> optimizer.hypergradient, bool(hparams["lr"] > 0.01)                            # a larger rate would have been better
+>>> optimizer.hypergradient, bool(hparams["rate"] > 0.01)                          # a larger rate would have been better
 (Unrolled(steps=5, checkpoint=False), True)
 
-*Beside a schedule.* The optimizer has an ordinary number in the option's place, at first the value of `hparams["lr"]`.
+*Beside a schedule.* The optimizer has an ordinary number in the option's place, at first the value of `hparams["rate"]`.
 Schedulers may change it, and so may a line of the loop, `group["lr"] = ...`. A step is taken with that number times
-`hparams["lr"]` over its first value: the schedule sets the shape, hoptim learns the size. Without a schedule the rate is
-exactly `hparams["lr"]`. A schedule of a learned momentum, such as `OneCycleLR`'s, may leave the unit interval this way:
+`hparams["rate"]` over its first value: the schedule sets the shape, hoptim learns the size. Without a schedule the rate is
+exactly `hparams["rate"]`. A schedule of a learned momentum, such as `OneCycleLR`'s, may leave the unit interval this way:
 give it `cycle_momentum=False`. The leaf is read in each step, so leave it on the CPU. `hypergradient` and `audit` get
-`inner=optimizer`. In a loop of your own, write `group["lr"] = hparams["lr"]` after each move.
+`inner=optimizer`. In a loop of your own, write `group["lr"] = hparams["rate"]` after each move.
 
 The option may also be a leaf itself, without constraint or `nonnegative`: `lr=hparams.lr`, with `foreach=False` for Adam.
 Then nothing may write over it, schedulers neither.

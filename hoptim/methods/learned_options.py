@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn, optim
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import Transform, identity_transform
 
 from hoptim.linalg.vectors import Tree
 from hoptim.problem.hyperparameters import transforms_of
+from hoptim.validation import describe_type
 
 WRITTEN_OVER = (
     "hyperparameter {name!r} was the inner optimizer's {key}, which is now {now!r}: a scheduler, a loaded state or the loop "
@@ -67,6 +68,59 @@ class LearnedOption(NamedTuple):
     def factor(self, group: Mapping[str, Any]) -> float:
         """What a schedule has made of it: the number in its place, relative to its start."""
         return 1.0 if self.start is None else float(self.present(group)) / self.start
+
+
+def bind_by_name(inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn.Module) -> list[LearnedOption]:
+    """Make hyperparameters of options of ``inner``, as if it had been built with them; returns all that it has.
+
+    Args:
+        inner: the optimizer.
+        options: by the option's name the hyperparameter's, such as ``{"lr": "rate"}``; for a pair such as betas a tuple of
+            two, of which one may be ``None``; for each parameter group its own as a list, ``None`` for a group left alone.
+        hparams: the hyperparameters.
+
+    Raises:
+        TypeError: a name is no ``str``.
+        ValueError: there is no such option or hyperparameter, it has several numbers, or the list another length; or as
+            in :func:`find_learned_options`.
+
+    >>> from torch.distributions import constraints
+    >>> from hoptim.problem.hyperparameters import HyperParameters
+    >>> hparams = HyperParameters({"rate": torch.tensor(0.25)}, {"rate": constraints.positive})
+    >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    >>> [(option.name, option.key) for option in bind_by_name(inner, {"lr": "rate"}, hparams)]
+    [('rate', 'lr')]
+    >>> inner.param_groups[0]["lr"].item()
+    0.25
+    """
+    transforms, leaves, groups = transforms_of(hparams), dict(hparams.named_parameters()), inner.param_groups
+
+    def value(key: str, name: Any, present: Any) -> Any:
+        if name is None:
+            return present
+        if isinstance(name, tuple):
+            if not isinstance(present, (tuple, list)) or len(present) != len(name):
+                raise ValueError(f"options gives {key} the pair {name}, and it is {present!r}: give one name")
+            return tuple(value(key, one, now) for one, now in zip(name, present, strict=True))
+        if not isinstance(name, str):
+            raise TypeError(f"options gives {key} {describe_type(name)}: give the name of a hyperparameter")
+        if name not in leaves or leaves[name].numel() != 1:
+            wrong = "is no hyperparameter" if name not in leaves else f"has {leaves[name].numel()} numbers"
+            fitting = [name for name, leaf in leaves.items() if leaf.numel() == 1]
+            raise ValueError(f"options gives {key} {name!r}, which {wrong}: give one of {fitting}, of one number each")
+        transform = transforms.get(name, identity_transform)
+        return leaves[name] if transform is identity_transform else transform(leaves[name])
+
+    for key, names in options.items():
+        if key not in inner.defaults:
+            raise ValueError(f"options has {key!r}, and {type(inner).__name__} has only {', '.join(inner.defaults)}")
+        if isinstance(names, list) and len(names) != len(groups):
+            raise ValueError(f"options gives {key} {len(names)} names, and there are {len(groups)} parameter groups")
+        for group, name in zip(groups, names if isinstance(names, list) else [names] * len(groups), strict=True):
+            group[key] = value(key, name, group[key])
+        if not isinstance(names, list):
+            inner.defaults[key] = groups[0][key]  # which groups that are added later get
+    return find_learned_options(inner, hparams)
 
 
 def find_learned_options(inner: optim.Optimizer, hparams: nn.Module) -> list[LearnedOption]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -40,13 +40,20 @@ def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
     return [float(weight) for weight in found]
 
 
-def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: int | None) -> None:
-    """The method needs no steps from before the last hyperstep, and the hooks are functions."""
+def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: int | None, options: object) -> None:
+    """The method needs no steps from before the last hyperstep and sees the options; the hooks are functions."""
     check_method("hypergradient", hypergradient)
     steps = 0 if hypergradient is None else hypergradient.keeps_steps
     if every is not None and steps > every:
         raise ValueError(
             f"{hypergradient} goes back {steps} inner steps, but hypersteps come every {every}: unroll at most {every}"
+        )
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f'options is {describe_type(options)}: give a dict, such as {{"lr": "rate"}}')
+    if options and hypergradient is not None and not hypergradient.sees_options:
+        raise ValueError(
+            f"options makes {', '.join(options)} hyperparameters, in which {hypergradient} has no derivative: leave "
+            "hypergradient out for Unrolled(), or give Implicit(condition=Update())"
         )
     if not isinstance(hooks, Sequence):
         raise TypeError(f"hooks is {describe_type(hooks)}: give a list of functions of the record")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -46,6 +46,7 @@ class BilevelOptimizer(OptimizerProxy):
         outer: the optimizer of ``hparams.parameters()``.
         problem: the model, the hyperparameters and the two losses.
         val_batches: validation batches, one a hyperstep: any re-iterable, cycled, or a function that draws one.
+        options: the options of ``inner`` that are hyperparameters, such as ``{"lr": "rate"}`` (:mod:`hoptim.methods`).
         hypergradient: how to compute it; default ``Implicit()``; where an option of ``inner`` is learned, such as its
             learning rate, ``Unrolled()``, over ``every`` steps at most.
         every: inner steps between hypersteps, default 100; ``None`` for never.
@@ -88,6 +89,7 @@ class BilevelOptimizer(OptimizerProxy):
         problem: Problem,
         *,
         val_batches: Iterable[Any] | Callable[[], Any],
+        options: Mapping[str, Any] | None = None,
         hypergradient: Method | None = None,
         every: int | None = 100,
         warmup: int = 0,
@@ -98,10 +100,10 @@ class BilevelOptimizer(OptimizerProxy):
     ) -> None:
         arguments.check_optimizers(inner, outer, problem)
         arguments.check_schedule(every, warmup, on_failure)
-        arguments.check_strategies(hypergradient, hooks, every)
+        arguments.check_strategies(hypergradient, hooks, every, options)
         super().__init__()
         self.inner, self.outer, self.problem = inner, outer, problem
-        learned = learned_options.find_learned_options(inner, problem.hparams)
+        learned = learned_options.bind_by_name(inner, options or {}, problem.hparams)
         self.hypergradient = default_method(learned, every) if hypergradient is None else hypergradient
         self.every, self.warmup, self.on_failure, self.hooks = every, warmup, on_failure, tuple(hooks)
         self.val_weights = arguments.checked_weights(val_weights)

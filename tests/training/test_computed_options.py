@@ -448,3 +448,78 @@ def test_a_rate_that_starts_too_low_is_learned_up_on_digits_where_update_has_the
     assert slopes[0] > 0 > slopes[1]
     assert optimizer.record.hyperparameters["lr"] > 1e-3
     assert learned < without / 2
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": "lr", "momentum": "momentum", "weight_decay": "wd"},
+    "adam": {"lr": "lr", "betas": ("one", "two"), "weight_decay": "wd"},
+    "adamw": {"lr": "lr", "betas": ("one", None)},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_options_bound_by_name_are_those_that_the_inner_optimizer_is_built_with(name: str) -> None:
+    row, found = ROWS[name], []
+    for by_name in (False, True):
+        built = build(row)
+        if by_name:
+            plain = floats(row.options(built.problem.hparams))
+            model, hparams = tiny().model, build(row).problem.hparams
+            inner = row.kind(model.parameters(), **plain)
+            rate = optim.SGD(hparams.parameters(), lr=0.1)
+            problem = Problem(model, hparams, val_loss, val_loss)
+            built = BilevelOptimizer(inner, rate, problem, val_batches=[VAL], every=3, options=NAMED[name])
+        scheduler = lrs.LambdaLR(built, shape)
+        train(built, 0, 12, lambda i, scheduler=scheduler: scheduler.step())
+        assert built.hyper_steps == 4
+        found.append([*built.problem.model.parameters(), *built.problem.hparams.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_each_group_has_the_rate_of_its_name_and_added_groups_have_the_common_one() -> None:
+    model = tiny().model
+    values = {"rate": torch.tensor(0.1), "slow": torch.tensor(0.01)}
+    hparams = HyperParameters(values, dict.fromkeys(values, POSITIVE))
+    groups = [{"params": [model[0].weight]}, {"params": [model[0].bias], "lr": 0.3}, {"params": list(model[3].parameters())}]
+    inner, problem = optim.SGD(groups, lr=0.5), Problem(model, hparams, val_loss, val_loss)
+    rate = optim.SGD(hparams.parameters(), lr=0.1)
+    options = {"lr": ["rate", None, "slow"]}
+    built = BilevelOptimizer(inner, rate, problem, val_batches=[VAL], every=3, options=options)
+    assert [group["lr"] for group in built.param_groups] == [pytest.approx(0.1), 0.3, pytest.approx(0.01)]
+    assert [(option.name, option.group) for option in built.learned_options] == [("rate", 0), ("slow", 2)]
+    inner = optim.SGD([model[0].weight, model[0].bias, model[3].weight], lr=0.5)
+    one = HyperParameters({"rate": torch.tensor(0.1)}, {"rate": POSITIVE})
+    rate, problem = optim.SGD(one.parameters(), lr=0.1), Problem(model, one, val_loss, val_loss)
+    with pytest.warns(match="does not hold"):
+        built = BilevelOptimizer(inner, rate, problem, val_batches=[VAL], every=3, options={"lr": "rate"})
+    built.add_param_group({"params": [model[3].bias]})
+    train(built, 0, 3)
+    assert [(option.name, option.group) for option in built.learned_options] == [("rate", 0), ("rate", 1)]
+    assert built.record.moved
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "error", "words"),
+    [
+        ("rate", None, TypeError, 'options is a str: give a dict, such as {"lr": "rate"}'),
+        ({"rate": "lr"}, None, ValueError, "options has 'rate', and SGD has only lr, momentum"),
+        ({"lr": "rate"}, None, ValueError, "options gives lr 'rate', which is no hyperparameter: give one of ['lr'"),
+        ({"lr": 0.1}, None, TypeError, "options gives lr a float: give the name of a hyperparameter"),
+        ({"lr": ("lr", "wd")}, None, ValueError, "options gives lr the pair ('lr', 'wd'), and it is 0.3: give one name"),
+        ({"lr": ["lr", "wd"]}, None, ValueError, "options gives lr 2 names, and there are 1 parameter groups"),
+        ({"lr": "lr"}, Implicit(), ValueError, "options makes lr hyperparameters, in which Implicit("),
+        ({"dampening": "lr"}, None, TypeError, "the dampening of SGD"),
+    ],
+)  # fmt: skip
+def test_an_option_that_cannot_be_bound_is_named(options: Any, method: Any, error: type[Exception], words: str) -> None:
+    model, hparams = tiny().model, build(ROWS["sgd"]).problem.hparams
+    inner, rate = optim.SGD(model.parameters(), lr=0.3), optim.SGD(hparams.parameters(), lr=0.1)
+    problem = Problem(model, hparams, val_loss, val_loss)
+
+    def begin() -> None:
+        built = BilevelOptimizer(inner, rate, problem, val_batches=[VAL], hypergradient=method, options=options)
+        built.loss(BATCHES[0])
+
+    with pytest.raises(error) as caught:
+        begin()
+    assert words in str(caught.value)
