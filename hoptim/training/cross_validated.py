@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-import warnings
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +14,19 @@ from torch.optim import Adam, Optimizer
 
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method
-from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import annotate_errors, check_takes
 from hoptim.problem.problem import Loss, Problem
 from hoptim.problem.random_stream import RandomStream
 from hoptim.training import arguments
-from hoptim.training.fold_optimizer import FoldOptimizer, Met, due_steps, joined
+from hoptim.training.checkpoint import held_weights
+from hoptim.training.fit import Fit, Parts, Train
+from hoptim.training.fit_file import FitFile
+from hoptim.training.fold_optimizer import FoldOptimizer, due_steps
 from hoptim.training.folds import Fold, make_folds
-from hoptim.training.in_turn import InTurn
-from hoptim.training.optimizer import BilevelOptimizer
+from hoptim.training.leaf_average import LeafAverage
 from hoptim.training.record import Record, natural_values
+from hoptim.training.resumable import ResumableOptimizer
 from hoptim.validation import describe_type
-
-Train = Callable[[nn.Module, BilevelOptimizer, Tensor], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +154,8 @@ class CrossValidated:
         if not isinstance(hparams, nn.Module):
             raise TypeError(f"hparams is {describe_type(hparams)}: give a HyperParameters or another nn.Module")
         self.folds, self.hparams, self.average, self._fitted = make_folds(folds, examples), hparams, average, False
-        self._examples, self._hypersteps = torch.arange(examples, device="cpu"), hypersteps
-        self._streams = [RandomStream(f"fold {number}") for number, _ in enumerate(self.folds, 1)]
+        self._hypersteps, everything = hypersteps, torch.arange(examples, device="cpu")
+        streams = [RandomStream(f"fold {number}") for number, _ in enumerate(self.folds, 1)]
 
         def problem() -> Problem:
             model = make()
@@ -164,7 +164,7 @@ class CrossValidated:
             return Problem(model, hparams, train_loss, val_loss)
 
         problems = [problem()]
-        for stream in self._streams:
+        for stream in streams:
             with stream.drawing():
                 problems.append(problem())
         arguments.check_models(problems)
@@ -182,120 +182,59 @@ class CrossValidated:
                 hooks=hooks,  # which are called by the first one, for all
             )
 
-        self._optimizers: list[FoldOptimizer] = []
+        optimizers: list[FoldOptimizer] = []
         for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
             with annotate_errors(f"for fold {number}"):
-                self._optimizers.append(fold_optimizer(fold, one))
-        everything = [self._examples]  # which no hyperstep draws
-        self._last = BilevelOptimizer(inner(problems[0].model), outer, problems[0], val_batches=everything, every=None)
+                optimizers.append(fold_optimizer(fold, one))
+        unused = [everything]  # since there is no hyperstep
+        last = ResumableOptimizer(inner(problems[0].model), outer, problems[0], val_batches=unused, every=None)
+        self._parts = Parts(folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything)
 
-    def fit(self, train: Train) -> CrossValidatedFit:
+    def fit(
+        self, train: Train, *, checkpoint: str | os.PathLike[str] | None = None, every_seconds: float = 60.0
+    ) -> CrossValidatedFit:
         """Learn the hyperparameters on the folds, then train a model on all examples with them.
 
         Args:
             train: the training loop, ``train(model, optimizer, examples)``, with the indices of the examples to train on.
+            checkpoint: a file from which the fit goes on where it is there, to the same bits; it is written between the
+                folds and the last training, and in both at the marks of ``optimizer.resumable``; default: none.
+            every_seconds: how much time goes by before it is written again, default 60.
 
         Raises:
             RuntimeError: it is called again; or a solve failed and ``on_failure`` is ``"raise"``.
-            ValueError: a fold's training ended before the first hyperstep.
+            ValueError: a fold's training ended before the first hyperstep; the checkpoint is damaged or of another fit.
+            TypeError: an object that was given to ``resumable`` has a state that can't be saved.
         """
         check_takes("train", train, "model, optimizer, examples")
         if self._fitted:
             raise RuntimeError("fit was called before: its models are trained now, so make a new CrossValidated")
+        file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings())
         self._fitted = True
-        history: list[dict[str, Any]] = []
-        begun = time.perf_counter()
-        turns = [InTurn(self._training(number, train)) for number, _ in enumerate(self.folds)]
-        try:
-            self._train_folds(turns, history)
-        finally:
-            for turn in turns:
-                turn.close()
-        last_begun = time.perf_counter()
-        train(self._last.problem.model, self._last, self._examples)
-        ended = time.perf_counter()
+        last, optimizers = self._parts.last, self._parts.optimizers
+        average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
+        fit = Fit(self._parts, train, average, file)
+        fit.run()
         return CrossValidatedFit(
-            model=self._last.problem.model,
-            models=[optimizer.problem.model for optimizer in self._optimizers],
-            hyperparameters=natural_values(self._last.problem),
-            history=history,
-            cost=(ended - begun) / (ended - last_begun),
+            model=last.problem.model,
+            models=[optimizer.problem.model for optimizer in optimizers],
+            hyperparameters=natural_values(last.problem),
+            history=fit.history,
+            cost=sum(fit.seconds.values()) / fit.seconds["last"],
         )
 
-    def _training(self, number: int, train: Train) -> Callable[[], None]:
-        """The training of a fold."""
-        optimizer = self._optimizers[number]
-
-        def training() -> None:
-            with annotate_errors(f"in the training of fold {number + 1} of {len(self.folds)}"):
-                train(optimizer.problem.model, optimizer, self.folds[number].train.clone())
-
-        return training
-
-    def _train_folds(self, turns: list[InTurn], history: list[dict[str, Any]]) -> None:
-        """Train all folds from one hyperstep to the next, until a training has ended; then the others to their end."""
-        learned = _Average(self._last.problem, skip=self._hypersteps // 2)
-        for optimizer, turn in zip(self._optimizers, turns, strict=True):
-            optimizer.turn = turn
-        record: Record | None = None
-        while True:
-            met = []
-            for stream, turn in zip(self._streams, turns, strict=True):
-                with stream.drawing():
-                    met.append(turn.resume(record))
-            if any(turn.ended for turn in turns):
-                break
-            record = self._meet(met)
-            history.append(record.row())
-            learned.add()
-        for stream, turn, optimizer in zip(self._streams, turns, self._optimizers, strict=True):
-            optimizer.due = ()
-            while not turn.ended:
-                with stream.drawing():
-                    turn.resume()
-        self._check_lengths(len(history))
-        if self.average:
-            learned.put()
-
-    def _meet(self, met: list[Met]) -> Record:
-        """The hyperstep of all folds, taken by the first one's optimizer."""
-        seconds = sum(seconds for _, seconds in met)
-        return self._optimizers[0]._move(time.perf_counter() - seconds, joined(met))
-
-    def _check_lengths(self, hypersteps: int) -> None:
-        """Each fold took as many steps as it was said to take."""
-        for number, optimizer in enumerate(self._optimizers, 1):
-            taken, told = optimizer.inner_steps, optimizer.steps
-            if abs(taken - told) > 0.02 * told:
-                words = f"the training of fold {number} took {taken} steps, where steps says {told}"
-                if not hypersteps:
-                    raise ValueError(f"{words}: it ended before the first hyperstep. Give steps as they are")
-                warnings.warn(f"{words}, so that {hypersteps} hypersteps were not spread over all of it", stacklevel=4)
-                return
-
-
-class _Average:
-    """The mean of the leaves over the hypersteps after the first ``skip``."""
-
-    def __init__(self, problem: Problem, skip: int) -> None:
-        self._problem, self._skip, self._seen = problem, skip, 0
-        self._mean: Tree = {}
-
-    def add(self) -> None:
-        """Another hyperstep has come."""
-        self._seen += 1
-        count = self._seen - self._skip
-        if count < 1:
-            return
-        for name, leaf in self._problem.leaves().items():
-            value = leaf.detach().clone()
-            self._mean[name] = value if count == 1 else self._mean[name].lerp(value, 1 / count)
-
-    @torch.no_grad()
-    def put(self) -> None:
-        """Set the leaves to it, if there was any."""
-        for name, value in self._mean.items():
-            self._problem.leaves()[name].copy_(value)
-        for module in self._problem.hparams.modules():
-            if isinstance(module, HyperParameters):
-                module.project_()
+    def _settings(self) -> dict[str, Any]:
+        """What a fit that is resumed has to agree in."""
+        first = self._parts.optimizers[0]
+        return {
+            "examples": len(self._parts.examples),
+            "folds": [(fold.train, fold.held_out) for fold in self.folds],
+            "hypersteps": self._hypersteps,
+            "average": self.average,
+            "the steps of the hypersteps": [list(optimizer.due) for optimizer in self._parts.optimizers],
+            "hypergradient": re.sub(" at 0x[0-9a-f]+", "", repr(first.hypergradient)),
+            "the inner optimizer": type(first.inner).__name__,
+            "the outer optimizer": type(first.outer).__name__,
+            "weights": held_weights(first.inner, first.problem),
+            "hyperparameters": [(name, list(leaf.shape)) for name, leaf in first.problem.leaves().items()],
+        }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,15 @@ from hoptim.methods.result import Hypergradient
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import Solution
 from hoptim.training.in_turn import InTurn
-from hoptim.training.optimizer import BilevelOptimizer
 from hoptim.training.record import Record
+from hoptim.training.resumable import ResumableOptimizer, State
 
-Met = tuple[Hypergradient, float]  # what a fold brings to a hyperstep: its hypergradient, and how long that took
+
+class Met(NamedTuple):
+    """What a fold brings to a hyperstep: its hypergradient, and how long that took."""
+
+    result: Hypergradient
+    seconds: float
 
 
 def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
@@ -39,7 +44,7 @@ def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
     return [begin + (steps - begin) * number // hypersteps for number in range(1, hypersteps + 1)]
 
 
-class FoldOptimizer(BilevelOptimizer):
+class FoldOptimizer(ResumableOptimizer):
     """A BilevelOptimizer whose hypersteps come after given steps, and are those of all folds.
 
     Args:
@@ -65,11 +70,16 @@ class FoldOptimizer(BilevelOptimizer):
         begun = time.perf_counter()
         self.every = None
         result = self._hypergradient(train_batch, val_batch)
-        record = self.turn.pause((result, time.perf_counter() - begun))
+        record = self.turn.pause(Met(result, time.perf_counter() - begun))
         if record is not None:
             self._progress.hyper_steps, self._progress.record = record.hyper_step, record
         self._await_next()
         return self._progress.record  # type: ignore[return-value]
+
+    def put(self, saved: State) -> None:
+        """Go to where a training was saved."""
+        super().put(saved)
+        self._await_next()
 
     def _await_next(self) -> None:
         """The next hyperstep follows the next step that is due: it is the first multiple of itself."""
@@ -82,7 +92,7 @@ def joined(met: Sequence[Met]) -> Hypergradient:
 
     The status is that of the first fold whose solve failed; of none, that of the first with a remark; ``detail`` names it.
     """
-    results = [result for result, _ in met]
+    results = [one.result for one in met]
     first = results[0]
     solutions = [result.solution for result in results]
     return Hypergradient(
