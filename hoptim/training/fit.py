@@ -70,7 +70,6 @@ class Fit:
         self._counted = time.perf_counter()
         self._random: dict[str, Any] = {}  # where the random streams of the present phase stood at its begin
         self._wanted: int | None = None  # the mark that the folds are to pause at
-        self._may_ask = False
 
     def run(self) -> None:
         """Both phases, or what a checkpoint has left of them."""
@@ -142,12 +141,11 @@ class Fit:
         """Let all folds run to their next hyperstep, with checkpoints on the way; ``None`` where one has ended."""
         came: list[Met | AtMark | None] = [None] * len(turns)
         while True:
-            self._may_ask = self.file is not None and not any(isinstance(one, Met) for one in came)
             for number, turn in enumerate(turns):
                 if not (isinstance(came[number], Met) or turn.ended):
                     came[number] = self._resume(number, turn, record)
                 first = came[0]
-                self._wanted = first.number if self._may_ask and isinstance(first, AtMark) else None
+                self._wanted = first.number if isinstance(first, AtMark) else None
             if any(turn.ended for turn in turns):
                 return None
             marks = [one for one in came if isinstance(one, AtMark)]
@@ -160,8 +158,8 @@ class Fit:
         """Where the first fold pauses once a checkpoint is due, and the others at the same mark."""
 
         def at_mark(number: int, take: Callable[[], State]) -> None:
-            due = self._may_ask and self.file is not None and self.file.is_due() if not fold else number == self._wanted
-            if due:
+            first_asks = fold == 0 and self.file is not None and self.file.is_due()
+            if first_asks or (fold > 0 and number == self._wanted):
                 self.parts.optimizers[fold].turn.pause(AtMark(number, take()))
 
         return at_mark

@@ -172,6 +172,7 @@ def test_a_cross_validated_fit_that_is_killed_in_each_phase_ends_in_the_same_bit
             saved = read_whole(folder / "fit.pt") if (folder / "fit.pt").exists() else {"phase": None}
             if saved["phase"] == phase and (len(saved["history"]) >= 3 if phase == "folds" else saved["last"]["mark"]):
                 break
+            time.sleep(0.02)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     for each in (folder, whole):
