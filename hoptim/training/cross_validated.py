@@ -153,9 +153,7 @@ class CrossValidated:
         arguments.check_fold_schedule(warmup, hypersteps)
         if not isinstance(hparams, nn.Module):
             raise TypeError(f"hparams is {describe_type(hparams)}: give a HyperParameters or another nn.Module")
-        self.folds, self.hparams, self.average, self._fitted = make_folds(folds, examples), hparams, average, False
-        self._hypersteps, everything = hypersteps, torch.arange(examples, device="cpu")
-        streams = [RandomStream(f"fold {number}") for number, _ in enumerate(self.folds, 1)]
+        self.hparams, self.average, self._hypersteps, self._fitted = hparams, average, hypersteps, False
 
         def problem() -> Problem:
             model = make()
@@ -164,6 +162,8 @@ class CrossValidated:
             return Problem(model, hparams, train_loss, val_loss)
 
         problems = [problem()]
+        self.folds = make_folds(folds, examples, problems[0].ranks)
+        streams = [RandomStream(f"fold {number}") for number, _ in enumerate(self.folds, 1)]
         for stream in streams:
             with stream.drawing():
                 problems.append(problem())
@@ -172,7 +172,7 @@ class CrossValidated:
 
         def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
             return FoldOptimizer(
-                inner(problem.model),
+                inner(problem.wrapper),
                 outer,
                 problem,
                 due=due_steps(arguments.checked_steps(steps, len(fold.train)), warmup, hypersteps),
@@ -186,8 +186,9 @@ class CrossValidated:
         for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
             with annotate_errors(f"for fold {number}"):
                 optimizers.append(fold_optimizer(fold, one))
+        everything = torch.arange(examples, device="cpu")
         unused = [everything]  # since there is no hyperstep
-        last = ResumableOptimizer(inner(problems[0].model), outer, problems[0], val_batches=unused, every=None)
+        last = ResumableOptimizer(inner(problems[0].wrapper), outer, problems[0], val_batches=unused, every=None)
         self._parts = Parts(folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything)
 
     def fit(
@@ -209,15 +210,15 @@ class CrossValidated:
         check_takes("train", train, "model, optimizer, examples")
         if self._fitted:
             raise RuntimeError("fit was called before: its models are trained now, so make a new CrossValidated")
-        file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings())
-        self._fitted = True
         last, optimizers = self._parts.last, self._parts.optimizers
+        file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), last.problem.ranks)
+        self._fitted = True
         average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
         fit = Fit(self._parts, train, average, file)
         fit.run()
         return CrossValidatedFit(
-            model=last.problem.model,
-            models=[optimizer.problem.model for optimizer in optimizers],
+            model=last.problem.wrapper,
+            models=[optimizer.problem.wrapper for optimizer in optimizers],
             hyperparameters=natural_values(last.problem),
             history=fit.history,
             cost=sum(fit.seconds.values()) / fit.seconds["last"],

@@ -86,7 +86,7 @@ class Fit:
             self._put_last(saved)
         self._counted = time.perf_counter()
         self.parts.last.at_mark = self._at_mark_of_last
-        self.train(self.parts.last.problem.model, self.parts.last, self.parts.examples)
+        self.train(self.parts.last.problem.wrapper, self.parts.last, self.parts.examples)
         self._add_seconds("last")
 
     # The folds
@@ -128,7 +128,7 @@ class Fit:
 
         def training() -> None:
             with annotate_errors(f"in the training of fold {number + 1} of {len(self.parts.folds)}"):
-                self.train(optimizer.problem.model, optimizer, fold.train.clone())
+                self.train(optimizer.problem.wrapper, optimizer, fold.train.clone())
 
         return training
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hoptim.problem.distributed import Ranks
 from hoptim.training.files import read_whole, write_atomically
 from hoptim.validation import describe_type, is_finite
 
@@ -26,13 +27,16 @@ class FitFile:
         path: the file; its folder has to be there.
         every_seconds: how much time goes by before it is written again, at the next mark.
         settings: what the fit that is resumed has to agree in, by name: tensors and plain values.
+        ranks: the processes that train together. The first one writes for all, and each reads.
 
     Raises:
         TypeError: ``path`` is no path.
         ValueError: there is no such folder; ``every_seconds`` is negative.
     """
 
-    def __init__(self, path: str | os.PathLike[str], every_seconds: float, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], every_seconds: float, settings: Mapping[str, Any], ranks: Ranks
+    ) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f'checkpoint is {describe_type(path)}: give the path of a file, such as "fit.pt"')
         self.path = Path(path)
@@ -40,39 +44,48 @@ class FitFile:
             raise ValueError(f"checkpoint={os.fspath(path)!r}: give a file in a folder that is there")
         if not (is_finite(every_seconds) and every_seconds >= 0):
             raise ValueError(f"every_seconds={every_seconds!r}: give a number of seconds, 0 or more")
-        self._every, self._settings, self._written, self._was_read_back = every_seconds, settings, time.monotonic(), False
+        self._every, self._settings, self._ranks = every_seconds, {**settings, "processes": ranks.size}, ranks
+        self._written, self._was_read_back = time.monotonic(), False
 
     def is_due(self) -> bool:
-        """Whether enough time has gone by since it was last written."""
-        return time.monotonic() - self._written >= self._every
+        """Whether enough time has gone by since it was last written, on the first rank."""
+        return bool(self._ranks.gathered(time.monotonic() - self._written >= self._every)[0])
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Write a state, atomically.
+        """Write the state, of all ranks, atomically.
 
         Raises:
             OSError: the disk is full or can't be written to.
             TypeError: the state holds something else than tensors and plain values.
         """
-        file = io.BytesIO()
-        torch.save({"version": VERSION, "settings": dict(self._settings), **state}, file)
-        if not self._was_read_back:  # what can't be read is of no use, and is better known now
-            _check_plain(file)
-            self._was_read_back = True
-        write_atomically(self.path, file.getvalue(), "make room; fit with the same checkpoint goes on from the last one")
+        if self._ranks.size > 1:
+            packed = self._ranks.gathered_by_first(_packed(dict(state)))
+            states = None if packed is None else [_unpacked(one) for one in packed]
+        else:
+            states = [dict(state)]
+        if states is not None:
+            data = _packed({"version": VERSION, "settings": self._settings, "ranks": states})
+            if not self._was_read_back:  # what can't be read is of no use, and is better known now
+                _unpacked(data)
+                self._was_read_back = True
+            write_atomically(self.path, data, "make room; fit with the same checkpoint goes on from the last one")
         self._written = time.monotonic()
 
     def read(self) -> dict[str, Any] | None:
-        """The state, or ``None`` if there is none yet.
+        """The state of this rank, or ``None`` if there is none yet.
 
         Raises:
-            ValueError: the file is damaged, or of another fit.
+            ValueError: the file is damaged, of another fit, or not there for all ranks.
         """
-        if not self.path.exists():
+        there = self._ranks.gathered(self.path.exists())
+        if not all(there):
+            if any(there):
+                raise ValueError(f"checkpoint {self.path} is there for some of the ranks: give a path that all of them see")
             return None
         try:
             saved = read_whole(self.path)
-            version = saved["version"]
-            if version == VERSION and saved["phase"] not in PHASES:
+            version, settings, states = saved["version"], saved.get("settings"), saved.get("ranks")
+            if version == VERSION and not (settings and states and all(state["phase"] in PHASES for state in states)):
                 raise KeyError("phase")
         except Exception as error:
             reason = str(error).partition(". ")[0]
@@ -81,17 +94,21 @@ class FitFile:
             ) from error
         if version != VERSION:
             raise ValueError(f"checkpoint {self.path} is of version {version}, and {VERSION} is read: use that hoptim again")
-        there = saved["settings"]
-        if differing := [name for name, here in self._settings.items() if not _same(there.get(name), here)]:
-            words = "; ".join(_difference(name, there.get(name), self._settings[name]) for name in differing)
+        if differing := [name for name, here in self._settings.items() if not _same(settings.get(name), here)]:
+            words = "; ".join(_difference(name, settings.get(name), self._settings[name]) for name in differing)
             raise ValueError(f"checkpoint {self.path} is of another fit: {words}. Make it as it was, or delete the file")
-        return saved
+        return dict(states[self._ranks.rank])
 
 
-def _check_plain(file: io.BytesIO) -> None:
-    file.seek(0)
+def _packed(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
     try:
-        torch.load(file, weights_only=True, map_location="cpu")
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise TypeError(

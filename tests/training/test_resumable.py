@@ -137,7 +137,7 @@ def test_a_checkpoint_changes_nothing_and_is_written_where_all_folds_have_come_a
             super().__call__(model, optimizer, examples)
 
     def look() -> None:
-        if path.exists() and (saved := read_whole(path))["phase"] == "folds":
+        if path.exists() and (saved := read_whole(path)["ranks"][0])["phase"] == "folds":
             (mark,) = {state["mark"] for state in saved["folds"]}
             taken = [state["optimizer"]["hoptim"]["inner_steps"] for state in saved["folds"]]
             assert taken == [2 * mark, 3 * mark, 4 * mark]
@@ -147,7 +147,7 @@ def test_a_checkpoint_changes_nothing_and_is_written_where_all_folds_have_come_a
     found = build().fit(Looking(), checkpoint=path, every_seconds=0)
     assert_same(outcome(found), whole("randperm"))
     assert sorted(set(epochs)) == list(range(EPOCHS))
-    assert read_whole(path)["last"]["mark"] == EPOCHS - 1
+    assert read_whole(path)["ranks"][0]["last"]["mark"] == EPOCHS - 1
 
 
 def resumed(tmp_path: Any, kill: int, every_seconds: float = 0, **changed: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -239,7 +239,7 @@ def test_marks_that_the_folds_reach_between_other_hypersteps_are_passed_over(tmp
     def train(model: Any, optimizer: Any, examples: Any) -> None:
         for _ in optimizer.resumable(range(4)):
             for example in examples.split(1):
-                if path.exists() and (saved := read_whole(path))["phase"] == "folds":
+                if path.exists() and (saved := read_whole(path)["ranks"][0])["phase"] == "folds":
                     marks = {state["mark"] for state in saved["folds"]}
                     taken = {state["optimizer"]["hoptim"]["hyper_steps"] for state in saved["folds"]}
                     assert len(marks) == len(taken) == 1
@@ -270,7 +270,7 @@ def test_it_is_written_when_time_has_gone_by_and_between_the_phases(tmp_path):
     assert not path.exists()
     with pytest.raises(KilledError):
         build().fit(Loop(kill=119), checkpoint=path)
-    saved = read_whole(path)
+    saved = read_whole(path)["ranks"][0]
     assert (saved["phase"], saved["last"]["mark"]) == ("last", None)
     again = Loop()
     found = build(seed=7).fit(again, checkpoint=path)
@@ -448,7 +448,7 @@ def test_nothing_is_saved_amid_a_step_and_a_warning_says_so_once(tmp_path):
             (optimizer.loss(examples) / 2).backward()
             if epoch % 2:
                 optimizer.step()
-            if path.exists() and (saved := read_whole(path))["phase"] == "folds":
+            if path.exists() and (saved := read_whole(path)["ranks"][0])["phase"] == "folds":
                 assert {state["mark"] % 2 for state in saved["folds"]} == {0}
 
     with pytest.warns(UserWarning, match="mark 1 of resumable is amid a step") as caught:
