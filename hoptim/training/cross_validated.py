@@ -69,14 +69,18 @@ class CrossValidated:
                     optimizer.loss(batch).backward()
                     optimizer.step()
 
-    Schedulers, a ``DataLoader`` over ``Subset(data, examples)``, clipping, accumulation and autocast go into it as usual.
-    A hyperstep takes place inside ``optimizer.step()``, where each fold waits for the others. For that each has a thread of
-    its own, but only one runs at a time, so that runs repeat to the bit. Each fold draws random numbers from a stream of its
-    own, seeded by ``torch.initial_seed()``. The last training draws from the process's, as it would alone. A fit can't be
-    resumed from a checkpoint, and is for one process.
+    Schedulers, a ``DataLoader`` over ``Subset(data, examples)``, clipping, accumulation, autocast and ``GradScaler`` go into
+    it as usual. A hyperstep takes place inside ``optimizer.step()``, where each fold waits for the others. For that each has
+    a thread of its own, but only one runs at a time, so that runs repeat to the bit. Each fold draws random numbers from a
+    stream of its own, seeded by ``torch.initial_seed()``. The last training draws from the process's, as it would alone.
+
+    A fit that may be interrupted marks its loop, ``for epoch in optimizer.resumable(range(epochs), scheduler):``, and is
+    given a file, ``fit(train, checkpoint="fit.pt")``. In several processes, ``make`` wraps the model in
+    ``DistributedDataParallel``, each rank runs the same fit, and ``train`` and ``val_batches`` take its share of examples.
 
     Args:
-        make: ``make() -> model``, a function that makes a new model, called once a fold and once for the last training.
+        make: ``make() -> model``, a function that makes a new model, called once a fold and once for the last training;
+            ``inner``, ``train`` and the result have the model as it was returned, wrapped or not.
         hparams: the hyperparameters, shared by all.
         train_loss: as in :class:`Problem`.
         val_loss: as in :class:`Problem`.
@@ -85,8 +89,9 @@ class CrossValidated:
             is ``positive`` by a factor of 20 at most; a rate of 0.1 does by 400.
         examples: how many examples there are, all but those that are kept for testing.
         steps: how many inner steps ``train`` takes; where that depends on the number n of its examples, a function of n.
-        folds: their number, default 3; or what a splitter of scikit-learn yields, such as
-            ``StratifiedKFold(3).split(x, y)``: pairs of indices, (train, held out). Parts that are held out may overlap.
+        folds: their number, default 3, of equal parts in a random order, the first rank's; or what a splitter of
+            scikit-learn yields, such as ``StratifiedKFold(3).split(x, y)``: pairs of indices, (train, held out). Parts that
+            are held out may overlap.
         warmup: the share of the steps before hypersteps begin, default 0.25.
         hypersteps: how many there are, default 60, in equal distances from the warm-up to the end.
         average: whether the learned leaves are the mean over the second half of the hypersteps, the default, or the last.
@@ -100,7 +105,7 @@ class CrossValidated:
     Raises:
         TypeError: an argument of the wrong kind; ``make`` or ``inner`` returned something else.
         ValueError: models that share a tensor; folds that are empty, or train on what they hold out; a warm-up that leaves
-            no room for the hypersteps.
+            no room for the hypersteps; ranks that have other folds.
 
     Source: Foo, Do and Ng 2007, Efficient multiple hyperparameter learning for log-linear models; the rest is measured.
 
