@@ -261,3 +261,44 @@ def test_a_model_that_is_not_faster_so_is_in_turn(make, words):
 def test_it_is_true_or_false():
     with pytest.raises(TypeError, match="side_by_side='auto': give True or False"):
         cross_validated(side_by_side="auto")
+
+
+def test_it_leaves_no_trace(at_once):
+    def val(model: Any, hparams: Any, batch: Any) -> Any:
+        model.eval()
+        return val_loss(model, hparams, batch)
+
+    found, states = [], []
+    for together in (False, True):
+        hparams = decays()
+        outer = torch.optim.SGD(hparams.parameters(), lr=0.0)
+        settings = {"outer": outer, "val_loss": val, "folds": EVEN, "side_by_side": together}
+        found.append(cross_validated(hparams, **settings).fit(loop(40)))
+        states.append(torch.get_rng_state())
+        assert all(part.training for model in found[-1].models for part in model.modules())
+        assert all(leaf.grad is None for leaf in hparams.parameters())
+        torch.manual_seed(0)
+    assert at_once == [True] * 5
+    for model, expected in zip(found[1].models, found[0].models, strict=True):
+        assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    assert torch.equal(*states)
+
+
+def test_under_autocast_the_folds_are_in_turn_where_it_holds(at_once):
+    def train(model: Any, optimizer: Any, examples: Any) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loop(40)(model, optimizer, examples)
+
+    cross_validated(side_by_side=True).fit(train)
+    assert at_once == []
+
+
+def test_a_layer_that_was_replaced_is_an_error(at_once):
+    def train(model: Any, optimizer: Any, examples: Any) -> None:
+        loop(30)(model, optimizer, examples)
+        model[0] = nn.Linear(3, 4)
+        loop(10)(model, optimizer, examples)
+
+    with pytest.warns(UserWarning, match="the inner optimizer does not hold"):
+        cross_validated(side_by_side=True).fit(train)
+    assert at_once == [True] * 5
