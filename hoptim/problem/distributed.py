@@ -45,6 +45,27 @@ class Ranks:
         """How many they are."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
+    @property
+    def rank(self) -> int:
+        """The number of this one."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank has, on all of them: small plain values."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def gathered_by_first(self, value: Any) -> list[Any] | None:
+        """What each rank has, on the first one; ``None`` on the others."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, found, dst=dist.get_global_rank(self.group, 0), group=self.group)
+        return found
+
     def mean_vector(self, v: Tensor) -> Tensor:
         """The mean of a flat vector, or of R of them, by one all-reduce."""
         if self.size == 1:

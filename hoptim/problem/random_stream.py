@@ -58,9 +58,30 @@ class RandomStream:
             self._states = _read(others)
             _put(outside, others)
 
+    def states(self) -> dict[str, Any]:
+        """Where it stands; empty before it was first drawn from."""
+        return dict(self._states)
+
     def load(self, states: Mapping[str, Any]) -> None:
         """Go to where states were read; to the beginning if they are empty."""
         self._states = dict(states)
+
+
+def global_states() -> Tree:
+    """The states of the global generators as they are now, for a checkpoint."""
+    return to_tensors(_read({}))
+
+
+def set_global_states(tensors: Mapping[str, Tensor]) -> None:
+    """Put the global generators into these states.
+
+    >>> states = global_states()
+    >>> first = torch.rand(2)
+    >>> set_global_states(states)
+    >>> torch.equal(torch.rand(2), first)
+    True
+    """
+    _put(from_tensors(tensors), {})
 
 
 @contextmanager

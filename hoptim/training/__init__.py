@@ -94,11 +94,22 @@ True
 - **The loop is yours.** It stops inside `optimizer.step()` until the other folds have come as far, for which each fold has
   a thread; one runs at a time. A fold's random numbers are its own, the last training's are the process's: it has the bits
   of a plain training with the learned values. Make schedulers inside the loop, since each training needs its own.
-- **Failures.** If the solve of one fold fails, nothing moves, and the record's `detail` names the fold.
+- **Failures.** If the solve of one fold fails, nothing moves, and the record's `detail` names the fold. A record's
+  `standard_error` is that over the folds.
+- **Checkpoints.** With `cv.fit(train, checkpoint="fit.pt")` a fit that was killed goes on, and ends in the same bits. The loop
+  says where it can be left, and what changes in it besides model and optimizer: schedulers, a `GradScaler`, a
+  `torch.Generator`, anything with a `state_dict`.
+
+      for epoch in optimizer.resumable(range(epochs), scheduler):
+
+  The file is written each minute (`every_seconds`), where all folds have come to the same epoch between the same two
+  hypersteps, between the phases, and in the last training. Without these marks it is written between the phases alone. It
+  stays when the fit is over: delete it to begin anew. Trackers see hypersteps again that came after the file was written.
+- **Several processes.** `make` returns the `DistributedDataParallel`, and each rank runs the same fit on its share: `train`
+  takes it of each batch, and `val_batches=lambda held_out: [held_out[rank::size]]` of what is held out. The folds are the
+  first rank's, the checkpoint holds the state of each rank, and the result is that of one process on the joined batches.
 - **Cost.** K trainings on a part of the data, one on all of it, and K solves for each of 60 hypersteps. `found.cost` is what
   it came to, in wall-clock time. In the study below it was 8 to 9 plain trainings of a small net, in the example 4.5.
-- **Not there yet**: checkpoints within a fit, several processes, folds side by side in one batched model.
-
 - **The outer rate.** It is 0.05 by default, so that 60 hypersteps change a decay by a factor of 20 at most. Where less is known
   about the start, take `outer=torch.optim.Adam(hparams.parameters(), lr=0.1)`: that reaches a factor of 400.
 
@@ -281,10 +292,12 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 | bf16 `autocast`, fp16 with `GradScaler` | losses in bf16 where yours are, in full precision where yours are in fp16; products and solvers in full precision; a skipped step does not count | [precision](tests/problem/test_mixed_precision.py) |
 | `DataLoader` with workers; batches of any kind; closures; early stopping | an empty or exhausted source of batches is an error that names it | [loops](tests/training/test_loops.py) |
 | a `DataLoader` that shuffles, or whose transforms draw from torch, Python or NumPy, as `val_batches` or `train_batches` | a run with hypersteps that move nothing has the bits of one without; resumed to the bit amid a pass | [random](tests/training/test_random_streams.py) |
-| `CrossValidated`: mini-batches, schedulers, clipping, shuffling loaders, a learned rate, folds of unequal size and length | K separate problems and the mean of their `hypergradient`s to 1e-9; each training has the bits of a plain one in its random stream | [folds](tests/training/test_cross_validated.py) |
+| `CrossValidated`: mini-batches, schedulers, clipping, accumulation, autocast, `GradScaler`, shuffling loaders, trackers, a learned rate; folds of unequal size and length, stratified, grouped, ordered in time | K separate loops and the mean of their `hypergradient`s to 1e-9; each training has the bits of a plain one in its random stream | [folds](tests/training/test_cross_validated.py), [loops](tests/training/test_cross_validated_loops.py) |
+| its checkpoints, in both phases, with dropout, schedulers and shuffling loaders | the bits of an uninterrupted fit, wherever it was left; after SIGKILL too; another fit's file is refused, and what differs is named | [resumable](tests/training/test_resumable.py), [kill](tests/integration/test_kill.py) |
 | Lightning, Accelerate, Trainer | as above | [frameworks](tests/integration/test_frameworks.py) |
 | **several processes** | | |
 | DistributedDataParallel, `no_sync`, uneven batches, subgroups, outputs beside the loss; Lightning and Accelerate on two ranks | the hypergradient of one process on the joint batch, to 1e-9; uneven last batches: the mean of the ranks' means | [distributed](tests/integration/test_distributed.py), [frameworks](tests/integration/test_frameworks.py) |
+| `CrossValidated` on two ranks, `no_sync`, unequal folds | one process on the joined batches, to 1e-9; resumed to the bit on each rank | [ranks](tests/integration/test_cross_validated_ranks.py) |
 | FSDP, tensor-parallel weights | an error at construction that says what works | [distributed](tests/integration/test_distributed.py), [kinds](tests/problem/test_model_kinds.py) |
 | **faults** | | |
 | NaN, or an error inside a loss | hyperparameters and outer state stay as they are, to the bit; the failure is named | [faults](tests/integration/test_faults.py) |

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-import warnings
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +14,20 @@ from torch.optim import Adam, Optimizer
 
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method
-from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import annotate_errors, check_takes
 from hoptim.problem.problem import Loss, Problem
 from hoptim.problem.random_stream import RandomStream
 from hoptim.training import arguments
-from hoptim.training.fold_optimizer import FoldOptimizer, Met, due_steps, joined
+from hoptim.training.checkpoint import held_weights
+from hoptim.training.fit import Fit, Parts, Train
+from hoptim.training.fit_file import FitFile
+from hoptim.training.fold_optimizer import FoldOptimizer, due_steps
 from hoptim.training.folds import Fold, make_folds
-from hoptim.training.in_turn import InTurn
-from hoptim.training.optimizer import BilevelOptimizer
+from hoptim.training.leaf_average import LeafAverage
 from hoptim.training.record import Record, natural_values
+from hoptim.training.resumable import ResumableOptimizer
+from hoptim.training.side_by_side import SideBySide
 from hoptim.validation import describe_type
-
-Train = Callable[[nn.Module, BilevelOptimizer, Tensor], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +70,18 @@ class CrossValidated:
                     optimizer.loss(batch).backward()
                     optimizer.step()
 
-    Schedulers, a ``DataLoader`` over ``Subset(data, examples)``, clipping, accumulation and autocast go into it as usual.
-    A hyperstep takes place inside ``optimizer.step()``, where each fold waits for the others. For that each has a thread of
-    its own, but only one runs at a time, so that runs repeat to the bit. Each fold draws random numbers from a stream of its
-    own, seeded by ``torch.initial_seed()``. The last training draws from the process's, as it would alone. A fit can't be
-    resumed from a checkpoint, and is for one process.
+    Schedulers, a ``DataLoader`` over ``Subset(data, examples)``, clipping, accumulation, autocast and ``GradScaler`` go into
+    it as usual. A hyperstep takes place inside ``optimizer.step()``, where each fold waits for the others. For that each has
+    a thread of its own, but only one runs at a time, so that runs repeat to the bit. Each fold draws random numbers from a
+    stream of its own, seeded by ``torch.initial_seed()``. The last training draws from the process's, as it would alone.
+
+    A fit that may be interrupted marks its loop, ``for epoch in optimizer.resumable(range(epochs), scheduler):``, and is
+    given a file, ``fit(train, checkpoint="fit.pt")``. In several processes, ``make`` wraps the model in
+    ``DistributedDataParallel``, each rank runs the same fit, and ``train`` and ``val_batches`` take its share of examples.
 
     Args:
-        make: ``make() -> model``, a function that makes a new model, called once a fold and once for the last training.
+        make: ``make() -> model``, a function that makes a new model, called once a fold and once for the last training;
+            ``inner``, ``train`` and the result have the model as it was returned, wrapped or not.
         hparams: the hyperparameters, shared by all.
         train_loss: as in :class:`Problem`.
         val_loss: as in :class:`Problem`.
@@ -85,14 +90,19 @@ class CrossValidated:
             is ``positive`` by a factor of 20 at most; a rate of 0.1 does by 400.
         examples: how many examples there are, all but those that are kept for testing.
         steps: how many inner steps ``train`` takes; where that depends on the number n of its examples, a function of n.
-        folds: their number, default 3; or what a splitter of scikit-learn yields, such as
-            ``StratifiedKFold(3).split(x, y)``: pairs of indices, (train, held out). Parts that are held out may overlap.
+        folds: their number, default 3, of equal parts in a random order, the first rank's; or what a splitter of
+            scikit-learn yields, such as ``StratifiedKFold(3).split(x, y)``: pairs of indices, (train, held out). Parts that
+            are held out may overlap.
         warmup: the share of the steps before hypersteps begin, default 0.25.
         hypersteps: how many there are, default 60, in equal distances from the warm-up to the end.
         average: whether the learned leaves are the mean over the second half of the hypersteps, the default, or the last.
         hypergradient: as in :class:`BilevelOptimizer`.
         val_batches: ``val_batches(held_out) -> batches``, a function that makes a fold's validation batches, one of which is
             used in a hyperstep; default: all that is held out, as one tensor of indices.
+        side_by_side: whether to compute the hypergradients of all folds at once, by ``torch.func.vmap``, where that is
+            faster; default ``False``. It is for models of at most 40,000 weights without convolutions and buffers, losses
+            without random numbers, batches of equal shapes, and ``Implicit`` on ``Exact`` with ``MINRES``, ``CG`` or
+            ``Identity``; else they are computed in turn, and a warning says why.
         on_failure: after a failed solve of any fold, which moves nothing: ``"skip"`` warns, ``"raise"`` raises an error.
         hooks: functions of the :class:`Record`, called after each hyperstep. Its result has a leading axis of the folds, as
             for a vector of K validation losses, and its ``standard_error`` is that over the folds.
@@ -100,7 +110,7 @@ class CrossValidated:
     Raises:
         TypeError: an argument of the wrong kind; ``make`` or ``inner`` returned something else.
         ValueError: models that share a tensor; folds that are empty, or train on what they hold out; a warm-up that leaves
-            no room for the hypersteps.
+            no room for the hypersteps; ranks that have other folds.
 
     Source: Foo, Do and Ng 2007, Efficient multiple hyperparameter learning for log-linear models; the rest is measured.
 
@@ -146,6 +156,7 @@ class CrossValidated:
         average: bool = True,
         hypergradient: Method | None = None,
         val_batches: Callable[[Tensor], Iterable[Any]] | None = None,
+        side_by_side: bool = False,
         on_failure: arguments.OnFailure = "skip",
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
@@ -153,9 +164,10 @@ class CrossValidated:
         arguments.check_fold_schedule(warmup, hypersteps)
         if not isinstance(hparams, nn.Module):
             raise TypeError(f"hparams is {describe_type(hparams)}: give a HyperParameters or another nn.Module")
-        self.folds, self.hparams, self.average, self._fitted = make_folds(folds, examples), hparams, average, False
-        self._examples, self._hypersteps = torch.arange(examples, device="cpu"), hypersteps
-        self._streams = [RandomStream(f"fold {number}") for number, _ in enumerate(self.folds, 1)]
+        if not isinstance(side_by_side, bool):
+            raise TypeError(f"side_by_side={side_by_side!r}: give True or False")
+        self.side_by_side = side_by_side
+        self.hparams, self.average, self._hypersteps, self._fitted = hparams, average, hypersteps, False
 
         def problem() -> Problem:
             model = make()
@@ -164,7 +176,9 @@ class CrossValidated:
             return Problem(model, hparams, train_loss, val_loss)
 
         problems = [problem()]
-        for stream in self._streams:
+        self.folds = make_folds(folds, examples, problems[0].ranks)
+        streams = [RandomStream(f"fold {number}") for number, _ in enumerate(self.folds, 1)]
+        for stream in streams:
             with stream.drawing():
                 problems.append(problem())
         arguments.check_models(problems)
@@ -172,7 +186,7 @@ class CrossValidated:
 
         def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
             return FoldOptimizer(
-                inner(problem.model),
+                inner(problem.wrapper),
                 outer,
                 problem,
                 due=due_steps(arguments.checked_steps(steps, len(fold.train)), warmup, hypersteps),
@@ -182,120 +196,61 @@ class CrossValidated:
                 hooks=hooks,  # which are called by the first one, for all
             )
 
-        self._optimizers: list[FoldOptimizer] = []
+        optimizers: list[FoldOptimizer] = []
         for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
             with annotate_errors(f"for fold {number}"):
-                self._optimizers.append(fold_optimizer(fold, one))
-        everything = [self._examples]  # which no hyperstep draws
-        self._last = BilevelOptimizer(inner(problems[0].model), outer, problems[0], val_batches=everything, every=None)
+                optimizers.append(fold_optimizer(fold, one))
+        everything = torch.arange(examples, device="cpu")
+        unused = [everything]  # since there is no hyperstep
+        last = ResumableOptimizer(inner(problems[0].wrapper), outer, problems[0], val_batches=unused, every=None)
+        self._parts = Parts(folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything)
 
-    def fit(self, train: Train) -> CrossValidatedFit:
+    def fit(
+        self, train: Train, *, checkpoint: str | os.PathLike[str] | None = None, every_seconds: float = 60.0
+    ) -> CrossValidatedFit:
         """Learn the hyperparameters on the folds, then train a model on all examples with them.
 
         Args:
             train: the training loop, ``train(model, optimizer, examples)``, with the indices of the examples to train on.
+            checkpoint: a file from which the fit goes on where it is there, to the same bits; it is written between the
+                folds and the last training, and in both at the marks of ``optimizer.resumable``; default: none.
+            every_seconds: how much time goes by before it is written again, default 60.
 
         Raises:
             RuntimeError: it is called again; or a solve failed and ``on_failure`` is ``"raise"``.
-            ValueError: a fold's training ended before the first hyperstep.
+            ValueError: a fold's training ended before the first hyperstep; the checkpoint is damaged or of another fit.
+            TypeError: an object that was given to ``resumable`` has a state that can't be saved.
         """
         check_takes("train", train, "model, optimizer, examples")
         if self._fitted:
             raise RuntimeError("fit was called before: its models are trained now, so make a new CrossValidated")
+        last, optimizers = self._parts.last, self._parts.optimizers
+        file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), last.problem.ranks)
         self._fitted = True
-        history: list[dict[str, Any]] = []
-        begun = time.perf_counter()
-        turns = [InTurn(self._training(number, train)) for number, _ in enumerate(self.folds)]
-        try:
-            self._train_folds(turns, history)
-        finally:
-            for turn in turns:
-                turn.close()
-        last_begun = time.perf_counter()
-        train(self._last.problem.model, self._last, self._examples)
-        ended = time.perf_counter()
+        average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
+        fit = Fit(self._parts, train, average, file, SideBySide(optimizers) if self.side_by_side else None)
+        fit.run()
         return CrossValidatedFit(
-            model=self._last.problem.model,
-            models=[optimizer.problem.model for optimizer in self._optimizers],
-            hyperparameters=natural_values(self._last.problem),
-            history=history,
-            cost=(ended - begun) / (ended - last_begun),
+            model=last.problem.wrapper,
+            models=[optimizer.problem.wrapper for optimizer in optimizers],
+            hyperparameters=natural_values(last.problem),
+            history=fit.history,
+            cost=sum(fit.seconds.values()) / fit.seconds["last"],
         )
 
-    def _training(self, number: int, train: Train) -> Callable[[], None]:
-        """The training of a fold."""
-        optimizer = self._optimizers[number]
-
-        def training() -> None:
-            with annotate_errors(f"in the training of fold {number + 1} of {len(self.folds)}"):
-                train(optimizer.problem.model, optimizer, self.folds[number].train.clone())
-
-        return training
-
-    def _train_folds(self, turns: list[InTurn], history: list[dict[str, Any]]) -> None:
-        """Train all folds from one hyperstep to the next, until a training has ended; then the others to their end."""
-        learned = _Average(self._last.problem, skip=self._hypersteps // 2)
-        for optimizer, turn in zip(self._optimizers, turns, strict=True):
-            optimizer.turn = turn
-        record: Record | None = None
-        while True:
-            met = []
-            for stream, turn in zip(self._streams, turns, strict=True):
-                with stream.drawing():
-                    met.append(turn.resume(record))
-            if any(turn.ended for turn in turns):
-                break
-            record = self._meet(met)
-            history.append(record.row())
-            learned.add()
-        for stream, turn, optimizer in zip(self._streams, turns, self._optimizers, strict=True):
-            optimizer.due = ()
-            while not turn.ended:
-                with stream.drawing():
-                    turn.resume()
-        self._check_lengths(len(history))
-        if self.average:
-            learned.put()
-
-    def _meet(self, met: list[Met]) -> Record:
-        """The hyperstep of all folds, taken by the first one's optimizer."""
-        seconds = sum(seconds for _, seconds in met)
-        return self._optimizers[0]._move(time.perf_counter() - seconds, joined(met))
-
-    def _check_lengths(self, hypersteps: int) -> None:
-        """Each fold took as many steps as it was said to take."""
-        for number, optimizer in enumerate(self._optimizers, 1):
-            taken, told = optimizer.inner_steps, optimizer.steps
-            if abs(taken - told) > 0.02 * told:
-                words = f"the training of fold {number} took {taken} steps, where steps says {told}"
-                if not hypersteps:
-                    raise ValueError(f"{words}: it ended before the first hyperstep. Give steps as they are")
-                warnings.warn(f"{words}, so that {hypersteps} hypersteps were not spread over all of it", stacklevel=4)
-                return
-
-
-class _Average:
-    """The mean of the leaves over the hypersteps after the first ``skip``."""
-
-    def __init__(self, problem: Problem, skip: int) -> None:
-        self._problem, self._skip, self._seen = problem, skip, 0
-        self._mean: Tree = {}
-
-    def add(self) -> None:
-        """Another hyperstep has come."""
-        self._seen += 1
-        count = self._seen - self._skip
-        if count < 1:
-            return
-        for name, leaf in self._problem.leaves().items():
-            value = leaf.detach().clone()
-            self._mean[name] = value if count == 1 else self._mean[name].lerp(value, 1 / count)
-
-    @torch.no_grad()
-    def put(self) -> None:
-        """Set the leaves to it, if there was any."""
-        for name, value in self._mean.items():
-            self._problem.leaves()[name].copy_(value)
-        for module in self._problem.hparams.modules():
-            if isinstance(module, HyperParameters):
-                module.project_()
+    def _settings(self) -> dict[str, Any]:
+        """What a fit that is resumed has to agree in."""
+        first = self._parts.optimizers[0]
+        return {
+            "examples": len(self._parts.examples),
+            "folds": [(fold.train, fold.held_out) for fold in self.folds],
+            "hypersteps": self._hypersteps,
+            "average": self.average,
+            "side_by_side": self.side_by_side,
+            "the steps of the hypersteps": [list(optimizer.due) for optimizer in self._parts.optimizers],
+            "hypergradient": re.sub(" at 0x[0-9a-f]+", "", repr(first.hypergradient)),
+            "the inner optimizer": type(first.inner).__name__,
+            "the outer optimizer": type(first.outer).__name__,
+            "weights": held_weights(first.inner, first.problem),
+            "hyperparameters": [(name, list(leaf.shape)) for name, leaf in first.problem.leaves().items()],
+        }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,16 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import Solution
-from hoptim.training.in_turn import InTurn
-from hoptim.training.optimizer import BilevelOptimizer
+from hoptim.training.in_turn import AUTOCAST_DEVICES, InTurn
 from hoptim.training.record import Record
+from hoptim.training.resumable import ResumableOptimizer, State
 
-Met = tuple[Hypergradient, float]  # what a fold brings to a hyperstep: its hypergradient, and how long that took
+
+class Met(NamedTuple):
+    """What a fold brings to a hyperstep: its hypergradient, and how long that took."""
+
+    result: Hypergradient
+    seconds: float
 
 
 def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
@@ -39,7 +44,14 @@ def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
     return [begin + (steps - begin) * number // hypersteps for number in range(1, hypersteps + 1)]
 
 
-class FoldOptimizer(BilevelOptimizer):
+class Drawn(NamedTuple):
+    """The batches that a fold hands over where the hypergradients of all are computed at once."""
+
+    train_batch: Any
+    val_batch: Any
+
+
+class FoldOptimizer(ResumableOptimizer):
     """A BilevelOptimizer whose hypersteps come after given steps, and are those of all folds.
 
     Args:
@@ -48,6 +60,7 @@ class FoldOptimizer(BilevelOptimizer):
     """
 
     turn: InTurn
+    hands_over = False  # whether the hypergradients of all folds are computed at once
 
     def __init__(self, inner: Optimizer, outer: Optimizer, problem: Problem, *, due: Sequence[int], **more: Any) -> None:
         shortest = min(b - a for a, b in zip((0, *due), due, strict=False))
@@ -62,14 +75,24 @@ class FoldOptimizer(BilevelOptimizer):
 
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
         """Hand this fold's hypergradient over and wait until all have come and the hyperparameters have moved."""
-        begun = time.perf_counter()
-        self.every = None
-        result = self._hypergradient(train_batch, val_batch)
-        record = self.turn.pause((result, time.perf_counter() - begun))
+        self.every, record = None, None
+        if self.hands_over and not any(map(torch.is_autocast_enabled, AUTOCAST_DEVICES)):
+            train_batch = self._progress.window.batch() if train_batch is None else train_batch
+            val_batch = self.val_batches.draw() if val_batch is None else val_batch
+            record = self.turn.pause(Drawn(train_batch, val_batch))
+        if record is None:
+            begun = time.perf_counter()
+            result = self._hypergradient(train_batch, val_batch)
+            record = self.turn.pause(Met(result, time.perf_counter() - begun))
         if record is not None:
             self._progress.hyper_steps, self._progress.record = record.hyper_step, record
         self._await_next()
         return self._progress.record  # type: ignore[return-value]
+
+    def put(self, saved: State) -> None:
+        """Go to where a training was saved."""
+        super().put(saved)
+        self._await_next()
 
     def _await_next(self) -> None:
         """The next hyperstep follows the next step that is due: it is the first multiple of itself."""
@@ -82,7 +105,7 @@ def joined(met: Sequence[Met]) -> Hypergradient:
 
     The status is that of the first fold whose solve failed; of none, that of the first with a remark; ``detail`` names it.
     """
-    results = [result for result, _ in met]
+    results = [one.result for one in met]
     first = results[0]
     solutions = [result.solution for result in results]
     return Hypergradient(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hoptim.problem.distributed import Ranks
 from hoptim.problem.random_stream import RandomStream
 from hoptim.validation import describe_type, is_whole
 
@@ -27,18 +29,19 @@ class Fold:
     held_out: Tensor
 
 
-def make_folds(folds: int | Iterable[Any], examples: int) -> list[Fold]:
+def make_folds(folds: int | Iterable[Any], examples: int, ranks: Ranks | None = None) -> list[Fold]:
     """The folds, checked.
 
     Args:
         folds: their number, for equal parts of a random order, each held out once, which ``torch.manual_seed`` decides; or
             pairs of indices (train, held out), as ``split`` of any splitter of scikit-learn gives them.
         examples: how many examples there are.
+        ranks: the processes that train together: the first one's random order is that of all; default: this one alone.
 
     Raises:
         TypeError: ``folds`` or ``examples`` is neither of these.
         ValueError: there are fewer than two folds, two that hold out the same examples, or one that is empty, has an index
-            that is out of range or twice in one part, or trains on what it holds out.
+            that is out of range or twice in one part, or trains on what it holds out; ranks have other folds.
 
     >>> make_folds([([0, 1], [2]), ([0, 1, 2], [3])], 4)[1]
     Fold(train=tensor([0, 1, 2]), held_out=tensor([3]))
@@ -46,7 +49,7 @@ def make_folds(folds: int | Iterable[Any], examples: int) -> list[Fold]:
     if not (is_whole(examples) and examples >= 2):
         raise ValueError(f"examples={examples!r}: give how many training examples there are, 2 or more")
     if isinstance(folds, Integral) and is_whole(folds):
-        found = list(_random_folds(int(folds), examples))
+        found = list(_random_folds(int(folds), examples, ranks or Ranks()))
     elif hasattr(folds, "split") and not isinstance(folds, (str, Tensor)):
         raise TypeError(f"folds is {describe_type(folds)}: give what it yields, as in folds=splitter.split(x, y)")
     elif isinstance(folds, (str, bytes, Tensor)) or not isinstance(folds, Iterable):
@@ -60,14 +63,17 @@ def make_folds(folds: int | Iterable[Any], examples: int) -> list[Fold]:
         first = seen.setdefault(tuple(fold.held_out.sort().values.tolist()), number)
         if first != number:
             raise ValueError(f"folds {first} and {number} hold out the same examples: give each fold others")
+    digest = [zlib.crc32(part.numpy().tobytes()) for fold in found for part in (fold.train, fold.held_out)]
+    if any(other != digest for other in (ranks or Ranks()).gathered(digest)):
+        raise ValueError("folds: the ranks have other ones. Give all the same, as by a splitter with a random_state")
     return found
 
 
-def _random_folds(count: int, examples: int) -> Iterator[Fold]:
+def _random_folds(count: int, examples: int, ranks: Ranks) -> Iterator[Fold]:
     if not 2 <= count <= examples:
         raise ValueError(f"folds={count} of {examples} examples: give from 2 to {examples}")
     with RandomStream("folds").drawing():
-        order = torch.randperm(examples, device="cpu")
+        order = torch.tensor(ranks.gathered(torch.randperm(examples, device="cpu").tolist())[0])
     parts = order.tensor_split(count)
     for number, part in enumerate(parts):
         rest = torch.cat([*parts[:number], *parts[number + 1 :]])

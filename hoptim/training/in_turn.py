@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-_DEVICES = ("cpu", "cuda", "mps", "xpu")
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class InTurn:
@@ -96,7 +96,7 @@ def _settings_of_this_thread() -> Callable[[], ExitStack]:
     """A function that sets, in another thread, what torch has set for this one."""
     device = torch.get_default_device()
     cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    lowered = [(kind, torch.get_autocast_dtype(kind)) for kind in _DEVICES if torch.is_autocast_enabled(kind)]
+    lowered = [(kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)]
 
     def enter() -> ExitStack:
         stack = ExitStack()

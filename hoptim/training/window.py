@@ -27,6 +27,11 @@ class Window:
         self._waiting: list[Any] = []  # the batch of the last loss, until that goes backward
         self._number = 0
 
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether no loss was counted since the last step, so that no gradient waits for one."""
+        return self._stepped
+
     def note(self, batch: Any) -> None:
         """Count ``batch`` at once: a third of what :meth:`watch` costs, for steps after which no hyperstep is due."""
         if self._stepped:

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import hoptim
 from hoptim.tracking import JsonLines, WandB
+from hoptim.training import files
 from tasks.processes import Processes
 
 log = logging.getLogger("hoptim.train")
@@ -85,12 +85,9 @@ def load_checkpoint(
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint and verify its checksums, which ``torch.load`` does not."""
+    """Read a checkpoint, if it is whole and of a run."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():
-                raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
-        saved = torch.load(path, weights_only=True)
+        saved = files.read_whole(path)
         if "fingerprint" not in saved:
             raise ValueError("it was not written by scripts/train.py")
         return saved
@@ -118,16 +115,5 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write the whole file or leave the old one: a failure in between does not damage it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()  # it may be what fills the disk
-        remedy = "make room, or choose another root; resume=true continues from the last checkpoint"
-        raise OSError(error.errno, f"{error.strerror}: {remedy}", str(path)) from error
+    """Write the whole file or leave the old one."""
+    files.write_atomically(path, data, "make room, or choose another root; resume=true continues from the last checkpoint")

@@ -5,14 +5,19 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from cases import same
 from jobs import ROOT, command, env, result, rows, timeless
 from tasks.checkpoint import read_checkpoint
 from wandb_file import read
+
+from hoptim.training.files import read_whole
 
 OPTIONS = ("outer_steps=60", "inner_steps=10", "task.hidden=16", "checkpoint_every=2", "plots=false")
 KILLS_A_RUN = 5
@@ -153,3 +158,25 @@ def test_fifty_kills(tmp_path, processes):
     counts = experiment(tmp_path, kills=50, seed=0, processes=processes)
     print(dict(counts))
     assert counts["kills"] == 50
+
+
+def test_a_cross_validated_fit_that_is_killed_in_each_phase_ends_in_the_same_bits(tmp_path):
+    run = [sys.executable, ROOT / "tests" / "helpers" / "fit_job.py"]
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    for each in (folder, whole):
+        each.mkdir()
+    for phase in ("folds", "last"):
+        process = subprocess.Popen([*run, folder], env=env())
+        while True:
+            assert process.poll() is None, "it ended before it was killed"
+            saved = read_whole(folder / "fit.pt")["ranks"][0] if (folder / "fit.pt").exists() else {"phase": None}
+            if saved["phase"] == phase and (len(saved["history"]) >= 3 if phase == "folds" else saved["last"]["mark"]):
+                break
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    for each in (folder, whole):
+        subprocess.run([*run, each], env=env(), check=True)
+    found, expected = (torch.load(each / "found.pt", weights_only=True) for each in (folder, whole))
+    assert found["rows"] == expected["rows"]
+    assert same(found, expected)

@@ -1,0 +1,253 @@
+"""The two phases of a cross-validated fit: the folds from one hyperstep to the next, then one training on everything."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from hoptim.problem.loss_checks import annotate_errors
+from hoptim.problem.random_stream import RandomStream, from_tensors, global_states, set_global_states, to_tensors
+from hoptim.training.fit_file import FitFile
+from hoptim.training.fold_optimizer import Drawn, FoldOptimizer, Met, joined
+from hoptim.training.folds import Fold
+from hoptim.training.in_turn import InTurn
+from hoptim.training.leaf_average import LeafAverage
+from hoptim.training.record import Record
+from hoptim.training.resumable import ResumableOptimizer, State
+from hoptim.training.side_by_side import SideBySide
+
+Train = Callable[[nn.Module, ResumableOptimizer, Tensor], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a fit trains.
+
+    Attributes:
+        folds: the folds.
+        streams: where the random numbers of each fold come from.
+        optimizers: those of the folds, each with its model.
+        last: that of the last training.
+        examples: the indices of all examples.
+    """
+
+    folds: list[Fold]
+    streams: list[RandomStream]
+    optimizers: list[FoldOptimizer]
+    last: ResumableOptimizer
+    examples: Tensor
+
+
+class AtMark(NamedTuple):
+    """What a fold that pauses at a mark hands over."""
+
+    number: int
+    state: State
+
+
+class Fit:
+    """A fit.
+
+    Args:
+        parts: what is trained.
+        train: the user's loop.
+        average: the mean of the leaves that is put in their place after the folds; ``None`` for the last ones.
+        file: where it is saved, and gone on from; ``None``: nowhere.
+        at_once: computes the hypergradients of all folds at once; ``None``: each computes its own.
+
+    Attributes:
+        history: ``Record.row()`` of each hyperstep.
+        seconds: the wall-clock time of each phase.
+    """
+
+    def __init__(
+        self, parts: Parts, train: Train, average: LeafAverage | None, file: FitFile | None, at_once: SideBySide | None
+    ) -> None:
+        self.parts, self.train, self.average, self.file, self.at_once = parts, train, average, file, at_once
+        self.history: list[dict[str, Any]] = []
+        self.seconds = {"folds": 0.0, "last": 0.0}
+        self._counted = time.perf_counter()
+        self._random: dict[str, Any] = {}  # where the random streams of the present phase stood at its begin
+        self._wanted: int | None = None  # the mark that the folds are to pause at
+
+    def run(self) -> None:
+        """Both phases, or what a checkpoint has left of them."""
+        saved = None if self.file is None else self.file.read()
+        if saved is None or saved["phase"] == "folds":
+            self._random = {"folds": [to_tensors(stream.states()) for stream in self.parts.streams]}
+            if saved is not None:
+                self._put_folds(saved)
+            self._train_folds()
+            self._random = {"last": global_states()}
+            if self.file is not None:
+                self.file.write(self._state_of_last(self.parts.last.state_at()))
+        else:
+            self._put_last(saved)
+        self._counted = time.perf_counter()
+        self.parts.last.at_mark = self._at_mark_of_last
+        self.train(self.parts.last.problem.wrapper, self.parts.last, self.parts.examples)
+        self._add_seconds("last")
+
+    # The folds
+
+    def _train_folds(self) -> None:
+        """Train all folds from one hyperstep to the next, until a training has ended; then the others to their end."""
+        self._counted = time.perf_counter()
+        turns = [InTurn(self._training(number)) for number, _ in enumerate(self.parts.folds)]
+        for number, (optimizer, turn) in enumerate(zip(self.parts.optimizers, turns, strict=True)):
+            optimizer.turn, optimizer.at_mark = turn, self._at_mark_of_fold(number)
+            optimizer.hands_over = self.at_once is not None and self.at_once.is_possible
+        try:
+            record: Record | None = None
+            while (came := self._to_hyperstep(turns, record)) is not None:
+                record = self._move(turns, came)
+                self.history.append(record.row())
+                if self.average is not None:
+                    self.average.add()
+                if self.file is not None and len(self.history) == 1 and not self.parts.optimizers[0].is_marked:
+                    warnings.warn(
+                        f"the loop has no marks, so that {self.file.path} is written only once, between the folds and the "
+                        "last training: write the loop as for epoch in optimizer.resumable(range(epochs))",
+                        stacklevel=4,
+                    )
+            for number, turn in enumerate(turns):
+                self.parts.optimizers[number].due = ()
+                while not turn.ended:
+                    self._resume(number, turn)
+        finally:
+            for turn in turns:
+                turn.close()
+        self._check_lengths()
+        if self.average is not None:
+            self.average.put()
+        self._add_seconds("folds")
+
+    def _training(self, number: int) -> Callable[[], None]:
+        """The training of a fold."""
+        optimizer, fold = self.parts.optimizers[number], self.parts.folds[number]
+
+        def training() -> None:
+            with annotate_errors(f"in the training of fold {number + 1} of {len(self.parts.folds)}"):
+                self.train(optimizer.problem.wrapper, optimizer, fold.train.clone())
+
+        return training
+
+    def _resume(self, number: int, turn: InTurn, sent: Record | None = None) -> Any:
+        """Let a fold run on in its random stream, to where it pauses or ends."""
+        with self.parts.streams[number].drawing():
+            return turn.resume(sent)
+
+    def _to_hyperstep(self, turns: list[InTurn], record: Record | None) -> list[Met | Drawn] | None:
+        """Let all folds run to their next hyperstep, with checkpoints on the way; ``None`` where one has ended."""
+        came: list[Met | Drawn | AtMark | None] = [None] * len(turns)
+        while True:
+            for number, turn in enumerate(turns):
+                if not (isinstance(came[number], (Met, Drawn)) or turn.ended):
+                    came[number] = self._resume(number, turn, record)
+                first = came[0]
+                self._wanted = first.number if isinstance(first, AtMark) else None
+            if any(turn.ended for turn in turns):
+                return None
+            marks = [one for one in came if isinstance(one, AtMark)]
+            if not marks:
+                return [one for one in came if isinstance(one, (Met, Drawn))]
+            if len(marks) == len(turns) and self.file is not None:
+                self.file.write(self._state_of_folds([mark.state for mark in marks]))
+
+    def _at_mark_of_fold(self, fold: int) -> Callable[[int, Callable[[], State]], None]:
+        """Where the first fold pauses once a checkpoint is due, and the others at the same mark."""
+
+        def at_mark(number: int, take: Callable[[], State]) -> None:
+            first_asks = fold == 0 and self.file is not None and self.file.is_due()
+            if first_asks or (fold > 0 and number == self._wanted):
+                self.parts.optimizers[fold].turn.pause(AtMark(number, take()))
+
+        return at_mark
+
+    def _move(self, turns: list[InTurn], came: list[Met | Drawn]) -> Record:
+        """The hyperstep of all folds, taken by the first one's optimizer."""
+        begun = time.perf_counter() - sum(one.seconds for one in came if isinstance(one, Met))
+        drawn, at_once = [one for one in came if isinstance(one, Drawn)], self.at_once
+        found = at_once(drawn) if at_once is not None and len(drawn) == len(came) else None
+        if at_once is None or found is None or not at_once.is_checked:
+            # each that has handed its batches over goes on by itself
+            in_turn = joined([self._resume(k, turns[k]) if isinstance(one, Drawn) else one for k, one in enumerate(came)])
+            found = in_turn if at_once is None or found is None else at_once.checked(found, in_turn)
+            for optimizer in self.parts.optimizers:
+                optimizer.hands_over = at_once is not None and at_once.is_possible
+        return self.parts.optimizers[0]._move(begun, found)
+
+    def _check_lengths(self) -> None:
+        """Each fold took as many steps as it was said to take."""
+        for number, optimizer in enumerate(self.parts.optimizers, 1):
+            taken, told = optimizer.inner_steps, optimizer.steps
+            if abs(taken - told) > 0.02 * told:
+                words = f"the training of fold {number} took {taken} steps, where steps says {told}"
+                if not self.history:
+                    raise ValueError(f"{words}: it ended before the first hyperstep. Give steps as they are")
+                words = f"{words}, so that {len(self.history)} hypersteps were not spread over all of it"
+                warnings.warn(words, stacklevel=5)
+                return
+
+    # Checkpoints
+
+    def _add_seconds(self, phase: str) -> None:
+        """Count the time that has gone by since this was last done."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._counted
+        self._counted = now
+
+    def _at_mark_of_last(self, number: int, take: Callable[[], State]) -> None:
+        if self.file is not None and self.file.is_due():
+            self.file.write(self._state_of_last(take()))
+
+    def _state_of_folds(self, states: list[State]) -> dict[str, Any]:
+        """All that the rest depends on, with every fold at a mark."""
+        more = {"folds": states, "last": self.parts.last.state_at(), "process": global_states()}
+        return {**self._state("folds"), **more}
+
+    def _state_of_last(self, state: State) -> dict[str, Any]:
+        """The same, at a mark of the last training or before its begin."""
+        models = [dict(optimizer.problem.model.state_dict()) for optimizer in self.parts.optimizers]
+        return {**self._state("last"), "models": models, "last": state}
+
+    def _state(self, phase: str) -> dict[str, Any]:
+        self._add_seconds(phase)
+        return {
+            "phase": phase,
+            "hparams": dict(self.parts.last.problem.hparams.state_dict()),
+            "average": None if self.average is None else self.average.state_dict(),
+            "history": self.history,
+            "seconds": dict(self.seconds),
+            "begun": self._random[phase],
+        }
+
+    def _put(self, saved: dict[str, Any]) -> None:
+        """What both phases begin with."""
+        self.parts.last.problem.hparams.load_state_dict(saved["hparams"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        if saved["last"]["mark"] is None:  # at a mark it is put when the loop has come there
+            self.parts.last.put(saved["last"])
+        else:
+            self.parts.last.resume_from = saved["last"]
+        self.history, self.seconds, self._random = saved["history"], saved["seconds"], {saved["phase"]: saved["begun"]}
+
+    def _put_folds(self, saved: dict[str, Any]) -> None:
+        self._put(saved)
+        set_global_states(saved["process"])
+        for stream, begun in zip(self.parts.streams, saved["begun"], strict=True):
+            stream.load(from_tensors(begun))
+        for optimizer, state in zip(self.parts.optimizers, saved["folds"], strict=True):
+            optimizer.resume_from = state
+
+    def _put_last(self, saved: dict[str, Any]) -> None:
+        self._put(saved)
+        set_global_states(saved["begun"])
+        for optimizer, model in zip(self.parts.optimizers, saved["models"], strict=True):
+            optimizer.problem.model.load_state_dict(model)

@@ -1,0 +1,131 @@
+"""The checkpoint of a fit: when it is due, what has to agree, and the file."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hoptim.problem.distributed import Ranks
+from hoptim.training.files import read_whole, write_atomically
+from hoptim.validation import describe_type, is_finite
+
+VERSION = 1
+PHASES = ("folds", "last")
+
+
+class FitFile:
+    """The file that a fit is saved in.
+
+    Args:
+        path: the file; its folder has to be there.
+        every_seconds: how much time goes by before it is written again, at the next mark.
+        settings: what the fit that is resumed has to agree in, by name: tensors and plain values.
+        ranks: the processes that train together. The first one writes for all, and each reads.
+
+    Raises:
+        TypeError: ``path`` is no path.
+        ValueError: there is no such folder; ``every_seconds`` is negative.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], every_seconds: float, settings: Mapping[str, Any], ranks: Ranks
+    ) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f'checkpoint is {describe_type(path)}: give the path of a file, such as "fit.pt"')
+        self.path = Path(path)
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            raise ValueError(f"checkpoint={os.fspath(path)!r}: give a file in a folder that is there")
+        if not (is_finite(every_seconds) and every_seconds >= 0):
+            raise ValueError(f"every_seconds={every_seconds!r}: give a number of seconds, 0 or more")
+        self._every, self._settings, self._ranks = every_seconds, {**settings, "processes": ranks.size}, ranks
+        self._written, self._was_read_back = time.monotonic(), False
+
+    def is_due(self) -> bool:
+        """Whether enough time has gone by since it was last written, on the first rank."""
+        return bool(self._ranks.gathered(time.monotonic() - self._written >= self._every)[0])
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Write the state, of all ranks, atomically.
+
+        Raises:
+            OSError: the disk is full or can't be written to.
+            TypeError: the state holds something else than tensors and plain values.
+        """
+        if self._ranks.size > 1:
+            packed = self._ranks.gathered_by_first(_packed(dict(state)))
+            states = None if packed is None else [_unpacked(one) for one in packed]
+        else:
+            states = [dict(state)]
+        if states is not None:
+            data = _packed({"version": VERSION, "settings": self._settings, "ranks": states})
+            if not self._was_read_back:  # what can't be read is of no use, and is better known now
+                _unpacked(data)
+                self._was_read_back = True
+            write_atomically(self.path, data, "make room; fit with the same checkpoint goes on from the last one")
+        self._written = time.monotonic()
+
+    def read(self) -> dict[str, Any] | None:
+        """The state of this rank, or ``None`` if there is none yet.
+
+        Raises:
+            ValueError: the file is damaged, of another fit, or not there for all ranks.
+        """
+        there = self._ranks.gathered(self.path.exists())
+        if not all(there):
+            if any(there):
+                raise ValueError(f"checkpoint {self.path} is there for some of the ranks: give a path that all of them see")
+            return None
+        try:
+            saved = read_whole(self.path)
+            version, settings, states = saved["version"], saved.get("settings"), saved.get("ranks")
+            if version == VERSION and not (settings and states and all(state["phase"] in PHASES for state in states)):
+                raise KeyError("phase")
+        except Exception as error:
+            reason = str(error).partition(". ")[0]
+            raise ValueError(
+                f"checkpoint {self.path} is damaged or no fit's ({type(error).__name__}: {reason}): delete it to begin anew"
+            ) from error
+        if version != VERSION:
+            raise ValueError(f"checkpoint {self.path} is of version {version}, and {VERSION} is read: use that hoptim again")
+        if differing := [name for name, here in self._settings.items() if not _same(settings.get(name), here)]:
+            words = "; ".join(_difference(name, settings.get(name), self._settings[name]) for name in differing)
+            raise ValueError(f"checkpoint {self.path} is of another fit: {words}. Make it as it was, or delete the file")
+        return dict(states[self._ranks.rank])
+
+
+def _packed(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    try:
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise TypeError(
+            "the state of an object that was given to resumable can't be saved: its state_dict() has to be made of tensors "
+            f"and plain values ({reason})"
+        ) from error
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    if name == "folds":
+        return "its folds are others, as another torch.manual_seed or a splitter without random_state gives them"
+    return f"{name} is {there} there, {here} here"
