@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import pytest
 import torch
 from sklearn import model_selection
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -262,3 +264,42 @@ def test_trackers_see_each_hyperstep_of_all_folds_once(tmp_path, monkeypatch):
     losses = [row["outer/val_loss"] for row in read["history"] if "outer/val_loss" in row]
     assert losses == [row["val_loss"] for row in rows]
     assert [row["outer/standard_error"] for row in read["history"]] == [row["standard_error"] for row in rows]
+
+
+def test_a_rate_is_learned_over_folds_and_is_that_of_the_last_training() -> None:
+    """It begins 50 times too low. The last training is one of plain SGD at the learned rate, to the bit."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 4)
+    y = x.sum(1, keepdim=True) + 0.1 * torch.randn(60, 1)
+    hparams = hoptim.HyperParameters({"rate": torch.tensor(0.002)}, {"rate": constraints.positive})
+
+    starts: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        starts.append(nn.Linear(4, 1))
+        return copy.deepcopy(starts[-1])
+
+    def loss(model: Any, h: Any, batch: Any) -> Tensor:
+        return (model(x[batch]) - y[batch]).square().mean()
+
+    def loop(model: Any, optimizer: Any, examples: Tensor) -> None:
+        for _ in range(80):
+            optimizer.zero_grad()
+            optimizer.loss(examples).backward()
+            optimizer.step()
+
+    fit = hoptim.CrossValidated(
+        make, hparams, loss, loss, inner=lambda model: torch.optim.SGD(model.parameters(), lr=hparams["rate"]),
+        outer=torch.optim.Adam(hparams.parameters(), lr=0.3), examples=60, steps=80, warmup=0.0, hypersteps=20,
+    )  # fmt: skip
+    found = fit.fit(loop)
+    learned = hparams["rate"].item()
+    assert learned == found.hyperparameters["rate"].item()
+    assert learned > 0.02
+    assert all(row["moved"] for row in found.history)
+    model = starts[0]  # the first is for the last training
+    plain = torch.optim.SGD(model.parameters(), lr=learned)
+    plain.loss = lambda batch: loss(model, None, batch)  # type: ignore[attr-defined]
+    loop(model, plain, torch.arange(60))
+    for a, b in zip(model.parameters(), found.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
