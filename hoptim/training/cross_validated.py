@@ -213,7 +213,8 @@ class CrossValidated:
         Args:
             train: the training loop, ``train(model, optimizer, examples)``, with the indices of the examples to train on.
             checkpoint: a file from which the fit goes on where it is there, to the same bits; it is written between the
-                folds and the last training, and in both at the marks of ``optimizer.resumable``; default: none.
+                folds and the last training, and in both at the marks of ``optimizer.resumable``. It stays when the fit is
+                over; hooks see the hypersteps after the last checkpoint again. Default: none.
             every_seconds: how much time goes by before it is written again, default 60.
 
         Raises:

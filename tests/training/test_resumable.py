@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -218,6 +219,33 @@ def test_a_learned_rate_is_resumed(tmp_path):
     fit(None, checkpoint=path)
     assert_same(*outcomes)
     assert float(outcomes[0]["lr"]) != 0.05
+
+
+def test_a_scaler_and_an_averaged_model_are_stateful(tmp_path):
+    def train(model: Any, optimizer: Any, examples: Any) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        mean = torch.optim.swa_utils.AveragedModel(model)
+        for _ in optimizer.resumable(range(EPOCHS), scaler, mean):
+            for batch in examples.split(2):
+                if steps[0] == 0:
+                    raise KilledError
+                steps[0] -= 1
+                optimizer.zero_grad()
+                scaler.scale(optimizer.loss(batch)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                mean.update_parameters(model)
+        ends.append({"scale": scaler.get_scale(), **{name: t.clone() for name, t in mean.state_dict().items()}})
+
+    steps, ends = [1000], []
+    expected, expected_ends = outcome(build().fit(train)), ends.copy()
+    for kill in (50, 60):
+        steps, path = [kill], tmp_path / "fit.pt"
+        with pytest.raises(KilledError):
+            build().fit(train, checkpoint=path, every_seconds=0)
+    steps, ends = [1000], []
+    assert_same(outcome(build().fit(train, checkpoint=path)), expected)
+    assert_same(ends[-1], expected_ends[-1])
 
 
 def test_an_error_in_a_hook_is_a_kill_as_well(tmp_path):
@@ -455,3 +483,6 @@ def test_nothing_is_saved_amid_a_step_and_a_warning_says_so_once(tmp_path):
         build().fit(train, checkpoint=path, every_seconds=0)
     assert len(caught) == 4  # one a training
     assert {str(each.filename) for each in caught} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build().fit(train)
