@@ -227,9 +227,9 @@ class CrossValidated:
             raise RuntimeError("fit was called before: its models are trained now, so make a new CrossValidated")
         last, optimizers = self._parts.last, self._parts.optimizers
         file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), last.problem.ranks)
-        self._fitted = True
         average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
         fit = Fit(self._parts, train, average, file, SideBySide(optimizers) if self.side_by_side else None)
+        self._fitted = True
         fit.run()
         return CrossValidatedFit(
             model=last.problem.wrapper,

@@ -73,25 +73,29 @@ class Fit:
         self.seconds = {"folds": 0.0, "last": 0.0}
         self._counted = time.perf_counter()
         self._random: dict[str, Any] = {}  # where the random streams of the present phase stood at its begin
+        self._saved = None if file is None else file.read()
         self._wanted: int | None = None  # the mark that the folds are to pause at
 
     def run(self) -> None:
         """Both phases, or what a checkpoint has left of them."""
-        saved = None if self.file is None else self.file.read()
-        if saved is None or saved["phase"] == "folds":
-            self._random = {"folds": [to_tensors(stream.states()) for stream in self.parts.streams]}
-            if saved is not None:
-                self._put_folds(saved)
+        if self._begin() == "folds":
             self._train_folds()
             self._random = {"last": global_states()}
             if self.file is not None:
                 self.file.write(self._state_of_last(self.parts.last.state_at()))
-        else:
-            self._put_last(saved)
         self._counted = time.perf_counter()
         self.parts.last.at_mark = self._at_mark_of_last(self.file)
         self.train(self.parts.last.problem.wrapper, self.parts.last, self.parts.examples)
         self._add_seconds("last")
+
+    def _begin(self) -> str:
+        """Put what a checkpoint holds, if there is one; the phase to begin with."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            self._random = {"folds": [to_tensors(stream.states()) for stream in self.parts.streams]}
+            return "folds"
+        (self._put_folds if saved["phase"] == "folds" else self._put_last)(saved)
+        return str(saved["phase"])
 
     # The folds
 

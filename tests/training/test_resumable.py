@@ -105,7 +105,7 @@ TOTAL = sum(STEPS.values())  # 72 on the folds, and 48
 
 
 @pytest.mark.parametrize("way", ["randperm", "loader"])
-@pytest.mark.parametrize("kill", [5, 20, 37, 55, 71, 72, 73, 80, 100, 119])
+@pytest.mark.parametrize("kill", [5, 37, 71, 72, 100, 119])
 def test_a_fit_that_was_killed_goes_on_to_the_same_bits(kill, way, tmp_path):
     path = tmp_path / "fit.pt"
     with pytest.raises(KilledError):
@@ -377,8 +377,11 @@ def test_a_damaged_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is damaged or no fit's \(KeyError"):
         build().fit(Loop(), checkpoint=path)
     torch.save({"version": 2}, path)
+    cv = build()
     with pytest.raises(ValueError, match="is of version 2, and 1 is read"):
-        build().fit(Loop(), checkpoint=path)
+        cv.fit(Loop(), checkpoint=path)
+    path.unlink()
+    assert_same(outcome(cv.fit(Loop(), checkpoint=path)), whole("randperm"))  # nothing was begun by what was refused
 
 
 def test_a_loop_that_is_not_the_one_that_was_saved_is_refused(tmp_path):
