@@ -72,7 +72,7 @@ class Fit:
         self.history: list[dict[str, Any]] = []
         self.seconds = {"folds": 0.0, "last": 0.0}
         self._counted = time.perf_counter()
-        self._random: dict[str, Any] = {}  # where the random streams of the present phase stood at its begin
+        self._random: dict[str, Any] = {}  # where the random streams stood when the present phase began
         self._saved = None if file is None else file.read()
         self._wanted: int | None = None  # the mark that the folds are to pause at
 
@@ -224,7 +224,7 @@ class Fit:
         return {**self._state("folds"), **more}
 
     def _state_of_last(self, state: State) -> dict[str, Any]:
-        """The same, at a mark of the last training or before its begin."""
+        """The same, at a mark of the last training or before it."""
         models = [dict(optimizer.problem.model.state_dict()) for optimizer in self.parts.optimizers]
         return {**self._state("last"), "models": models, "last": state}
 

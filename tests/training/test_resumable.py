@@ -469,7 +469,7 @@ def test_mistakes_with_the_file_are_named(options, error, words, tmp_path, monke
         build().fit(Loop(), **options)
 
 
-def test_nothing_is_saved_amid_a_step_and_a_warning_says_so_once(tmp_path):
+def test_nothing_is_saved_in_the_middle_of_a_step_and_a_warning_says_so_once(tmp_path):
     path = tmp_path / "fit.pt"
 
     def train(model: Any, optimizer: Any, examples: Any) -> None:
@@ -482,7 +482,7 @@ def test_nothing_is_saved_amid_a_step_and_a_warning_says_so_once(tmp_path):
             if path.exists() and (saved := read_whole(path)["ranks"][0])["phase"] == "folds":
                 assert {state["mark"] % 2 for state in saved["folds"]} == {0}
 
-    with pytest.warns(UserWarning, match="mark 1 of resumable is amid a step") as caught:
+    with pytest.warns(UserWarning, match="mark 1 of resumable is in the middle of a step") as caught:
         build().fit(train, checkpoint=path, every_seconds=0)
     assert len(caught) == 4  # one a training
     assert {str(each.filename) for each in caught} == {__file__}
