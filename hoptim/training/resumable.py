@@ -92,8 +92,8 @@ class ResumableOptimizer(BilevelOptimizer):
         elif not self._was_told:
             self._was_told = True
             warnings.warn(
-                f"mark {number} of resumable is in the middle of a step, since a loss was computed after the last one: nothing "
-                "is saved there. Compute losses that are only looked at under torch.no_grad()",
+                f"mark {number} of resumable is in the middle of a step, since a loss was computed after the last one: "
+                "nothing is saved there. Compute losses that are only looked at under torch.no_grad()",
                 stacklevel=3,
             )
 
