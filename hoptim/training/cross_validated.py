@@ -213,7 +213,8 @@ class CrossValidated:
         Args:
             train: the training loop, ``train(model, optimizer, examples)``, with the indices of the examples to train on.
             checkpoint: a file from which the fit goes on where it is there, to the same bits; it is written between the
-                folds and the last training, and in both at the marks of ``optimizer.resumable``; default: none.
+                folds and the last training, and in both at the marks of ``optimizer.resumable``. It stays when the fit is
+                over; hooks see the hypersteps after the last checkpoint again. Default: none.
             every_seconds: how much time goes by before it is written again, default 60.
 
         Raises:
@@ -226,9 +227,9 @@ class CrossValidated:
             raise RuntimeError("fit was called before: its models are trained now, so make a new CrossValidated")
         last, optimizers = self._parts.last, self._parts.optimizers
         file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), last.problem.ranks)
-        self._fitted = True
         average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
         fit = Fit(self._parts, train, average, file, SideBySide(optimizers) if self.side_by_side else None)
+        self._fitted = True
         fit.run()
         return CrossValidatedFit(
             model=last.problem.wrapper,

@@ -18,7 +18,7 @@ from hoptim.training.folds import Fold
 from hoptim.training.in_turn import InTurn
 from hoptim.training.leaf_average import LeafAverage
 from hoptim.training.record import Record
-from hoptim.training.resumable import ResumableOptimizer, State
+from hoptim.training.resumable import AtMark, ResumableOptimizer, State
 from hoptim.training.side_by_side import SideBySide
 
 Train = Callable[[nn.Module, ResumableOptimizer, Tensor], Any]
@@ -43,7 +43,7 @@ class Parts:
     examples: Tensor
 
 
-class AtMark(NamedTuple):
+class Marked(NamedTuple):
     """What a fold that pauses at a mark hands over."""
 
     number: int
@@ -72,26 +72,30 @@ class Fit:
         self.history: list[dict[str, Any]] = []
         self.seconds = {"folds": 0.0, "last": 0.0}
         self._counted = time.perf_counter()
-        self._random: dict[str, Any] = {}  # where the random streams of the present phase stood at its begin
+        self._random: dict[str, Any] = {}  # where the random streams stood when the present phase began
+        self._saved = None if file is None else file.read()
         self._wanted: int | None = None  # the mark that the folds are to pause at
 
     def run(self) -> None:
         """Both phases, or what a checkpoint has left of them."""
-        saved = None if self.file is None else self.file.read()
-        if saved is None or saved["phase"] == "folds":
-            self._random = {"folds": [to_tensors(stream.states()) for stream in self.parts.streams]}
-            if saved is not None:
-                self._put_folds(saved)
+        if self._begin() == "folds":
             self._train_folds()
             self._random = {"last": global_states()}
             if self.file is not None:
                 self.file.write(self._state_of_last(self.parts.last.state_at()))
-        else:
-            self._put_last(saved)
         self._counted = time.perf_counter()
-        self.parts.last.at_mark = self._at_mark_of_last
+        self.parts.last.at_mark = self._at_mark_of_last(self.file)
         self.train(self.parts.last.problem.wrapper, self.parts.last, self.parts.examples)
         self._add_seconds("last")
+
+    def _begin(self) -> str:
+        """Put what a checkpoint holds, if there is one; the phase to begin with."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            self._random = {"folds": [to_tensors(stream.states()) for stream in self.parts.streams]}
+            return "folds"
+        (self._put_folds if saved["phase"] == "folds" else self._put_last)(saved)
+        return str(saved["phase"])
 
     # The folds
 
@@ -100,7 +104,7 @@ class Fit:
         self._counted = time.perf_counter()
         turns = [InTurn(self._training(number)) for number, _ in enumerate(self.parts.folds)]
         for number, (optimizer, turn) in enumerate(zip(self.parts.optimizers, turns, strict=True)):
-            optimizer.turn, optimizer.at_mark = turn, self._at_mark_of_fold(number)
+            optimizer.turn, optimizer.at_mark = turn, self._at_mark_of_fold(number, self.file)
             optimizer.hands_over = self.at_once is not None and self.at_once.is_possible
         try:
             record: Record | None = None
@@ -144,28 +148,29 @@ class Fit:
 
     def _to_hyperstep(self, turns: list[InTurn], record: Record | None) -> list[Met | Drawn] | None:
         """Let all folds run to their next hyperstep, with checkpoints on the way; ``None`` where one has ended."""
-        came: list[Met | Drawn | AtMark | None] = [None] * len(turns)
+        came: list[Met | Drawn | Marked | None] = [None] * len(turns)
         while True:
             for number, turn in enumerate(turns):
                 if not (isinstance(came[number], (Met, Drawn)) or turn.ended):
                     came[number] = self._resume(number, turn, record)
                 first = came[0]
-                self._wanted = first.number if isinstance(first, AtMark) else None
+                self._wanted = first.number if isinstance(first, Marked) else None
             if any(turn.ended for turn in turns):
                 return None
-            marks = [one for one in came if isinstance(one, AtMark)]
+            marks = [one for one in came if isinstance(one, Marked)]
             if not marks:
                 return [one for one in came if isinstance(one, (Met, Drawn))]
             if len(marks) == len(turns) and self.file is not None:
                 self.file.write(self._state_of_folds([mark.state for mark in marks]))
 
-    def _at_mark_of_fold(self, fold: int) -> Callable[[int, Callable[[], State]], None]:
+    def _at_mark_of_fold(self, fold: int, file: FitFile | None) -> AtMark | None:
         """Where the first fold pauses once a checkpoint is due, and the others at the same mark."""
+        if file is None:
+            return None
 
         def at_mark(number: int, take: Callable[[], State]) -> None:
-            first_asks = fold == 0 and self.file is not None and self.file.is_due()
-            if first_asks or (fold > 0 and number == self._wanted):
-                self.parts.optimizers[fold].turn.pause(AtMark(number, take()))
+            if file.is_due() if fold == 0 else number == self._wanted:
+                self.parts.optimizers[fold].turn.pause(Marked(number, take()))
 
         return at_mark
 
@@ -202,9 +207,16 @@ class Fit:
         self.seconds[phase] += now - self._counted
         self._counted = now
 
-    def _at_mark_of_last(self, number: int, take: Callable[[], State]) -> None:
-        if self.file is not None and self.file.is_due():
-            self.file.write(self._state_of_last(take()))
+    def _at_mark_of_last(self, file: FitFile | None) -> AtMark | None:
+        """A checkpoint at a mark of the last training, once one is due."""
+        if file is None:
+            return None
+
+        def at_mark(_: int, take: Callable[[], State]) -> None:
+            if file.is_due():
+                file.write(self._state_of_last(take()))
+
+        return at_mark
 
     def _state_of_folds(self, states: list[State]) -> dict[str, Any]:
         """All that the rest depends on, with every fold at a mark."""
@@ -212,7 +224,7 @@ class Fit:
         return {**self._state("folds"), **more}
 
     def _state_of_last(self, state: State) -> dict[str, Any]:
-        """The same, at a mark of the last training or before its begin."""
+        """The same, at a mark of the last training or before it."""
         models = [dict(optimizer.problem.model.state_dict()) for optimizer in self.parts.optimizers]
         return {**self._state("last"), "models": models, "last": state}
 

@@ -128,4 +128,4 @@ def _same(a: Any, b: Any) -> bool:
 def _difference(name: str, there: Any, here: Any) -> str:
     if name == "folds":
         return "its folds are others, as another torch.manual_seed or a splitter without random_state gives them"
-    return f"{name} is {there} there, {here} here"
+    return f"{name} is {there!s:.200} there, {here!s:.200} here"

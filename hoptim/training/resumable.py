@@ -64,7 +64,9 @@ class ResumableOptimizer(BilevelOptimizer):
                     "torch.Generator"
                 )
         if self.is_marked or self.inner_steps:
-            raise ValueError("resumable is for the whole loop of a training: one loop, before whose begin no step was taken")
+            raise ValueError(
+                "resumable is for the whole loop of a training: put it around one loop, and take no step before it"
+            )
         self.is_marked = True
         return self._marks(iterable, stateful)
 
@@ -90,8 +92,8 @@ class ResumableOptimizer(BilevelOptimizer):
         elif not self._was_told:
             self._was_told = True
             warnings.warn(
-                f"mark {number} of resumable is amid a step, since a loss was computed after the last one: nothing is saved "
-                "there. Compute losses that are only looked at under torch.no_grad()",
+                f"mark {number} of resumable is in the middle of a step, since a loss was computed after the last one: "
+                "nothing is saved there. Compute losses that are only looked at under torch.no_grad()",
                 stacklevel=3,
             )
 

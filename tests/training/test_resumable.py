@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ TOTAL = sum(STEPS.values())  # 72 on the folds, and 48
 
 
 @pytest.mark.parametrize("way", ["randperm", "loader"])
-@pytest.mark.parametrize("kill", [5, 20, 37, 55, 71, 72, 73, 80, 100, 119])
+@pytest.mark.parametrize("kill", [5, 37, 71, 72, 100, 119])
 def test_a_fit_that_was_killed_goes_on_to_the_same_bits(kill, way, tmp_path):
     path = tmp_path / "fit.pt"
     with pytest.raises(KilledError):
@@ -218,6 +219,33 @@ def test_a_learned_rate_is_resumed(tmp_path):
     fit(None, checkpoint=path)
     assert_same(*outcomes)
     assert float(outcomes[0]["lr"]) != 0.05
+
+
+def test_a_scaler_and_an_averaged_model_are_stateful(tmp_path):
+    def train(model: Any, optimizer: Any, examples: Any) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        mean = torch.optim.swa_utils.AveragedModel(model)
+        for _ in optimizer.resumable(range(EPOCHS), scaler, mean):
+            for batch in examples.split(2):
+                if steps[0] == 0:
+                    raise KilledError
+                steps[0] -= 1
+                optimizer.zero_grad()
+                scaler.scale(optimizer.loss(batch)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                mean.update_parameters(model)
+        ends.append({"scale": scaler.get_scale(), **{name: t.clone() for name, t in mean.state_dict().items()}})
+
+    steps, ends = [1000], []
+    expected, expected_ends = outcome(build().fit(train)), ends.copy()
+    for kill in (50, 60):
+        steps, path = [kill], tmp_path / "fit.pt"
+        with pytest.raises(KilledError):
+            build().fit(train, checkpoint=path, every_seconds=0)
+    steps, ends = [1000], []
+    assert_same(outcome(build().fit(train, checkpoint=path)), expected)
+    assert_same(ends[-1], expected_ends[-1])
 
 
 def test_an_error_in_a_hook_is_a_kill_as_well(tmp_path):
@@ -349,8 +377,11 @@ def test_a_damaged_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is damaged or no fit's \(KeyError"):
         build().fit(Loop(), checkpoint=path)
     torch.save({"version": 2}, path)
+    cv = build()
     with pytest.raises(ValueError, match="is of version 2, and 1 is read"):
-        build().fit(Loop(), checkpoint=path)
+        cv.fit(Loop(), checkpoint=path)
+    path.unlink()
+    assert_same(outcome(cv.fit(Loop(), checkpoint=path)), whole("randperm"))  # nothing was begun by what was refused
 
 
 def test_a_loop_that_is_not_the_one_that_was_saved_is_refused(tmp_path):
@@ -438,7 +469,7 @@ def test_mistakes_with_the_file_are_named(options, error, words, tmp_path, monke
         build().fit(Loop(), **options)
 
 
-def test_nothing_is_saved_amid_a_step_and_a_warning_says_so_once(tmp_path):
+def test_nothing_is_saved_in_the_middle_of_a_step_and_a_warning_says_so_once(tmp_path):
     path = tmp_path / "fit.pt"
 
     def train(model: Any, optimizer: Any, examples: Any) -> None:
@@ -451,7 +482,10 @@ def test_nothing_is_saved_amid_a_step_and_a_warning_says_so_once(tmp_path):
             if path.exists() and (saved := read_whole(path)["ranks"][0])["phase"] == "folds":
                 assert {state["mark"] % 2 for state in saved["folds"]} == {0}
 
-    with pytest.warns(UserWarning, match="mark 1 of resumable is amid a step") as caught:
+    with pytest.warns(UserWarning, match="mark 1 of resumable is in the middle of a step") as caught:
         build().fit(train, checkpoint=path, every_seconds=0)
     assert len(caught) == 4  # one a training
     assert {str(each.filename) for each in caught} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build().fit(train)
