@@ -19,8 +19,8 @@ in it.
 | folder | what it holds |
 |---|---|
 | `hoptim.diagnostics`, `hoptim.tracking` | the audit; trackers for W&B, the terminal and files |
-| `hoptim.recipes` | hyperparameters with their part of the loss: `WeightDecay`, `ExampleWeights`, `LabelSmoothing`, `NoiseWidth` |
-| `hoptim.training` | the only code that changes anything: `BilevelOptimizer`, records, checkpoints, `CrossValidated`, `retrain` |
+| `hoptim.recipes` | hyperparameters with their part of the loss: `WeightDecay`, `ExampleWeights` and others |
+| `hoptim.training` | the only code that changes anything: `BilevelOptimizer`, checkpoints, `CrossValidated`, `retrain` |
 | `hoptim.methods` | ways to dL_V/dλ: implicit, unrolled, conditions, one inner step as a pure function |
 | `hoptim.curvature` | F at a point, A and Bᵀ: exact, Gauss-Newton, differences, several batches, compiled |
 | `hoptim.solvers` | Aᵀx = g; a solver sees an operator and a vector, never a model |
