@@ -233,19 +233,37 @@ def mean_and_error(values, sign=""):
     return f"{mean:{sign}.3f}" + (f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else "")
 
 
-def table(scores):
-    """Rows of a Markdown table, one for each way. Differences are those of the retrained model to it, paired by seed."""
-    seeds = list(scores.values())
-    yield "| | accuracy | cross-entropy | F1 | cost | retrained minus it: accuracy | cross-entropy |"
-    yield "|---|---|---|---|---|---|---|"
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def tables(runs):
+    """Two tables in Markdown: the scores; and those of the retrained model minus each other way's, paired by seed.
+
+    Args:
+        runs: by the name of the model, what :func:`score` found for each seed.
+    """
+    columns = [f"{model}: {metric}" for model in runs for metric in METRICS]
+    yield row("", *columns, "F1", "cost")
+    yield row(*["---"] * (len(columns) + 3))
     for way in WAYS:
-        cells = [mean_and_error([one[way][metric] for one in seeds]) for metric in METRICS]
-        f1 = "" if seeds[0][way]["F1"] is None else mean_and_error([one[way]["F1"] for one in seeds])
-        cost = statistics.mean(one[way]["seconds"] / one["all + clean"]["seconds"] for one in seeds)
-        ours, gains = "hoptim, retrained", ["", ""]
-        if way != ours:
-            gains = [mean_and_error([one[ours][metric] - one[way][metric] for one in seeds], "+") for metric in METRICS]
-        yield f"| {' | '.join([way, *cells, f1, f'{cost:.1f}', *gains])} |"
+        cells = [mean_and_error([one[way][metric] for one in seeds]) for seeds in runs.values() for metric in METRICS]
+        f1 = [statistics.mean(one[way]["F1"] for one in seeds) for seeds in runs.values() if seeds[0][way]["F1"] is not None]
+        costs = [
+            statistics.mean(one[way]["seconds"] / one["all + clean"]["seconds"] for one in seeds) for seeds in runs.values()
+        ]
+        yield row(way, *cells, *(", ".join(f"{one:{form}}" for one in many) for many, form in ((f1, ".3f"), (costs, ".1f"))))
+    yield ""
+    yield row("retrained minus it", *columns)
+    yield row(*["---"] * (len(columns) + 1))
+    for way in WAYS:
+        if way != "hoptim, retrained":
+            gains = [
+                [one["hoptim, retrained"][metric] - one[way][metric] for one in seeds]
+                for seeds in runs.values()
+                for metric in METRICS
+            ]
+            yield row(way, *(mean_and_error(gain, "+") for gain in gains))
 
 
 def draw(stored, path):
@@ -289,8 +307,11 @@ def main():
             one["scores"][str(seed)] = score(given.data, noise, model, seed, one["settings"])
             print(noise, model, seed, flush=True)
         STORED.write_text(json.dumps(stored, indent=1) + "\n")
-        if one["scores"]:
-            print(f"{noise} noise, {model}, seeds {', '.join(one['scores'])}", *table(one["scores"]), sep="\n", flush=True)
+    for noise in NOISES:
+        runs = {model: list(stored.get(f"{noise}, {model}", {"scores": {}})["scores"].values()) for model in MODELS}
+        if runs := {model: seeds for model, seeds in runs.items() if seeds}:
+            print(f"\n{noise} noise, {', '.join(f'{len(seeds)} seeds of {model}' for model, seeds in runs.items())}")
+            print(*tables(runs), sep="\n")
     draw(stored, STORED.with_suffix(".png"))
 
 

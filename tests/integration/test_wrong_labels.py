@@ -88,8 +88,10 @@ def test_settings_are_chosen_then_scored_and_told_with_paired_differences(
     scores = call("--seeds", "2", "3")["scores"]
     told = capsys.readouterr().out
     for way in wrong_labels.WAYS[:-2]:
-        (row,) = (line.split(" | ") for line in told.splitlines() if line.startswith(f"| {way} |"))
+        first, second = (line.split(" | ") for line in told.splitlines() if line.startswith(f"| {way} |"))
         loss, ours = ([one[name]["cross-entropy"] for one in scores.values()] for name in (way, "hoptim, retrained"))
-        assert float(row[2].split(" ± ")[0]) == pytest.approx(sum(loss) / 2, abs=6e-4)
-        assert float(row[6].split(" ± ")[0]) == pytest.approx((sum(ours) - sum(loss)) / 2, abs=6e-4)
+        assert float(first[2].split(" ± ")[0]) == pytest.approx(sum(loss) / 2, abs=6e-4)
+        assert float(second[2].split(" ± ")[0]) == pytest.approx((sum(ours) - sum(loss)) / 2, abs=6e-4)
+        spread = abs((ours[0] - loss[0]) - (ours[1] - loss[1])) / 2
+        assert float(second[2].split(" ± ")[1].removesuffix(" |")) == pytest.approx(spread, abs=6e-4)
     assert wrong_labels.STORED.with_suffix(".png").stat().st_size > 10_000
