@@ -57,11 +57,11 @@ def plain(criterion, examples):  # the same without hoptim
     return model
 
 
-alone, every = plain(F.cross_entropy, clean), plain(F.cross_entropy, both)
+alone, without = plain(F.cross_entropy, clean), plain(F.cross_entropy, both)
 gce = plain(lambda z, y: (1 - z.softmax(1)[range(len(y)), y] ** 0.7).mean() / 0.7, both)
 likely = noisy[alone(x[noisy]).softmax(1)[noisy, y[noisy]] > 0.3]
 kept = plain(F.cross_entropy, torch.cat([likely, clean]))
-rows = {"without": every, "GCE": gce, "clean alone": alone, "filter": kept, "hoptim": model, "retrained": again}
+rows = {"without": without, "GCE": gce, "clean alone": alone, "filter": kept, "hoptim": model, "retrained": again}
 for name, found in rows.items():
     accuracy = (found(x[test]).argmax(1) == y[test]).float().mean()
     print(f"{name:11} test loss {val_loss(found, hparams, test):.3f}  test accuracy {accuracy:.3f}")

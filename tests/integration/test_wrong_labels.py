@@ -79,6 +79,8 @@ def test_settings_are_chosen_then_scored_and_told_with_paired_differences(
 
     settings = call("--tune", "0", "1")["settings"]
     drawn = [wrong_labels.Labels("", "symmetric", "linear", seed, tuning=True) for seed in (0, 1)]
+    for labels in drawn:
+        assert not (labels.test[0][:, None] == labels.x).all(2).any()  # no image is both trained on and chosen by
     losses = {
         decay: sum(labels.scores(labels.run("clean", decay, None))["cross-entropy"] for labels in drawn)
         for decay in (1e-3, 1e-1)
