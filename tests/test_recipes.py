@@ -1,4 +1,4 @@
-"""WeightDecay: its penalty and gradients against plain formulas, its names under wrappers, and in a run."""
+"""The recipes: their terms and gradients against plain formulas, their names under wrappers, and in a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DataParallel
 
 import hoptim
-from hoptim.recipes import LabelSmoothing, NoiseWidth, WeightDecay
+from hoptim.recipes import ExampleWeights, LabelSmoothing, NoiseWidth, WeightDecay
 
 DECAYED = {"0.weight": (6, 4), "3.weight": (3, 6)}
 SHAPES: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
@@ -437,5 +437,144 @@ NOISE_FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
 @pytest.mark.parametrize("name", NOISE_FAULTS)
 def test_what_a_recipe_cannot_do_is_named(name: str) -> None:
     call, error, words = NOISE_FAULTS[name]
+    with pytest.raises(error, match=words):
+        call()
+
+
+# Example weights ----------------------------------------------------------------------------------------------------
+
+
+def weights_of(n: int = 8, trusted: Any = (2, 5)) -> ExampleWeights:
+    """Every weight another one."""
+    hparams = ExampleWeights(n, trusted=trusted).double()
+    hparams["example_weight"] = torch.linspace(0.2, 0.9, n)
+    return hparams
+
+
+def test_the_weighted_mean_and_its_gradients_are_those_of_the_formula() -> None:
+    hparams, index, losses = weights_of(), torch.tensor([0, 2, 7, 7]), torch.tensor([3.0, 5.0, 7.0, 11.0])
+    losses.requires_grad_()
+    low, high = 0.2, 0.9
+    mean = hparams.mean(losses, index)
+    assert mean.item() == pytest.approx((low * 3 + 1 * 5 + high * 7 + high * 11) / 4, rel=1e-12)
+    mean.backward()
+    torch.testing.assert_close(losses.grad, torch.tensor([low, 1.0, high, high]) / 4)
+    (leaf,) = hparams.parameters()
+    expected = torch.zeros(8)  # through the sigmoid, whose slope is w (1 − w)
+    expected[0], expected[7] = low * (1 - low) * 3 / 4, high * (1 - high) * 18 / 4
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    "trusted", [[2, 5], torch.tensor([5, 2, 2]), torch.arange(8) % 3 == 2, (torch.arange(8) % 3 == 2).tolist()]
+)
+def test_trusted_examples_have_the_weight_one_however_they_are_named(trusted: Any) -> None:
+    hparams = weights_of(trusted=trusted)
+    expected = torch.linspace(0.2, 0.9, 8)
+    expected[[2, 5]] = 1.0
+    torch.testing.assert_close(hparams["example_weight"].detach(), expected, rtol=1e-6, atol=0)
+    assert (hparams["example_weight"][[2, 5]] == 1).all()
+    assert hparams.degrees_of_freedom == 6
+    assert repr(hparams) == "ExampleWeights(n=8): 6 learned weights from 0.2 to 0.9, 2 fixed at 1"
+
+
+def test_weights_can_be_set_to_what_they_are_and_copied() -> None:
+    hparams = weights_of()
+    before = hparams["example_weight"].detach()
+    hparams["example_weight"] = before
+    loaded = ExampleWeights(8, trusted=[0]).double()
+    loaded.load_state_dict(hparams.state_dict())
+    for one in (hparams, loaded, copy.deepcopy(hparams), pickle.loads(pickle.dumps(hparams))):
+        torch.testing.assert_close(one["example_weight"].detach(), before, rtol=1e-12, atol=0)
+        assert one.degrees_of_freedom == 6
+
+
+def test_the_hypergradient_of_example_weights_is_that_of_the_closed_form() -> None:
+    """Of a weighted ridge regression, whose solution is a line of linear algebra."""
+    x, y, v, u = torch.randn(8, 3), torch.randn(8), torch.randn(9, 3), torch.randn(9)
+    hparams, index = weights_of(), torch.tensor([0, 1, 2, 4, 5, 7])
+    (leaf,) = hparams.parameters()
+
+    def solution(leaf: Tensor) -> Tensor:
+        w = torch.where(torch.arange(8) % 3 == 2, 1.0, leaf.sigmoid())[index] / len(index)
+        return torch.linalg.solve(x[index].T @ (w[:, None] * x[index]) + 0.1 * torch.eye(3), x[index].T @ (w * y[index]))
+
+    def train_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+        losses = (model(x[batch])[:, 0] - y[batch]).square()
+        return hparams.mean(losses, batch) + 0.1 * model.weight.square().sum()
+
+    def val_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return (model(v)[:, 0] - u).square().mean()
+
+    model = nn.Linear(3, 1, bias=False)
+    model.weight.data.copy_(solution(leaf.detach()))
+    method = hoptim.Implicit(hoptim.CG(terms=3, tolerance=0.0))
+    problem = hoptim.Problem(model, hparams, train_loss, val_loss)
+    found = hoptim.hypergradient(problem, index, None, method).grads["example_weight"]
+    expected = torch.func.grad(lambda leaf: (v @ solution(leaf) - u).square().mean())(leaf.detach())
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+    assert set(found.nonzero()[:, 0].tolist()) == {0, 1, 4, 7}  # neither what is trusted nor what is not in the batch
+
+
+def test_a_run_moves_the_weights_down_for_wrong_labels_and_leaves_trusted_ones_alone() -> None:
+    x, y = torch.randn(120, 2), torch.arange(120) % 2
+    x[:, 0] += 4 * y
+    y[:20] = 1 - y[:20]
+    clean = torch.arange(80, 120)
+    model, hparams = nn.Linear(2, 2), ExampleWeights(120, trusted=clean).double()
+
+    def val_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(x[batch]), y[batch])
+
+    def train_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return hparams.mean(F.cross_entropy(model(x[batch]), y[batch], reduction="none"), batch)
+
+    problem = hoptim.Problem(model, hparams, train_loss, val_loss)
+    inner = torch.optim.SGD(model.parameters(), lr=0.3)
+    optimizer = hoptim.BilevelOptimizer(inner, hparams.optimizer(), problem, val_batches=[clean], every=5, warmup=100)
+    for _ in range(300):
+        optimizer.zero_grad()
+        optimizer.loss(torch.arange(80)).backward()
+        optimizer.step()
+    weight = optimizer.record.hyperparameters["example_weight"]
+    assert weight[:20].mean() < 0.2
+    assert weight[20:80].mean() > 0.8
+    assert (weight[80:] == 1).all()
+    (leaf,) = hparams.parameters()
+    assert (leaf[80:] == 0).all()  # the logit of 0.5
+
+
+EXAMPLE_FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "no examples": (lambda: ExampleWeights(0), ValueError, "n is 0"),
+    "a tensor": (lambda: ExampleWeights(torch.ones(3)), ValueError, "n is tensor"),
+    "a start at the edge": (lambda: ExampleWeights(3, start=1.0), ValueError, "start is 1.0"),
+    "a short mask": (
+        lambda: ExampleWeights(3, trusted=[True, False]),
+        ValueError,
+        "a mask of 2 examples, of which there are 3",
+    ),
+    "an index too large": (
+        lambda: ExampleWeights(3, trusted=[1, 3]),
+        ValueError,
+        "indices from 1 to 3: give indices from 0 to 2",
+    ),
+    "an index below zero": (lambda: ExampleWeights(3, trusted=[-1]), ValueError, "indices from -1 to -1"),
+    "all of them": (lambda: ExampleWeights(2, trusted=[0, 1]), ValueError, "all 2 examples are trusted"),
+    "weights for trusted": (lambda: ExampleWeights(2, trusted=[0.5, 1.0]), TypeError, "trusted is of torch"),
+    "a mean": (
+        lambda: weights_of().mean(torch.tensor(1.0), torch.tensor([1])),
+        ValueError,
+        r"losses have shape \(\) and index \(1,\).*reduction=",
+    ),
+    "a column of losses": (lambda: weights_of().mean(torch.ones(2, 1), torch.tensor([1, 2])), ValueError, r"shape \(2, 1\)"),
+    "an empty batch": (lambda: weights_of().mean(torch.ones(0), torch.arange(0)), ValueError, r"shape \(0,\)"),
+    "images for indices": (lambda: weights_of().mean(torch.ones(2), torch.ones(2)), TypeError, "index is of torch.float64"),
+    "a list": (lambda: weights_of().mean(torch.ones(1), [1]), TypeError, "index is a list"),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLE_FAULTS)
+def test_what_example_weights_cannot_do_is_named(name: str) -> None:
+    call, error, words = EXAMPLE_FAULTS[name]
     with pytest.raises(error, match=words):
         call()

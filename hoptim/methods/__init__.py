@@ -24,6 +24,28 @@ same batches, dropout masks and options. When there are none, as with `hyperstep
 of `hypergradient`, it differentiates through the steps that would come next. Unrolled steps with a `GradScaler` are not
 supported, and the derivative of gradient clipping is not included: the status says so.
 
+# In a loop of your own
+
+Without `BilevelOptimizer`, compute one hypergradient at a time. It changes nothing in the model:
+
+>>> import torch
+>>> from torch import nn
+>>> from hoptim import Problem, hypergradient, outer_step
+>>> from hoptim.recipes import WeightDecay
+>>> _ = torch.manual_seed(0)
+>>> model, x, y = nn.Linear(3, 1), torch.randn(16, 3), torch.randn(16, 1)
+>>> def val_loss(model, hparams, batch):
+...     return (model(x[batch]) - y[batch]).square().mean()
+>>> def train_loss(model, hparams, batch):
+...     return val_loss(model, hparams, batch) + hparams.penalty(model)
+>>> hparams, train, val = WeightDecay(model), torch.arange(8), torch.arange(8, 16)
+>>> problem, outer = Problem(model, hparams, train_loss, val_loss), hparams.optimizer()
+>>> problem.loss(train).backward()          # the training loss: gradients for the weights, none for the hyperparameters
+>>> result = hypergradient(problem, train, val)
+>>> result.solution.status.name, result.grads["decay.weight"].shape
+('CONVERGED', torch.Size([]))
+>>> outer_step(problem, outer, result.grads)    # moves the hyperparameters, and keeps their constraints
+
 # Conditions: what "trained" means
 
 - `Gradient()`, the default: F = ∇_w L_T, so A is the Hessian. Hyperparameters that act only through the inner optimizer,
