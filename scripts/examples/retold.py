@@ -1,4 +1,4 @@
-"""Three public scripts told anew, for small data: torchvision's reference, pytorch/examples imagenet, Accelerate's nlp_example.
+"""Three public scripts told anew for small data: torchvision's reference, pytorch/examples imagenet, Accelerate's example.
 
 Each loop trains once and returns the model that its script would evaluate, and its optimizer. `arm` is "hoptim", or anything
 else for the script alone, with its own weight decay. See outcomes.py, which compares the two.
@@ -70,6 +70,21 @@ def plain_cross_entropy(model, hparams, batch):
     return F.cross_entropy(model.eval()(batch[0]), batch[1])
 
 
+def decayed(criterion):
+    """The criterion of a model's logits, and the learned decays' penalty."""
+
+    def predict(model, hparams, batch):
+        return model(batch[0])
+
+    def of_logits(z, hparams, batch):
+        return criterion(z, batch[1])
+
+    def penalty(model, hparams):
+        return hparams.penalty(model)
+
+    return hoptim.CompositeLoss(predict, of_logits, penalty)
+
+
 def garments(root, train_size, val_size):
     """Training, validation and test garments as (x, y)."""
     sets = [FashionMNIST(root, train=train) for train in (True, False)]
@@ -96,9 +111,7 @@ class Torchvision:
         )
         loader = DataLoader(TensorDataset(*train), self.batch_size, shuffle=True)
         if arm == "hoptim":
-            fit = hoptim.CompositeLoss(
-                lambda m, h, b: m(b[0]), lambda z, h, b: criterion(z, b[1]), lambda m, h: h.penalty(m)
-            )
+            fit = decayed(criterion)
             steps = self.epochs * len(loader)
             optimizer = drop_in(optimizer, model, fit, plain_cross_entropy, [val], steps, has_aux=True)
         parts = [LinearLR(optimizer, 0.01, total_iters=self.rise), CosineAnnealingLR(optimizer, self.epochs - self.rise)]
@@ -146,9 +159,7 @@ class ImageNet:
         sampler = DistributedSampler(range(len(train[0])))
         loader = DataLoader(TensorDataset(*train), self.batch_size // ranks, sampler=sampler)
         if arm == "hoptim":
-            fit = hoptim.CompositeLoss(
-                lambda m, h, b: m(b[0]), lambda z, h, b: criterion(z, b[1]), lambda m, h: h.penalty(m)
-            )
+            fit = decayed(criterion)
             own = tuple(part[rank::ranks] for part in val)
             optimizer = drop_in(optimizer, model, fit, plain_cross_entropy, [own], self.epochs * len(loader), has_aux=True)
         for epoch in range(self.epochs):
@@ -169,13 +180,16 @@ class ImageNet:
 # Text -------------------------------------------------------------------------------------------------------------------
 
 
-def eras(root, train_size, val_size, test_size=600, length=32):
-    """Passages of State of the Union addresses and the era of each, as minilm.py draws them, for the present seed."""
+def passages(root, train_size, val_size, test_size=600, length=32):
+    """Passages of the first and the last 40 years of State of the Union addresses in minilm.py, which draws them, and which."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found = minilm.passages(f"{root}/text/sotu.txt", AutoTokenizer.from_pretrained(f"{root}/minilm"), length)
+    eras = minilm.passages(f"{root}/text/sotu.txt", AutoTokenizer.from_pretrained(f"{root}/minilm"), length)
     sizes = {"train": train_size, "val": val_size, "test": test_size}
-    return minilm.split(found, sizes, torch.initial_seed()).values()
+    per_era = {part: size // 2 * len(eras) for part, size in sizes.items()}  # it draws as many from each era
+    for tokens, era in minilm.split(eras, per_era, torch.initial_seed()).values():
+        ends = (era == 0) | (era == len(eras) - 1)
+        yield tokens[ends], era[ends].clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -190,7 +204,9 @@ class Accelerated:
     decay: float = 0.01
 
     def network(self):
-        return AutoModelForSequenceClassification.from_pretrained(f"{self.root}/minilm", num_labels=len(minilm.ERAS))
+        """MiniLM's first three layers, and a new head."""
+        sizes = {"num_hidden_layers": 3, "num_labels": 2}
+        return AutoModelForSequenceClassification.from_pretrained(f"{self.root}/minilm", **sizes)
 
     def train(self, arm, train, val):
         accelerator, model = Accelerator(cpu=True), self.network()
@@ -215,10 +231,7 @@ class Accelerated:
         for _ in range(self.epochs):
             model.train()
             for step, batch in enumerate(loader):
-                if arm == "hoptim":
-                    loss = optimizer.optimizer.loss(batch)
-                else:
-                    loss = model(batch[0], labels=batch[1]).loss
+                loss = optimizer.optimizer.loss(batch) if arm == "hoptim" else model(batch[0], labels=batch[1]).loss
                 accelerator.backward(loss / self.accumulated)
                 if step % self.accumulated == self.accumulated - 1:
                     optimizer.step()

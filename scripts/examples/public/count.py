@@ -3,9 +3,9 @@
     python scripts/examples/public/count.py                       # the table of added, changed and dropped lines
     python scripts/examples/public/count.py --originals DIR       # also writes hoptim_NAME.py beside each original
 
-Each .ed file here is the change to one script, as `diff -e` writes it: it holds no line of the original, so the lines that are
-dropped are not in it. A change of n lines into m counts min(n, m) as changed, and the rest as added or dropped. Imports,
-losses, blank lines and comments count as any other line.
+Each .ed file here is the change to one script, as `diff -e` writes it: it holds no line of the original. A change of n lines
+into m counts min(n, m) as changed, and the rest as added or dropped. Imports, losses, blank lines and comments count as any
+other line.
 """
 
 import argparse
@@ -77,7 +77,7 @@ SCRIPTS = {
 
 
 def hunks(text):
-    """The changes of an ed script, from the file's end to its start: (first, last, new lines), with last < first for none."""
+    """The changes of an ed script, the file's end first: (first, last, new lines), where last < first drops nothing."""
     lines, found = iter(text.splitlines()), []
     for line in lines:
         first, last, command = re.fullmatch(r"(\d+)(?:,(\d+))?([acd])", line).groups()

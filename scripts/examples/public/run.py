@@ -3,9 +3,9 @@
     python scripts/examples/public/run.py [--every N] [--warmup N] [--inert] SCRIPT [ARGUMENTS]
 
 At the end it prints a digest of the weights that were trained, and for a changed script how its hypersteps ended, how far
-the hyperparameters went, and what a hyperstep cost in training steps. `--every` and `--warmup` take the place of the script's
-own, so that a short run has hypersteps. With `--inert` there are none, and the penalty is zero: the digest is then that of the
-original. SCRIPT runs as `python SCRIPT` would run it, in its folder's company.
+the hyperparameters went, and what a hyperstep cost in training steps. `--every` and `--warmup` take the place of the
+script's own, so that a short run has hypersteps. With `--inert` there are none, and the penalty is zero: the digest is then
+that of the original. SCRIPT finds the modules beside it, as with `python SCRIPT`.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def prepared(watch, options):
 
     hoptim.BilevelOptimizer = Watched
     if options.inert:
-        hoptim.recipes.WeightDecay.penalty = lambda self, model: torch.zeros(())
+        hoptim.recipes.WeightDecay.penalty = lambda *_: torch.zeros(())
 
 
 if __name__ == "__main__":
