@@ -181,7 +181,7 @@ class ImageNet:
 
 
 def passages(root, train_size, val_size, test_size=600, length=32):
-    """Passages of the first and the last 40 years of State of the Union addresses in minilm.py, which draws them, and which."""
+    """Passages of the first and the last 40 years of minilm.py, which draws them for the present seed, and 0 or 1."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     eras = minilm.passages(f"{root}/text/sotu.txt", AutoTokenizer.from_pretrained(f"{root}/minilm"), length)
