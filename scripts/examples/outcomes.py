@@ -1,27 +1,32 @@
-"""What hoptim was good for in two public scripts, told anew: pytorch/examples mnist and Lightning's backbone classifier.
+"""What hoptim was good for in five public scripts, told anew.
 
-Each seed draws 2,000 training and 200 validation digits of MNIST. Four runs share them, and the first weights:
+Two are here: pytorch/examples mnist and Lightning's backbone classifier. Three are in retold.py: torchvision's reference,
+pytorch/examples imagenet on two ranks, and Accelerate's nlp_example. Each seed draws 2,000 training and 200 validation
+digits of MNIST, or garments of FashionMNIST, or 240 and 60 passages of text. Four runs share them, and the first weights:
 
 - joined: the script alone, on training and validation digits together, the best simple use of the latter;
 - training: the script alone, on the training digits;
-- stopped: the same, with the weights of the epoch whose validation loss was lowest;
+- stopped: the same, with the weights of the epoch whose validation loss was lowest (in the first two alone);
 - hoptim: on the training digits, hyperparameters learned on the validation digits, every 10 steps after a quarter of them.
 
-    python scripts/examples/outcomes.py DATA [mnist backbone wrong] [--seeds 5]
+    python scripts/examples/outcomes.py DATA [mnist backbone wrong torchvision imagenet accelerate] [--seeds 5]
 
-DATA is a folder that torchvision.datasets.MNIST can read. `wrong` is the backbone classifier where 40 % of the training
-labels are drawn at random, and a weight for each training example is learned in place of decays.
+DATA is a folder that torchvision.datasets.MNIST and FashionMNIST can read; accelerate wants `text/sotu.txt` in it, an
+address on each line, and the model in `minilm/`. `wrong` is the backbone classifier where 40 % of the training labels are
+drawn at random, and a weight for each training example is learned in place of decays.
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 from torchvision.datasets import MNIST
@@ -29,6 +34,8 @@ from torchvision.datasets import MNIST
 import hoptim
 
 TRAIN, VAL = 2000, 200
+RETOLD = ("torchvision", "imagenet", "accelerate")
+RANKS = 2  # of imagenet
 ARMS = ("joined", "training", "stopped", "hoptim")
 
 
@@ -138,7 +145,7 @@ def run(case, arm, train, val, seed):
 @torch.no_grad()
 def figures(model, test):
     """Test loss, and test accuracy in per cent."""
-    z = torch.cat([model.eval()(x) for x in test[0].split(1000)])
+    z = torch.cat([getattr(found := model.eval()(x), "logits", found) for x in test[0].split(500)])
     return F.cross_entropy(z, test[1]).item(), 100 * (z.argmax(1) == test[1]).float().mean().item()
 
 
@@ -146,21 +153,52 @@ def mean_and_error(values):
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}"
 
 
+def runs(name, root, seed):
+    """What each arm came to with this seed: its name, its figures, its seconds, and hoptim's last record."""
+    case = CASES[name]
+    torch.manual_seed(1000 + seed)
+    train, val, test = draw(case, root)
+    for arm in ARMS:
+        model, taken, optimizer = run(case, arm, train, val, seed)
+        yield arm, figures(model, test), taken, optimizer.record if arm == "hoptim" else None
+
+
+def retold_runs(name, root, seed):
+    """The same of a script of retold.py, where training begins with what is drawn once for all arms."""
+    import retold  # here, as the others need none of its frameworks
+
+    torch.manual_seed(1000 + seed)
+    if name == "accelerate":
+        script, (train, val, test) = retold.Accelerated(root), retold.passages(root, 240, 60)
+    else:
+        script = retold.ImageNet() if name == "imagenet" else retold.Torchvision()
+        train, val, test = retold.garments(root, TRAIN, VAL)
+    for arm in ARMS:
+        if arm == "stopped":
+            continue
+        torch.manual_seed(seed)
+        given = tuple(map(torch.cat, zip(train, val, strict=True))) if arm == "joined" else train
+        begun = time.process_time()
+        model, optimizer = script.train(arm, given, val)
+        taken = time.process_time() - begun
+        yield arm, figures(model, test), taken, optimizer.record if arm == "hoptim" else None
+
+
 def study(name, root, seeds):
-    case, found, seconds = CASES[name], {arm: [] for arm in ARMS}, {arm: [] for arm in ARMS}
+    found, seconds = {arm: [] for arm in ARMS}, {arm: [] for arm in ARMS}
     for seed in range(seeds):
-        torch.manual_seed(1000 + seed)
-        train, val, test = draw(case, root)
-        for arm in ARMS:
-            model, taken, optimizer = run(case, arm, train, val, seed)
-            found[arm].append(figures(model, test))
+        for arm, reached, taken, record in (retold_runs if name in RETOLD else runs)(name, root, seed):
+            found[arm].append(reached)
             seconds[arm].append(taken)
-        if not case.wrong:
-            print(" ", name, seed, {key: f"{float(value):.1e}" for key, value in optimizer.record.hyperparameters.items()})
+            if record is None or name == "wrong":
+                continue
+            decays = torch.stack(list(record.hyperparameters.values()))
+            print(" ", name, seed, f"decays from {decays.min():.1e} to {decays.max():.1e}", flush=True)
+    others = [arm for arm in ARMS[:-1] if found[arm]]
     for column, what in enumerate(("test loss", "test accuracy, %")):
-        by_arm = {arm: [row[column] for row in rows] for arm, rows in found.items()}
+        by_arm = {arm: [row[column] for row in found[arm]] for arm in (*others, "hoptim")}
         print(name, what, *(f"{arm} {mean_and_error(values)}" for arm, values in by_arm.items()), sep="  ")
-        for other in ARMS[:-1]:
+        for other in others:
             print(
                 "   hoptim -", other, mean_and_error([a - b for a, b in zip(by_arm["hoptim"], by_arm[other], strict=True)])
             )
@@ -168,12 +206,27 @@ def study(name, root, seeds):
     print(f"   cost in plain trainings {statistics.median(ratios):.2f}, of {statistics.median(seconds['training']):.1f} s")
 
 
+def on_ranks(work, *arguments):
+    """``work(*arguments)`` in several processes on the CPU, of which the first may print."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_ranked, (f"{folder}/meeting", work, arguments), nprocs=RANKS)
+
+
+def _ranked(rank, meeting, work, arguments):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
+    with contextlib.redirect_stdout(None) if rank else contextlib.nullcontext():
+        work(*arguments)
+    distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")
-    parser.add_argument("cases", nargs="*", default=list(CASES))
+    parser.add_argument("cases", nargs="*", default=[*CASES, *RETOLD])
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for one in options.cases:
-        study(one, options.data, options.seeds)
+        go = (study, one, options.data, options.seeds)
+        on_ranks(*go) if one == "imagenet" else go[0](*go[1:])
