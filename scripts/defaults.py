@@ -6,9 +6,9 @@
     python scripts/defaults.py --save                         # everything; writes that file and scripts/defaults.png
 
 One factor is changed at a time about today's default. After the first seed, only the four best solvers of each half go on.
-Each half chooses the best of each factor on three seeds; what it chose is run together as well, and on more seeds. A figure
-is a change of the test loss in per cent, against the default on the same seed: the mean over tasks, and its standard error.
-The rows of all runs are kept in the out folder.
+Each half chooses the best of each factor on three seeds, among those that are on none of its tasks worse by more than 5 %;
+what it chose is run together as well, and on more seeds. A figure is a change of the test loss in per cent, against the
+default on the same seed: the mean over tasks, and its standard error. The rows of all runs are kept in the out folder.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def report(results: Results, console: Console) -> None:
     console.print(tables.of_settings(results, [name for name in SETTINGS if name != DEFAULT], CHOSEN_ON))
     console.print(tables.held_out(results))
     console.print(tables.by_constraint(results))
+    console.print(tables.of_rates(results))
     console.print(tables.of_tasks(results, [results.combination(half) for half in "AB"]))
 
 

@@ -11,6 +11,7 @@ from learning_tasks.settings import DEFAULT, JOINT, SETTINGS
 from learning_tasks.tasks import HALVES, TASKS
 from learning_tasks.training import FIXED, PLAIN, Row
 
+MUCH_WORSE = 0.05  # on a single task
 MOST = 1.0  # a log ratio counts as no more than this: a run that came to nothing must not hide the others
 CHOSEN_ON = (0, 1, 2)  # seeds; what was chosen is scored on more of them
 FINALISTS = 4  # solvers of each half that go on after the first seed, since they are many and some are slow
@@ -50,7 +51,7 @@ class Score:
     @property
     def wins_clearly(self) -> bool:
         """Better by two standard errors, and on no task worse by more than 5 %."""
-        return self.mean + 2 * self.error < 0 and self.worst < 0.05
+        return self.mean + 2 * self.error < 0 and self.worst < MUCH_WORSE
 
 
 class Results:
@@ -109,14 +110,27 @@ class Results:
         return [name for name, one in SETTINGS.items() if one.factor != "solver" or name in best]
 
     def chosen(self, half: str) -> list[str]:
-        """For each factor the setting with the lowest mean on a half, where that is lower than the default's zero."""
+        """For each factor the setting with the lowest mean on a half, where that is lower than the default's zero.
+
+        Only settings count that ran on all seeds, and are on no task of the half worse by more than 5 %.
+        """
         found = []
         for factor in FACTORS:
             scores = self.scores(factor, half_of(half, self.tasks), CHOSEN_ON)
-            finished = [one for one in scores if one.seeds == len(CHOSEN_ON)]
+            finished = [one for one in scores if one.seeds == len(CHOSEN_ON) and one.worst < MUCH_WORSE]
             best = min(finished, key=lambda one: one.mean, default=None)
             if best is not None and best.mean < 0:
                 found.append(best.setting)
+        return found
+
+    def rates(self, half: str) -> dict[str, str]:
+        """For each kind of constraint, the outer optimizer with the lowest mean on the half's tasks of that kind."""
+        found = {}
+        for kind in dict.fromkeys(TASKS[name].constraint for name in self.tasks):
+            tasks = [name for name in half_of(half, self.tasks) if TASKS[name].constraint == kind]
+            scores = [*self.scores("default", tasks, CHOSEN_ON), *self.scores("outer", tasks, CHOSEN_ON)]
+            if scores:
+                found[kind] = min(scores, key=lambda one: one.mean).setting
         return found
 
     def combination(self, half: str) -> str:

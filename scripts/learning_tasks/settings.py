@@ -130,7 +130,7 @@ SETTINGS: dict[str, Setting] = {
         differs=lambda task: not task.shows_parts,
     ),
     **{f"warm-up {share:g}": Setting(factor="warm-up", warmup=share) for share in (0.0, 0.1, 0.5)},
-    **{f"Adam {lr:g}": _outer(torch.optim.Adam, lr) for lr in (0.003, 0.01, 0.03, 0.1, 0.3)},
+    **{f"Adam {lr:g}": _outer(torch.optim.Adam, lr) for lr in (0.003, 0.01, 0.03, 0.1, 0.3, 1)},
     **{f"SGD {lr:g}": _outer(torch.optim.SGD, lr) for lr in (1, 10)},
     "last leaves": Setting(factor="average", average=False, differs=lambda task: task.folds is not None),
 }
@@ -138,6 +138,8 @@ SETTINGS: dict[str, Setting] = {
 
 def setting_of(name: str) -> Setting:
     """The setting of that name; of several names with `` & `` between them the one that has of each what is its own."""
+    if name in SETTINGS:
+        return SETTINGS[name]
     found = SETTINGS[DEFAULT]
     for part in name.split(JOINT):
         own = SETTINGS[part]

@@ -92,6 +92,17 @@ def by_constraint(results: Results, factor: str = "outer") -> Table:
     return found
 
 
+def of_rates(results: Results) -> Table:
+    """The outer optimizer that a half chooses for each kind of constraint, on its own tasks of that kind and the other's."""
+    found = table("chosen for each constraint", "half", "constraint", "setting", "there", "on the other")
+    for half, other in ("AB", "BA"):
+        for kind, name in results.rates(half).items():
+            by_half = [[task for task in half_of(h, results.tasks) if TASKS[task].constraint == kind] for h in (half, other)]
+            own, seen = (results.score(name, tasks) for tasks in by_half)
+            found.add_row(half, kind, name, *(percent(one.mean) if one else "" for one in (own, seen)))
+    return found
+
+
 def of_tasks(results: Results, others: Sequence[str] = ()) -> Table:
     """One line a task: the plain test loss, and those of the others in per cent less or more than it, paired by seed."""
     columns: dict[str, Callable[[str, int], Row | None]] = {

@@ -81,6 +81,12 @@ def test_parts_of_a_split_are_disjoint_and_wrong_labels_are_in_the_training_part
         parts = [set(part.tolist()) for part in (setup.train, setup.val, setup.test)]
         assert len(set.union(*parts)) == sum(map(len, parts)), name
         assert min(map(len, parts)) >= 40, name
+    setup = TASKS["any-label"].setup(NOWHERE)
+    x, y = data.digits()
+    for part, is_right in ((setup.train, False), (setup.val, True)):
+        model = setup.make()
+        found = setup.loss(model, setup.hparams(model, 0.5), part)
+        assert torch.allclose(found, F.cross_entropy(model(x[part]), y[part]) / 2) == is_right
     y = torch.arange(5000) % 10
     torch.manual_seed(0)
     assert float((tasks.drawn(y) != y).double().mean()) == pytest.approx(0.36, abs=0.03)  # a tenth is drawn right
@@ -183,6 +189,9 @@ def test_a_half_chooses_by_its_own_tasks_and_the_first_seeds():
     results = Results(rows + later)
     assert (results.chosen("A"), results.chosen("B")) == (["CG 5"], ["CG 10"])
     assert results.combination("A") == "CG 5"
+    risky = Results(study([*changes, ("CG 20", lambda task: 1.06 if task == "cnn" else 0.5)]))
+    assert risky.chosen("A") == ["CG 5"]  # one task of A is worse by 6 %
+    assert risky.chosen("B") == ["CG 20"]
     better = Results(study([*changes, ("Adam 0.1", good_on("A"))]))
     assert better.combination("A") == "CG 5 & Adam 0.1"
     assert better.combination("B") == "CG 10"
@@ -232,7 +241,7 @@ def test_the_command_goes_on_where_it_was_killed_and_draws_from_the_rows(tmp_pat
     assert {seed for _, _, seed in again} == {0, 1, 2, 3}
     assert ("rare", "Adam 0.3", 2) in again
     assert ("rare", "Adam 0.3", 3) not in again  # the shorter name is the better one here
-    assert ("rare", "CG 5 & Adam 0.1", 3) in again
+    assert ("rare", "CG 5 & Adam 1", 3) in again
     printed = capsys.readouterr().out
     defaults.main(["--saved"])
     assert capsys.readouterr().out.splitlines()[-20:] == printed.splitlines()[-20:]
@@ -241,7 +250,7 @@ def test_the_command_goes_on_where_it_was_killed_and_draws_from_the_rows(tmp_pat
 
 def test_the_rates_of_the_picture_are_those_of_the_settings():
     assert {rate: settings.setting_of(name).outer.keywords["lr"] for rate, name in pictures.ADAM.items()} == {
-        rate: rate for rate in (0.003, 0.01, 0.03, 0.05, 0.1, 0.3)
+        rate: rate for rate in (0.003, 0.01, 0.03, 0.05, 0.1, 0.3, 1)
     }
     assert len(SETTINGS) == len({repr(replace(one, differs=None)) for one in SETTINGS.values()})
 
@@ -266,3 +275,15 @@ def test_a_setting_that_did_not_run_on_all_seeds_is_not_chosen():
     assert Results(rows).chosen("A") == ["CG 10"]
     assert Results(kept).chosen("A") == ["CG 5"]
     assert Results(kept).chosen("B") == ["CG 10"]
+
+
+def test_each_half_chooses_a_rate_for_each_constraint_by_its_own_tasks_of_that_kind():
+    def loss(task):
+        return {"any-label": 0.5, "next-label": 2.0, "sources": 2.0, "rare": 2.0}.get(task, 1.5)
+
+    results = Results(study([("Adam 0.3", loss), ("Adam 0.1", lambda task: 0.8)]))
+    assert results.rates("A")["unit interval"] == "Adam 0.3"
+    assert results.rates("B")["unit interval"] == results.rates("A")["real"] == "Adam 0.1"
+    assert list(results.rates("A")) == ["positive", "positive, unit interval", "unit interval", "real", "non-negative"]
+    worse = Results(study([("Adam 0.3", lambda task: 1.1)]))
+    assert set(worse.rates("B").values()) == {DEFAULT}
