@@ -13,11 +13,11 @@ import matplotlib.pyplot as plt
 from matplotlib import ticker
 
 from learning_tasks.scores import CHOSEN_ON, Results, half_of
-from learning_tasks.settings import DEFAULT, SETTINGS
+from learning_tasks.settings import BY_CONSTRAINT, DEFAULT, SETTINGS
 from learning_tasks.tasks import TASKS
 
 ADAM = {float(name.split()[1]): name for name in SETTINGS if name.startswith("Adam ")} | {0.05: DEFAULT}
-LEFT, RIGHT = -40, 60
+LEFT, RIGHT = -60, 60
 
 
 def draw(results: Results, path: Path) -> None:
@@ -30,7 +30,8 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _settings(results: Results, axis: Any) -> None:
-    names = [name for name in SETTINGS if name != DEFAULT and results.score(name, results.tasks, CHOSEN_ON)]
+    known = [name for name in SETTINGS if name not in (DEFAULT, BY_CONSTRAINT)]
+    names = [name for name in known if results.score(name, results.tasks, CHOSEN_ON)]
     for half, colour, shift in (("A", "C0", -0.17), ("B", "C1", 0.17)):
         tasks = half_of(half, results.tasks)
         for place, name in enumerate(names):

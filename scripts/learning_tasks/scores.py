@@ -124,13 +124,13 @@ class Results:
         return found
 
     def rates(self, half: str) -> dict[str, str]:
-        """For each kind of constraint, the outer optimizer with the lowest mean on the half's tasks of that kind."""
+        """For each kind of constraint, the rate of Adam with the lowest mean on the half's tasks of that kind."""
         found = {}
         for kind in dict.fromkeys(TASKS[name].constraint for name in self.tasks):
             tasks = [name for name in half_of(half, self.tasks) if TASKS[name].constraint == kind]
             scores = [*self.scores("default", tasks, CHOSEN_ON), *self.scores("outer", tasks, CHOSEN_ON)]
-            if scores:
-                found[kind] = min(scores, key=lambda one: one.mean).setting
+            if adam := [one for one in scores if "Adam" in one.setting]:
+                found[kind] = min(adam, key=lambda one: one.mean).setting
         return found
 
     def combination(self, half: str) -> str:

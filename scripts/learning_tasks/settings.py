@@ -8,18 +8,25 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hoptim
 from hoptim import CG, MINRES, Exact, GaussNewton, Identity, Implicit, Neumann
 from hoptim.curvature.linearization import Curvature
 from hoptim.methods.method import Method, TrainingContext
+from hoptim.problem.hyperparameters import outer_adam
 from hoptim.solvers.solution import State
 from learning_tasks.tasks import Task
 
-Outer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+Outer = Callable[[nn.Module], torch.optim.Optimizer]
 DEFAULT = "MINRES 5, warm-up 0.25, Adam 0.05"
+BY_CONSTRAINT = "rates by constraint"
 JOINT = " & "
+
+
+def on_leaves(hparams: nn.Module, *, kind: Any = torch.optim.Adam, lr: float = 0.05) -> torch.optim.Optimizer:
+    """An outer optimizer with the same rate for all."""
+    return kind(hparams.parameters(), lr=lr)
 
 
 def _always(task: Task) -> bool:
@@ -79,7 +86,7 @@ class Setting:
         solver: the hypergradient, whose curvature is left open.
         curvature: that of the hypergradient; ``None`` for what hoptim takes by itself.
         warmup: the share of the steps before the first hyperstep.
-        outer: makes the optimizer of the leaves.
+        outer: makes the outer optimizer.
         average: whether ``CrossValidated`` averages the leaves.
         shows_parts: whether hoptim sees the parts of the training loss; ``None`` for as the task has it.
         differs: whether it is anything else than the default in a task; where not, it is not run.
@@ -89,7 +96,7 @@ class Setting:
     solver: Implicit | ToNoise = Implicit(MINRES(terms=5))  # noqa: RUF009 (it is frozen)
     curvature: Curvature | None = None
     warmup: float = 0.25
-    outer: Outer = partial(torch.optim.Adam, lr=0.05)  # noqa: RUF009
+    outer: Outer = on_leaves
     average: bool = True
     shows_parts: bool | None = None
     differs: Callable[[Task], bool] = _always
@@ -105,7 +112,7 @@ def _solver(solver: hoptim.Solver, damping: float = 0.0) -> Setting:
 
 
 def _outer(kind: Any, lr: float) -> Setting:
-    return Setting(factor="outer", outer=partial(kind, lr=lr))
+    return Setting(factor="outer", outer=partial(on_leaves, kind=kind, lr=lr))
 
 
 SETTINGS: dict[str, Setting] = {
@@ -132,6 +139,7 @@ SETTINGS: dict[str, Setting] = {
     **{f"warm-up {share:g}": Setting(factor="warm-up", warmup=share) for share in (0.0, 0.1, 0.5)},
     **{f"Adam {lr:g}": _outer(torch.optim.Adam, lr) for lr in (0.003, 0.01, 0.03, 0.1, 0.3, 1)},
     **{f"SGD {lr:g}": _outer(torch.optim.SGD, lr) for lr in (1, 10)},
+    BY_CONSTRAINT: Setting(factor="rates", outer=outer_adam),
     "last leaves": Setting(factor="average", average=False, differs=lambda task: task.folds is not None),
 }
 

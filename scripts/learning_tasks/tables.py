@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from rich.table import Table
 
-from learning_tasks.scores import Results, Score, half_of, log_ratio
+from learning_tasks.scores import CHOSEN_ON, Results, Score, half_of, log_ratio
 from learning_tasks.settings import DEFAULT, SETTINGS
 from learning_tasks.tasks import HALVES, TASKS
 from learning_tasks.training import JOINED, PLAIN, Row
@@ -36,10 +36,15 @@ def table(title: str, *columns: str) -> Table:
     return found
 
 
-def of_settings(results: Results, names: Sequence[str], seeds: Collection[int] | None) -> Table:
+def of_settings(
+    results: Results,
+    names: Sequence[str],
+    seeds: Collection[int] | None,
+    title: str = "change of the test loss, %",
+) -> Table:
     """One line a setting: on each half and on both, then the median, the worst task, wins, skipped hypersteps and cost."""
     columns = (*HALF_NAMES, "median", "worst task", "wins", "skipped", "cost", "seeds")
-    found = table("change of the test loss, in per cent", "setting", *columns)
+    found = table(title, "setting", *columns)
     for name in names:
         by_half = [results.score(name, half_of(half, results.tasks), seeds) for half in HALF_NAMES]
         everywhere = by_half[-1]
@@ -58,7 +63,7 @@ def of_settings(results: Results, names: Sequence[str], seeds: Collection[int] |
     return found
 
 
-def held_out(results: Results, seeds: Collection[int] | None = None) -> Table:
+def held_out(results: Results) -> Table:
     """What each half chooses, scored on the other."""
     found = table(
         "chosen on one half, scored on the other", "chosen on", "setting", "there", "on the other", "worst", "wins"
@@ -66,7 +71,7 @@ def held_out(results: Results, seeds: Collection[int] | None = None) -> Table:
     for half, other in ("AB", "BA"):
         names = results.chosen(half)
         for name in [*names, *([results.combination(half)] if len(names) > 1 else [])]:
-            own, seen = (results.score(name, half_of(h, results.tasks), seeds) for h in (half, other))
+            own, seen = (results.score(name, half_of(h, results.tasks), CHOSEN_ON) for h in (half, other))
             if own is None or seen is None:
                 continue
             worst = f"{percent(seen.worst)} {seen.worst_task}"
@@ -85,7 +90,7 @@ def by_constraint(results: Results, factor: str = "outer") -> Table:
         cells = []
         for kind in kinds:
             tasks = [task for task in results.tasks if TASKS[task].constraint == kind]
-            by_task = {task: results.ratios(task, name) for task in tasks}
+            by_task = {task: results.ratios(task, name, CHOSEN_ON) for task in tasks}
             each = "/".join(f"{100 * math.expm1(mean(r)):.0f}".replace("-", "−") for r in by_task.values() if r)
             cells.append(f"{percent(mean(mean(r) for r in by_task.values() if r))} ({each})" if each else "")
         found.add_row(name, *cells)
@@ -93,27 +98,48 @@ def by_constraint(results: Results, factor: str = "outer") -> Table:
 
 
 def of_rates(results: Results) -> Table:
-    """The outer optimizer that a half chooses for each kind of constraint, on its own tasks of that kind and the other's."""
+    """The rate of Adam that a half chooses for each kind of constraint, on its own tasks of that kind and on the other's."""
     found = table("chosen for each constraint", "half", "constraint", "setting", "there", "on the other")
     for half, other in ("AB", "BA"):
         for kind, name in results.rates(half).items():
             by_half = [[task for task in half_of(h, results.tasks) if TASKS[task].constraint == kind] for h in (half, other)]
-            own, seen = (results.score(name, tasks) for tasks in by_half)
+            own, seen = (results.score(name, tasks, CHOSEN_ON) for tasks in by_half)
             found.add_row(half, kind, name, *(percent(one.mean) if one else "" for one in (own, seen)))
+        tasks = [task for task in half_of(other, results.tasks) if TASKS[task].constraint in results.rates(half)]
+        chosen = results.rates(half)
+        ratios = [mean(results.ratios(task, chosen[TASKS[task].constraint], CHOSEN_ON)) for task in tasks]
+        if len(ratios) > 1:
+            error = 100 * stdev(ratios) / math.sqrt(len(ratios))
+            found.add_row(half, "all tasks", "", "", f"{percent(mean(ratios))} ± {error:.1f}")
     return found
 
 
-def of_tasks(results: Results, others: Sequence[str] = ()) -> Table:
+def fresh(results: Results, name: str, seeds: Collection[int]) -> Table:
+    """A setting on each task, on seeds on which nothing was chosen: mean over seeds and its standard error."""
+    found = table(f"{name} on fresh seeds", "task", "constraint", "change of the test loss, %", "seeds")
+    for task in results.tasks:
+        if ratios := results.ratios(task, name, seeds):
+            error = 100 * stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+            cells = (f"{percent(mean(ratios))} ± {error:.1f}", str(len(ratios)))
+            found.add_row(task, TASKS[task].constraint, *cells)
+    for half in HALF_NAMES:
+        if score := results.score(name, half_of(half, results.tasks), seeds):
+            found.add_row(half, f"{score.wins} of {score.tasks} better", percent_and_error(score), str(score.seeds))
+    return found
+
+
+def of_tasks(results: Results) -> Table:
     """One line a task: the plain test loss, and those of the others in per cent less or more than it, paired by seed."""
     columns: dict[str, Callable[[str, int], Row | None]] = {
         "joined": lambda task, seed: results.row(task, JOINED, seed),
         "best fixed": results.best_fixed,
         "default": lambda task, seed: results.row(task, DEFAULT, seed),
     }
-    columns |= {name: lambda task, seed, name=name: results.row(task, name, seed) for name in others}  # type: ignore[misc]
     found = table("against the plain training, in per cent", "task", "half", "plain", *columns)
     for task in results.tasks:
         plain = {seed: row for (name, what, seed), row in results.rows.items() if (name, what) == (task, PLAIN)}
+        if not plain:
+            continue
         cells = []
         for row_of in columns.values():
             ratios = [log_ratio(one.test, plain[s].test) for s in plain if (one := row_of(task, s)) is not None]

@@ -102,7 +102,7 @@ def _learned(task: Task, setup: Setup, setting: Setting, rows: list[dict[str, An
         hparams = setup.hparams(setup.make(), task.start)
         cv = hoptim.CrossValidated(
             setup.make, hparams, _of(own, loss), _of(own, setup.val_loss), inner=setup.inner,
-            outer=setting.outer(hparams.parameters()), examples=len(own), steps=task.steps, folds=task.folds,
+            outer=setting.outer(hparams), examples=len(own), steps=task.steps, folds=task.folds,
             warmup=setting.warmup, hypersteps=task.hypersteps, average=setting.average, **shared,
         )  # fmt: skip
         found = cv.fit(lambda model, optimizer, examples: _loop(task, model, optimizer, examples))
@@ -110,7 +110,7 @@ def _learned(task: Task, setup: Setup, setting: Setting, rows: list[dict[str, An
     model = setup.make()
     hparams = setup.hparams(model, task.start)
     optimizer = hoptim.BilevelOptimizer(
-        setup.inner(model), setting.outer(hparams.parameters()), hoptim.Problem(model, hparams, loss, setup.val_loss),
+        setup.inner(model), setting.outer(hparams), hoptim.Problem(model, hparams, loss, setup.val_loss),
         val_batches=[setup.val], every=task.every, warmup=int(setting.warmup * task.steps), **shared,
     )  # fmt: skip
     _loop(task, model, optimizer, setup.train)
