@@ -59,7 +59,12 @@ def _rates(results: Results, axis: Any) -> None:
         means = [mean(column) for column in zip(*ratios.values(), strict=True)]
         axis.plot(rates, means, "o-", color=f"C{number}", label=kind, markersize=4)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xscale="log", xlabel="rate of the outer Adam", ylabel="test loss against that at 0.05, %", ylim=(LEFT, RIGHT))
+    axis.set(
+        xscale="log",
+        xlabel="rate of the outer Adam",
+        ylabel="test loss against that at 0.05, % (log ratio)",
+        ylim=(LEFT, RIGHT),
+    )
     axis.xaxis.set_major_locator(ticker.FixedLocator(sorted(ADAM)))
     axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
