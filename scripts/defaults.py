@@ -5,11 +5,11 @@
     python scripts/defaults.py --saved                        # the tables of scripts/defaults.json; nothing runs
     python scripts/defaults.py --save                         # everything; writes that file and scripts/defaults.png
 
-One factor is changed at a time about today's default. After the first seed, only the four best solvers of each half go on.
-Each half chooses the best of each factor on three seeds, among those that are on none of its tasks worse by more than 5 %,
-and the combination of its choices runs too. The rates that came of it, one for each kind of constraint, are compared with
-the default on fresh seeds. A figure is a change of the test loss in per cent, against the default on the same seed: the
-mean over tasks, and its standard error. The rows of all runs are kept in the out folder.
+One factor is changed at a time about today's default. Each half chooses the best of each factor on three seeds, among those
+that are on none of its tasks worse by more than 5 %, and the combination of its choices runs too. The rates that came of it,
+one for each kind of constraint, are compared with the default on fresh seeds. A figure is a change of the test loss in per
+cent, against the default on the same seed: the mean over tasks, and its standard error. The rows of all runs are kept in the
+out folder.
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         names = [n for n in SETTINGS if n == DEFAULT or any(fnmatchcase(n, pattern) for pattern in options.settings)]
         where = (options.out / "rows.json", options.data)
-        rows = studied(options.tasks, names, CHOSEN_ON[:1], *where)
-        finalists = [name for name in Results(rows).finalists() if name in names]
-        rows = studied(options.tasks, finalists, CHOSEN_ON, *where)
+        rows = studied(options.tasks, names, CHOSEN_ON, *where)
         combinations = dict.fromkeys(Results(rows).combination(half) for half in "AB")
         rows = studied(options.tasks, list(combinations), CHOSEN_ON, *where)
         fresh = range(len(CHOSEN_ON), len(CHOSEN_ON) + options.more)

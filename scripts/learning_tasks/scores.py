@@ -14,7 +14,6 @@ from learning_tasks.training import FIXED, PLAIN, Row
 MUCH_WORSE = 0.05  # on a single task
 MOST = 1.0  # a log ratio counts as no more than this: a run that came to nothing must not hide the others
 CHOSEN_ON = (0, 1, 2)  # seeds; what was chosen is scored on more of them
-FINALISTS = 4  # solvers of each half that go on after the first seed, since they are many and some are slow
 FACTORS = ("solver", "curvature", "warm-up", "outer", "average")
 
 
@@ -102,12 +101,6 @@ class Results:
         """All settings of a factor that ran on these tasks, in the order of the list."""
         found = [self.score(name, tasks, seeds) for name, one in SETTINGS.items() if one.factor == factor]
         return [score for score in found if score is not None]
-
-    def finalists(self) -> list[str]:
-        """All settings but the solvers that on no half are among the best after the first seed."""
-        by_half = [self.scores("solver", half_of(half, self.tasks), CHOSEN_ON[:1]) for half in "AB"]
-        best = {one.setting for half in by_half for one in sorted(half, key=lambda one: one.mean)[:FINALISTS]}
-        return [name for name, one in SETTINGS.items() if one.factor != "solver" or name in best]
 
     def chosen(self, half: str) -> list[str]:
         """For each factor the setting with the lowest mean on a half, where that is lower than the default's zero.

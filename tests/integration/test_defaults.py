@@ -256,20 +256,6 @@ def test_the_rates_of_the_picture_are_those_of_the_settings():
     assert len(SETTINGS) == len({repr(replace(one, differs=None)) for one in SETTINGS.values()})
 
 
-def test_after_the_first_seed_the_best_solvers_of_each_half_go_on_and_all_other_factors():
-    solvers = [name for name, one in SETTINGS.items() if one.factor == "solver"]
-    places = {name: 1 + 0.01 * number for number, name in enumerate(solvers)}
-    changes = [
-        (name, lambda task, f=f: f if HALVES[task] == "A" else 2.5 - f)  # the other half has the reverse order
-        for name, f in places.items()
-    ]
-    rows = study([*changes, ("Adam 0.3", lambda task: 9.0)])
-    wrong = [replace(one, test=9.0 - one.test) if one.seed and one.setting in places else one for one in rows]
-    found = Results(wrong).finalists()  # later seeds have no say
-    assert [name for name in found if name in solvers] == [*solvers[:4], *solvers[-4:]]
-    assert set(SETTINGS) - set(found) == set(solvers[4:-4])
-
-
 def test_a_setting_that_did_not_run_on_all_seeds_is_not_chosen():
     rows = study([("CG 5", lambda task: 0.9), ("CG 10", lambda task: 0.8)])
     kept = [one for one in rows if (one.task, one.setting, one.seed) != ("iris", "CG 10", 2)]
