@@ -109,10 +109,6 @@ class WeightDecay(HyperParameters):
         """How many numbers are learned."""
         return sum(leaf.numel() for leaf in self.parameters())
 
-    def optimizer(self, lr: float = 0.05) -> torch.optim.Adam:
-        """The outer optimizer that suits it: Adam on the leaves, at ``lr``, the share by which a step changes a decay."""
-        return torch.optim.Adam(self.parameters(), lr=lr)
-
     def penalty(self, model: Any) -> Tensor:
         """½ Σ_k λ_k ‖w_k‖², or Σ_k λ_k |w_k|, of the model's weights as they are now: a scalar for the training loss.
 

@@ -38,6 +38,9 @@ solves in a row would undo it. So it is for `GaussNewton()`, or an exact Hessian
   learning weights for 600 digits, 40 % of them with wrong labels, it ends at a test loss of 0.245 (0.250 on the exact
   Hessian, 0.268 with Neumann, 0.745 with nothing learned). `CG` on the exact Hessian has better cosines, but ends at
   0.403, because single answers are 300 times too long (`python scripts/fidelity.py --learning`).
+- **Nothing did better by more than noise** on the twelve learning tasks of
+  [the study of defaults](scripts/README.md#the-study-of-defaults): other terms of MINRES, Neumann, CG with and without
+  damping, or a stop by residual or by the noise of the validation gradient.
 - **Take few terms.** The Hessian of nearly every real network has negative eigenvalues. The exact solution then belongs
   to a saddle point, and more terms turn the answer away from the truth: 50 terms of MINRES are worse than 5. Stopping
   early is the regularization.

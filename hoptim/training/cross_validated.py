@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method
+from hoptim.problem.hyperparameters import outer_adam
 from hoptim.problem.loss_checks import annotate_errors, check_takes
 from hoptim.problem.problem import Loss, Problem
 from hoptim.problem.random_stream import RandomStream
@@ -86,8 +87,8 @@ class CrossValidated:
         train_loss: as in :class:`Problem`.
         val_loss: as in :class:`Problem`.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of a model's weights.
-        outer: the optimizer of ``hparams.parameters()``; default Adam at a rate of 0.05. In 60 hypersteps that changes what
-            is ``positive`` by a factor of 20 at most; a rate of 0.1 does by 400.
+        outer: the optimizer of ``hparams.parameters()``; default Adam at the rates of :meth:`HyperParameters.optimizer`, and
+            0.05 for other modules. What is ``positive`` changes in 60 hypersteps by a factor of 20 at most; at 0.1, by 400.
         examples: how many examples there are, all but those that are kept for testing.
         steps: how many inner steps ``train`` takes; where that depends on the number n of its examples, a function of n.
         folds: their number, default 3, of equal parts in a random order, the first rank's; or what a splitter of
@@ -182,7 +183,7 @@ class CrossValidated:
             with stream.drawing():
                 problems.append(problem())
         arguments.check_models(problems)
-        outer = Adam(hparams.parameters(), lr=0.05) if outer is None else outer
+        outer = outer_adam(hparams) if outer is None else outer
 
         def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
             return FoldOptimizer(

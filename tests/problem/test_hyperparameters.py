@@ -14,6 +14,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations
 
 from hoptim import HyperParameters, Implicit, Neumann, Problem, hypergradient
+from hoptim.problem.hyperparameters import outer_adam
 
 # In the order in which a module that holds them lists them: its own first, then those of its children.
 AWKWARD = ["a\\b", "leaf:x", "_names", "a b", "λ", "0", "layer.x", "layer.0.weight", "layer.0.bias", "1.keys", "1.0.0"]
@@ -421,3 +422,29 @@ def test_a_module_of_parameters_with_names_of_a_wrapped_model_has_a_note(kind: t
     with pytest.raises(kind) as caught:
         Problem(wrapped, Table({"decay": torch.ones(1)}), squares(), squares()).loss(torch.ones(1, 2))
     assert "wrapped" not in str(vars(caught.value)["__notes__"])
+
+
+def test_its_optimizer_has_a_rate_for_each_kind_of_leaf() -> None:
+    kinds = {
+        "positive": (constraints.positive, 0.05),
+        "above_one": (constraints.greater_than(1.0), 0.05),
+        "unit": (constraints.unit_interval, 0.3),
+        "interval": (constraints.interval(1.0, 3.0), 0.3),
+        "nonnegative": (constraints.nonnegative, 0.01),
+        "real": (constraints.real, 0.1),
+        "simplex": (constraints.simplex, 0.1),
+    }
+    value = {"simplex": torch.full((4,), 0.25), "above_one": torch.tensor(2.0), "interval": torch.tensor(2.0)}
+    values = {name: value.get(name, torch.tensor(0.5)) for name in kinds}
+    hparams = HyperParameters(values, {name: kind for name, (kind, _) in kinds.items()})
+    for module in (hparams, nn.ModuleDict({"a": hparams, "net": nn.Linear(1, 1)})):
+        before = {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
+        outer = outer_adam(module)
+        for leaf in module.parameters():
+            leaf.grad = torch.full_like(leaf, 3.0)
+        outer.step()
+        for name, leaf in module.named_parameters():
+            moved = before[name] - leaf  # Adam's first step is its rate
+            assert moved.allclose(torch.tensor(kinds.get(name.removeprefix("a."), (None, 0.05))[1])), name
+    assert [group["lr"] for group in hparams.optimizer(lr=0.2).param_groups] == [0.2]
+    assert [len(group["params"]) for group in hparams.optimizer().param_groups] == [2, 2, 1, 2]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from jobs import ROOT, env
 from torch import nn
+from torch.distributions import constraints
 from torch.optim import SGD
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -457,6 +458,15 @@ def test_validation_batches_of_ones_own_and_adam_at_a_rate_of_5_percent_by_defau
     cross_validated(**settings).fit(loop(40))
     assert set(seen) == {(index,) for _, held_out in FOLDS for index in held_out}
     torch.testing.assert_close((values[0] - decays()["decay"]).abs(), torch.full((2,), 0.05).double(), rtol=1e-4, atol=0)
+
+
+def test_by_default_a_unit_interval_has_a_larger_rate():
+    hparams = HyperParameters({"decay": torch.tensor([0.2, 0.4]).double()}, {"decay": constraints.unit_interval})
+    values = [hparams["decay"].detach().clone()]
+    hooks = [lambda record: values.append(record.hyperparameters["decay"])]
+    cross_validated(hparams, outer=None, hooks=hooks).fit(loop(40))
+    moved = values[1].logit() - values[0].logit()
+    torch.testing.assert_close(moved.abs(), torch.full((2,), 0.3).double(), rtol=1e-4, atol=0)
 
 
 # Mistakes

@@ -1,0 +1,1 @@
+"""What defaults.py is made of: the learning tasks, the settings, the training, the scores and the picture."""

@@ -1,0 +1,156 @@
+"""The settings that are compared: one factor at a time about the default, and the solver that stops at the noise of g."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hoptim
+from hoptim import CG, MINRES, Exact, GaussNewton, Identity, Implicit, Neumann
+from hoptim.curvature.linearization import Curvature
+from hoptim.methods.method import Method, TrainingContext
+from hoptim.problem.hyperparameters import outer_adam
+from hoptim.solvers.solution import State
+from learning_tasks.tasks import Task
+
+Outer = Callable[[nn.Module], torch.optim.Optimizer]
+DEFAULT = "MINRES 5, warm-up 0.25, Adam 0.05"
+BY_CONSTRAINT = "rates by constraint"
+JOINT = " & "
+
+
+def on_leaves(hparams: nn.Module, *, kind: Any = torch.optim.Adam, lr: float = 0.05) -> torch.optim.Optimizer:
+    """An outer optimizer with the same rate for all."""
+    return kind(hparams.parameters(), lr=lr)
+
+
+def _always(task: Task) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class ToNoise(Method):
+    """MINRES until the relative residual is that of the noise in g: its standard error over chunks of the validation batch.
+
+    tolerance = √(Σ_c ‖g_c − ḡ‖² / (C(C − 1))) / ‖ḡ‖, with C chunks; to solve further is to fit that noise.
+
+    Args:
+        chunks: C, how many parts the validation batch, a tensor of indices, is cut into.
+        terms: the most products.
+        curvature: as in ``Implicit``.
+    """
+
+    chunks: int = 8
+    terms: int = 50
+    curvature: Curvature | None = None
+    sees_options = False
+
+    def __call__(
+        self,
+        problem: hoptim.Problem,
+        train_batch: Any,
+        val_batch: Any,
+        state: State | None = None,
+        loop: TrainingContext | None = None,
+    ) -> Any:
+        tolerance = min(relative_noise(problem, val_batch.chunk(self.chunks)), 0.9)
+        method = Implicit(MINRES(terms=self.terms, tolerance=tolerance), curvature=self.curvature)
+        return method(problem, train_batch, val_batch, state, loop)
+
+
+def relative_noise(problem: hoptim.Problem, chunks: Iterable[Tensor]) -> float:
+    """The standard error of the mean of the chunks' validation gradients, over its length."""
+    model, rows = problem.model, []
+    training = model.training
+    weights = [w for w in model.parameters() if w.requires_grad]
+    with problem.untouched():
+        for chunk in chunks:
+            found = torch.autograd.grad(problem.val_loss(model, problem.hparams, chunk), weights, allow_unused=True)
+            rows.append(torch.cat([t.flatten() for t in found if t is not None]))
+    model.train(training)
+    g = torch.stack(rows)
+    return float((g.var(0).sum() / len(g)).sqrt() / g.mean(0).norm())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How hyperparameters are learned.
+
+    Attributes:
+        factor: what it is a choice of.
+        solver: the hypergradient, whose curvature is left open.
+        curvature: that of the hypergradient; ``None`` for what hoptim takes by itself.
+        warmup: the share of the steps before the first hyperstep.
+        outer: makes the outer optimizer.
+        average: whether ``CrossValidated`` averages the leaves.
+        shows_parts: whether hoptim sees the parts of the training loss; ``None`` for as the task has it.
+        differs: whether it is anything else than the default in a task; where not, it is not run.
+    """
+
+    factor: str
+    solver: Implicit | ToNoise = Implicit(MINRES(terms=5))  # noqa: RUF009 (it is frozen)
+    curvature: Curvature | None = None
+    warmup: float = 0.25
+    outer: Outer = on_leaves
+    average: bool = True
+    shows_parts: bool | None = None
+    differs: Callable[[Task], bool] = _always
+
+    @property
+    def method(self) -> Method:
+        """The hypergradient."""
+        return replace(self.solver, curvature=self.curvature)
+
+
+def _solver(solver: hoptim.Solver, damping: float = 0.0) -> Setting:
+    return Setting(factor="solver", solver=Implicit(solver, damping=damping))
+
+
+def _outer(kind: Any, lr: float) -> Setting:
+    return Setting(factor="outer", outer=partial(on_leaves, kind=kind, lr=lr))
+
+
+SETTINGS: dict[str, Setting] = {
+    DEFAULT: Setting(factor="default"),
+    "Identity": _solver(Identity()),
+    "Neumann 20": _solver(Neumann(terms=20)),
+    **{f"MINRES {terms}": _solver(MINRES(terms=terms)) for terms in (3, 10, 20)},
+    **{f"MINRES to {tolerance:g}": _solver(MINRES(terms=50, tolerance=tolerance)) for tolerance in (0.3, 0.1, 0.01)},
+    "MINRES to the noise": Setting(factor="solver", solver=ToNoise()),
+    **{f"CG {terms}": _solver(CG(terms=terms)) for terms in (5, 10, 20)},
+    "CG 10, +0.1": _solver(CG(terms=10), 0.1),
+    "CG to 0.03, +0.01": _solver(CG(terms=20, tolerance=0.03), 0.01),
+    "exact Hessian": Setting(
+        factor="curvature",
+        curvature=Exact(),
+        differs=lambda task: task.shows_parts,
+    ),
+    "Gauss-Newton": Setting(
+        factor="curvature",
+        curvature=GaussNewton(),
+        shows_parts=True,
+        differs=lambda task: not task.shows_parts,
+    ),
+    **{f"warm-up {share:g}": Setting(factor="warm-up", warmup=share) for share in (0.0, 0.1, 0.5)},
+    **{f"Adam {lr:g}": _outer(torch.optim.Adam, lr) for lr in (0.003, 0.01, 0.03, 0.1, 0.3, 1)},
+    **{f"SGD {lr:g}": _outer(torch.optim.SGD, lr) for lr in (1, 10)},
+    BY_CONSTRAINT: Setting(factor="rates", outer=outer_adam),
+    "last leaves": Setting(factor="average", average=False, differs=lambda task: task.folds is not None),
+}
+
+
+def setting_of(name: str) -> Setting:
+    """The setting of that name; of several names with `` & `` between them the one that has of each what is its own."""
+    if name in SETTINGS:
+        return SETTINGS[name]
+    found = SETTINGS[DEFAULT]
+    for part in name.split(JOINT):
+        own = SETTINGS[part]
+        changed = {f.name: getattr(own, f.name) for f in fields(own) if getattr(own, f.name) != f.default}
+        found = replace(found, **{**changed, "factor": "combination", "differs": _always})
+    return found
