@@ -35,9 +35,9 @@ A recipe is a :class:`HyperParameters` with a method for the training loss. It g
 As many as there are examples or weights can fit a validation set as weights fit a training set: keep it large, and judge by
 a test set that took no part.
 
-*The outer optimizer* is `hparams.optimizer()`, Adam with a rate for each constraint: 0.05 for `positive`, where a step is about
-5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. What is `real` takes a rate that is small beside its size. For recipes
-in an `nn.ModuleDict`, give Adam a group for each: `[group for one in hparams.values() for group in
+*The outer optimizer* is `hparams.optimizer()`, Adam with a rate for each constraint: 0.05 for `positive`, where a step is
+about 5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. What is `real` takes a rate that is small beside its size.
+For recipes in an `nn.ModuleDict`, give Adam the groups of each, `[group for one in hparams.values() for group in
 one.optimizer().param_groups]`; `hoptim.CrossValidated` does so by itself.
 
 *Warm-up.* What acts on a trained model, as decays and noise do, needs one: a quarter of the steps. A schedule learned by
