@@ -14,6 +14,7 @@ from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
 from hoptim.training import arguments
 from hoptim.training.optimizer import BilevelOptimizer
+from hoptim.training.resumable import ResumableOptimizer
 from hoptim.validation import describe_type
 
 
@@ -86,7 +87,7 @@ def retrain(
     new = Problem(model, problem.hparams, *losses, has_aux=problem.has_aux, process_group=group)
     _check_new(new.model, problem)
     unmoved = SGD(problem.hparams.parameters(), lr=0.0)
-    optimizer = BilevelOptimizer(inner(model), unmoved, new, val_batches=[examples], every=None)
+    optimizer = ResumableOptimizer(inner(model), unmoved, new, val_batches=[examples], every=None)  # with marks, if any
     before = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
     train(model, optimizer, examples)
     if not optimizer.inner_steps:

@@ -130,7 +130,7 @@ def test_it_is_the_last_training_of_cross_validated() -> None:
         return val_loss(model, hparams, batch) + hparams["decay"] * model.weight.square().sum()
 
     def loop(model: Any, optimizer: Any, examples: Any) -> None:
-        for _ in range(40):
+        for _ in optimizer.resumable(range(40)):  # the marks of a loop that can be resumed do no harm
             optimizer.zero_grad()
             optimizer.loss(examples).backward()
             optimizer.step()
