@@ -1,4 +1,4 @@
-"""Digits, half of them with a wrong label: learn a weight for each label from 100 right ones, and train again with these."""
+"""Digits, half of them with a wrong label: learn a weight for each label from 100 right ones, then retrain with them."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -54,7 +54,7 @@ def baselines(cfg: DictConfig) -> dict[str, DictConfig]:
     """The config of each plain training that the picture of the losses shows beside this one."""
     found = {}
     for label, changes in cfg.baselines.items() if cfg.plots else ():
-        own = OmegaConf.merge(cfg, changes, {"name": label, "learn": False, "plots": False, "baselines": {}})
+        own = OmegaConf.merge(cfg, changes, {"name": label, "learn": False, "plots": False, "hyperparameters": None})
         with open_dict(own):
             own.hoptim.tracker = None
         found[label] = own

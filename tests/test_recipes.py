@@ -429,7 +429,7 @@ NOISE_FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
             nn.Sequential(nn.Embedding(3, 2)), torch.tensor([1])
         ),
         TypeError,
-        "layer '0' gets a Tensor, to which no noise",
+        "layer '0' gets a Tensor, which can't be changed",
     ),
 }
 
@@ -578,3 +578,14 @@ def test_what_example_weights_cannot_do_is_named(name: str) -> None:
     call, error, words = EXAMPLE_FAULTS[name]
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_targets_count_neither_in_the_loss_nor_in_its_gradient(reduction: str) -> None:
+    hparams, z, y = LabelSmoothing(start=0.2).double(), torch.randn(8, 5, requires_grad=True), torch.arange(8) % 5
+    y[3:6] = -100
+    found = hparams.cross_entropy(z, y, reduction=reduction)
+    expected = F.cross_entropy(z, y, label_smoothing=0.2, reduction=reduction)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    slopes = [torch.autograd.grad(loss.sum(), z)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-8)

@@ -134,6 +134,8 @@ log λ.
 - The formula is exact at a stationary point of the training loss and for an exact solve. A few terms on a model that is
   still training are neither. Look at `residuals` and at `train_gradient_norm` in the record, and judge by a test set that
   took no part.
+- The derivative of running statistics, as those of `BatchNorm`, is not included. `Unrolled` over steps that were taken
+  evaluates with the present ones, over steps to come with those of before; `Replay` refuses such layers in training mode.
 - A hyperstep's dropout masks are those of the next training step, because it restores the state of the random generators.
 - Several right-hand sides go through a product at once up to 2²⁰ weights, one by one beyond that and through convolutions,
   where at once is slower.

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.bound_options import DIFFERENTIABLE, Bound, Kind, bind, check_differentiable
 from hoptim.methods.learned_options import LearnedOption, check_unscheduled
+from hoptim.validation import describe_type
 
 State = dict[str, dict[str, Tensor]]
 
@@ -124,10 +125,15 @@ class InnerStep:
             TypeError: torch's step makes a constant of one that is a tensor.
             ValueError: the optimizer has no such option.
         """
+        if not isinstance(options, Mapping):
+            raise TypeError(f'options gave {describe_type(options)}: return a dict, such as {{"lr": hparams["lr"][t]}}')
         for key, value in options.items():
             if key not in self.defaults:
                 raise ValueError(f"{self.kind.__name__} has no option {key!r}: its options are {', '.join(self.defaults)}")
-            for group in self.groups if isinstance(value, Tensor) else ():
+            tensors = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Tensor)]
+            if wrong := [tuple(one.shape) for one in tensors if one.numel() != 1]:
+                raise ValueError(f"options gave an {key} of shape {wrong[0]}: give a number, or a tensor of one")
+            for group in self.groups if tensors else ():
                 check_differentiable(self.kind, group.options, key, f"the {key}")
         return replace(self, groups=tuple(replace(group, options={**group.options, **options}) for group in self.groups))
 

@@ -93,7 +93,8 @@ def bind_by_name(inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn
     >>> inner.param_groups[0]["lr"].item()
     0.25
     """
-    transforms, leaves, groups = transforms_of(hparams), dict(hparams.named_parameters()), inner.param_groups
+    transforms, groups = transforms_of(hparams), inner.param_groups
+    leaves = {name: leaf for name, leaf in hparams.named_parameters() if leaf.requires_grad}
 
     def value(key: str, name: Any, present: Any) -> Any:
         if name is None:
@@ -105,7 +106,7 @@ def bind_by_name(inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn
         if not isinstance(name, str):
             raise TypeError(f"options gives {key} {describe_type(name)}: give the name of a hyperparameter")
         if name not in leaves or leaves[name].numel() != 1:
-            wrong = "is no hyperparameter" if name not in leaves else f"has {leaves[name].numel()} numbers"
+            wrong = "is no hyperparameter that is learned" if name not in leaves else f"has {leaves[name].numel()} numbers"
             fitting = [name for name, leaf in leaves.items() if leaf.numel() == 1]
             raise ValueError(f"options gives {key} {name!r}, which {wrong}: give one of {fitting}, of one number each")
         transform = transforms.get(name, identity_transform)

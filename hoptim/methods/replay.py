@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import Method, TrainingContext
@@ -42,7 +43,8 @@ class Replay(Method):
     Raises:
         TypeError: ``batches`` can't be had again, such as an iterator or a ``DataLoader``; ``options`` is no function; when
             called, an inner optimizer that torch can't differentiate.
-        ValueError: there are no batches, or ``segments`` is below 2; when called, no inner optimizer.
+        ValueError: there are no batches, or ``segments`` is below 2; when called, no inner optimizer, or a layer with
+            running statistics, such as ``BatchNorm``, through which there is no derivative.
 
     Source: Engstrom et al. 2025, Optimizing ML training with metagradient descent (arXiv 2503.13751), section 3.
 
@@ -62,7 +64,7 @@ class Replay(Method):
     tensor([-2.3040, -2.5920])
     """
 
-    batches: Sequence[Any]
+    batches: Sequence[Any] = field(compare=False, repr=False)
     _: KW_ONLY
     segments: int = 8
     options: Options | None = None
@@ -70,7 +72,8 @@ class Replay(Method):
     takes_train_batch = False
 
     def __post_init__(self) -> None:
-        if not (hasattr(self.batches, "__getitem__") and hasattr(self.batches, "__len__")):
+        has_places = hasattr(self.batches, "__getitem__") and hasattr(self.batches, "__len__")
+        if not has_places or isinstance(self.batches, Mapping):
             raise TypeError(
                 f"batches is {describe_type(self.batches)}, whose batches can't be had again: give a sequence such as a "
                 "list, in which batches[t] is the batch of step t each time"
@@ -100,11 +103,22 @@ class Replay(Method):
         loop = loop or TrainingContext()
         if loop.inner is None:
             raise ValueError("Replay needs the inner optimizer: call hypergradient(..., inner=optimizer)")
+        _check_statistics(problem)
         with problem.untouched():
             dynamics = InnerStep.of(loop.inner, problem.weights(), problem.leaves(), learned=loop.learned)
             steps = _Steps(problem, self.batches, dynamics, self.options)
             trajectory = Trajectory(start=present(problem, dynamics), steps=steps)
             return through_steps(problem, trajectory, self.segments, val_batch, live=False, expected=len(steps))
+
+
+def _check_statistics(problem: Problem) -> None:
+    """Raise where a layer keeps running statistics: what a validation loss sees of them has no derivative in torch."""
+    for name, part in problem.model.named_modules():
+        if isinstance(part, _NormBase) and part.training and part.running_mean is not None:
+            raise ValueError(
+                f"layer {name!r} keeps running statistics, through which Replay can't differentiate: give it "
+                "track_running_stats=False, or take GroupNorm or LayerNorm"
+            )
 
 
 class _Steps(Sequence[Step]):

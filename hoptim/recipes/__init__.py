@@ -1,7 +1,7 @@
 """Recipes: hyperparameters that come ready for use, with the losses' terms that they are for.
 
-A recipe is a :class:`HyperParameters` with a method for the training loss. It goes where ``hparams`` goes, alone or in an
-``nn.ModuleDict`` beside others:
+A recipe is a :class:`HyperParameters`, or another module, with a method for the training loss. It goes where ``hparams``
+goes, alone or in an ``nn.ModuleDict`` beside others:
 
 >>> import torch
 >>> from torch import nn

@@ -88,8 +88,9 @@ class Augmentation(HyperParameters):
         """The affine map of each image, shape (B, 2, 3), from places in the new image to places in the old one."""
         angle, size, shear = self._drawn("rotation", x), self._drawn("scale", x).exp(), self._drawn("shear", x)
         cos, sin, right, down = angle.cos(), angle.sin(), self._drawn("shift", x), self._drawn("shift", x)
-        first = torch.stack([size * cos, size * (shear * cos - sin), right], dim=1)
-        second = torch.stack([size * sin, size * (shear * sin + cos), down], dim=1)
+        tall = x.shape[2] / x.shape[3]  # the map is of places from −1 to 1 along each axis, whatever its length
+        first = torch.stack([size * cos, tall * size * (shear * cos - sin), right], dim=1)
+        second = torch.stack([size * sin / tall, size * (shear * sin + cos), down], dim=1)
         return torch.stack([first, second], dim=1)
 
 
@@ -130,6 +131,10 @@ class AugmentationNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The changed images, of the same shape."""
         return x + self.layers(torch.cat([x, torch.randn_like(x)], dim=1))
+
+    def optimizer(self, lr: float = 0.01) -> torch.optim.Adam:
+        """The outer optimizer that suits it: Adam on its weights."""
+        return torch.optim.Adam(self.parameters(), lr=lr)
 
     @property
     def degrees_of_freedom(self) -> int:

@@ -37,5 +37,8 @@ class LabelSmoothing(HyperParameters):
     def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         """The loss of logits z, of shape (N, K, …) with classes as ``target``, of shape (N, …); ``reduction`` as torch's."""
         own = nn.functional.cross_entropy(z, target, reduction=reduction)
-        others = nn.functional.cross_entropy(z, torch.full_like(z, 1 / z.shape[1]), reduction=reduction)
+        known = target != -100  # what torch leaves out
+        others = torch.where(known, -z.log_softmax(1).mean(1), 0)
+        if reduction != "none":
+            others = others.sum() / (known.sum() if reduction == "mean" else 1)
         return own + self["smoothing"].to(z.dtype) * (others - own)

@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.problem.wrappers import unwrap
+from hoptim.problem.wrappers import uncompiled, unwrap
 from hoptim.validation import describe_type
+
+# What is no layer with an input of its own: attention uses the weight of its last layer and does not call that.
+_OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, NonDynamicallyQuantizableLinear)
 
 
 class LayerInputs(HyperParameters):
@@ -25,9 +30,11 @@ class LayerInputs(HyperParameters):
         if missing := [name for name in self.layers if name not in parts]:
             own = type(self).__name__
             raise ValueError(f"this model has no layer {missing[0]!r}, which {own} was made for: give the same model")
-        handles = [parts[name].register_forward_pre_hook(partial(self._change, name)) for name in self.layers]
+        begun = _way_of_saving()
+        handles = [parts[name].register_forward_pre_hook(partial(self._change, name, begun)) for name in self.layers]
         try:
-            return model(*args, **kwargs)
+            with uncompiled():  # a graph that was compiled before has no hooks
+                return model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -36,14 +43,18 @@ class LayerInputs(HyperParameters):
         """What goes into the layer of this name in place of ``x``."""
         raise NotImplementedError
 
-    def _change(self, name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    def _change(self, name: str, begun: tuple[bool, Any], layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
         if not layer.training:
             return None
+        if _way_of_saving() != begun:
+            raise ValueError(
+                f"layer {name!r} is inside activation checkpointing, or a no_grad() or saved_tensors_hooks() of the model: "
+                "the backward pass would compute it again without its change. Leave it out of layers"
+            )
         x = inputs[0] if inputs else None
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(
-                f"layer {name!r} gets {describe_type(x)}, to which no noise can be added: leave it out of layers"
-            )
+            found = describe_type(x) if inputs else "its input by keyword"
+            raise TypeError(f"layer {name!r} gets {found}, which can't be changed: leave it out of layers")
         return self.changed(name, x), *inputs[1:]
 
     @property
@@ -63,7 +74,7 @@ def find_layers(model: object, layers: Sequence[str] | None) -> dict[str, nn.Mod
         raise TypeError(f"model is {describe_type(model)}: give an nn.Module")
     parts = dict(unwrap(model).named_modules())
     if layers is None:
-        layers = [name for name, part in parts.items() if _is_matrix(part)]
+        layers = [name for name, part in parts.items() if name and _is_matrix(part)]
     if strangers := [name for name in layers if name not in parts or not name]:
         raise ValueError(f"the model has no layer {strangers[0]!r}: its layers are {[name for name in parts if name]}")
     if not layers:
@@ -77,5 +88,10 @@ def first_weight(model: nn.Module) -> Tensor:
 
 
 def _is_matrix(part: nn.Module) -> bool:
-    weight = part._parameters.get("weight")
-    return weight is not None and weight.ndim >= 2 and not isinstance(part, (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm))
+    weight = part.weight if is_parametrized(part, "weight") else part._parameters.get("weight")
+    return isinstance(weight, Tensor) and weight.ndim >= 2 and not isinstance(part, _OTHERS)
+
+
+def _way_of_saving() -> tuple[bool, Any]:
+    """Whether a graph is made, and by which hooks its tensors are saved: activation checkpointing changes one of them."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)

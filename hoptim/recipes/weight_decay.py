@@ -155,8 +155,8 @@ class WeightDecay(HyperParameters):
         values = torch.cat([self[name].detach().flatten() for name in self])
         count = sum(shape.numel() for shape in self._shapes.values())
         return (
-            f"WeightDecay(per={self.per!r}, norm={self.norm}): {self.degrees_of_freedom} decays of {count} weights in "
-            f"{len(self._shapes)} tensors, from {values.min():.3g} to {values.max():.3g}"
+            f"{type(self).__name__}(per={self.per!r}, norm={self.norm}): {self.degrees_of_freedom} decays of "
+            f"{count} weights in {len(self._shapes)} tensors, from {values.min():.3g} to {values.max():.3g}"
         )
 
 

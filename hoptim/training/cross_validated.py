@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class CrossValidated:
 
     where L_V(k) is the validation loss of model k on the examples that its fold holds out. It costs one solve a fold. Then
     one model is trained on all examples, with the learned λ. In our study its test loss was below that of every
-    fixed decay on two sets, near the best one on two others, and no gain on a small one (scripts/README.md).
+    fixed decay on two sets, near the best one on two others, and no better on a small one (scripts/README.md).
 
     The training loop is an ordinary one, a function ``train(model, optimizer, examples)``. It is called for each fold, with
     a :class:`BilevelOptimizer` and the indices of the examples to train on, and for the last training, with all indices::
@@ -97,6 +97,7 @@ class CrossValidated:
         warmup: the share of the steps before hypersteps begin, default 0.25.
         hypersteps: how many there are, default 60, in equal distances from the warm-up to the end.
         average: whether the learned leaves are the mean over the second half of the hypersteps, the default, or the last.
+        options: as in :class:`BilevelOptimizer`.
         hypergradient: as in :class:`BilevelOptimizer`.
         val_batches: ``val_batches(held_out) -> batches``, a function that makes a fold's validation batches, one of which is
             used in a hyperstep; default: all that is held out, as one tensor of indices.
@@ -155,6 +156,7 @@ class CrossValidated:
         warmup: float = 0.25,
         hypersteps: int = 60,
         average: bool = True,
+        options: Mapping[str, Any] | None = None,
         hypergradient: Method | None = None,
         val_batches: Callable[[Tensor], Iterable[Any]] | None = None,
         side_by_side: bool = False,
@@ -192,6 +194,7 @@ class CrossValidated:
                 problem,
                 due=due_steps(arguments.checked_steps(steps, len(fold.train)), warmup, hypersteps),
                 val_batches=[fold.held_out] if val_batches is None else val_batches(fold.held_out),
+                options=options,
                 hypergradient=hypergradient,
                 on_failure=on_failure,
                 hooks=hooks,  # which are called by the first one, for all
@@ -203,7 +206,8 @@ class CrossValidated:
                 optimizers.append(fold_optimizer(fold, one))
         everything = torch.arange(examples, device="cpu")
         unused = [everything]  # since there is no hyperstep
-        last = ResumableOptimizer(inner(problems[0].wrapper), outer, problems[0], val_batches=unused, every=None)
+        model = problems[0].wrapper
+        last = ResumableOptimizer(inner(model), outer, problems[0], val_batches=unused, options=options, every=None)
         self._parts = Parts(folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything)
 
     def fit(

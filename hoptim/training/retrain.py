@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def retrain(
     examples: Any,
     *,
     inner: Callable[[nn.Module], Optimizer],
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Train a new model from scratch, with the hyperparameters of ``problem`` as they are now, held fixed.
 
@@ -40,6 +41,7 @@ def retrain(
             ``optimizer.step()``; the same function can serve the run in which the hyperparameters are learned.
         examples: what ``train`` gets: in general a tensor of indices.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of the model's weights.
+        options: its options that are hyperparameters, as in :class:`BilevelOptimizer`.
 
     Returns:
         The trained model.
@@ -87,7 +89,7 @@ def retrain(
     new = Problem(model, problem.hparams, *losses, has_aux=problem.has_aux, process_group=group)
     _check_new(new.model, problem)
     unmoved = SGD(problem.hparams.parameters(), lr=0.0)
-    optimizer = ResumableOptimizer(inner(model), unmoved, new, val_batches=[examples], every=None)  # with marks, if any
+    optimizer = ResumableOptimizer(inner(model), unmoved, new, val_batches=[examples], options=options, every=None)
     before = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
     train(model, optimizer, examples)
     if not optimizer.inner_steps:

@@ -206,6 +206,9 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a loader": (
         lambda: Replay(torch.utils.data.DataLoader(range(4))), TypeError, "DataLoader, whose batches can't be had again"
     ),
+    "a dict": (lambda: Replay({"a": 1}), TypeError, "batches is a dict, whose batches can't be had again"),  # type: ignore[arg-type]
+    "no options": (lambda: replayed(lambda h, t: None), TypeError, "options gave"),
+    "several numbers": (lambda: replayed(lambda h, t: {"lr": h["decay"]}), ValueError, "an lr of shape (2,): give a number"),
     "no batch": (lambda: Replay([]), ValueError, "batches is empty"),
     "one segment": (lambda: Replay(BATCHES, segments=1), ValueError, "segments=1: give a whole number, 2 or more"),
     "options as a dict": (lambda: Replay(BATCHES, options={"lr": 0.1}), TypeError, "options is a dict: give a function"),
@@ -233,3 +236,23 @@ def test_what_it_cannot_do_is_named(name: str) -> None:
     with pytest.raises(error) as caught:
         call()
     assert words in str(caught.value)
+
+
+def test_running_statistics_are_refused_in_training_mode() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    hparams = HyperParameters({"decay": torch.tensor(0.1)})
+
+    def loss(m: Any, h: Any, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1]) + h["decay"] * m[0].weight.square().sum()
+
+    problem, inner = Problem(model, hparams, loss, loss), optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="layer '1' keeps running statistics"):
+        hypergradient(problem, None, VAL, Replay(BATCHES), inner=inner)
+    model[1].eval()
+    assert hypergradient(problem, None, VAL, Replay(BATCHES), inner=inner).solution.status.ok
+
+
+def test_its_batches_are_no_part_of_what_it_is_compared_by() -> None:
+    assert Replay([torch.ones(2)], segments=3) == Replay([torch.zeros(2)] * 2, segments=3)
+    assert repr(Replay(BATCHES)) == "Replay(segments=8, options=None)"

@@ -106,3 +106,12 @@ def test_its_hypergradient_is_the_slope_of_retraining(kind: str) -> None:
 def test_what_it_cannot_do_is_named(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         make()
+
+
+def test_a_rotation_keeps_lengths_in_an_image_that_is_not_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spot right of the middle by 6 pixels is above or below it by 6 after a quarter turn."""
+    image = torch.zeros(1, 1, 21, 41, dtype=torch.float64)
+    image[0, 0, 10, 26] = 1.0
+    fixed(monkeypatch, 1.0)
+    turned = Augmentation(["rotation"], start=math.pi / 2).double().augment(image)
+    assert turned.argmax().item() == 4 * 41 + 20

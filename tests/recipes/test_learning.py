@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import hoptim
 from hoptim.recipes import (
@@ -223,3 +225,49 @@ def test_the_option_that_made_the_data_is_chosen(relaxation: Any) -> None:
     best, rest = choice.harden()
     assert best == "abs"
     assert rest < 0.3
+
+
+class Block(nn.Module):
+    """Two layers, of which the second is computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.a, self.b, self.reentrant = nn.Linear(3, 4), nn.Linear(4, 2), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x) if self.reentrant is None else checkpoint(self.b, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("recipe", [NoiseWidth, Dropout])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_are_checkpointed_are_refused_where_they_would_be_computed_again_without_noise(
+    recipe: Any, reentrant: bool
+) -> None:
+    model, x = Block(reentrant), torch.randn(5, 3)
+    with pytest.raises(ValueError, match="layer 'b' is inside activation checkpointing"):
+        recipe(model).call(model, x)
+    plain = Block(None)
+    plain.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    found = recipe(model, ["a"]).double().call(model, x)
+    torch.manual_seed(0)
+    assert torch.equal(found, recipe(plain, ["a"]).double().call(plain, x))
+
+
+def test_a_model_that_was_compiled_and_run_before_gets_its_noise() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4)).double(), torch.zeros(200, 3)
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(x)
+    noisy = NoiseWidth(model, start=0.9).double().call(compiled, x)
+    assert before.std(0).max() == 0
+    assert noisy.std(0).min() > 0.1
+
+
+def test_the_layers_found_are_those_with_an_input_of_their_own() -> None:
+    """Attention never calls its last layer; the weight of a parametrized layer is no parameter of its own."""
+    found = NoiseWidth(nn.TransformerEncoderLayer(8, 2, 16)).layers
+    assert found == ("linear1", "linear2")
+    assert NoiseWidth(nn.Sequential(weight_norm(nn.Linear(2, 3)), nn.Linear(3, 2))).layers == ("0", "1")
+    with pytest.raises(ValueError, match="name layers"):
+        NoiseWidth(nn.Linear(2, 2))

@@ -503,7 +503,7 @@ def test_each_group_has_the_rate_of_its_name_and_added_groups_have_the_common_on
     [
         ("rate", None, TypeError, 'options is a str: give a dict, such as {"lr": "rate"}'),
         ({"rate": "lr"}, None, ValueError, "options has 'rate', and SGD has only lr, momentum"),
-        ({"lr": "rate"}, None, ValueError, "options gives lr 'rate', which is no hyperparameter: give one of ['lr'"),
+        ({"lr": "rate"}, None, ValueError, "lr 'rate', which is no hyperparameter that is learned: give one of ['lr'"),
         ({"lr": 0.1}, None, TypeError, "options gives lr a float: give the name of a hyperparameter"),
         ({"lr": ("lr", "wd")}, None, ValueError, "options gives lr the pair ('lr', 'wd'), and it is 0.3: give one name"),
         ({"lr": ["lr", "wd"]}, None, ValueError, "options gives lr 2 names, and there are 1 parameter groups"),

@@ -289,7 +289,7 @@ def test_a_rate_is_learned_over_folds_and_is_that_of_the_last_training() -> None
             optimizer.step()
 
     fit = hoptim.CrossValidated(
-        make, hparams, loss, loss, inner=lambda model: torch.optim.SGD(model.parameters(), lr=hparams["rate"]),
+        make, hparams, loss, loss, inner=lambda model: torch.optim.SGD(model.parameters(), lr=9.0), options={"lr": "rate"},
         outer=torch.optim.Adam(hparams.parameters(), lr=0.3), examples=60, steps=80, warmup=0.0, hypersteps=20,
     )  # fmt: skip
     found = fit.fit(loop)

@@ -158,6 +158,9 @@ def test_a_learned_rate_is_in_effect() -> None:
         problem, lambda: copy.deepcopy(start), loop, CLEAN, inner=lambda model: SGD(model.parameters(), lr=hparams["lr"])
     )
     torch.testing.assert_close(ended.weight, start.weight - 0.3 * slope, rtol=1e-7, atol=1e-9)
+    named = {"inner": lambda model: SGD(model.parameters(), lr=9.0), "options": {"lr": "lr"}}
+    ended = hoptim.retrain(problem, lambda: copy.deepcopy(start), loop, CLEAN, **named)
+    torch.testing.assert_close(ended.weight, start.weight - 0.3 * slope, rtol=1e-7, atol=1e-9)
 
 
 def test_the_models_that_are_no_new_ones_are_named() -> None:
