@@ -103,6 +103,7 @@ True
 - **The loop is yours.** It stops inside `optimizer.step()` until the other folds have come as far, for which each fold has
   a thread; one runs at a time. A fold's random numbers are its own, the last training's are the process's: it has the bits
   of a plain training with the learned values. Make schedulers inside the loop, since each training needs its own.
+- **An ensemble.** `found.ensemble(x, of=lambda z: z.softmax(1))` is the mean of the folds' predictions.
 - **Failures.** If the solve of one fold fails, nothing moves, and the record's `detail` names the fold.
 - **Checkpoints.** With `cv.fit(train, checkpoint="fit.pt")` a fit that was killed goes on, to the same bits. The loop says
   where it can be left, and what else changes in it: `for epoch in optimizer.resumable(range(epochs), scheduler):`. The file

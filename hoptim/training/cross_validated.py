@@ -37,7 +37,7 @@ class CrossValidatedFit:
 
     Attributes:
         model: the model of the last training, on all examples with the learned hyperparameters.
-        models: the models of the folds, in their order; the mean of their predictions is an ensemble.
+        models: the models of the folds, in their order.
         hyperparameters: the learned natural values, detached, by name; ``hparams`` holds them too.
         history: ``Record.row()`` of each hyperstep.
         cost: the wall-clock time of all of it, over that of the last training, which is a plain one.
@@ -48,6 +48,24 @@ class CrossValidatedFit:
     hyperparameters: Tree
     history: list[dict[str, Any]]
     cost: float
+
+    @torch.no_grad()
+    def ensemble(self, *args: Any, of: Callable[[Tensor], Tensor] | None = None, **kwargs: Any) -> Tensor:
+        """The mean of what the models of the folds give, ``of(model(*args, **kwargs))``, in evaluation mode.
+
+        Args:
+            *args: what a model is called with.
+            of: what the mean is of; default: the model's own output. For probabilities: ``lambda z: z.softmax(1)``.
+            **kwargs: what else it is called with.
+        """
+        found = []
+        for model in self.models:
+            modes = {part: part.training for part in model.modules()}
+            output = model.eval()(*args, **kwargs)
+            found.append(output if of is None else of(output))
+            for part, mode in modes.items():
+                part.training = mode
+        return torch.stack(found).mean(0)
 
 
 class CrossValidated:

@@ -293,6 +293,9 @@ def test_a_rate_is_learned_over_folds_and_is_that_of_the_last_training() -> None
         outer=torch.optim.Adam(hparams.parameters(), lr=0.3), examples=60, steps=80, warmup=0.0, hypersteps=20,
     )  # fmt: skip
     found = fit.fit(loop)
+    ways = [model(x).detach() for model in found.models]
+    torch.testing.assert_close(found.ensemble(x), torch.stack(ways).mean(0))
+    torch.testing.assert_close(found.ensemble(x, of=torch.exp), torch.stack(ways).exp().mean(0))
     learned = hparams["rate"].item()
     assert learned == found.hyperparameters["rate"].item()
     assert learned > 0.02
@@ -303,3 +306,16 @@ def test_a_rate_is_learned_over_folds_and_is_that_of_the_last_training() -> None
     loop(model, plain, torch.arange(60))
     for a, b in zip(model.parameters(), found.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+def test_an_ensemble_is_without_dropout_and_leaves_the_modes() -> None:
+    models = [nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)) for _ in range(3)]
+    models[1][1].eval()
+    fit = hoptim.training.cross_validated.CrossValidatedFit(
+        model=models[0], models=models, hyperparameters={}, history=[], cost=1.0
+    )
+    x = torch.randn(5, 3)
+    expected = sum(model[2](model[0](x)) for model in models) / 3
+    torch.testing.assert_close(fit.ensemble(x), expected.detach())
+    assert [model[1].training for model in models] == [True, False, True]
+    assert all(model.training for model in models)
