@@ -40,8 +40,8 @@ about 5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. What is `real`
 For recipes in an `nn.ModuleDict`, give Adam the groups of each, `[group for one in hparams.values() for group in
 one.optimizer().param_groups]`; `hoptim.CrossValidated` does so by itself.
 
-*Warm-up.* What acts on a trained model, as decays and noise do, needs one: a quarter of the steps. A schedule learned by
-`Replay` needs none, since it differentiates through the whole training.
+*Warm-up.* For what acts on a trained model, as decays and noise do, a quarter of the steps; on twelve tasks none at all did
+about as well. A schedule learned by `Replay` needs none, since it differentiates through the whole training.
 
 *Evaluation.* The validation loss is without noise, smoothing, decay and weights. Call the plain model in it, in `eval()`;
 `Gate` and `Categorical` belong to the model, so it has them with `training=False`.
