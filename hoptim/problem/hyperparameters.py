@@ -143,6 +143,11 @@ class HyperParameters(nn.Module):
         lines += [f"({name}): {child}" for name, child in self._modules.items() if not isinstance(child, _Group)]
         return f"{type(self).__name__}(\n" + indent("\n".join(lines), "  ") + "\n)"
 
+    @property
+    def degrees_of_freedom(self) -> int:
+        """How many numbers are learned: one fewer than there are values in each simplex."""
+        return sum(leaf.numel() for leaf in self.parameters())
+
     def optimizer(self, lr: float | None = None) -> torch.optim.Adam:
         """The outer optimizer that suits it: Adam on the leaves, with a group for each rate.
 

@@ -73,11 +73,6 @@ class Augmentation(HyperParameters):
             x = x + self["noise"].to(x.dtype) * torch.randn_like(x)
         return x
 
-    @property
-    def degrees_of_freedom(self) -> int:
-        """How many magnitudes are learned."""
-        return len(self)
-
     def _drawn(self, change: str, x: Tensor) -> Tensor:
         """m·u for each image, 0 where there is no such change."""
         if change not in self:

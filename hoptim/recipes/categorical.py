@@ -76,8 +76,3 @@ class Categorical(HyperParameters):
         p = self["probability"].detach()
         best = int(p.argmax())
         return self.options[best], float(1 - p[best])
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """K − 1."""
-        return len(self.options) - 1

@@ -55,8 +55,3 @@ class DistilledData(HyperParameters):
     def optimizer(self, lr: float | None = 0.03) -> torch.optim.Adam:
         """The outer optimizer that suits it: Adam on the inputs, at a third of their size at the start."""
         return super().optimizer(lr)
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """How many numbers are learned."""
-        return self["input"].numel()

@@ -69,8 +69,3 @@ class DomainWeights(HyperParameters):
                 'for each example, of shape (B,), from a criterion with reduction="none"'
             )
         return ((self["mixture"] / self.shares)[source] * losses).mean()
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """K − 1."""
-        return len(self.names) - 1

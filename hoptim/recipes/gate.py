@@ -62,8 +62,3 @@ class Gate(HyperParameters):
         """Which gates are more than half open, and how far the farthest is from the nearer of 0 and 1."""
         z = self.values(training=False).detach()
         return z > 0.5, float((z - (z > 0.5).to(z.dtype)).abs().max())
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """n."""
-        return len(self["openness"])

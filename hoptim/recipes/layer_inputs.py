@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from hoptim.validation import describe_type
 _OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, NonDynamicallyQuantizableLinear)
 
 
-class LayerInputs(HyperParameters):
+class LayerInputs(HyperParameters, ABC):
     """Hyperparameters of which each belongs to one layer, and changes that layer's input while it is in training mode."""
 
     layers: tuple[str, ...]
@@ -39,9 +40,9 @@ class LayerInputs(HyperParameters):
             for handle in handles:
                 handle.remove()
 
+    @abstractmethod
     def changed(self, name: str, x: Tensor) -> Tensor:
         """What goes into the layer of this name in place of ``x``."""
-        raise NotImplementedError
 
     def _change(self, name: str, begun: tuple[bool, Any], layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
         if not layer.training:
@@ -56,11 +57,6 @@ class LayerInputs(HyperParameters):
             found = describe_type(x) if inputs else "its input by keyword"
             raise TypeError(f"layer {name!r} gets {found}, which can't be changed: leave it out of layers")
         return self.changed(name, x), *inputs[1:]
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """How many numbers are learned."""
-        return sum(leaf.numel() for leaf in self.parameters())
 
 
 def find_layers(model: object, layers: Sequence[str] | None) -> dict[str, nn.Module]:

@@ -46,8 +46,3 @@ class LossWeights(HyperParameters):
         weights = len(self.names) * self["share"]
         parts = [losses[name] * weight.to(losses[name].dtype) for name, weight in zip(self.names, weights, strict=True)]
         return torch.stack(parts).sum(0)
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """K − 1."""
-        return len(self.names) - 1

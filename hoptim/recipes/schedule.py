@@ -59,8 +59,3 @@ class Schedule(HyperParameters):
         left = min(int(place), self.knots - 2)
         logs = self["value"].log()
         return torch.lerp(logs[left], logs[left + 1], place - left).exp()
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """How many knots there are."""
-        return self.knots

@@ -58,8 +58,3 @@ class SoftLabels(HyperParameters):
             reduction: as torch's.
         """
         return nn.functional.cross_entropy(z, self["label"][index].to(z.dtype), reduction=reduction)
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """n·(K − 1)."""
-        return sum(leaf.numel() for leaf in self.parameters())

@@ -31,8 +31,6 @@ class Temperature(HyperParameters):
     0.3133
     """
 
-    degrees_of_freedom = 1
-
     def __init__(self, start: float = 1.0) -> None:
         check_between("start", start, 0)
         super().__init__({"temperature": torch.tensor(float(start))}, {"temperature": constraints.positive})

@@ -104,11 +104,6 @@ class WeightDecay(HyperParameters):
         self._shapes = {name: p.shape for name, p in weights.items()}
         self._frozen = [name for name in usable if name not in weights]  # emptied when one of them has been told of
 
-    @property
-    def degrees_of_freedom(self) -> int:
-        """How many numbers are learned."""
-        return sum(leaf.numel() for leaf in self.parameters())
-
     def penalty(self, model: Any) -> Tensor:
         """½ Σ_k λ_k ‖w_k‖², or Σ_k λ_k |w_k|, of the model's weights as they are now: a scalar for the training loss.
 

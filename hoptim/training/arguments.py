@@ -160,6 +160,14 @@ def check_functions(make: object, inner: object, val_batches: object) -> None:
             check_takes(name, given, arguments)
 
 
+def made_by(make: Callable[[], nn.Module]) -> nn.Module:
+    """A new model."""
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make returned {describe_type(model)}: return an nn.Module")
+    return model
+
+
 def check_models(problems: list[Problem]) -> None:
     """No tensor belongs to two models: a model would have seen what another fold trains on."""
     seen: dict[int, tuple[int, str]] = {}

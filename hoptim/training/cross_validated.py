@@ -191,10 +191,7 @@ class CrossValidated:
         self.hparams, self.average, self._hypersteps, self._fitted = hparams, average, hypersteps, False
 
         def problem() -> Problem:
-            model = make()
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"make returned {describe_type(model)}: return an nn.Module")
-            return Problem(model, hparams, train_loss, val_loss)
+            return Problem(arguments.made_by(make), hparams, train_loss, val_loss)
 
         problems = [problem()]
         self.folds = make_folds(folds, examples, problems[0].ranks)

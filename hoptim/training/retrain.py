@@ -15,7 +15,6 @@ from hoptim.problem.problem import Problem
 from hoptim.training import arguments
 from hoptim.training.optimizer import BilevelOptimizer
 from hoptim.training.resumable import ResumableOptimizer
-from hoptim.validation import describe_type
 
 
 def retrain(
@@ -82,9 +81,7 @@ def retrain(
     check_takes("train", train, "model, optimizer, examples")
     if hasattr(examples, "__len__") and not len(examples):
         raise ValueError("examples is empty: give those to train on, such as torch.arange(n)")
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"make returned {describe_type(model)}: return an nn.Module")
+    model = arguments.made_by(make)
     losses, group = (problem.train_loss, problem.val_loss), problem.process_group
     new = Problem(model, problem.hparams, *losses, has_aux=problem.has_aux, process_group=group)
     _check_new(new.model, problem)

@@ -191,7 +191,10 @@ def test_the_models_that_are_no_new_ones_are_named() -> None:
 
 def test_a_copy_of_a_model_that_was_not_trained_is_new() -> None:
     problem = hoptim.Problem(make(), ExampleWeights(N).double(), train_loss, val_loss)
-    hoptim.retrain(problem, lambda: copy.deepcopy(problem.model), train, CLEAN, inner=inner)
+    start = copy.deepcopy(problem.model)
+    ended = hoptim.retrain(problem, lambda: copy.deepcopy(problem.model), train, CLEAN, inner=inner)
+    assert same(problem.model, start)
+    assert not same(ended, start)
 
 
 def test_other_mistakes_are_named() -> None:
