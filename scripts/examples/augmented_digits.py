@@ -86,7 +86,7 @@ if __name__ == "__main__":
     print(f"seeds {given.seeds}: test loss, learned minus it (paired), accuracy, cost in trainings with changes")
     for name in found[0][0]:
         ahead = [one["learned"][0] - one[name][0] for one, _ in found]
-        spread = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else 0.0
+        spread = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else float("nan")
         loss, right, cost = (statistics.mean(one[name][part] for one, _ in found) for part in range(3))
         print(f"  {name:12} {loss:.4f}  {statistics.mean(ahead):+.4f} ± {spread:.4f}  {right:.4f}  {cost / unit:4.1f}")
     means = {name: statistics.mean(learned[name] for _, learned in found) for name in found[0][1]}

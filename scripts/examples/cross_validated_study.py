@@ -139,7 +139,8 @@ def rows(name, number, root):
 
 
 def mean_and_error(values):
-    return f"{statistics.mean(values):8.4f} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):8.4f} ± {error:.4f}"
 
 
 def study(name, splits, root):

@@ -105,7 +105,7 @@ if __name__ == "__main__":
     for name in found[0][0]:
         losses = [one[name][0] for one, _ in found]
         ahead = [one[name][0] - one["cosine, best of six"][0] for one, _ in found]
-        spread = statistics.stdev(ahead) / math.sqrt(len(ahead)) if len(ahead) > 1 else 0.0
+        spread = statistics.stdev(ahead) / math.sqrt(len(ahead)) if len(ahead) > 1 else float("nan")
         cost = statistics.mean(one[name][1] for one, _ in found)
         print(f"  {name:24} {statistics.mean(losses):.4f}  {statistics.mean(ahead):+.4f} ± {spread:.4f}  {cost:6.1f}")
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")

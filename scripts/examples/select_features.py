@@ -93,7 +93,7 @@ if __name__ == "__main__":
     for row in found[0][0]:
         errors, sizes = zip(*(one[row] for one, _ in found), strict=True)
         ahead = [one[row][0] - one["lasso"][0] for one, _ in found]
-        spread = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else 0.0
+        spread = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else float("nan")
         means = f"{statistics.mean(errors):.4f}  {statistics.mean(ahead):+.4f} ± {spread:.4f}"
         print(f"  {row:40} {means}  {statistics.mean(sizes):5.1f}")
     print(f"the gates cost {statistics.mean(cost for _, cost in found):.1f} plain trainings")
