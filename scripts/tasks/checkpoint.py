@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-import hoptim
 from hoptim.tracking import JsonLines, WandB
 from hoptim.training import files
-from tasks.processes import Processes
+from tasks.run import Run
 
 log = logging.getLogger("hoptim.train")
-MUST_AGREE = ("name", "seed", "task", "inner", "outer", "inner_steps", "learn", "hyperparameters", "threads")
+MUST_AGREE = (
+    "name", "seed", "task", "inner", "outer", "scheduler", "inner_steps", "batch_size", "val_batch_size", "every", "warmup",
+    "options", "learn", "hyperparameters", "threads",
+)  # fmt: skip
 
 
 class ResumeError(ValueError):
@@ -32,28 +34,22 @@ def fingerprint(cfg: DictConfig, processes: int) -> str:
         key: OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
         for key in MUST_AGREE
     }
-    method = OmegaConf.to_container(cfg.hoptim.method, resolve=True)
-    return json.dumps({**chosen, "processes": processes, "method": method}, sort_keys=True)
+    for part in ("method", "recipe"):
+        chosen[part] = OmegaConf.to_container(cfg.hoptim[part], resolve=True) if part in cfg.hoptim else None
+    return json.dumps({**chosen, "processes": processes}, sort_keys=True)
 
 
-def save_checkpoint(
-    path: Path,
-    cfg: DictConfig,
-    problem: hoptim.Problem,
-    optimizer: hoptim.BilevelOptimizer,
-    outer_step: int,
-    boards: list[WandB],
-    processes: Processes,
-) -> None:
+def save_checkpoint(path: Path, run: Run, outer_step: int, boards: list[WandB]) -> None:
     """Write everything that the rest of the run depends on, as tensors and plain values."""
-    generators = processes.gather(torch.get_rng_state())
-    if not processes.is_main:
+    generators = run.processes.gather(torch.get_rng_state())
+    batches = run.processes.gather(run.batches.state_dict())
+    if not run.processes.is_main:
         return
     state = {
-        "fingerprint": fingerprint(cfg, processes.size),
+        "fingerprint": fingerprint(run.cfg, run.processes.size),
         "outer_step": outer_step,
-        "model": problem.model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        **run.state_dict(),
+        "batches": batches,
         "rng": generators,
         "wandb_id": boards[0].start().id if boards else None,
     }
@@ -64,23 +60,20 @@ def save_checkpoint(
     write_atomically(path, file.getvalue())
 
 
-def load_checkpoint(
-    path: Path, cfg: DictConfig, problem: hoptim.Problem, optimizer: hoptim.BilevelOptimizer, processes: Processes
-) -> Any:
+def load_checkpoint(path: Path, run: Run) -> Any:
     """Restore the state of the run and return the checkpoint, or ``None`` if there is none yet."""
     if not path.exists():
         log.info("no checkpoint in %s yet: the run starts from its beginning", path.parent)
         return None
     saved = read_checkpoint(path)
-    if saved["fingerprint"] != (own := fingerprint(cfg, processes.size)):
+    if saved["fingerprint"] != (own := fingerprint(run.cfg, run.processes.size)):
         raise ResumeError(f"{path} is of another run: {saved['fingerprint']} is not {own}; use resume=false")
-    if saved["outer_step"] > cfg.outer_steps:
+    if saved["outer_step"] > run.outer_steps:
         raise ResumeError(
-            f"{path} is at outer step {saved['outer_step']}, past outer_steps={cfg.outer_steps}; use resume=false"
+            f"{path} is at outer step {saved['outer_step']}, past outer_steps={run.outer_steps}; use resume=false"
         )
-    problem.model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"][processes.rank])
+    run.load_state_dict({**saved, "batches": saved["batches"][run.processes.rank]})
+    torch.set_rng_state(saved["rng"][run.processes.rank])
     return saved
 
 
@@ -112,6 +105,11 @@ def keep_rows(metrics: JsonLines, last: int) -> list[dict[str, Any]]:
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of figures of the finished run in a folder."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def written_config(cfg: DictConfig) -> str:
+    """The config as config.yaml has it, which does not say whether the run was resumed."""
+    return OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": False}), resolve=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

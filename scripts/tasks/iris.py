@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.datasets import load_iris
 from sklearn.model_selection import train_test_split
@@ -13,13 +14,13 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 import hoptim
+from tasks.task import Task
 
-Batch = tuple[Tensor, Tensor]
 PARAMETERISATIONS = {"exp": constraints.positive, "clamp": constraints.nonnegative}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Iris:
+@dataclass(kw_only=True)
+class Iris(Task):
     """Iris, split 60 / 60 / 30 by class, and an MLP 4–h–h–3 with ReLU and dropout, without biases.
 
     L_T = cross-entropy + ½ Σ decay_i·w_i², with one decay for each weight, or one for all.
@@ -41,45 +42,45 @@ class Iris:
     join: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.parameterisation not in PARAMETERISATIONS:
             raise ValueError(f"parameterisation={self.parameterisation!r}: give one of {sorted(PARAMETERISATIONS)}")
         if self.parameterisation == "exp" and self.decay <= 0:
             raise ValueError(f"decay={self.decay}: exp needs a positive start; parameterisation=clamp may start at 0")
 
-    def data(self, seed: int) -> dict[str, Batch]:
-        """The three parts, standardised by mean and standard deviation of the training part."""
+    def setup(self, seed: int) -> dict[str, Tensor]:
+        """Split by class, and standardise by mean and standard deviation of the training part."""
         x, y = load_iris(return_X_y=True)
-        rest, test, y_rest, y_test = train_test_split(x, y, test_size=30, stratify=y, random_state=seed)
-        train, val, y_train, y_val = train_test_split(rest, y_rest, test_size=60, stratify=y_rest, random_state=seed)
-        mean, deviation = train.mean(0), train.std(0)
-        parts = {"train": (train, y_train), "val": (val, y_val), "test": (test, y_test)}
-        batches = {
-            name: (torch.tensor((x - mean) / deviation, dtype=torch.float32), torch.tensor(y))
-            for name, (x, y) in parts.items()
-        }
+        rest, test = train_test_split(np.arange(len(x)), test_size=30, stratify=y, random_state=seed)
+        train, val = train_test_split(rest, test_size=60, stratify=y[rest], random_state=seed)
+        self.x = torch.tensor((x - x[train].mean(0)) / x[train].std(0), dtype=torch.float32)
+        self.y = torch.tensor(y)
+        parts = {name: torch.from_numpy(part) for name, part in (("train", train), ("val", val), ("test", test))}
         if self.join:
-            pairs = zip(batches["train"], batches["val"], strict=True)
-            batches["train"] = tuple(torch.cat(pair) for pair in pairs)
-        return batches
+            parts["train"] = torch.cat([parts["train"], parts["val"]])
+        return parts
 
-    def problem(self) -> hoptim.Problem:
-        """A newly initialised model, its decays and the two losses."""
-        model = nn.Sequential(
+    def model(self) -> nn.Module:
+        return nn.Sequential(
             nn.Linear(4, self.hidden, bias=False), nn.ReLU(), nn.Dropout(self.dropout),
             nn.Linear(self.hidden, self.hidden, bias=False), nn.ReLU(), nn.Dropout(self.dropout),
             nn.Linear(self.hidden, 3, bias=False),
         )  # fmt: skip
+
+    def hparams(self, model: nn.Module) -> nn.Module:
         if self.per_weight:
             values = {name: torch.full_like(weight, self.decay) for name, weight in model.named_parameters()}
         else:
             values = {"decay": torch.tensor(self.decay)}
-        hparams = hoptim.HyperParameters(values, dict.fromkeys(values, PARAMETERISATIONS[self.parameterisation]))
-        train_loss = hoptim.CompositeLoss(
-            lambda model, _, batch: model(batch[0]),
-            lambda z, _, batch: F.cross_entropy(z, batch[1]),
+        return hoptim.HyperParameters(values, dict.fromkeys(values, PARAMETERISATIONS[self.parameterisation]))
+
+    @property
+    def train_loss(self) -> hoptim.CompositeLoss:
+        return hoptim.CompositeLoss(
+            lambda model, _, batch: model(self.x[batch]),
+            lambda z, _, batch: F.cross_entropy(z, self.y[batch]),
             self.penalty,
         )
-        return hoptim.Problem(model, hparams, train_loss, self.val_loss)
 
     def penalty(self, model: nn.Module, hparams: Any) -> Tensor:
         """½ Σ decay·w²."""
@@ -88,7 +89,11 @@ class Iris:
             for name, weight in model.named_parameters()
         )
 
-    def val_loss(self, model: nn.Module, hparams: Any, batch: Batch) -> Tensor:
+    def val_loss(self, model: nn.Module, hparams: Any, batch: Tensor) -> Tensor:
         """Cross-entropy without dropout."""
-        x, y = batch
-        return F.cross_entropy(model.eval()(x), y)
+        return F.cross_entropy(model.eval()(self.x[batch]), self.y[batch])
+
+    def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy and accuracy, without dropout and penalty."""
+        z, y = model(self.x[batch]), self.y[batch]
+        return {"loss": F.cross_entropy(z, y), "accuracy": (z.argmax(1) == y).double().mean()}

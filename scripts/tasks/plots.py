@@ -14,17 +14,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
 
+from tasks.checkpoint import read_rows
+from tasks.figures import QUANTILES
+from tasks.run import Run
+
 PARTS = {"train": "train", "val": "validation", "test": "test"}
 Rows = Sequence[Mapping[str, Any]]
 
 
-def curves(rows: Rows, title: str, path: Path, baselines: Mapping[str, Rows]) -> None:
-    """Cross-entropy of one run on train, validation and test data against outer steps, beside plain trainings."""
-    compared({title: [rows]} | {label: [plain] for label, plain in baselines.items()}, path)
+def of_run(run: Run, rows: Rows, folder: Path) -> list[Path]:
+    """The pictures of a finished run: its losses, its hyperparameters, and what its task draws."""
+    paths = [folder / "curves.png", folder / "hyperparameters.png"]
+    plain = {label: read_rows(folder / "baselines" / label) for label in run.cfg.baselines}
+    compared({run.cfg.name: [rows]} | {label: [own] for label, own in plain.items()}, paths[0], run.task.loss_name)
+    hyperparameters(rows, paths[1])
+    return paths + run.task.draw(run.problem, folder)
 
 
-def compared(groups: Mapping[str, Sequence[Rows]], path: Path) -> None:
-    """Cross-entropy of several groups of runs: the mean over a group, with a band of one standard error.
+def compared(groups: Mapping[str, Sequence[Rows]], path: Path, loss_name: str = "loss") -> None:
+    """The losses of several groups of runs on each part of the data: their mean, with a band of one standard error.
 
     A panel is cut at three times its best final loss, so that a group that overfits does not flatten the others.
     """
@@ -52,7 +60,7 @@ def compared(groups: Mapping[str, Sequence[Rows]], path: Path) -> None:
             axis.yaxis.set_minor_formatter(ticker.NullFormatter())
         elif highest > 3 * min(last):
             axis.set_ylim(top=3 * min(last), bottom=0.8 * min(last))
-    axes[0].set_ylabel("cross-entropy")
+    axes[0].set_ylabel(loss_name)
     if len(groups) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
         columns = max(1, min(len(labels), 150 // (max(map(len, labels)) + 8)))
@@ -67,24 +75,29 @@ def _short(label: str) -> str:
     return re.sub(r"(?:hoptim\.\w+|task)\.(\w+=)", r"\1", label)
 
 
-def hyperparameters(rows: Rows, quantiles: Sequence[float], path: Path) -> None:
-    """The distribution of each hyperparameter over time: its median, and bands between quantiles."""
-    names = list(rows[0]["hyperparameters"])
-    figure, axes = plt.subplots(1, len(names), figsize=(1.5 + 4.5 * len(names), 4), squeeze=False, layout="constrained")
+def hyperparameters(rows: Rows, path: Path) -> None:
+    """The distribution of each hyperparameter over time: its median, and bands between quantiles; the first 20 at most."""
+    names = list(rows[0]["hyperparameters"])[:20]
+    across = min(len(names), 5)
+    down = -(-len(names) // across)
+    size = (1.5 + 4.5 * min(across, 3) if down == 1 else 16, 4.0 if down == 1 else 3.0 * down)
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
     steps = [row["outer_step"] for row in rows]
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, name in zip(axes.flat, names, strict=False):
         values = np.array([row["hyperparameters"][name]["quantiles"] for row in rows]).T
-        count = len(quantiles) // 2
+        count = len(QUANTILES) // 2
         for low in range(count):
-            label = f"{quantiles[low]:.0%} to {quantiles[-1 - low]:.0%}"
+            label = f"{QUANTILES[low]:.0%} to {QUANTILES[-1 - low]:.0%}"
             axis.fill_between(
                 steps, values[low], values[-1 - low], color="C0", alpha=0.15 + 0.1 * low, linewidth=0, label=label
             )
         axis.plot(steps, values[count], color="C0", label="median")
         axis.set(title=name, xlabel="outer step")
-        if (values > 0).all():
+        if (values > 0).all() and values.max() > 3 * values.min():
             axis.set_yscale("log")
         axis.grid(alpha=0.25)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
     axes[0][0].set_ylabel("value")
     axes[0][0].legend(frameon=False, loc="best")
     _save(figure, path)

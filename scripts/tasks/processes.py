@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hoptim
@@ -47,20 +47,27 @@ class Processes:
         """Whether this is the process that writes."""
         return self.rank == 0
 
-    def share(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """This process's share of a batch: every ``size``-th example.
+    def share(self, examples: Tensor) -> Tensor:
+        """This process's share of the examples: every ``size``-th.
 
-        >>> Processes(rank=1, size=2).share((torch.arange(5),))
-        (tensor([1, 3]),)
+        >>> Processes(rank=1, size=2).share(torch.arange(5))
+        tensor([1, 3])
         """
-        return tuple(part[self.rank :: self.size] for part in batch)
+        return examples[self.rank :: self.size]
+
+    def share_of(self, batch_size: int | None) -> int | None:
+        """How many examples of a batch are this process's."""
+        return None if batch_size is None else max(1, batch_size // self.size)
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The model, for distributed training if there are several processes."""
+        return model if self.size == 1 else DistributedDataParallel(model)
 
     def wrap(self, problem: hoptim.Problem) -> hoptim.Problem:
-        """The problem with its model wrapped for distributed training."""
+        """The problem with its model wrapped."""
         if self.size == 1:
             return problem
-        model = DistributedDataParallel(problem.model)
-        return hoptim.Problem(model, problem.hparams, problem.train_loss, problem.val_loss)
+        return hoptim.Problem(self.wrapped(problem.model), problem.hparams, problem.train_loss, problem.val_loss)
 
     def gather(self, own: Any) -> list[Any]:
         """The values of all processes, in each of them."""

@@ -1,0 +1,177 @@
+"""Classification with any of hoptim's recipes, on images or tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hoptim
+from tasks import data as sets
+from tasks.task import Task
+
+OF_LOGITS = ("label_smoothing", "temperature", "soft_labels")
+OF_LAYERS = ("noise_width", "dropout")
+OF_EXAMPLES = ("example_weights", "domain_weights")
+OF_INPUTS = ("distilled_data", "augmentation", "augmentation_net", "gate")
+PENALTIES = ("weight_decay", "prior_scale")
+ONE_OF = (OF_LOGITS, OF_LAYERS, OF_EXAMPLES)
+
+
+@dataclass(kw_only=True)
+class Classification(Task):
+    """Cross-entropy of a classifier, with recipes of hoptim in their places in the training loss.
+
+    L_T = mean cross-entropy(model(changed x), y) + the penalties + ½·decay·Σ w²; L_V is the cross-entropy alone.
+
+    Args:
+        data: mnist, fashion_mnist, cifar10, digits, iris, wine or breast_cancer.
+        model_of: ``model_of(shape, classes)``, such as those of tasks/models.py.
+        train: how many examples train.
+        val: how many validate.
+        test: how many test; default all that are left.
+        root: the folder of torchvision's data sets.
+        recipes: by name, functions that make them; conf/hoptim/recipe has one for each.
+        decay: a fixed weight decay of all weights, beside the recipes.
+        wrong_labels: the share of wrong labels in the training part; a list deals that part into as many sources, each
+            with a share of its own, for domain_weights.
+    """
+
+    data: str
+    model_of: Callable[[Sequence[int], int], nn.Module]
+    train: int
+    val: int
+    test: int | None = None
+    root: str = "data"
+    recipes: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
+    decay: float = 0.0
+    wrong_labels: Any = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        places = {*OF_LOGITS, *OF_LAYERS, *OF_EXAMPLES, *OF_INPUTS, *PENALTIES}
+        if strangers := sorted(set(self.recipes) - places):
+            raise ValueError(f"recipe {strangers[0]!r} has no place in this task: give some of {', '.join(sorted(places))}")
+        if not self.recipes:
+            raise ValueError(
+                "there is no recipe: give hoptim/recipe=[weight_decay], say, which learn=false keeps at its start"
+            )
+        for group in ONE_OF:
+            if len(both := [name for name in group if name in self.recipes]) > 1:
+                raise ValueError(f"the recipes {both[0]} and {both[1]} have the same place in the loss: give one of them")
+
+    def setup(self, seed: int) -> dict[str, Tensor]:
+        """Draw the examples, number them train, val, test, and standardise by the training part."""
+        found = sets.read(self.data, self.root)
+        drawn = sets.split(found, self.train, self.val, self.test, seed)
+        numbers = torch.arange(sum(map(len, drawn.values()))).split([len(part) for part in drawn.values()])
+        parts, used = dict(zip(drawn, numbers, strict=True)), torch.cat(list(drawn.values()))
+        self.x, self.y, self.classes = (
+            sets.standardised(found.x[used], parts["train"]),
+            found.y[used],
+            int(found.y.max()) + 1,
+        )
+        shares = [self.wrong_labels] if isinstance(self.wrong_labels, (int, float)) else list(self.wrong_labels)
+        self.source = torch.arange(len(self.y)) % len(shares)
+        for number, share in enumerate(shares):
+            own = parts["train"][self.source[parts["train"]] == number]
+            self.y = sets.with_wrong_labels(self.y, own, share, self.classes, seed)
+        self.shares, self.parts = shares, parts
+        return parts
+
+    def model(self) -> nn.Module:
+        return self.model_of(tuple(self.x.shape[1:]), self.classes)
+
+    def hparams(self, model: nn.Module) -> nn.Module:
+        return nn.ModuleDict({name: self.made(name, model) for name in self.recipes})
+
+    def made(self, name: str, model: nn.Module) -> nn.Module:
+        """A recipe, from what it needs of this task."""
+        make, val, shape = self.recipes[name], self.parts["val"], tuple(self.x.shape[1:])
+        learning = len(self.parts["train"]) + len(val)
+        if name == "prior_scale":
+            return make(model, self.train)
+        if name in (*PENALTIES, *OF_LAYERS):
+            return make(model)
+        if name == "example_weights":
+            return make(learning, trusted=val)
+        if name == "soft_labels":
+            return make(self.y[:learning], self.classes)
+        if name == "domain_weights":
+            names = [f"{number}: {share:.0%} wrong" for number, share in enumerate(self.shares)]
+            return make(dict(zip(names, self.source[self.parts["train"]].bincount().tolist(), strict=True)))
+        if name == "distilled_data":
+            return make(self.classes, shape)
+        return make(shape[0]) if name in ("augmentation_net", "gate") else make()
+
+    @property
+    def train_loss(self) -> hoptim.CompositeLoss:
+        return hoptim.CompositeLoss(self.predict, self.criterion, self.penalty)
+
+    def predict(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
+        """The logits of a training batch."""
+        x = hparams["distilled_data"].examples()[0] if "distilled_data" in self.recipes else self.x[batch]
+        if "augmentation" in self.recipes:
+            x = hparams["augmentation"].augment(x)
+        if "augmentation_net" in self.recipes:
+            x = hparams["augmentation_net"](x)
+        x = self.gated(x, hparams, training=True)
+        for name in OF_LAYERS:
+            if name in self.recipes:
+                return hparams[name].call(model, x)
+        return model(x)
+
+    def criterion(self, z: Tensor, hparams: Any, batch: Tensor) -> Tensor:
+        """The loss of the logits."""
+        if "distilled_data" in self.recipes:
+            return F.cross_entropy(z, hparams["distilled_data"].examples()[1])
+        losses = self.losses(z, hparams, batch)
+        if "example_weights" in self.recipes:
+            return hparams["example_weights"].mean(losses, batch)
+        if "domain_weights" in self.recipes:
+            return hparams["domain_weights"].mean(losses, self.source[batch])
+        return losses.mean()
+
+    def losses(self, z: Tensor, hparams: Any, batch: Tensor) -> Tensor:
+        """The loss of each example."""
+        if "soft_labels" in self.recipes:
+            return hparams["soft_labels"].cross_entropy(z, batch, reduction="none")
+        for name in ("label_smoothing", "temperature"):
+            if name in self.recipes:
+                return hparams[name].cross_entropy(z, self.y[batch], reduction="none")
+        return F.cross_entropy(z, self.y[batch], reduction="none")
+
+    def penalty(self, model: Any, hparams: Any) -> Tensor:
+        """The learned penalties, and the fixed one."""
+        learned = sum(hparams[name].penalty(model) for name in PENALTIES if name in self.recipes)
+        return learned + self.decay / 2 * sum(weight.square().sum() for weight in model.parameters())
+
+    def val_loss(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
+        """Cross-entropy, without what the recipes change in training; gates belong to the model."""
+        return F.cross_entropy(model.eval()(self.gated(self.x[batch], hparams, training=False)), self.y[batch])
+
+    def gated(self, x: Tensor, hparams: Any, training: bool) -> Tensor:
+        """The inputs, each feature or channel times the value of its gate."""
+        if "gate" not in self.recipes:
+            return x
+        return x * hparams["gate"].values(training).reshape(-1, *[1] * (x.ndim - 2))
+
+    def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy and accuracy."""
+        z, y = model(self.gated(self.x[batch], hparams, training=False)), self.y[batch]
+        return {"loss": F.cross_entropy(z, y), "accuracy": (z.argmax(1) == y).double().mean()}
+
+    def draw(self, problem: hoptim.Problem, folder: Path) -> list[Path]:
+        """The learned examples; images before and after the learned changes."""
+        from tasks import pictures
+
+        return [
+            drawn(self, problem.hparams[name], folder / f"{name}.png")
+            for name, drawn in pictures.OF_RECIPES.items()
+            if name in self.recipes
+        ]

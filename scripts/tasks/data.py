@@ -1,0 +1,99 @@
+"""The data sets of the tasks: inputs, classes, and which of them may train, and which test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn import datasets
+from torch import Tensor
+
+IMAGES = ("mnist", "fashion_mnist", "cifar10")
+TABLES = {"iris": datasets.load_iris, "wine": datasets.load_wine, "breast_cancer": datasets.load_breast_cancer}
+SMALL = ("digits", *TABLES)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Examples and their classes; the first ``training`` of them may train and validate, the others test."""
+
+    x: Tensor
+    y: Tensor
+    training: int
+
+
+def read(name: str, root: str | Path) -> Labelled:
+    """A data set by name. What belongs to torchvision lies under ``root``, or is fetched to it."""
+    if name in IMAGES:
+        parts = [_images(name, Path(root), train) for train in (True, False)]
+        x, y = (torch.cat(both) for both in zip(*parts, strict=True))
+        return Labelled(x.float() / 255, y, len(parts[0][0]))
+    if name not in SMALL:
+        raise ValueError(f"data={name!r}: give one of {', '.join((*IMAGES, *SMALL))}")
+    if name == "digits":
+        x, y = datasets.load_digits(return_X_y=True)
+        return Labelled(torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(y), len(y))
+    x, y = TABLES[name](return_X_y=True)
+    return Labelled(torch.tensor(x, dtype=torch.float32), torch.tensor(y), len(y))
+
+
+def _images(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Images of shape (N, C, H, W), of bytes, and their classes."""
+    from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
+
+    if name == "cifar10":
+        arrays = _cifar10_arrays(root, train) or (lambda found: (found.data, found.targets))(
+            CIFAR10(root, train, download=True)
+        )
+        return torch.as_tensor(arrays[0]).movedim(3, 1), torch.as_tensor(arrays[1])
+    found = {"mnist": MNIST, "fashion_mnist": FashionMNIST}[name](root, train, download=True)
+    return found.data[:, None], found.targets
+
+
+def _cifar10_arrays(root: Path, train: bool) -> tuple[Any, Any] | None:
+    """CIFAR-10 from the file of arrays cifar10/cifar10.npz, for machines that cannot fetch the original."""
+    path, part = root / "cifar10" / "cifar10.npz", "train" if train else "test"
+    if not path.is_file():
+        return None
+    with np.load(path) as arrays:
+        return arrays[f"{part}_images"], arrays[f"{part}_labels"]
+
+
+def split(data: Labelled, train: int, val: int, test: int | None, seed: int) -> dict[str, Tensor]:
+    """Numbers of examples, drawn at random: train and val of those that may train, test of the others.
+
+    A data set without a test set of its own is split in three.
+
+    >>> data = Labelled(torch.zeros(10, 1), torch.zeros(10), training=10)
+    >>> [len(part) for part in split(data, 4, 3, None, seed=0).values()]
+    [4, 3, 3]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(data.training, generator=generator)
+    others = torch.arange(data.training, len(data.y))
+    rest = order[train + val :] if len(others) == 0 else others[torch.randperm(len(others), generator=generator)]
+    parts = {"train": order[:train], "val": order[train : train + val], "test": rest[:test]}
+    wanted = {"train": train, "val": val, "test": len(rest) if test is None else test}
+    for name, count in wanted.items():
+        if count < 1 or len(parts[name]) < count:
+            raise ValueError(f"{name}={count}: the data have {len(parts[name])} examples left for it, and 1 is needed")
+    return parts
+
+
+def standardised(x: Tensor, part: Tensor) -> Tensor:
+    """A column, or a channel of images, with mean 0 and deviation 1 in the given part."""
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    mean, deviation = x[part].mean(axes, keepdim=True), x[part].std(axes, keepdim=True)
+    return (x - mean) / deviation.clamp(min=1e-6)
+
+
+def with_wrong_labels(y: Tensor, examples: Tensor, share: float, classes: int, seed: int) -> Tensor:
+    """The labels, of which this share of the examples has another class, drawn evenly."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = examples[torch.randperm(len(examples), generator=generator)[: round(share * len(examples))]]
+    y = y.clone()
+    y[chosen] = (y[chosen] + torch.randint(1, classes, chosen.shape, generator=generator)) % classes
+    return y

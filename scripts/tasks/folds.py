@@ -1,0 +1,79 @@
+"""Learning by cross-validation, ``folds=3``: the same training loop, on folds of train and val, then on both together."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+import hoptim
+from tasks.checkpoint import write_atomically, written_config
+from tasks.figures import result_of
+from tasks.processes import Processes
+from tasks.run import batches_for, outer_of, scheduler_for, steps
+from tasks.task import batches_of, measure
+
+log = logging.getLogger("hoptim.train")
+
+
+def cross_validate(cfg: DictConfig, folder: Path) -> float:
+    """Fit, write the result, the hyperparameters and a row for each hyperstep, and return the loss on what was held out.
+
+    With ``resume=true`` the fit goes on from fit.pt. Warm-up and hypersteps are those of :class:`hoptim.CrossValidated`;
+    ``every`` and ``warmup`` have no say.
+    """
+    task, processes = instantiate(cfg.task), Processes.join()
+    if processes.size > 1:
+        raise ValueError(f"folds={cfg.folds} in {processes.size} processes: start scripts/train.py without torchrun")
+    torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    parts = task.setup(cfg.seed)
+    joined = torch.cat([parts["train"], parts["val"]]).unique()
+    hparams = task.hparams(task.model())
+    trackers = [instantiate(options) for options in (cfg.hoptim.get("tracker") or {}).values()]
+    if not cfg.resume:
+        for name in ("fit.pt", "result.json", "metrics.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+
+    def train(model: nn.Module, optimizer: hoptim.BilevelOptimizer, examples: Tensor) -> None:
+        batches, scheduler = batches_for(cfg, joined[examples], processes), scheduler_for(cfg, optimizer)
+        state = [batches] if scheduler is None else [batches, scheduler]
+        for _ in optimizer.resumable(range(cfg.outer_steps), *state):
+            steps(optimizer, batches, cfg.inner_steps, scheduler)
+
+    found = hoptim.CrossValidated(
+        task.model,
+        hparams,
+        task.train_loss,
+        task.val_loss,
+        inner=lambda model: instantiate(cfg.inner)(model.parameters()),
+        outer=outer_of(cfg, hparams),
+        examples=len(joined),
+        steps=cfg.outer_steps * cfg.inner_steps,
+        folds=cfg.folds,
+        options=dict(cfg.options) or None,
+        hypergradient=instantiate(cfg.hoptim.method),
+        val_batches=lambda held_out: batches_of(joined[held_out], cfg.val_batch_size),
+        hooks=trackers,
+    ).fit(train, checkpoint=folder / "fit.pt")
+    rows = [{"outer_step": row["hyper_step"], **row} for row in found.history]
+    measured = {
+        "val_loss": rows[-1]["val_loss"],
+        **measure(task, found.model, hparams, {"train": joined, "test": parts["test"]}),
+    }
+    problem = hoptim.Problem(found.model, hparams, task.train_loss, task.val_loss)
+    result, values = result_of(cfg, problem, rows, measured)
+    write_atomically(folder / "config.yaml", written_config(cfg).encode())
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_atomically(folder / "hyperparameters.safetensors", values)
+    if cfg.plots:
+        task.draw(problem, folder)
+    write_atomically(folder / "result.json", json.dumps(result, indent=2).encode() + b"\n")
+    words = f"held out {result['val_loss']:.4f}  test {result['test_loss']:.4f}  ({found.cost:.1f} trainings)"
+    log.info("%s seed %s, %d folds: %s  -> %s", cfg.name, cfg.seed, cfg.folds, words, folder)
+    return float(result["val_loss"])

@@ -1,0 +1,63 @@
+"""Pictures of what some recipes have learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def distilled(task: Any, recipe: Any, path: Path) -> Path:
+    """The learned examples, a column for each class, if they are images."""
+    x, y = recipe.examples()
+    rows = -(-len(y) // task.classes)
+    return _grid(x.detach(), [f"{label}" for label in y.tolist()], rows, path) if x.ndim == 4 else path
+
+
+def changed(task: Any, recipe: Any, path: Path) -> Path:
+    """Ten images as they are, and three draws of each as the training sees it."""
+    x = task.x[task.parts["train"][:10]]
+    change = recipe.augment if hasattr(recipe, "augment") else recipe
+    with torch.no_grad():
+        images = torch.cat([x, *(change(x) for _ in range(3))])
+    return _grid(images, ["as it is"] * 10 + ["changed"] * 30, 4, path)
+
+
+def gates(task: Any, recipe: Any, path: Path) -> Path:
+    """The value of each gate."""
+    values = recipe.values(training=False).detach()
+    figure, axis = plt.subplots(figsize=(1.5 + 0.25 * len(values), 3), layout="constrained")
+    axis.bar(range(len(values)), values)
+    axis.set(xlabel="feature", ylabel="gate", ylim=(0, 1))
+    return _saved(figure, path)
+
+
+def _grid(images: Tensor, titles: list[str], rows: int, path: Path) -> Path:
+    """Images, each on a scale of its own, of which grey is the same for negative and positive values."""
+    across = len(images) // rows
+    figure, axes = plt.subplots(rows, across, figsize=(across, 1.2 * rows), squeeze=False, layout="constrained")
+    for axis, image, title in zip(axes.flat, images, titles, strict=True):
+        limit = image.abs().max().clamp(min=1e-12)
+        shown = (image / limit / 2 + 0.5).movedim(0, -1)
+        axis.imshow(shown.expand(*shown.shape[:2], 3) if shown.shape[2] == 1 else shown)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=8)
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+OF_RECIPES: dict[str, Callable[[Any, Any, Path], Path]] = {
+    "distilled_data": distilled, "augmentation": changed, "augmentation_net": changed, "gate": gates,
+}  # fmt: skip

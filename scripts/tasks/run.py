@@ -1,0 +1,154 @@
+"""One training, put together from its config: the task's problem, the optimizer, the batches, and the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import hoptim
+from hoptim.problem.data import Batches
+from hoptim.problem.hyperparameters import outer_adam
+from hoptim.tracking import WandB
+from tasks.processes import Processes
+from tasks.task import Task, batches_of
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a training consists of; ``state_dict`` has all that the rest of it depends on, but for the generators.
+
+    Attributes:
+        records: the hypersteps since they were last looked at.
+    """
+
+    cfg: DictConfig
+    task: Task
+    parts: Mapping[str, Tensor]
+    processes: Processes
+    problem: hoptim.Problem
+    optimizer: hoptim.BilevelOptimizer
+    scheduler: Any
+    batches: Batches
+    trackers: list[Any]
+    records: list[hoptim.Record] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> Run:
+        """Put it together, in the order in which it draws random numbers."""
+        torch.manual_seed(cfg.seed)
+        task, processes = instantiate(cfg.task), Processes.join()
+        parts = task.setup(cfg.seed)
+        problem = processes.wrap(task.problem())
+        if processes.rank:
+            torch.manual_seed(cfg.seed + 1_000_003 * processes.rank)  # each process has dropout masks of its own
+        for name, value in load_file(cfg.hyperparameters).items() if cfg.hyperparameters else ():
+            set_hyperparameter(problem.hparams, name, value)
+        trackers = [instantiate(options) for options in (cfg.hoptim.get("tracker") or {}).values()]
+        records: list[hoptim.Record] = []
+        optimizer = hoptim.BilevelOptimizer(
+            instantiate(cfg.inner)(problem.model.parameters()),
+            outer_of(cfg, problem.hparams),
+            problem,
+            val_batches=batches_of(processes.share(parts["val"]), processes.share_of(cfg.val_batch_size)),
+            options=dict(cfg.options) or None,
+            hypergradient=instantiate(cfg.hoptim.method),
+            every=cfg.every if cfg.learn else None,
+            warmup=cfg.warmup,
+            hooks=[records.append, *(tracker for tracker in trackers if not isinstance(tracker, WandB))],
+        )
+        return cls(
+            cfg=cfg, task=task, parts=parts, processes=processes, problem=problem, optimizer=optimizer,
+            scheduler=scheduler_for(cfg, optimizer),
+            batches=batches_for(cfg, parts["train"], processes), trackers=trackers, records=records,
+        )  # fmt: skip
+
+    @property
+    def outer_steps(self) -> int:
+        """How many rows of figures the run has: as many as are given, or as the epochs take."""
+        if self.cfg.epochs is None:
+            return self.cfg.outer_steps
+        return max(1, round(self.cfg.epochs * len(self.batches.source) / self.cfg.inner_steps))
+
+    def advance(self) -> float:
+        """The inner steps of one row; returns the seconds they took, hypersteps included."""
+        begun = time.perf_counter()
+        steps(self.optimizer, self.batches, self.cfg.inner_steps, self.scheduler)
+        return time.perf_counter() - begun
+
+    def retrained(self) -> nn.Module:
+        """A new model, trained for as long on the training and the validation data, with the hyperparameters as they are."""
+        cfg, joined = self.cfg, torch.cat([self.parts["train"], self.parts["val"]]).unique()
+
+        def train(model: nn.Module, optimizer: hoptim.BilevelOptimizer, examples: Tensor) -> None:
+            count = self.outer_steps * cfg.inner_steps
+            steps(optimizer, batches_for(cfg, examples, self.processes), count, scheduler_for(cfg, optimizer))
+
+        def make() -> nn.Module:
+            return self.processes.wrapped(self.task.model())
+
+        def inner(model: nn.Module) -> torch.optim.Optimizer:
+            return instantiate(cfg.inner)(model.parameters())
+
+        return hoptim.retrain(self.problem, make, train, joined, inner=inner, options=dict(cfg.options) or None)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"model": self.problem.model, "optimizer": self.optimizer, "batches": self.batches}
+        if self.scheduler is not None:
+            state["scheduler"] = self.scheduler
+        return {name: part.state_dict() for name, part in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.problem.model.load_state_dict(state["model"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.load_state_dict(state["batches"])
+
+
+def steps(optimizer: hoptim.BilevelOptimizer, batches: Batches, count: int, scheduler: Any) -> None:
+    """A training loop as a user writes it."""
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss = optimizer.loss(batches.draw())
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def batches_for(cfg: DictConfig, examples: Tensor, processes: Processes) -> Batches:
+    """This process's share of the training batches, pass after pass."""
+    return Batches(batches_of(processes.share(examples), processes.share_of(cfg.batch_size)), "the training data")
+
+
+def scheduler_for(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> Any:
+    """The scheduler of the learning rate, or ``None``."""
+    return instantiate(cfg.scheduler)(optimizer) if cfg.scheduler else None
+
+
+def outer_of(cfg: DictConfig, hparams: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the hyperparameters, which chooses a rate for each constraint or is torch's own."""
+    make = instantiate(cfg.outer)
+    return make(hparams if make.func is outer_adam else hparams.parameters())
+
+
+def set_hyperparameter(hparams: nn.Module, name: str, value: Tensor) -> None:
+    """Set a hyperparameter by the name that hyperparameters.safetensors has for it."""
+    for path, module in hparams.named_modules():
+        own = name.removeprefix(f"{path}." if path else "")
+        if isinstance(module, hoptim.HyperParameters) and own in module and name == f"{path}.{own}".lstrip("."):
+            module[own] = value
+            return
+    with torch.no_grad():
+        try:
+            hparams.get_parameter(name).copy_(value)
+        except (AttributeError, RuntimeError) as error:
+            raise ValueError(f"hyperparameters: {name!r} of shape {tuple(value.shape)} is none of this task's") from error

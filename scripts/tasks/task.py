@@ -1,0 +1,112 @@
+"""What scripts/train.py trains: the interface of a task, and how its figures are measured."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hoptim
+
+WORDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "int | None": ((int, type(None)), "a whole number, or null"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "text"),
+}
+CHUNK = 1000  # examples that are measured at once
+
+
+class Task(ABC):
+    """Data, a model with its hyperparameters, two losses and what is measured.
+
+    A task is a dataclass of its options. A batch is a vector with the numbers of its examples, so that weights of examples,
+    folds and a retraining on everything need nothing of their own.
+    """
+
+    loss_name = "cross-entropy"  # as the pictures call it
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            kinds, value = WORDS.get(str(option.type)), getattr(self, option.name)
+            if kinds and (not isinstance(value, kinds[0]) or (isinstance(value, bool) and bool not in kinds[0])):
+                raise TypeError(f"task.{option.name}={value!r}: give {kinds[1]}")
+
+    @abstractmethod
+    def setup(self, seed: int) -> dict[str, Tensor]:
+        """Read the data, split it by the seed, and return the numbers of the examples in train, val and test."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A newly initialised model."""
+
+    @abstractmethod
+    def hparams(self, model: nn.Module) -> nn.Module:
+        """The hyperparameters at their start."""
+
+    @abstractmethod
+    def train_loss(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
+        """What the training goes down: a method, or a :class:`hoptim.CompositeLoss`."""
+
+    @abstractmethod
+    def val_loss(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
+        """What the hyperparameters go down."""
+
+    @abstractmethod
+    def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        """Means over a batch: ``loss``, and what else is of interest. The model is in evaluation mode."""
+
+    def draw(self, problem: hoptim.Problem, folder: Path) -> list[Path]:
+        """Pictures of what was learned, beside those of every task."""
+        return []
+
+    def problem(self) -> hoptim.Problem:
+        """A new model, its hyperparameters and the two losses."""
+        model = self.model()
+        return hoptim.Problem(model, self.hparams(model), self.train_loss, self.val_loss)
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Batches of equal size in a new random order at each pass; what is left over is left out.
+
+    >>> [len(batch) for batch in Shuffled(torch.arange(7), 3)]
+    [3, 3]
+    """
+
+    examples: Tensor
+    size: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = self.examples[torch.randperm(len(self.examples))]
+        yield from order.split(self.size)[: len(self)]
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.size
+
+
+def batches_of(examples: Tensor, size: int | None) -> Shuffled | list[Tensor]:
+    """Batches of this size, or all examples as one batch where there is no size, or fewer examples than that."""
+    return [examples] if size is None or size >= len(examples) else Shuffled(examples, size)
+
+
+@torch.no_grad()
+def measure(task: Task, model: nn.Module, hparams: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """The task's figures on each part of the data: means over its examples, such as ``test_loss``."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    measured = {}
+    for name, examples in parts.items():
+        for batch in examples.split(CHUNK):
+            for figure, value in task.figures(model, hparams, batch).items():
+                share = float(value) * (len(batch) / len(examples))
+                measured[f"{name}_{figure}"] = measured.get(f"{name}_{figure}", 0.0) + share
+    for part, mode in modes.items():
+        part.training = mode
+    return measured
