@@ -32,6 +32,8 @@ class Run:
     @property
     def cost(self) -> float:
         """All seconds over the seconds of the inner steps: the cost of learning, in plain trainings."""
+        if self.rows and "trainings" in self.rows[-1]:  # by cross-validation
+            return self.rows[-1]["trainings"]
         inner, hyper = (sum(row[f"{kind}_seconds"] for row in self.rows) for kind in ("inner", "hyper"))
         return (inner + hyper) / inner if inner else math.nan
 
@@ -108,7 +110,7 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
                 continue
             entries[label]["trainings"] *= searched
             groups[label] = best
-            draw({run.group: groups[run.group] for run in members}, root / f"compare_{name}.png")
+            draw({run.group: groups[run.group] for run in members}, root / f"compare_{name.replace('/', '_')}.png")
     if against is not None:
         if against not in groups:
             raise ValueError(f"against={against!r} is not a row: the rows are {sorted(groups)}")

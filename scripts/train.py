@@ -53,10 +53,11 @@ def baselines(cfg: DictConfig) -> dict[str, DictConfig]:
     """The config of each plain training that the picture of the losses shows beside this one."""
     found = {}
     for label, changes in cfg.baselines.items() if cfg.plots else ():
-        own = OmegaConf.merge(
-            cfg, {"learn": False, "retrain": False}, changes, {"name": label, "plots": False, "hyperparameters": None}
-        )
-        with open_dict(own):
+        own = cfg.copy()
+        with open_dict(own):  # a baseline may have recipes that the experiment has not
+            own.merge_with(
+                {"learn": False, "retrain": False}, changes, {"name": label, "plots": False, "hyperparameters": None}
+            )
             own.hoptim.tracker, own.baselines = None, {}
         found[label] = own
     return found
