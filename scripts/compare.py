@@ -32,9 +32,7 @@ class Run:
     @property
     def cost(self) -> float:
         """All seconds over the seconds of the inner steps: the cost of learning, in plain trainings."""
-        if self.rows and "trainings" in self.rows[-1]:  # by cross-validation
-            return self.rows[-1]["trainings"]
-        inner, hyper = (sum(row[f"{kind}_seconds"] for row in self.rows) for kind in ("inner", "hyper"))
+        inner, hyper = (sum(row.get(f"{kind}_seconds", 0) for row in self.rows) for kind in ("inner", "hyper"))
         return (inner + hyper) / inner if inner else math.nan
 
 
@@ -128,7 +126,10 @@ def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
     """Draw the curves of all groups in one picture, as in the blog post."""
     from tasks import plots
 
-    curves = {label: [run.rows for run in runs if run.result["status"] == "finished"] for label, runs in groups.items()}
+    curves = {
+        label: [run.rows for run in runs if run.result["status"] == "finished" and "test_loss" in run.rows[-1]]
+        for label, runs in groups.items()
+    }  # by cross-validation there is no test loss before the end
     if any(curves.values()):
         plots.compared({label: rows for label, rows in curves.items() if rows}, path)
 

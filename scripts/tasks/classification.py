@@ -70,6 +70,8 @@ class Classification(Task):
             raise ValueError(
                 "there is no recipe: give hoptim/recipe=[weight_decay], say, which learn=false keeps at its start"
             )
+        if self.gate_price and "gate" not in self.recipes:
+            raise ValueError(f"gate_price={self.gate_price}: there is no gate to pay for; give 0, or hoptim/recipe=[gate]")
         for group in ONE_OF:
             if len(both := [name for name in group if name in self.recipes]) > 1:
                 raise ValueError(f"the recipes {both[0]} and {both[1]} have the same place in the loss: give one of them")
@@ -145,8 +147,16 @@ class Classification(Task):
         if "example_weights" in self.recipes:
             return hparams["example_weights"].mean(losses, batch)
         if "domain_weights" in self.recipes:
-            return hparams["domain_weights"].mean(losses, self.source[batch])
+            return self.mixed(losses, hparams["domain_weights"], batch)
         return losses.mean()
+
+    def mixed(self, losses: Tensor, mixture: Any, batch: Tensor) -> Tensor:
+        """The mean with the weights of the sources; validation examples, which a retraining adds, have the weight 1."""
+        own = batch < self.train
+        if not own.any():
+            return losses.mean()
+        found = mixture.mean(losses[own], self.source[batch[own]])
+        return (own.sum() * found + losses[~own].sum()) / len(batch)
 
     def losses(self, z: Tensor, hparams: Any, batch: Tensor) -> Tensor:
         """The loss of each example."""
