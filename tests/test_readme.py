@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib.util import find_spec
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from jobs import ROOT, env
+from tasks import schema
 
 import hoptim
 
@@ -83,6 +85,9 @@ def test_every_command_names_what_there_is(line):
     overrides = [word.strip("'") for word in words[1:] if "=" in word]
     single = [re.sub(r"=(range\(\d+).*", "=0", re.sub(r"(=[^\[,]+),.*", r"\1", word)) for word in overrides]
     if words[0] in ("scripts/run", "scripts/train.py"):
+        schema.register()
+        if "experiment=iris_optuna" in single and find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+            pytest.skip("hydra-optuna-sweeper is missing")
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             assert compose("train", [word for word in single if "hydra" not in word]).name
 
