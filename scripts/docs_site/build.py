@@ -15,6 +15,7 @@ import pkgutil
 import re
 import shutil
 import types
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -23,7 +24,12 @@ import pdoc
 import hoptim
 
 ROOT = Path(__file__).resolve().parents[2]
-FRONT = {"index": "README.md", "studies": "scripts/README.md"}  # pages that are Markdown files
+FRONT = {  # pages that are Markdown files
+    "index": "README.md",
+    "studies": "scripts/README.md",
+    "migrating": "scripts/examples/migrating/README.md",
+    "public": "scripts/examples/public/README.md",
+}
 NAME = re.compile(rf"(?<![\[`])`({'|'.join(hoptim.__all__)})(\([^`]*\))?`(?!`)")  # such as `CG(terms=20)`
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:)(?P<path>[^)#]+)(?P<anchor>#[^)]*)?\)")
 
@@ -71,6 +77,7 @@ def with_links(text: str, folder: Path, page: str, out: Path) -> str:
 def build(out: Path) -> None:
     """Write the website into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", "Error parsing type annotation")  # pdoc then shows the annotation as it is written
     pdoc.render.configure(docformat="google", math=True, template_directory=Path(__file__).with_name("theme"))
     pdoc.render.env.globals["fronts"] = FRONT
     modules = {}
