@@ -155,6 +155,7 @@ def test_the_website_is_whole(tmp_path):
     assert "hoptim learns hyperparameters by gradient" in (tmp_path / "index.html").read_text()
     words = ("BilevelOptimizer", "Warm-up, rate and schedule", "ImplicitMetaGradientModule", "nanoGPT")
     assert all(word in (tmp_path / "search.js").read_text() for word in words)
+    assert not any(re.search(r":class:\s*<code|Initialize internal Module", path.read_text()) for path in ours)
     menu = (tmp_path / "index.html").read_text().partition('<ul class="pages">')[2].partition("</ul>")[0]
     assert [name for name in names if f'href="{name}.html"' not in menu and name not in UNLISTED] == []
 
