@@ -7,7 +7,6 @@ import logging
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 from safetensors.torch import save as packed
+from tasks import boards as running
 from tasks.checkpoint import ResumeError, keep_rows, load_checkpoint, read_rows, save_checkpoint, write_atomically
 from tasks.processes import Processes
 from torch import Tensor
 from torch.nn import functional as F
 
 import hoptim
-from hoptim.tracking import JsonLines, WandB
+from hoptim.tracking import Board, JsonLines
 
 log = logging.getLogger("hoptim.train")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> float:
         failure = {"status": "failed", "name": cfg.name, "seed": cfg.seed, "error": f"{type(error).__name__}: {error}"}
         with suppress(OSError):  # the error may be a full disk
             write_atomically(folder / "result.json", json.dumps(failure).encode() + b"\n")
-        WandB().abandon()
+        running.abandon()
         raise
 
 
@@ -83,7 +83,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
         val_batches=[processes.share(data["val"])],
         hypergradient=instantiate(cfg.hoptim.method),
         every=cfg.inner_steps if cfg.learn else None,
-        hooks=[tracker for tracker in trackers if not isinstance(tracker, WandB)],
+        hooks=[tracker for tracker in trackers if not isinstance(tracker, Board)],
     )
     if not cfg.resume and processes.is_main:
         for name in ("checkpoint.pt", "result.json", "metrics.jsonl"):
@@ -94,7 +94,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
     if processes.is_main:
         rows = keep_rows(metrics, begun)
         write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
-        boards = start_wandb(cfg, folder, trackers, saved["wandb_id"] if saved else None)
+        boards = running.start(cfg, folder, trackers, saved["boards"] if saved else {})
     train_batch = processes.share(data["train"])
 
     with progress_bar(visible=processes.is_main) as bar:
@@ -157,7 +157,7 @@ def describe(problem: hoptim.Problem, optimizer: hoptim.BilevelOptimizer, second
     return {**row, "inner_seconds": seconds - row["hyper_seconds"], "hyperparameters": spread}
 
 
-def finish(cfg: DictConfig, folder: Path, problem: hoptim.Problem, rows: list[dict[str, Any]], boards: list[WandB]) -> float:
+def finish(cfg: DictConfig, folder: Path, problem: hoptim.Problem, rows: list[dict[str, Any]], boards: list[Board]) -> float:
     """Write result, hyperparameters and pictures. The result holds no times, so that a resumed run writes the same."""
     last, hypersteps = rows[-1], [row for row in rows if "status" in row]
     result = {
@@ -189,26 +189,13 @@ def finish(cfg: DictConfig, folder: Path, problem: hoptim.Problem, rows: list[di
         plain = {label: read_rows(folder / "baselines" / label) for label in cfg.baselines}
         plots.curves(rows, cfg.name, folder / "curves.png", plain)
         plots.hyperparameters(rows, QUANTILES, folder / "hyperparameters.png")
-    for board in boards:
-        board.finish(result, images)
+    running.finish(boards, result, images, folder / "hyperparameters.safetensors")
     log.info(
         "%s seed %s: train %.4f  val %.4f  test %.4f  (%d hypersteps, %d moved)  -> %s",
         cfg.name, cfg.seed, last["train_loss"], last["val_loss"], last["test_loss"],
         result["hypersteps"], result["moved"], folder,
     )  # fmt: skip
     return float(last["val_loss"])
-
-
-def start_wandb(cfg: DictConfig, folder: Path, trackers: list[Any], run_id: str | None) -> list[WandB]:
-    """Start a W&B run for each W&B tracker, with this run's name and folder unless the config says otherwise."""
-    defaults = {"name": f"{cfg.name}/seed={cfg.seed}", "group": cfg.name, "directory": folder, "id": run_id}
-    boards = []
-    for tracker in trackers:
-        if isinstance(tracker, WandB):
-            blank = {key: value for key, value in defaults.items() if getattr(tracker, key) is None}
-            boards.append(replace(tracker, **blank))
-            boards[-1].start(OmegaConf.to_container(cfg, resolve=True))
-    return boards
 
 
 def progress_bar(visible: bool) -> Progress:

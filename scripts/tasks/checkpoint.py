@@ -14,8 +14,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import hoptim
-from hoptim.tracking import JsonLines, WandB
+from hoptim.tracking import Board, JsonLines
 from hoptim.training import files
+from tasks.boards import ids
 from tasks.processes import Processes
 
 log = logging.getLogger("hoptim.train")
@@ -42,7 +43,7 @@ def save_checkpoint(
     problem: hoptim.Problem,
     optimizer: hoptim.BilevelOptimizer,
     outer_step: int,
-    boards: list[WandB],
+    boards: list[Board],
     processes: Processes,
 ) -> None:
     """Write everything that the rest of the run depends on, as tensors and plain values."""
@@ -55,7 +56,7 @@ def save_checkpoint(
         "model": problem.model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": generators,
-        "wandb_id": boards[0].start().id if boards else None,
+        "boards": ids(boards),
     }
     with open(path.with_name("metrics.jsonl"), "rb") as rows:
         os.fsync(rows.fileno())  # a resumed run needs the rows up to its checkpoint
