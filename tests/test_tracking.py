@@ -89,6 +89,8 @@ def test_wandb_hook_logs_each_figure_of_a_hyperstep_once_and_defines_its_axis(tm
     assert {section: run["axes"][f"{section}/*"] for section in axes} == axes
     last = run["history"][-1]
     assert sum(last["hyperparameters/decay/values"]) == 1
+    (value,) = optimizer.record.hyperparameters["decay"].tolist()
+    assert [last[f"hyperparameters/decay/{key}"] for key in ("min", "median", "max")] == pytest.approx([value] * 3)
 
 
 def test_an_abandoned_run_is_marked_failed_and_the_next_is_another(tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ pictures and files at the end. None of them ever stops a training: what fails is
 # What a dashboard shows
 
 Each figure is logged once, as `metrics/…` (losses and accuracies), `hypergradient/…` (status, residual, cosine to the one
-before, standard error, norms) or `cost/…` (seconds, products), and each histogram as `hyperparameters/<name>`.
+before, standard error, norms) or `cost/…` (seconds, products). Hyperparameters have histograms, `hyperparameters/<name>`,
+and quantiles, such as `hyperparameters/<name>/median`; TensorBoard has the histograms alone, MLflow the quantiles alone.
 `scripts/dashboard` makes a workspace or a report of W&B's from these names, or a page of HTML that needs no service.
 
 # Go on with a run

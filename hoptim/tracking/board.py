@@ -27,6 +27,7 @@ AXES = {
 }
 LEVELS = {"ok": 0, "remark": 1, "failed": 2}
 HYPERGRADIENT = {"moved", "status", "detail", "residual", "step_size", "cosine_to_last", "standard_error"}
+QUANTILES = {"min": 0.0, "quantile_0.05": 0.05, "median": 0.5, "quantile_0.95": 0.95, "max": 1.0}
 STEPS = {"inner_step", "outer_step", "hyper_step"}
 B = TypeVar("B", bound="Board")
 
@@ -119,6 +120,18 @@ def finite_values(value: Tensor) -> np.ndarray[Any, Any]:
     """The finite entries of a tensor, for a histogram."""
     flat = value.detach().float().cpu().flatten()
     return flat[flat.isfinite()].numpy()
+
+
+def quantiles(name: str, value: Tensor) -> dict[str, float]:
+    """Five quantiles of a hyperparameter's entries, as figures: by them runs can be compared, which histograms do not allow.
+
+    >>> import torch
+    >>> quantiles("decay", torch.tensor([1.0, 2.0, 3.0]))["hyperparameters/decay/median"]
+    2.0
+    """
+    values = finite_values(value)
+    found = np.quantile(values, list(QUANTILES.values())).tolist() if len(values) else []
+    return {f"hyperparameters/{name}/{key}": each for key, each in zip(QUANTILES, found, strict=False)}
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hoptim.linalg.vectors import Tree
-from hoptim.tracking.board import Board, figures, finite_values, flat, require, steps, warn_of_failures
+from hoptim.tracking.board import Board, figures, flat, quantiles, require, steps, warn_of_failures
 
 PARAMETERS, METRICS = 100, 1000  # how many MLflow takes at once
 LENGTH = 500  # of a parameter's value, the least that a version of MLflow allows
-QUANTILES = {"min": 0.0, "quantile_0.05": 0.05, "median": 0.5, "quantile_0.95": 0.95, "max": 1.0}
 
 
 @dataclass(kw_only=True)
@@ -88,9 +85,7 @@ class MLflow(Board):
             return
         values = {name: float(value) for name, value in figures(row).items() if not isinstance(value, str)}
         for name, value in (hyperparameters or {}).items() if self.histograms else ():
-            if len(entries := finite_values(value)):
-                found = np.quantile(entries, list(QUANTILES.values()))
-                values |= {f"hyperparameters/{name}/{key}": float(q) for key, q in zip(QUANTILES, found, strict=True)}
+            values |= quantiles(name, value)
         _open[self] = None
         with warn_of_failures("MLflow"):
             _log_metrics(session, values | steps(row), row["inner_step"])

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import numpy as np
 
 from hoptim.linalg.vectors import Tree
-from hoptim.tracking.board import AXES, Board, figures, finite_values, steps, warn_of_failures
+from hoptim.tracking.board import AXES, Board, figures, finite_values, quantiles, steps, warn_of_failures
 
 MODES = ("online", "offline", "disabled", "shared")
 TAG_LENGTH = 64  # W&B's own limit
@@ -24,7 +24,7 @@ TAG_LENGTH = 64  # W&B's own limit
 
 @dataclass(frozen=True, kw_only=True)
 class WandB(Board):
-    """Weights & Biases: the figures of each hyperstep, and a histogram of each hyperparameter.
+    """Weights & Biases: the figures of each hyperstep, a histogram and quantiles of each hyperparameter.
 
     It logs to the open run, or opens one: offline unless ``mode`` or ``WANDB_MODE`` says otherwise. Without an account or a
     network it warns and goes on offline; it never stops a training. Each figure is there once, as ``metrics/…``,
@@ -40,7 +40,7 @@ class WandB(Board):
         id: the id of a run to continue; ``None`` for a new one.
         directory: where W&B keeps its files; ``None`` for its own default.
         mode: ``online``, ``offline``, ``disabled`` or ``shared``; ``None``: ``WANDB_MODE``, else ``offline``.
-        histograms: log a histogram of every hyperparameter tensor, default true.
+        histograms: log a histogram and five quantiles of every hyperparameter tensor, default true.
 
     Raises:
         ValueError: ``mode`` is none of these.
@@ -85,7 +85,7 @@ class WandB(Board):
         if self.histograms:
             for name, value in (hyperparameters or {}).items():
                 counts = np.histogram(finite_values(value), bins=64)
-                values[f"hyperparameters/{name}"] = wandb.Histogram(np_histogram=counts)
+                values |= {f"hyperparameters/{name}": wandb.Histogram(np_histogram=counts), **quantiles(name, value)}
         run = self.start()
         with _warn_of_failures():
             run.log(values)
