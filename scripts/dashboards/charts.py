@@ -129,40 +129,38 @@ def in_words(name: str) -> str:
 
 
 def spread(rows: Rows, name: str, final: np.ndarray | None) -> go.Figure:
-    """A hyperparameter over time, as quantiles of its entries, and the histogram of its final values beside it."""
-    several = final is not None and final.size > 1
-    chart = make_subplots(
-        cols=2 if several else 1, shared_yaxes=True, horizontal_spacing=0.05, column_widths=[0.8, 0.2] if several else [1.0]
-    )
-    steps = [row["outer_step"] for row in rows]
+    """A hyperparameter over time, as quantiles of its entries, and the histogram of its final values where known."""
     bands = np.array([row["hyperparameters"][name]["quantiles"] for row in rows]).T
-    log = (float(bands.min()), float(bands.max())) if (bands > 0).all() and bands.max() > 3 * bands.min() else None
-    middle = len(bands) // 2
+    several, ended = bool((bands[0] < bands[-1]).any()), final is not None and final.size > 1
+    steps, middle = [row["outer_step"] for row in rows], len(bands) // 2
+    widths = [0.8, 0.2] if ended else [1.0]
+    chart = make_subplots(cols=len(widths), shared_yaxes=True, horizontal_spacing=0.05, column_widths=widths)
     for low in range(middle if several else 0):
         label = f"{QUANTILES[low]:.0%} to {QUANTILES[-1 - low]:.0%}"
         fill = f"rgba(37, 99, 171, {0.12 + 0.12 * low:.2f})"
-        quiet = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "legendgroup": label}
-        chart.add_scatter(x=steps, y=bands[low], showlegend=False, row=1, col=1, **quiet)
-        chart.add_scatter(x=steps, y=bands[-1 - low], fill="tonexty", fillcolor=fill, name=label, row=1, col=1, **quiet)
-    look = {"color": COLOURS[0], "width": 2}
-    label = "median" if several else "value"
-    chart.add_scatter(x=steps, y=bands[middle], name=label, line=look, mode="lines", hovertemplate="%{y:.4g}", row=1, col=1)
+        quiet = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "legendgroup": label, "row": 1, "col": 1}
+        chart.add_scatter(x=steps, y=bands[low], showlegend=False, **quiet)
+        chart.add_scatter(x=steps, y=bands[-1 - low], fill="tonexty", fillcolor=fill, name=label, **quiet)
+    look = {"line": {"color": COLOURS[0], "width": 2}, "mode": "lines", "hovertemplate": "%{y:.4g}", "row": 1, "col": 1}
+    chart.add_scatter(x=steps, y=bands[middle], name="median" if several else "value", **look)
+    low, high = (float(bands.min()), float(bands.max())) if several else (bands[middle].min(), bands[middle].max())
+    log = (low, high) if high > 3 * low > 0 else None
     figure(chart, x=AXES["outer_step"], y="value", log=log, legend=several)
-    if several:
+    if ended:
         counts, edges = histogram(final, log is not None)
         centres = np.sqrt(edges[:-1] * edges[1:]) if log else (edges[:-1] + edges[1:]) / 2
-        chart.add_scatter(
-            x=counts,
-            y=centres,
-            mode="lines",
-            fill="tozerox",
-            line={"color": COLOURS[0], "width": 1, "shape": "vhv"},
-            name="at the end",
-            showlegend=False,
-            hovertemplate="%{x} entries<extra></extra>",
-            row=1,
-            col=2,
-        )
+        outline = {"color": COLOURS[0], "width": 1, "shape": "vhv"}
+        hover = "%{x} entries<extra></extra>"
+        look = {
+            "mode": "lines",
+            "fill": "tozerox",
+            "line": outline,
+            "showlegend": False,
+            "hovertemplate": hover,
+            "row": 1,
+            "col": 2,
+        }
+        chart.add_scatter(x=counts, y=centres, name="at the end", **look)
         chart.update_xaxes(title="entries at the end", row=1, col=2)
         chart.update_yaxes(title="", row=1, col=2)
     return chart

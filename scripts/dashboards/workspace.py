@@ -13,6 +13,7 @@ import wandb_workspaces.workspaces as ws
 from dashboards import panels
 
 MANY = 24  # hyperparameters shown
+GROUPED = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}  # of runs that the list of runs groups
 REACHED = ("metrics/test_loss", "metrics/val_loss")
 
 
@@ -83,11 +84,7 @@ class Board:
         """What each setting of a sweep reaches, with its standard error over seeds, and all of them beside one another."""
         known = {name for shown in panels.sections(self.names).values() for panel in shown for name in panel.lines.values()}
         reached = [name for name in REACHED if name in known]
-        bars = [
-            wr.BarPlot(title=f"Final {in_words(name)}", metrics=[name], groupby=wr.Metric("JobType"), groupby_aggfunc="mean",
-                       groupby_rangefunc="stderr")
-            for name in reached
-        ]  # fmt: skip
+        bars = [wr.BarPlot(title=f"Final {in_words(name)}", metrics=[name], **GROUPED) for name in reached]
         columns = [wr.Config(setting) for setting in self.settings] + [wr.SummaryMetric(name) for name in reached]
         parallel = wr.ParallelCoordinatesPlot(
             columns=[wr.ParallelCoordinatesPlotColumn(metric=column) for column in columns]
@@ -115,8 +112,7 @@ def line_plot(panel: panels.Panel) -> wr.LinePlot:
         log_y=panel.log or None,
         range_y=panel.limits or (None, None),
         plot_type="stacked-area" if panel.stacked else "line",
-        groupby_aggfunc="mean",
-        groupby_rangefunc="stderr",
+        **GROUPED,
     )
 
 

@@ -226,6 +226,9 @@ def test_what_a_dry_run_prints_is_what_is_sent(monkeypatch, kind):
     from wandb_workspaces.reports.v2 import interface
     from wandb_workspaces.workspaces import internal
 
+    if not hasattr(internal, "execute_graphql"):
+        pytest.skip("this version of wandb-workspaces sends in another way")
+
     class Api:
         default_entity = "me"
 

@@ -96,6 +96,18 @@ def test_the_wandb_run_reads_back(finished):
             assert digest == b64encode(md5((finished / name).read_bytes()).digest()).decode()
 
 
+def test_the_runs_of_a_sweep_are_grouped_and_tagged(tmp_path):
+    options = ("outer_steps=1", "inner_steps=2", "task.hidden=4", "plots=false")
+    train("-m", f"root={tmp_path / 'study'}", "seed=0,1", "outer.lr=0.01", *options)
+    runs = [read_finished(path) for path in tmp_path.rglob("wandb/offline-run-*/*.wandb")]
+    assert {run["group"] for run in runs} == {"study"}
+    (kind,) = {run["job_type"] for run in runs}
+    overrides = {"inner_steps=2", "outer.lr=0.01", "outer_steps=1", "task.hidden=4"}
+    assert set(kind.split("/")) == {"iris", *overrides}
+    assert sorted(sorted(set(run["tags"]) - overrides) for run in runs) == [["iris", "seed=0"], ["iris", "seed=1"]]
+    assert {run["name"] for run in runs} == {"iris/seed=0", "iris/seed=1"}
+
+
 @pytest.mark.parametrize("mode", ["online", "disabled"])
 def test_wandb_without_account_or_network_never_stops_a_run(tmp_path, mode):
     train(f"hydra.run.dir={tmp_path}", *SHORT, "plots=false", WANDB_MODE=mode, WANDB_BASE_URL="http://127.0.0.1:9")
