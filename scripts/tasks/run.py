@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hoptim
 from hoptim.problem.hyperparameters import outer_adam
-from hoptim.tracking import WandB
+from hoptim.tracking import Board
 from tasks.processes import Processes
 from tasks.task import Task, TrainingBatches, batches_of
 
@@ -61,7 +61,7 @@ class Run:
             hypergradient=instantiate(cfg.hoptim.method),
             every=cfg.every if cfg.learn else None,
             warmup=cfg.warmup,
-            hooks=[records.append, *(tracker for tracker in trackers if not isinstance(tracker, WandB))],
+            hooks=[records.append, *(tracker for tracker in trackers if not isinstance(tracker, Board))],
         )
         return cls(
             cfg=cfg, task=task, parts=parts, processes=processes, problem=problem, optimizer=optimizer,
