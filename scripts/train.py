@@ -62,9 +62,9 @@ def baselines(cfg: DictConfig) -> dict[str, DictConfig]:
     """The config of each plain training that the picture of the losses shows beside this one."""
     found = {}
     for label, changes in cfg.baselines.items() if cfg.plots else ():
-        own = OmegaConf.merge(
-            cfg, {"learn": False, "retrain": False}, changes, {"name": label, "plots": False, "hyperparameters": None}
-        )
+        fixed = {"name": label, "plots": False, "hyperparameters": None}
+        with open_dict(cfg):  # a change may add a recipe
+            own = OmegaConf.merge(cfg, {"learn": False, "retrain": False}, changes, fixed)
         with open_dict(own):
             own.hoptim.tracker, own.baselines = None, {}
         found[label] = own
