@@ -21,6 +21,8 @@ def start(cfg: DictConfig, folder: Path, trackers: Sequence[Any], ids: Mapping[s
     What the config leaves open is filled in: a name; the sweep as group, by the folder of its results; as type of job what
     runs that differ only in the seed have in common; the experiment, the seed and each override as tags; the run's folder.
     """
+    if not any(isinstance(tracker, Board) for tracker in trackers):
+        return []
     job, sweep = HydraConfig.get().job, HydraConfig.get().mode == RunMode.MULTIRUN
     overrides = [part for part in job.override_dirname.split("/") if part]
     filling = {
