@@ -32,10 +32,12 @@ def start(cfg: DictConfig, folder: Path, trackers: Sequence[Any], ids: Mapping[s
         "tags": [cfg.name, f"seed={cfg.seed}", *overrides],
         "directory": folder,
     }
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    config.pop("baselines", None)  # other trainings, whose settings would be taken for this one's
     for tracker in trackers:
         if isinstance(tracker, Board):
             _open.append(tracker.filled(**filling, id=ids.get(type(tracker).__name__)))
-            _open[-1].start(OmegaConf.to_container(cfg, resolve=True))
+            _open[-1].start(config)
     return list(_open)
 
 
