@@ -37,6 +37,7 @@ class Classification(Task):
         val: how many validate.
         test: how many test; default all that are left.
         root: the folder of torchvision's data sets.
+        balanced: whether as many of each class train.
         recipes: by name, functions that make them; conf/hoptim/recipe has one for each. One that is null is left out, so
             that a baseline can do without what the experiment has.
         decay: a fixed weight decay of all weights, beside the recipes.
@@ -44,6 +45,7 @@ class Classification(Task):
         wrong_labels: the share of wrong labels in the training part; a list deals that part into as many sources, each
             with a share of its own, for domain_weights.
         join: train on the training and the validation part together; validation figures then mean nothing.
+        device: where the data, the model and the recipes are, such as cuda.
     """
 
     data: str
@@ -52,11 +54,13 @@ class Classification(Task):
     val: int
     test: int | None = None
     root: str = "data"
-    recipes: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
+    balanced: bool = False
+    recipes: Mapping[str, Callable[..., nn.Module] | None] = field(default_factory=dict)
     decay: float = 0.0
     gate_price: float = 0.0
     wrong_labels: Any = 0.0
     join: bool = False
+    device: str = "cpu"
 
     places: ClassVar[frozenset[str]] = frozenset((*OF_LOGITS, *OF_LAYERS, *OF_EXAMPLES, *OF_INPUTS, *PENALTIES, *OF_STEPS))
 
@@ -79,7 +83,7 @@ class Classification(Task):
     def setup(self, seed: int) -> dict[str, Tensor]:
         """Draw the examples, number them train, val, test, and standardise by the training part."""
         found = sets.read(self.data, self.root)
-        drawn = sets.split(found, self.train, self.val, self.test, seed)
+        drawn = sets.split(found, self.train, self.val, self.test, seed, self.balanced)
         numbers = torch.arange(sum(map(len, drawn.values()))).split([len(part) for part in drawn.values()])
         parts, used = dict(zip(drawn, numbers, strict=True)), torch.cat(list(drawn.values()))
         self.x, self.y, self.classes = (
@@ -94,14 +98,15 @@ class Classification(Task):
             self.y = sets.with_wrong_labels(self.y, own, share, self.classes, seed)
         if self.join:
             parts["train"] = torch.cat([parts["train"], parts["val"]])
+        self.x, self.y, self.source = (tensor.to(self.device) for tensor in (self.x, self.y, self.source))
         self.shares, self.parts = shares, parts
         return parts
 
     def model(self) -> nn.Module:
-        return self.model_of(tuple(self.x.shape[1:]), self.classes)
+        return self.model_of(tuple(self.x.shape[1:]), self.classes).to(self.device)
 
     def hparams(self, model: nn.Module) -> nn.Module:
-        return nn.ModuleDict({name: self.made(name, model) for name in self.recipes})
+        return nn.ModuleDict({name: self.made(name, model) for name in self.recipes}).to(self.device)
 
     def made(self, name: str, model: nn.Module) -> nn.Module:
         """A recipe, from what it needs of this task."""
