@@ -1,9 +1,9 @@
 """Compares the recipes' experiments with the plain trainings beside them: ``python scripts/recipes.py runs/recipes``.
 
 It reads what ``python scripts/train.py -m experiment=recipes/gate,recipes/dropout seed=range(10,13)`` and the like have
-written. For each experiment and each of its baselines it prints the test loss and accuracy of the last model (the retrained
-one, where there is one), the difference of the learned one to it, paired by seed, and the cost in plain trainings. It draws
-recipes.png: how the learned one compares with each baseline, in per cent of the test loss. A star is at the best baseline.
+written. For each experiment it prints the test loss of the last model (the retrained one, where there is one), the baseline
+with the lowest test loss, the difference to it, paired by seed, both accuracies, the test losses of the other baselines, and
+the cost in plain trainings. It draws recipes.png: how many times each baseline's test loss the learned one's is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from compare import mean_error, pair
 
@@ -67,58 +66,72 @@ def paired(learned: Finals, other: Finals) -> tuple[list[float], list[float]]:
     return [a - b for a, b in pairs], [math.log(a / b) for a, b in pairs]
 
 
-def lines(name: str, rows: Mapping[str, Finals]) -> list[list[str]]:
-    """The cells of the table for one experiment; the baseline with the lowest mean loss has a star."""
+def best_of(rows: Mapping[str, Finals]) -> str:
+    """The baseline with the lowest mean test loss, which is more than a user would know."""
+    means = {label: mean_error([one.loss for one in row.values()])[0] for label, row in rows.items() if label != "learned"}
+    return min(means, key=means.__getitem__, default="")
+
+
+def line(name: str, rows: Mapping[str, Finals]) -> list[str]:
+    """The cells of the table for one experiment: the learned one, the best baseline, and the loss of the others."""
     losses = {label: mean_error([one.loss for one in row.values()]) for label, row in rows.items()}
-    best = min((label for label in rows if label != "learned"), key=lambda label: losses[label][0], default="")
-    cells = []
-    for label, row in rows.items():
-        less = paired(rows["learned"], row)[0]
-        wins = f"({sum(d < 0 for d in less)} of {len(less)})"
-        ahead = "" if label == "learned" else f"{pair(mean_error(less), '{:+.3f}')} {wins}"
-        accuracy, cost = (mean_error([getattr(one, figure) for one in row.values()])[0] for figure in ("accuracy", "cost"))
-        star = " *" if label == best else ""
-        cells.append([name, label + star, pair(losses[label], "{:.3f}"), ahead, f"{accuracy:.3f}", f"{cost:.1f}"])
-        name = ""
-    return cells
+    learned, best = rows["learned"], best_of(rows)
+    cost = mean_error([one.cost for one in learned.values()])[0]
+    if not best:
+        return [name, pair(losses["learned"], "{:.3f}"), "", "", "", "", f"{cost:.1f}"]
+    less = paired(learned, rows[best])[0]
+    ahead = f"{pair(mean_error(less), '{:+.3f}')} ({sum(d < 0 for d in less)} of {len(less)})"
+    accuracies = [mean_error([one.accuracy for one in row.values()])[0] for row in (learned, rows[best])]
+    others = [f"{label} {loss[0]:.3f}" for label, loss in losses.items() if label not in ("learned", best)]
+    return [
+        name, pair(losses["learned"], "{:.3f}"), f"{best} {losses[best][0]:.3f}", ahead,
+        " and ".join(f"{accuracy:.3f}" for accuracy in accuracies), "; ".join(others), f"{cost:.1f}",
+    ]  # fmt: skip
 
 
 def draw(found: Mapping[str, Mapping[str, Finals]], path: Path) -> None:
-    """A row of points for each experiment: the learned one's test loss against each baseline's."""
+    """A row for each baseline: how many times its test loss the learned one's is; filled for the best baseline."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
     bars = [
-        (name, label, mean_error(paired(rows["learned"], row)[1]))
+        (name, label, label == best_of(rows), mean_error(paired(rows["learned"], rows[label])[1]))
         for name, rows in found.items()
-        for label, row in rows.items()
+        for label in rows
         if label != "learned"
     ]
-    figure, axis = plt.subplots(figsize=(9, 0.6 + 0.24 * len(bars)), layout="constrained")
-    for place, (_, _, (mean, error)) in enumerate(bars):
-        ends = [100 * math.expm1(mean + sign * (error or 0.0)) for sign in (-1, 1)]
-        axis.plot(ends, [place, place], color="C0", linewidth=3, alpha=0.4)
-        axis.plot([100 * math.expm1(mean)], [place], "o", color="C0", markersize=5)
-    names = [name if i == 0 or bars[i - 1][0] != name else "" for i, (name, _, _) in enumerate(bars)]
-    labels = [f"{name}:  {bar[1]}" if name else bar[1] for name, bar in zip(names, bars, strict=True)]
-    axis.set_yticks(range(len(bars)), labels)
-    for place, name in enumerate(names):
-        if name and place:
+    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.23 * len(bars)), layout="constrained")
+    labels = []
+    for place, (name, label, is_best, (mean, error)) in enumerate(bars):
+        axis.plot(
+            [math.exp(mean + sign * (error or 0.0)) for sign in (-1, 1)], [place] * 2, color="C0", linewidth=3, alpha=0.4
+        )
+        axis.plot([math.exp(mean)], [place], "o", color="C0", markersize=5, markerfacecolor="C0" if is_best else "white")
+        is_first = not place or bars[place - 1][0] != name
+        labels.append(f"{name}:  {label}" if is_first else label)
+        if is_first and place:
             axis.axhline(place - 0.5, color="0.85", linewidth=0.8)
-    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(bars)), labels)
+    axis.axvline(1, color="black", linewidth=0.8)
     axis.invert_yaxis()
-    axis.set(xlabel="test loss of the learned one against this baseline, % (left: learned is better)")
+    axis.set(
+        xscale="log", xlabel="test loss, learned over baseline (left of 1: learned is better; filled: the best baseline)"
+    )
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_xticks([0.1, 0.2, 0.5, 1, 2])
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(axis="x", alpha=0.25)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def show(table: Sequence[Sequence[Any]]) -> None:
+def show(table: Sequence[Sequence[str]]) -> None:
     """Print it as Markdown."""
-    print("| experiment | | test loss | learned minus it | accuracy | cost |\n|---|---|---|---|---|---|")
-    for cells in table:
+    columns = ["", "learned", "best baseline", "learned minus it", "accuracies", "other baselines", "cost"]
+    for cells in [columns, ["---"] * len(columns), *table]:
         print(f"| {' | '.join(cells)} |")
 
 
@@ -129,7 +142,7 @@ def main() -> None:
     found = read(root)
     if not found:
         raise SystemExit(f"no finished experiment below {root}: run scripts/train.py experiment=recipes/dropout first")
-    show([cells for name, rows in found.items() for cells in lines(name, rows)])
+    show([line(name, rows) for name, rows in found.items()])
     if any(len(rows) > 1 for rows in found.values()):
         draw(found, root / "recipes.png")
         print(f"wrote {root / 'recipes.png'}")

@@ -134,7 +134,7 @@ def finish(run: Run, folder: Path, rows: list[dict[str, Any]], boards: list[Boar
     if cfg.plots:
         from tasks import plots
 
-        images = {path.stem: path for path in plots.of_run(run, rows, folder)}
+        images = {path.stem: path for path in plots.of_run(run, rows, folder, measured.get("retrained_test_loss"))}
     write_atomically(folder / "result.json", json.dumps(result, indent=2).encode() + b"\n")
     running.finish(boards, result, {f"plots/{name}": path for name, path in images.items()}, folder / VALUES)
     figures = "  ".join(f"{name} {measured[f'{name}_loss']:.4f}" for name in run.parts)

@@ -105,4 +105,5 @@ def test_every_group_of_strategies_is_a_public_name():
         for target in lines:
             module, _, name = target.rpartition(".")
             public = {"hoptim": hoptim.__all__, "hoptim.recipes": hoptim.recipes.__all__, "hoptim.tracking": dir(tracking)}
-            assert name in public[module], target
+            others = {"torch": ["tensor"], "hydra.utils": ["get_object"]}  # what a recipe's values are made of
+            assert name in (public | others)[module], target

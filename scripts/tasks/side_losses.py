@@ -34,13 +34,13 @@ class SideLosses(Classification):
     places: ClassVar[frozenset[str]] = frozenset({"loss_weights"})
 
     def model(self) -> nn.Module:
-        return self.model_of(tuple(self.x.shape[1:]), self.classes + TURNS + KINDS)
+        return self.model_of(tuple(self.x.shape[1:]), self.classes + TURNS + KINDS).to(self.device)
 
     def setup(self, seed: int) -> dict[str, Tensor]:
         parts = super().setup(seed)
         if self.x.ndim != 4 or self.x.shape[2] != self.x.shape[3]:
             raise ValueError(f"task.data={self.data!r}: rotations need square images, such as digits")
-        self.random = torch.randint(KINDS, self.y.shape, generator=torch.Generator().manual_seed(seed))
+        self.random = torch.randint(KINDS, self.y.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         return parts
 
     def made(self, name: str, model: nn.Module) -> nn.Module:
@@ -60,7 +60,7 @@ class SideLosses(Classification):
         of_class, _, of_random = plain.split([self.classes, TURNS, KINDS], dim=1)
         found = {
             "class": F.cross_entropy(of_class, self.y[batch]),
-            "rotation": F.cross_entropy(turned[:, self.classes : self.classes + TURNS], batch % TURNS),
+            "rotation": F.cross_entropy(turned[:, self.classes : self.classes + TURNS], (batch % TURNS).to(self.device)),
             "random": F.cross_entropy(of_random, self.random[batch]),
         }
         return hparams["loss_weights"].sum(found)

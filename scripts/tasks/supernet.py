@@ -81,12 +81,12 @@ class Search(Classification):
                 raise ValueError(f"task.fixed has {name}: {option}, which is none of its choices: {known}")
 
     def model(self) -> nn.Module:
-        return Supernet(self.x.shape[1], self.classes, self.width, self.fixed)
+        return Supernet(self.x.shape[1], self.classes, self.width, self.fixed).to(self.device)
 
     def final_model(self, hparams: nn.Module) -> nn.Module:
         """A new net of the most probable options alone."""
         chosen = {name: choice.harden()[0] for name, choice in hparams["categorical"].items()}
-        return Supernet(self.x.shape[1], self.classes, self.width, chosen | dict(self.fixed))
+        return Supernet(self.x.shape[1], self.classes, self.width, chosen | dict(self.fixed)).to(self.device)
 
     def made(self, name: str, model: nn.Module) -> nn.Module:
         return nn.ModuleDict({choice: self.recipes[name](options) for choice, options in OPTIONS.items()})

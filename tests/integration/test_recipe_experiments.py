@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import train
 from hydra import compose, initialize_config_dir
 from jobs import ROOT
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tasks import data, folds, models, schema
 from tasks.calibration import Calibration
 from tasks.classification import Classification
@@ -444,9 +445,31 @@ def test_the_table_pairs_by_seed_and_takes_the_retrained_model(tmp_path) -> None
         write(f"recipes/gate/seed={seed}/baselines/none", test_loss=2 * other, test_accuracy=0.7)
     found = table.read(tmp_path)
     assert list(found) == ["gate"]
-    assert table.lines("gate", found["gate"]) == [
-        ["gate", "all *", "0.400 ± 0.200", "+0.000 ± 0.100 (1 of 2)", "0.800", "1.0"],
-        ["", "none", "0.800 ± 0.400", "-0.400 ± 0.300 (2 of 2)", "0.700", "1.0"],
-        ["", "learned", "0.400 ± 0.100", "", "0.900", "3.5"],
-    ]
+    differing = "0.400 ± 0.100", "all 0.400", "+0.000 ± 0.100 (1 of 2)", "0.900 and 0.800", "none 0.800", "3.5"
+    assert table.line("gate", found["gate"]) == ["gate", *differing]
     assert table.paired(found["gate"]["learned"], found["gate"]["all"])[1] == pytest.approx([math.log(5 / 6), math.log(1.5)])
+
+
+def test_the_picture_has_the_retrained_loss_and_no_validation_loss_of_what_trains_on_it(tmp_path, monkeypatch) -> None:
+    from tasks import plots
+
+    def rows(loss: float) -> list[dict[str, Any]]:
+        figures = {f"{part}_loss": loss for part in ("train", "val", "test")}
+        spread = {"a": {"quantiles": [1.0] * len(plots.QUANTILES)}}
+        return [{"outer_step": step, **figures, "hyperparameters": spread} for step in (1, 2)]
+
+    baselines = {"joined": {"task": {"join": True}}, "plain": {}}
+    for label, loss in {"joined": 0.01, "plain": 0.9}.items():
+        folder = tmp_path / "baselines" / label
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(loss)))
+    task = SimpleNamespace(loss_name="loss", draw=lambda problem, folder: [])
+    run: Any = SimpleNamespace(cfg=OmegaConf.create({"name": "own", "baselines": baselines}), task=task, problem=None)
+    figures: dict[str, Any] = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.update({path.name: figure}))
+    plots.of_run(run, rows(0.5), tmp_path, 0.25)
+    shown = [{line.get_label(): float(line.get_ydata()[-1]) for line in axis.lines} for axis in figures["curves.png"].axes]
+    assert shown[0] == {"own": 0.5, "joined": 0.01, "plain": 0.9}
+    assert {label: loss for label, loss in shown[1].items() if not math.isnan(loss)} == {"own": 0.5, "plain": 0.9}
+    assert shown[2] == {"own": 0.5, "joined": 0.01, "plain": 0.9, "retrained": 0.25}
+    assert figures["curves.png"].axes[1].get_ylim()[1] > 0.9  # the joined one's loss does not cut the panel
