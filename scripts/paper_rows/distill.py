@@ -35,7 +35,7 @@ def draw(found: Found, folder: Path) -> None:
 def rows(data: str, name: str, pixels: str) -> list[Row]:
     """The learned images, and the two plain trainings beside them; the unit of cost is the training on all."""
     run = f"paper_distill/**/task.data={data}/seed=*"
-    everything, few = (f"{run}/baselines/{label}" for label in ("49,000 real images", "one real image a class"))
+    everything, few = (f"{run}/baselines/{label}" for label in ("all_real_images", "one_real_image_a_class"))
     return [
         Row(
             label=f"{name}, one learned image a class ({pixels} pixels)", paper="images, no accuracy", runs=run,
