@@ -28,7 +28,7 @@ def draw(found: Found, folder: Path) -> None:
             axis.imshow(shown.expand(*shown.shape[:2], 3))
             axis.set(xticks=[], yticks=[])
         axes[down][0].set_ylabel(label.partition(",")[0])
-    figure.savefig(folder / "paper_distill.png", dpi=90)
+    figure.savefig(folder / "paper_distill.png", dpi=66)
     plt.close(figure)
 
 
