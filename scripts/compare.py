@@ -117,7 +117,7 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
                 continue
             entries[label]["trainings"] *= searched
             groups[label] = best
-            draw({run.group: groups[run.group] for run in members}, root / f"compare_{name}.png")
+            draw({run.group: groups[run.group] for run in members}, root / f"compare_{name.replace('/', '_')}.png")
     if against is not None:
         if against not in groups:
             raise ValueError(f"against={against!r} is not a row: the rows are {sorted(groups)}")
@@ -136,7 +136,10 @@ def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
     """Draw the curves of all groups in one picture, as in the blog post."""
     from tasks import plots
 
-    curves = {label: [run.rows for run in runs if run.result["status"] == "finished"] for label, runs in groups.items()}
+    curves = {
+        label: [run.rows for run in runs if run.result["status"] == "finished" and "test_loss" in run.rows[-1]]
+        for label, runs in groups.items()
+    }  # by cross-validation there is no test loss before the end
     if any(curves.values()):
         plots.compared({label: rows for label, rows in curves.items() if rows}, path)
 

@@ -15,7 +15,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tasks import boards as running
@@ -62,10 +62,11 @@ def baselines(cfg: DictConfig) -> dict[str, DictConfig]:
     """The config of each plain training that the picture of the losses shows beside this one."""
     found = {}
     for label, changes in cfg.baselines.items() if cfg.plots else ():
-        fixed = {"name": label, "plots": False, "hyperparameters": None}
-        with open_dict(cfg):  # a change may add a recipe
-            own = OmegaConf.merge(cfg, {"learn": False, "retrain": False}, changes, fixed)
-        with open_dict(own):
+        own = cfg.copy()
+        with open_dict(own):  # a baseline may have recipes that the experiment has not
+            own.merge_with(
+                {"learn": False, "retrain": False}, changes, {"name": label, "plots": False, "hyperparameters": None}
+            )
             own.hoptim.tracker, own.baselines = None, {}
         found[label] = own
     return found

@@ -21,6 +21,8 @@ def start(cfg: DictConfig, folder: Path, trackers: Sequence[Any], ids: Mapping[s
     What the config leaves open is filled in: a name; the sweep as group, by the folder of its results; as type of job what
     runs that differ only in the seed have in common; the experiment, the seed and each override as tags; the run's folder.
     """
+    if not any(isinstance(tracker, Board) for tracker in trackers):
+        return []
     job, sweep = HydraConfig.get().job, HydraConfig.get().mode == RunMode.MULTIRUN
     overrides = [part for part in job.override_dirname.split("/") if part]
     filling = {
@@ -30,10 +32,12 @@ def start(cfg: DictConfig, folder: Path, trackers: Sequence[Any], ids: Mapping[s
         "tags": [cfg.name, f"seed={cfg.seed}", *overrides],
         "directory": folder,
     }
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    config.pop("baselines", None)  # other trainings, whose settings would be taken for this one's
     for tracker in trackers:
         if isinstance(tracker, Board):
             _open.append(tracker.filled(**filling, id=ids.get(type(tracker).__name__)))
-            _open[-1].start(OmegaConf.to_container(cfg, resolve=True))
+            _open[-1].start(config)
     return list(_open)
 
 

@@ -66,6 +66,7 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
         hooks=[*plain, *boards],
     ).fit(train, checkpoint=folder / "fit.pt")
     rows = [{"outer_step": row["hyper_step"], **row} for row in found.history]
+    rows[-1]["trainings"] = found.cost
     measured = {
         "val_loss": rows[-1]["val_loss"],
         **measure(task, found.model, hparams, {"train": joined, "test": parts["test"]}),

@@ -78,6 +78,8 @@ class Run:
 
     def advance(self) -> float:
         """The inner steps of one row; returns the seconds they took, hypersteps included."""
+        done = self.optimizer.inner_steps / (self.outer_steps * self.cfg.inner_steps)
+        self.task.progress(self.problem.hparams, done)
         begun = time.perf_counter()
         steps(self.optimizer, self.batches, self.cfg.inner_steps, self.scheduler)
         return time.perf_counter() - begun
@@ -91,7 +93,7 @@ class Run:
             steps(optimizer, batches_for(cfg, examples, self.processes), count, scheduler_for(cfg, optimizer))
 
         def make() -> nn.Module:
-            return self.processes.wrapped(self.task.model())
+            return self.processes.wrapped(self.task.final_model(self.problem.hparams))
 
         def inner(model: nn.Module) -> torch.optim.Optimizer:
             return instantiate(cfg.inner)(model.parameters())
