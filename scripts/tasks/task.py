@@ -62,6 +62,10 @@ class Task(ABC):
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         """Means over a batch: ``loss``, and what else is of interest. The model is in evaluation mode."""
 
+    def of_means(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Figures that follow from the means over a whole part, such as a perplexity."""
+        return {}
+
     def draw(self, problem: hoptim.Problem, folder: Path) -> list[Path]:
         """Pictures of what was learned, beside those of every task."""
         return []
@@ -98,15 +102,16 @@ def batches_of(examples: Tensor, size: int | None) -> Shuffled | list[Tensor]:
 
 @torch.no_grad()
 def measure(task: Task, model: nn.Module, hparams: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """The task's figures on each part of the data: means over its examples, such as ``test_loss``."""
+    """The task's figures on each part of the data: means over its examples, such as ``test_loss``, and what follows."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     measured = {}
     for name, examples in parts.items():
+        means: dict[str, float] = {}
         for batch in examples.split(CHUNK):
             for figure, value in task.figures(model, hparams, batch).items():
-                share = float(value) * (len(batch) / len(examples))
-                measured[f"{name}_{figure}"] = measured.get(f"{name}_{figure}", 0.0) + share
+                means[figure] = means.get(figure, 0.0) + float(value) * (len(batch) / len(examples))
+        measured |= {f"{name}_{figure}": value for figure, value in {**means, **task.of_means(means)}.items()}
     for part, mode in modes.items():
         part.training = mode
     return measured
