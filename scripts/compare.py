@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import statistics
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from hydra.experimental.callback import Callback
 from rich.console import Console
 from rich.table import Table
 
-FIGURES = ("train_loss", "val_loss", "test_loss", "test_accuracy")
+FIGURES = ("train_loss", "val_loss", "test_loss", "test_accuracy", "retrained_test_loss", "retrained_test_accuracy")
+BEST_OF = ": best of"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Run:
     @property
     def cost(self) -> float:
         """All seconds over the seconds of the inner steps: the cost of learning, in plain trainings."""
-        inner, hyper = (sum(row[f"{kind}_seconds"] for row in self.rows) for kind in ("inner", "hyper"))
+        inner, hyper = (sum(row.get(f"{kind}_seconds", 0) for row in self.rows) for kind in ("inner", "hyper"))
         return (inner + hyper) / inner if inner else math.nan
 
 
@@ -58,7 +61,8 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     done = [run for run in runs if run.result["status"] == "finished"]
     entry: dict[str, Any] = {"runs": len(done), "failed": len(runs) - len(done)}
     if done:
-        entry |= {figure: mean_error([run.result[figure] for run in done]) for figure in FIGURES}
+        known = [figure for figure in FIGURES if all(figure in run.result for run in done)]
+        entry |= {figure: mean_error([run.result[figure] for run in done]) for figure in known}
         entry["trainings"] = statistics.mean(run.cost for run in done)
         entry["moved"] = [sum(run.result[key] for run in done) for key in ("moved", "hypersteps")]
     return entry
@@ -102,7 +106,7 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
     for name, members in names.items():
         if (searched := len({run.group for run in members})) > 1:
             best = chosen(members)
-            label = f"{name}: best of {searched} by validation"
+            label = f"{name}{BEST_OF} {searched} by validation"
             entries[label] = summary(best)
             if not best:
                 continue
@@ -116,9 +120,10 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
             entries[label]["less"] = difference(members, groups[against])
     (root / "compare.json").write_text(json.dumps(entries, indent=2) + "\n")
     searched = {name for name, members in names.items() if len({run.group for run in members}) > 1}
-    shown = {label: runs for label, runs in groups.items() if runs[0].name not in searched or ": best of" in label}
+    shown = {label: runs for label, runs in groups.items() if runs[0].name not in searched or BEST_OF in label}
     draw(shown, root / "compare.png")
     show(entries)
+    show_failures(runs)
     return entries
 
 
@@ -139,29 +144,56 @@ def pair(figure: tuple[float, float | None] | None, form: str) -> str:
     return form.format(mean) + ("" if error is None else f" ± {error:.3f}")
 
 
+def differing(labels: Sequence[str]) -> dict[str, str]:
+    """Each label without the overrides that all folders of runs have in common.
+
+    >>> differing(["a/steps=4/lr=1", "a/steps=4/lr=2"])
+    {'a/steps=4/lr=1': 'a/lr=1', 'a/steps=4/lr=2': 'a/lr=2'}
+    """
+    parts = {label: label.split("/") for label in labels if BEST_OF not in label}
+    common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
+    shared = {part for part in common if "=" in part}
+    return {label: "/".join(part for part in label.split("/") if part not in shared) for label in labels}
+
+
 def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the table."""
     paired = any(entry.get("less") for entry in entries.values())
-    columns = [*(figure.replace("_", " ") for figure in FIGURES), "trainings", "moved", *(["paired difference"] * paired)]
+    figures = [figure for figure in FIGURES if any(figure in entry for entry in entries.values())]
+    columns = [*(figure.replace("_", " ") for figure in figures), "trainings", "moved", *(["paired difference"] * paired)]
     table = Table("runs of", "n", *columns, box=None)
+    names = differing(list(entries))
     for label, entry in entries.items():
         count = f"{entry['runs']}" + (f" (+{entry['failed']} failed)" if entry["failed"] else "")
-        cells = [pair(entry.get(figure), "{:.3f}") for figure in FIGURES]
+        cells = [pair(entry.get(figure), "{:.3f}") for figure in figures]
         moved = "/".join(map(str, entry["moved"])) if entry.get("moved", [0, 0])[1] else ""
         cells += [f"{entry['trainings']:.2f}" if "trainings" in entry else "", moved]
         cells += [pair(entry.get("less"), "{:+.3f}")] * paired
-        table.add_row(label, count, *cells)
+        table.add_row(names[label], count, *cells)
     console = Console()
     Console(width=console.width if console.is_terminal else 200).print(table)
 
 
+def show_failures(runs: Sequence[Run]) -> None:
+    """Print the failed runs, each with its reason."""
+    for run in runs:
+        if run.result["status"] != "finished":
+            print(f"failed: {run.group} seed {run.seed}: {run.result.get('error', 'no reason is known')}")
+
+
 class CompareRuns(Callback):
-    """A Hydra callback that compares the runs at the end of a sweep."""
+    """A Hydra callback that compares the runs at the end of a sweep, and exits with status 1 if one of its jobs failed."""
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        self.begun = time.time()
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         root = Path(config.hydra.sweep.dir)
         compare(root)
         print(f"wrote {root / 'compare.png'} and {root / 'compare.json'}")
+        written = [path for path in root.rglob("result.json") if path.stat().st_mtime >= self.begun]
+        if any(json.loads(path.read_text())["status"] == "failed" for path in written):
+            sys.exit(1)
 
 
 def main() -> None:

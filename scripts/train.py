@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,7 +34,7 @@ schema.register()
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float:
-    """Run one job; a sweep calls this for each of its jobs."""
+    """Run one job; a sweep calls this for each of its jobs, and goes on after one that fails, whose loss is infinite."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume and (finished := finished_result(cfg, folder)):
         log.info("%s is finished: nothing is run again", folder)
@@ -39,13 +43,17 @@ def main(cfg: DictConfig) -> float:
         for label, own in baselines(cfg).items():
             train(own, folder / "baselines" / label)
         return cross_validate(cfg, folder) if cfg.folds else train(cfg, folder)
-    except ResumeError:
-        raise
     except BaseException as error:
-        failure = {"status": "failed", "name": cfg.name, "seed": cfg.seed, "error": f"{type(error).__name__}: {error}"}
+        if isinstance(error, ResumeError):
+            raise  # the folder's result is of a run that is finished
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        failure = {"status": "failed", "name": cfg.name, "seed": cfg.seed, "error": f"{type(cause).__name__}: {cause}"}
         with suppress(OSError):  # the error may be a full disk
             write_atomically(folder / "result.json", json.dumps(failure).encode() + b"\n")
         WandB().abandon()
+        if HydraConfig.get().mode == RunMode.MULTIRUN and isinstance(error, Exception):
+            log.exception("%s failed: the sweep goes on, and is compared without it", folder)
+            return math.inf
         raise
 
 
@@ -159,4 +167,6 @@ def progress_bar(visible: bool) -> Progress:
 
 
 if __name__ == "__main__":
+    # A sweep's jobs may be processes that submitit starts: they have to find what lies beside this file.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     main()

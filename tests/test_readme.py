@@ -7,20 +7,26 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib.util import find_spec
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from jobs import ROOT, env
+from tasks import schema
 
 import hoptim
 
 FOLDERS = ["hoptim", *(f"hoptim.{found.name}" for found in pkgutil.iter_modules(hoptim.__path__))]
 PAGES = {  # their text, and the folder that their links start from
     "README.md": ((ROOT / "README.md").read_text(), ROOT),
-    "scripts/README.md": ((ROOT / "scripts" / "README.md").read_text(), ROOT / "scripts"),
+    **{
+        f"{folder}/README.md": ((ROOT / folder / "README.md").read_text(), ROOT / folder)
+        for folder in ("scripts", "scripts/examples/public", "scripts/examples/migrating")
+    },
     **{name: (importlib.import_module(name).__doc__, ROOT) for name in FOLDERS},
 }
+UNLISTED = ["hoptim/linalg", "hoptim/validation"]  # in no menu: hoptim.html leads there
 README, _ = PAGES["README.md"]
 
 
@@ -52,7 +58,9 @@ def test_the_readmes_python_runs_and_the_quickstart_which_comes_first_is_short_a
     assert re.sub(pattern, "N", shown) == re.sub(pattern, "N", printed)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in ("README.md", "scripts/examples/migrating/README.md")]
+)
 def test_the_code_of_other_pages_is_doctests_which_pytest_runs(page):
     assert blocks("python", PAGES[page][0]) == []
 
@@ -83,6 +91,9 @@ def test_every_command_names_what_there_is(line):
     overrides = [word.strip("'") for word in words[1:] if "=" in word]
     single = [re.sub(r"=(range\(\d+).*", "=0", re.sub(r"(=[^\[,]+),.*", r"\1", word)) for word in overrides]
     if words[0] in ("scripts/run", "scripts/train.py"):
+        schema.register()
+        if "experiment=iris_optuna" in single and find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+            pytest.skip("hydra-optuna-sweeper is missing")
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             assert compose("train", [word for word in single if "hydra" not in word]).name
 
@@ -135,7 +146,8 @@ def test_the_website_is_whole(tmp_path):
     process = subprocess.run(build, cwd=ROOT, env=env(), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     pages = {path: Links(path.read_text()) for path in tmp_path.rglob("*.html")}
-    ours = {tmp_path / "index.html", tmp_path / "studies.html", *(tmp_path / f"{n.replace('.', '/')}.html" for n in FOLDERS)}
+    names = ["index", "studies", "migrating", "public", *(name.replace(".", "/") for name in FOLDERS)]
+    ours = {tmp_path / f"{name}.html" for name in names}
     assert ours <= set(pages)
     for path, page in pages.items():
         for link in page.links:
@@ -146,7 +158,11 @@ def test_the_website_is_whole(tmp_path):
                 if anchor and path in ours and target in ours and not anchor.startswith("_"):  # pdoc hides private bases
                     assert anchor in pages[target].anchors, f"{path.name}: {link}"
     assert "hoptim learns hyperparameters by gradient" in (tmp_path / "index.html").read_text()
-    assert all(words in (tmp_path / "search.js").read_text() for words in ("BilevelOptimizer", "Warm-up, rate and schedule"))
+    words = ("BilevelOptimizer", "Warm-up, rate and schedule", "ImplicitMetaGradientModule", "nanoGPT")
+    assert all(word in (tmp_path / "search.js").read_text() for word in words)
+    assert not any(re.search(r":class:\s*<code|Initialize internal Module", path.read_text()) for path in ours)
+    menu = (tmp_path / "index.html").read_text().partition('<ul class="pages">')[2].partition("</ul>")[0]
+    assert [name for name in names if f'href="{name}.html"' not in menu and name not in UNLISTED] == []
 
 
 @pytest.mark.parametrize("name", ["benchmarks.reads", "tasks.processes"])

@@ -15,16 +15,24 @@ import pkgutil
 import re
 import shutil
 import types
+import warnings
 from importlib import import_module
 from pathlib import Path
 
+import jinja2
 import pdoc
 
 import hoptim
 
 ROOT = Path(__file__).resolve().parents[2]
-FRONT = {"index": "README.md", "studies": "scripts/README.md"}  # pages that are Markdown files
+FRONT = {  # pages that are Markdown files
+    "index": "README.md",
+    "studies": "scripts/README.md",
+    "migrating": "scripts/examples/migrating/README.md",
+    "public": "scripts/examples/public/README.md",
+}
 NAME = re.compile(rf"(?<![\[`])`({'|'.join(hoptim.__all__)})(\([^`]*\))?`(?!`)")  # such as `CG(terms=20)`
+ROLE = re.compile(r":(?:class|meth|func|mod|attr):(?=`)")  # Sphinx's, as in :class:`CG`; pdoc finds the name by itself
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:)(?P<path>[^)#]+)(?P<anchor>#[^)]*)?\)")
 
 
@@ -68,11 +76,20 @@ def with_links(text: str, folder: Path, page: str, out: Path) -> str:
     return LINK.sub(replace, text)
 
 
+@jinja2.pass_context
+def to_markdown(context: jinja2.runtime.Context, docstring: str) -> str:
+    """pdoc's own, without Sphinx's roles, and without what each ``__init__`` of a module inherits from torch."""
+    text = "" if docstring.startswith("Initialize internal Module state") else ROLE.sub("", docstring)
+    return pdoc.render_helpers.to_markdown_with_context(context, text)
+
+
 def build(out: Path) -> None:
     """Write the website into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", "Error parsing type annotation")  # pdoc then shows the annotation as it is written
     pdoc.render.configure(docformat="google", math=True, template_directory=Path(__file__).with_name("theme"))
     pdoc.render.env.globals["fronts"] = FRONT
+    pdoc.render.env.filters["to_markdown"] = to_markdown
     modules = {}
     for name in ("hoptim", *(found.name for found in pkgutil.walk_packages(hoptim.__path__, "hoptim."))):
         module = import_module(name)

@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hoptim
-from hoptim.problem.data import Batches
 from hoptim.problem.hyperparameters import outer_adam
 from hoptim.tracking import WandB
 from tasks.processes import Processes
-from tasks.task import Task, batches_of
+from tasks.task import Task, TrainingBatches, batches_of
 
 
 @dataclass(kw_only=True)
@@ -36,7 +35,7 @@ class Run:
     problem: hoptim.Problem
     optimizer: hoptim.BilevelOptimizer
     scheduler: Any
-    batches: Batches
+    batches: TrainingBatches
     trackers: list[Any]
     records: list[hoptim.Record] = field(default_factory=list)
 
@@ -75,7 +74,7 @@ class Run:
         """How many rows of figures the run has: as many as are given, or as the epochs take."""
         if self.cfg.epochs is None:
             return self.cfg.outer_steps
-        return max(1, round(self.cfg.epochs * len(self.batches.source) / self.cfg.inner_steps))
+        return max(1, round(self.cfg.epochs * len(self.batches) / self.cfg.inner_steps))
 
     def advance(self) -> float:
         """The inner steps of one row; returns the seconds they took, hypersteps included."""
@@ -113,7 +112,7 @@ class Run:
         self.batches.load_state_dict(state["batches"])
 
 
-def steps(optimizer: hoptim.BilevelOptimizer, batches: Batches, count: int, scheduler: Any) -> None:
+def steps(optimizer: hoptim.BilevelOptimizer, batches: TrainingBatches, count: int, scheduler: Any) -> None:
     """A training loop as a user writes it."""
     for _ in range(count):
         optimizer.zero_grad()
@@ -124,9 +123,9 @@ def steps(optimizer: hoptim.BilevelOptimizer, batches: Batches, count: int, sche
             scheduler.step()
 
 
-def batches_for(cfg: DictConfig, examples: Tensor, processes: Processes) -> Batches:
+def batches_for(cfg: DictConfig, examples: Tensor, processes: Processes) -> TrainingBatches:
     """This process's share of the training batches, pass after pass."""
-    return Batches(batches_of(processes.share(examples), processes.share_of(cfg.batch_size)), "the training data")
+    return TrainingBatches(processes.share(examples), processes.share_of(cfg.batch_size))
 
 
 def scheduler_for(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> Any:

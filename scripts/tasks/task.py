@@ -88,8 +88,12 @@ class Shuffled:
     size: int
 
     def __iter__(self) -> Iterator[Tensor]:
-        order = self.examples[torch.randperm(len(self.examples))]
-        yield from order.split(self.size)[: len(self)]
+        return self.shuffled(None)
+
+    def shuffled(self, generator: torch.Generator | None) -> Iterator[Tensor]:
+        """The batches of a pass, in an order of this generator."""
+        order = self.examples[torch.randperm(len(self.examples), generator=generator)]
+        return iter(order.split(self.size)[: len(self)])
 
     def __len__(self) -> int:
         return len(self.examples) // self.size
@@ -98,6 +102,54 @@ class Shuffled:
 def batches_of(examples: Tensor, size: int | None) -> Shuffled | list[Tensor]:
     """Batches of this size, or all examples as one batch where there is no size, or fewer examples than that."""
     return [examples] if size is None or size >= len(examples) else Shuffled(examples, size)
+
+
+class TrainingBatches:
+    """Batches pass after pass, each pass in a new random order of a generator of its own; a state resumes in its middle.
+
+    Args:
+        examples: their numbers.
+        size: of a batch; ``None``, or fewer examples than that: all of them are the batch.
+
+    >>> batches = TrainingBatches(torch.arange(7), 3)
+    >>> first, second = batches.draw(), batches.draw()
+    >>> len(torch.cat([first, second]).unique())
+    6
+    """
+
+    def __init__(self, examples: Tensor, size: int | None) -> None:
+        self.passes = batches_of(examples, size)
+        self.generator = torch.Generator().manual_seed(torch.initial_seed())
+        self.drawn, self.state, self.rest = 0, self.generator.get_state(), iter(())
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def draw(self) -> Tensor:
+        """The next batch."""
+        if isinstance(self.passes, list):
+            return self.passes[0]
+        if self.drawn % len(self) == 0:
+            self._begin()
+        self.drawn += 1
+        return next(self.rest)
+
+    def _begin(self) -> None:
+        self.state = self.generator.get_state()
+        self.rest = self.passes.shuffled(self.generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches were drawn, and the generator's state when the present pass began."""
+        return {"drawn": self.drawn, "state": self.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin the saved pass again and walk to its position."""
+        self.drawn = state["drawn"]
+        self.generator.set_state(state["state"])
+        if not isinstance(self.passes, list) and self.drawn:
+            self._begin()
+            for _ in range((self.drawn - 1) % len(self) + 1):
+                next(self.rest)
 
 
 @torch.no_grad()

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch
 from jobs import ROOT, command, env, result, rows, run, timeless, train
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from wandb_file import read, read_finished
 
@@ -114,15 +116,93 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert len(ids) == 1, "the resumed run has another W&B id"
 
 
-def test_a_sweep_reports_the_job_that_fails_and_finishes_the_others(tmp_path):
+def test_a_sweep_goes_on_after_a_job_that_fails_and_lists_it_with_its_reason(tmp_path):
     process = train("-m", f"root={tmp_path}", *SHORT, *QUIET, "task.decay=0.01,-1,0.1", check=False)
     assert process.returncode == 1
-    assert "decay=-1" in process.stderr
+    (line,) = [line for line in process.stdout.splitlines() if line.startswith("failed: ")]
+    assert "task.decay=-1" in line
+    assert "ValueError: decay=-1: exp needs a positive start" in line
     outcomes = {str(path.relative_to(tmp_path)): result(path.parent) for path in tmp_path.rglob("result.json")}
     assert Counter(outcome["status"] for outcome in outcomes.values()) == {"finished": 2, "failed": 1}
-    (failed,) = [name for name, outcome in outcomes.items() if outcome["status"] == "failed"]
-    assert "task.decay=-1" in failed
-    assert "positive start" in outcomes[failed]["error"]
+    table = json.loads((tmp_path / "compare.json").read_text())
+    shared = "inner_steps=20/outer_steps=4"
+    counts = {label: (entry["runs"], entry["failed"]) for label, entry in table.items() if "best of" not in label}
+    named = {decay: f"iris/{shared}/task.decay={decay}/task.hidden=16" for decay in ("0.01", "-1", "0.1")}
+    assert counts == {named["0.01"]: (1, 0), named["-1"]: (0, 1), named["0.1"]: (1, 0)}
+
+
+def test_a_sweep_that_goes_on_runs_its_finished_jobs_no_more(tmp_path):
+    sweep = ("-m", f"root={tmp_path}", *SHORT, *QUIET)
+    train(*sweep, "seed=0,1")
+    whole = {path: result(path.parent) for path in tmp_path.rglob("result.json")}
+    (first, second) = sorted(whole)
+    second.unlink()  # as after a kill in the second job, between its checkpoint and its result
+    before = first.stat().st_mtime_ns
+    process = train(*sweep, "seed=0,1,2", "resume=true")
+    assert "is finished: nothing is run again" in process.stdout
+    assert first.stat().st_mtime_ns == before
+    assert result(second.parent) == whole[second]
+    assert len(list(tmp_path.rglob("result.json"))) == 3
+    process = train(*sweep, "seed=0", "resume=true", "outer_steps=5")  # another config is another run
+    assert "finished:" not in process.stdout
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_an_option_of_the_wrong_type_is_named_before_anything_starts(tmp_path, sweep):
+    values = "4,abc" if sweep else "abc"
+    process = train(*sweep, f"root={tmp_path}", *SHORT, *QUIET, f"outer_steps={values}", check=False)
+    assert process.returncode == 1
+    assert "Value 'abc' of type 'str' could not be converted to Integer" in process.stderr
+    assert "outer_steps" in process.stderr
+    assert not list(tmp_path.rglob("config.yaml"))
+    process = train(*sweep, f"root={tmp_path}", *QUIET, "task.hidden=wide", check=False)
+    assert "task.hidden='wide': give a whole number" in process.stderr + process.stdout
+
+
+def test_mini_batches_schedules_and_recipes_resume_to_the_same_bits(tmp_path):
+    options = (
+        "experiment=[]", "name=try", "task=classification", "task.train=90", "task.val=60", "outer=by_constraint",
+        "hoptim/recipe=[weight_decay,label_smoothing]", "batch_size=20", "val_batch_size=25", "inner_steps=10", "every=5",
+        "scheduler=cosine", "scheduler.T_max=60", "retrain=true", "checkpoint_every=1", *QUIET,
+    )  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(f"hydra.run.dir={whole}", *options, "outer_steps=6")
+    train(f"hydra.run.dir={parts}", *options, "outer_steps=3")
+    train(f"hydra.run.dir={parts}", *options, "outer_steps=6", "resume=true")
+    assert result(parts) == result(whole)
+    assert [timeless(row) for row in rows(parts)] == [timeless(row) for row in rows(whole)]
+    final = result(whole)
+    assert (final["inner_steps"], final["hypersteps"], final["moved"]) == (60, 12, 12)
+    assert final["products"] == sum(row["products"] for row in rows(whole)) == 12 * 5
+    assert 0 < final["retrained_test_loss"] < 2.3
+    assert "label_smoothing.smoothing" in load_file(whole / "hyperparameters.safetensors")
+
+
+@pytest.mark.skipif(find_spec("hydra_plugins.hydra_submitit_launcher") is None, reason="hydra-submitit-launcher is missing")
+def test_a_sweep_by_submitit_is_a_process_for_each_job_and_slurm_takes_the_same_file(tmp_path):
+    sweep = ("experiment=iris_cluster", f"root={tmp_path}", *SHORT, *QUIET, "seed=0,1")
+    process = subprocess.run(command(*sweep), cwd=ROOT, env=env(), capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    (entry,) = json.loads((tmp_path / "compare.json").read_text()).values()
+    assert (entry["runs"], entry["failed"]) == (2, 0)
+    assert len(list((tmp_path / ".submitit").glob("*/*_log.out"))) == 2
+    slurm = train(
+        "experiment=iris_cluster", "hydra/launcher=submitit_slurm", "--cfg", "hydra", "-p", "hydra.launcher"
+    ).stdout
+    assert "submitit_launcher.SlurmLauncher" in slurm
+    assert {"cpus_per_task: 1", "mem_gb: 2", "timeout_min: 60"} <= set(slurm.splitlines())
+
+
+@pytest.mark.skipif(find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="hydra-optuna-sweeper is missing")
+def test_optunas_sweeper_chooses_among_hoptims_own_options(tmp_path):
+    sweep = ("experiment=iris_optuna", f"root={tmp_path}", *SHORT, *QUIET, "hydra.sweeper.n_trials=3")
+    process = subprocess.run(command(*sweep), cwd=ROOT, env=env(), capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    best = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    losses = [result(path.parent)["val_loss"] for path in tmp_path.rglob("result.json")]
+    assert len(losses) == 3
+    assert best.best_value == min(losses)
+    assert set(best.best_params) == {"hoptim.solver.terms", "outer.lr", "every"}
 
 
 def test_a_sweep_with_joblib_is_compared_at_its_end(tmp_path):
