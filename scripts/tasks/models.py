@@ -11,6 +11,11 @@ from torch import Tensor, nn
 Shape = Sequence[int]
 
 
+def every_weight(name: str, weight: nn.Parameter) -> bool:
+    """What to ``include`` in a weight decay, so that biases and norms have one too."""
+    return True
+
+
 def linear(shape: Shape, classes: int) -> nn.Module:
     """Logistic regression; 7,850 weights on MNIST, 30,730 on CIFAR-10."""
     return nn.Sequential(nn.Flatten(), nn.Linear(prod(shape), classes))
