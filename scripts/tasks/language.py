@@ -49,10 +49,10 @@ class Language(Task):
     """
 
     root: str = "data/text"
-    train: int = 300
-    val: int = 200
-    test: int = 400
-    length: int = 30
+    train: int = 600
+    val: int = 400
+    test: int = 800
+    length: int = 15
     vocabulary: int = 1000
     hidden: int = 64
     per: str = "layer"
@@ -64,7 +64,9 @@ class Language(Task):
         if self.per not in ("layer", "unit"):
             raise ValueError(f"task.per={self.per!r}: give layer or unit")
         if set(self.start) != {*RATES, *PENALTIES}:
-            raise ValueError(f"task.start has {sorted(self.start)}: give one number each to {', '.join((*RATES, *PENALTIES))}")
+            raise ValueError(
+                f"task.start has {sorted(self.start)}: give one number each to {', '.join((*RATES, *PENALTIES))}"
+            )
 
     def setup(self, seed: int) -> dict[str, Tensor]:
         """Read the three files, and draw the sequences of each by the seed."""
