@@ -290,7 +290,7 @@ def history(client, run, key):
     ]
 
 
-def test_mlflow_shows_the_records(store, tmp_path):
+def test_mlflow_shows_the_records(store, tmp_path, monkeypatch):
     uri, client = store
     tracker = MLflow(uri=uri, project="mine", name="first", group="sweep", job_type="iris", tags=["seed=0", "fast"])
     tracker.start({"task": {"hidden": 16}})
@@ -312,6 +312,7 @@ def test_mlflow_shows_the_records(store, tmp_path):
         assert history(client, run, name) == [(step, row[name]) for step, row in rows if name in row]
     (value,) = optimizer.record.hyperparameters["decay"].tolist()
     assert [run.data.metrics[name] for name in quantiles] == pytest.approx([value] * 5)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # older versions download from there alone
     for path, text in (("hyperparameters/learned.txt", "0.5"), ("summary.json", None), ("pictures/curves.png", None)):
         read = Path(client.download_artifacts(run.info.run_id, path, str(tmp_path)))
         assert read.stat().st_size > 0

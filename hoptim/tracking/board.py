@@ -105,7 +105,7 @@ def figures(row: Mapping[str, Any]) -> dict[str, float | str]:
 
 def section(key: str) -> str:
     """The section of a dashboard that a figure belongs to."""
-    if key.endswith("_seconds") or key == "products":
+    if key.endswith("_seconds") or key in ("products", "hypersteps"):
         return "cost"
     return "hypergradient" if key in HYPERGRADIENT or key.endswith("_norm") or key.startswith("solve_") else "metrics"
 

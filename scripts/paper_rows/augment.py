@@ -18,8 +18,8 @@ TABLE = Table(
         Row(
             label=label,
             paper=f"{accuracy} %",
-            runs=f"paper_augment_{key}/**/seed=*",
-            plain="paper_augment_none/**/seed=*",
+            runs=f"paper_augment/**/learned_by={key}/**/seed=*",
+            plain="paper_augment/**/learned_by=none/**/seed=*",
         )
         for key, (label, accuracy) in PAPER.items()
     ],

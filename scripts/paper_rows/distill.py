@@ -28,14 +28,14 @@ def draw(found: Found, folder: Path) -> None:
             axis.imshow(shown.expand(*shown.shape[:2], 3))
             axis.set(xticks=[], yticks=[])
         axes[down][0].set_ylabel(label.partition(",")[0])
-    figure.savefig(folder / "paper_distill.png", dpi=90)
+    figure.savefig(folder / "paper_distill.png", dpi=66)
     plt.close(figure)
 
 
 def rows(data: str, name: str, pixels: str) -> list[Row]:
     """The learned images, and the two plain trainings beside them; the unit of cost is the training on all."""
     run = f"paper_distill/**/task.data={data}/seed=*"
-    everything, few = (f"{run}/baselines/{label}" for label in ("49,000 real images", "one real image a class"))
+    everything, few = (f"{run}/baselines/{label}" for label in ("all_real_images", "one_real_image_a_class"))
     return [
         Row(
             label=f"{name}, one learned image a class ({pixels} pixels)", paper="images, no accuracy", runs=run,

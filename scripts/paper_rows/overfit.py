@@ -27,11 +27,11 @@ def draw(found: Found, folder: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
     for axis, name in zip(axes, SETS.values(), strict=True):
         own = {label: runs[0].rows for label, runs in found.items() if label.startswith(name)}
-        for number, (label, rows) in enumerate(own.items()):
-            steps = [row["outer_step"] for row in rows]
-            short = label.removeprefix(f"{name}, ").partition(" (")[0]
-            axis.plot(steps, [row["val_accuracy"] for row in rows], color=f"C{number}", label=short)
-            axis.plot(steps, [row["train_accuracy"] for row in rows], color=f"C{number}", linestyle=":", linewidth=1)
+        for label, rows in own.items():
+            steps, short = [row["outer_step"] for row in rows], label.removeprefix(f"{name}, ").partition(" (")[0]
+            colour = f"C{list(NAMES.values()).index(short)}"
+            axis.plot(steps, [row["val_accuracy"] for row in rows], color=colour, label=short)
+            axis.plot(steps, [row["train_accuracy"] for row in rows], color=colour, linestyle=":", linewidth=1)
         axis.set(title=name, xlabel="hypersteps")
         axis.grid(alpha=0.25)
         if own:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Labelled:
     training: int
 
 
+@lru_cache(maxsize=1)  # the jobs of a sweep read it once
 def read(name: str, root: str | Path) -> Labelled:
     """A data set by name. What belongs to torchvision lies under ``root``, or is fetched to it."""
     if name in IMAGES:

@@ -29,6 +29,7 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
     With ``resume=true`` the fit goes on from fit.pt. Warm-up and hypersteps are those of :class:`hoptim.CrossValidated`;
     ``every`` and ``warmup`` have no say.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     task, processes = instantiate(cfg.task), Processes.join()
     if processes.size > 1:
         raise ValueError(f"folds={cfg.folds} in {processes.size} processes: start scripts/train.py without torchrun")

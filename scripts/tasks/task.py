@@ -69,6 +69,10 @@ class Task(ABC):
     def progress(self, hparams: nn.Module, share: float) -> None:  # noqa: B027 (a task may leave it as it is)
         """Change what the training itself changes, when this share of its steps is done."""
 
+    def of_means(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Figures that follow from the means over a whole part, such as a perplexity."""
+        return {}
+
     def draw(self, problem: hoptim.Problem, folder: Path) -> list[Path]:
         """Pictures of what was learned, beside those of every task."""
         return []
@@ -157,15 +161,16 @@ class TrainingBatches:
 
 @torch.no_grad()
 def measure(task: Task, model: nn.Module, hparams: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """The task's figures on each part of the data: means over its examples, such as ``test_loss``."""
+    """The task's figures on each part of the data: means over its examples, such as ``test_loss``, and what follows."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     measured = {}
     for name, examples in parts.items():
+        means: dict[str, float] = {}
         for batch in examples.split(CHUNK):
             for figure, value in task.figures(model, hparams, batch).items():
-                share = float(value) * (len(batch) / len(examples))
-                measured[f"{name}_{figure}"] = measured.get(f"{name}_{figure}", 0.0) + share
+                means[figure] = means.get(figure, 0.0) + float(value) * (len(batch) / len(examples))
+        measured |= {f"{name}_{figure}": value for figure, value in {**means, **task.of_means(means)}.items()}
     for part, mode in modes.items():
         part.training = mode
     return measured

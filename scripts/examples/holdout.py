@@ -1,0 +1,183 @@
+"""How much data to hold out: logistic regression on 1,000 images of MNIST, one learned decay or one a weight.
+
+    python scripts/examples/holdout.py --root data          # what is missing in runs/holdout, then the table and the picture
+    python scripts/examples/holdout.py --saved              # the table of scripts/holdout.json; nothing runs
+    python scripts/examples/holdout.py --save               # everything; writes that file and scripts/holdout.png
+
+The training is that of conf/experiment/paper/holdout.yaml, and the last training on everything is its `retrain`. Beside it:
+`CrossValidated` on the same 1,000, and fixed decays, trained on all of them. Settings were chosen on seed 100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from tasks import schema
+from tasks.folds import cross_validate
+from train import train
+
+HERE = Path(__file__).parents[1]
+SAVED = HERE / "holdout.json"
+EVERYTHING = 1000
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+FIXED = (0.01, 0.03, 0.1)
+KINDS = {"global": "one decay", "weight": "one a weight"}
+START = "hoptim.recipe.weight_decay.start"
+Jobs = dict[str, tuple[dict[str, Any], list[str]]]
+
+
+def jobs(folds: Sequence[int]) -> Jobs:
+    """By name: what says where a job belongs, and its overrides."""
+    found: Jobs = {}
+    for per in KINDS:
+        own = [f"hoptim.recipe.weight_decay.per={per}"]
+        for share in SHARES:
+            val = round(share * EVERYTHING)
+            split = [f"task.val={val}", f"task.train={EVERYTHING - val}"]
+            found[f"{per} {share}"] = {"per": per, "share": share}, [*own, *split]
+        for count in folds:
+            found[f"{per} folds {count}"] = {"per": per, "folds": count}, [*own, f"folds={count}"]
+    for decay in FIXED:
+        found[f"fixed {decay}"] = {"fixed": decay}, [f"{START}={decay}", "learn=false"]
+    return found
+
+
+def measured(root: str, seed: int, overrides: Sequence[str], folder: Path) -> dict[str, float]:
+    """Run one job; what it found on the test set, and its CPU seconds."""
+    schema.register()
+    words = ["experiment=paper/holdout", "hoptim/tracker=[]", "plots=false", f"task.root={root}", f"seed={seed}", *overrides]
+    with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
+        cfg = compose("train", words)
+    begun = time.process_time()
+    (cross_validate if cfg.folds else train)(cfg, folder)
+    seconds = time.process_time() - begun
+    result = json.loads((folder / "result.json").read_text())
+    names = ("test_loss", "test_accuracy", "val_loss", "retrained_test_loss", "retrained_test_accuracy")
+    return {name: result[name] for name in names if name in result} | {"seconds": seconds, **_costs(folder)}
+
+
+def _costs(folder: Path) -> dict[str, float]:
+    """Wall-clock seconds of the inner steps and of the hypersteps of a run that is no cross-validation."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if "inner_seconds" not in rows[0]:
+        return {}
+    return {f"{kind}_seconds": sum(row[f"{kind}_seconds"] for row in rows) for kind in ("inner", "hyper")}
+
+
+def studied(out: Path, root: str, seeds: Sequence[int], folds: Sequence[int]) -> list[dict[str, Any]]:
+    """Run what is not in the file of records yet; it is written after each job."""
+    path = out / "records.json"
+    out.mkdir(parents=True, exist_ok=True)
+    records = json.loads(path.read_text()) if path.is_file() else []
+    done = {(record["job"], record["seed"]) for record in records}
+    for seed in seeds:
+        for name, (place, overrides) in jobs(folds).items():
+            if (name, seed) not in done:
+                found = measured(root, seed, overrides, out / name.replace(" ", "_") / f"seed={seed}")
+                records.append({"job": name, "seed": seed, **place, **found})
+                write(path, records)
+    return records
+
+
+def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """A record a line, with five digits."""
+    short = [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.items()} for record in records]
+    path.write_text("[\n" + ",\n".join(json.dumps(record) for record in short) + "\n]\n")
+
+
+def figures(records: Sequence[dict[str, Any]], job: str, name: str) -> list[float]:
+    """A figure of a job, seed by seed."""
+    return [record[name] for record in records if record["job"] == job]
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def written(values: Sequence[float]) -> str:
+    return "{:.3f} ± {:.3f}".format(*mean_error(values))
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Test loss and accuracy of every job, without and with the last training, and the CPU seconds of all of it."""
+    heads = ["", "held out", "test loss", "accuracy", "retrained: test loss", "accuracy", "seconds"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for job in dict.fromkeys(record["job"] for record in records):
+        place = next(record for record in records if record["job"] == job)
+        label = KINDS.get(place.get("per", ""), f"fixed {place.get('fixed')}, all of it")
+        loss, accuracy = (figures(records, job, f"test_{name}") for name in ("loss", "accuracy"))
+        if "share" in place:
+            again = [written(figures(records, job, f"retrained_test_{name}")) for name in ("loss", "accuracy")]
+            cells = [f"{place['share']:.0%}", written(loss), written(accuracy), *again]
+        elif "folds" in place:
+            cells = [f"{place['folds']} folds", "", "", written(loss), written(accuracy)]
+        else:
+            cells = ["", "", "", *(written(figures(records, job, f"retrained_test_{n}")) for n in ("loss", "accuracy"))]
+        cells.append(f"{statistics.mean(figures(records, job, 'seconds')):.1f}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Test accuracy and loss against the share that is held out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, name in zip(axes, ("accuracy", "loss"), strict=True):
+        for number, (per, label) in enumerate(KINDS.items()):
+            for prefix, style in (("", ":"), ("retrained_", "-")):
+                points = [figures(records, f"{per} {share}", f"{prefix}test_{name}") for share in SHARES]
+                mean, error = zip(*map(mean_error, points), strict=True)
+                words = f"{label}{', retrained on all' if prefix else ''}"
+                axis.errorbar(
+                    SHARES, mean, error, color=f"C{number}", linestyle=style, marker="o", markersize=3, label=words
+                )
+            for job in dict.fromkeys(r["job"] for r in records if r["job"].startswith(f"{per} folds")):
+                value, words = statistics.mean(figures(records, job, f"test_{name}")), f"{label}, {job.split()[-1]} folds"
+                axis.axhline(value, color=f"C{number}", linestyle="--", linewidth=1, label=words)
+        best = [statistics.mean(figures(records, f"fixed {decay}", f"retrained_test_{name}")) for decay in FIXED]
+        for decay, value in zip(FIXED, best, strict=True):
+            axis.axhline(value, color="grey", linewidth=0.8, linestyle=(0, (1, 3)))
+            axis.annotate(f"fixed {decay}", (SHARES[-1], value), fontsize=7, color="grey")
+        axis.set(xlabel="share that is held out", ylabel=f"test {name}", xticks=SHARES)
+        axis.grid(alpha=0.2)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data", help="the folder of torchvision's data sets")
+    parser.add_argument("--out", type=Path, default=Path("runs/holdout"), help="the folder of the results")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folds", nargs="+", type=int, default=[3], help="numbers of folds for CrossValidated")
+    parser.add_argument("--saved", action="store_true", help="print the table of the saved records")
+    parser.add_argument("--save", action="store_true", help="save the records and the picture")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.saved:
+        print(table(json.loads(SAVED.read_text())))
+        return
+    records = studied(options.out, options.root, options.seeds, options.folds)
+    print(table(records))
+    draw(records, options.out / "holdout.png")
+    if options.save:
+        write(SAVED, records)
+        draw(records, HERE / "holdout.png")
+
+
+if __name__ == "__main__":
+    main()

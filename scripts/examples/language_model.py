@@ -1,0 +1,308 @@
+"""Seven regularisers of an LSTM: fixed, searched at random, by Optuna, and learned by gradient; with tables and a picture.
+
+    python scripts/examples/language_model.py --root data/text        # what is missing in runs/language.json, then the table
+    python scripts/examples/language_model.py --saved                 # the table of scripts/language.json; nothing runs
+    python scripts/examples/language_model.py --save                  # everything; writes that file and scripts/language.png
+
+The training is that of conf/experiment/paper/language.yaml. Both searches begin at the values that learning starts from, and
+go on for five trainings. Each way has early stopping: a figure is that of the model with the lowest validation perplexity so
+far. Time is that of the training steps, hypersteps included; a training of learning is measured in plain steps of its own
+warm-up. Settings were chosen on seed 100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from tasks import schema
+from tasks.language import PENALTIES, RATES
+from tasks.run import Run
+from tasks.task import measure
+
+HERE = Path(__file__).parents[1]
+SAVED = HERE / "language.json"
+BUDGET = 5  # trainings of a search
+RANGES = {**dict.fromkeys(RATES, (0.02, 0.8, False)), **dict.fromkeys(PENALTIES, (0.01, 10.0, True))}  # log-uniform: True
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known after some training steps of one way, since its beginning."""
+
+    way: str
+    seed: int
+    trial: int
+    step: int
+    seconds: float
+    trainings: float
+    val: float
+    test: float
+
+
+def config(root: str, seed: int, *overrides: str) -> DictConfig:
+    """The experiment's config, read from its file."""
+    schema.register()
+    with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
+        words = ("experiment=paper/language", "hoptim/tracker=[]", "plots=false", f"task.root={root}", f"seed={seed}")
+        return compose("train", [*words, *overrides])
+
+
+def training(cfg: DictConfig) -> Iterator[tuple[int, float, dict[str, float]]]:
+    """Train; after each row of steps: their number so far, their CPU seconds, and the perplexities."""
+    run = Run.of(cfg)
+    parts = {name: part for name, part in run.parts.items() if name != "train"}
+    for row in range(run.outer_steps):
+        begun = time.process_time()
+        run.advance()
+        seconds = time.process_time() - begun
+        yield (row + 1) * cfg.inner_steps, seconds, measure(run.task, run.problem.model, run.problem.hparams, parts)
+
+
+def learned(cfg: DictConfig, way: str) -> Iterator[Row]:
+    """One training in which the hyperparameters move, or, without learning, stay."""
+    rows, total = [], cfg.outer_steps * cfg.inner_steps
+    for step, seconds, found in training(cfg):
+        rows.append((step, seconds, found))
+    # the first row also checks the losses, and a hyperstep comes with the last step of the warm-up
+    first = [seconds for step, seconds, _ in rows[1:] if step < cfg.warmup or not cfg.learn]
+    plain, spent = statistics.mean(first) / cfg.inner_steps * total, 0.0
+    for step, seconds, found in rows:
+        spent += seconds
+        trainings = spent / plain if cfg.learn else step / total
+        yield Row(way, cfg.seed, 0, step, spent, trainings, found["val_perplexity"], found["test_perplexity"])
+
+
+Report = Callable[[float], bool]  # told of a validation loss: whether to stop the trial
+Trial = tuple[Mapping[str, float] | None, Report, Callable[[float, bool], None]]  # the last is told of its best loss
+
+
+def searched(cfg: DictConfig, way: str, trials: Callable[[int], Iterator[Trial]]) -> Iterator[Row]:
+    """Trainings at fixed hyperparameters, until as many steps are taken as the budget has."""
+    total = cfg.outer_steps * cfg.inner_steps
+    spent, steps = 0.0, 0
+    for number, (values, stop, tell) in enumerate(trials(cfg.seed)):
+        own = OmegaConf.merge(cfg, {"learn": False, "task": {"start": dict(values or {})}})
+        best = math.inf
+        for step, seconds, found in training(own):
+            spent, best = spent + seconds, min(best, found["val_loss"])
+            at = (steps + step) / total
+            yield Row(way, cfg.seed, number, step, spent, at, found["val_perplexity"], found["test_perplexity"])
+            if (stopped := stop(found["val_loss"])) or at >= BUDGET:
+                break
+        steps += step
+        tell(best, stopped)
+        if steps >= BUDGET * total:
+            return
+
+
+def at_random(seed: int) -> Iterator[Trial]:
+    """The start, then independent draws."""
+    generator = np.random.default_rng(seed)
+    yield None, lambda _: False, lambda *_: None
+    while True:
+        values = {name: _stretched(generator.uniform(), *found) for name, found in RANGES.items()}
+        yield values, lambda _: False, lambda *_: None
+
+
+def _stretched(u: float, low: float, high: float, log: bool) -> float:
+    return low * (high / low) ** u if log else low + u * (high - low)
+
+
+def by_optuna(seed: int) -> Iterator[Trial]:
+    """The start, then what multivariate TPE suggests; the median pruner stops trials."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that multivariate is experimental
+        sampler = optuna.samplers.TPESampler(multivariate=True, n_startup_trials=4, seed=seed)
+    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=3))
+    study.enqueue_trial({name: float(value) for name, value in config("", seed).task.start.items()})
+    while True:
+        trial = study.ask()
+        values = {name: trial.suggest_float(name, low, high, log=log) for name, (low, high, log) in RANGES.items()}
+        seen: list[float] = []
+
+        def stop(loss: float, trial: Any = trial, seen: list[float] = seen) -> bool:
+            trial.report(loss, len(seen))
+            seen.append(loss)
+            return bool(trial.should_prune())
+
+        def tell(best: float, stopped: bool, trial: Any = trial) -> None:
+            study.tell(trial, None if stopped else best, optuna.trial.TrialState.PRUNED if stopped else None)
+
+        yield values, stop, tell
+
+
+def way_of(name: str, root: str, seed: int) -> Iterator[Row]:
+    """The rows of one way."""
+    if name in ("random search", "Optuna"):
+        return searched(config(root, seed), name, at_random if name == "random search" else by_optuna)
+    overrides = {
+        "fixed": ["learn=false"],
+        "fixed, Merity et al.": ["learn=false", *_published(config(root, seed))],
+        "learned, 7": [],
+        "learned, per unit": ["task.per=unit"],
+    }[name]
+    return learned(config(root, seed, *overrides), name)
+
+
+def _published(cfg: DictConfig) -> list[str]:
+    start = cfg.baselines["fixed, Merity et al."].task.start
+    return [f"task.start.{name}={value}" for name, value in start.items()]
+
+
+PAPER = {
+    "fixed": "75.72, 71.91",
+    "random search": "84.81, 81.46",
+    "Optuna": "72.13, 69.29 (Bayesian optimization)",
+    "learned, 7": "69.22, 66.40",
+    "learned, per unit": "68.18, 66.14",
+}
+WAYS = ("fixed", "fixed, Merity et al.", "random search", "Optuna", "learned, 7", "learned, per unit")
+
+
+def studied(path: Path, root: str, seeds: Sequence[int], ways: Sequence[str]) -> list[Row]:
+    """Run what is not in the file yet; it is written after each way."""
+    rows = read(path) if path.is_file() else []
+    done = {(row.way, row.seed) for row in rows}
+    if "Optuna" in ways:
+        import optuna  # noqa: F401 (so that it is missing before the training, not after hours of it)
+    for seed in seeds:
+        for way in ways:
+            if (way, seed) not in done:
+                rows += way_of(way, root, seed)
+                write(path, rows)
+                print(f"seed {seed}, {way}: {rows[-1].seconds:.0f} s, {rows[-1].trainings:.1f} trainings", flush=True)
+    return [row for row in rows if row.way in ways and row.seed in seeds]
+
+
+def read(path: Path) -> list[Row]:
+    return [Row(*values) for values in json.loads(path.read_text())["records"]]
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """The rows with five digits, a line each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [[float(f"{v:.5g}") if isinstance(v, float) else v for v in asdict(row).values()] for row in rows]
+    head = f'{{"torch": {json.dumps(torch.__version__)}, "columns": {json.dumps(list(Row.__annotations__))}, "records": [\n'
+    partial = path.with_suffix(".partial")
+    partial.write_text(head + ",\n".join(map(json.dumps, records)) + "\n]}\n")
+    partial.rename(path)
+
+
+Figure = Callable[[Row], float]
+
+
+def best_until(rows: Sequence[Row], time_of: Figure, limit: float) -> Row | None:
+    """The row with the lowest validation perplexity until then."""
+    return min((row for row in rows if time_of(row) <= limit), key=lambda row: row.val, default=None)
+
+
+def mean_error(values: Sequence[float], digits: int = 1) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def runs_of(rows: Sequence[Row], way: str) -> dict[int, list[Row]]:
+    """The rows of one way, for each seed that any way has."""
+    return {seed: [r for r in rows if (r.way, r.seed) == (way, seed)] for seed in sorted({row.seed for row in rows})}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each way: perplexities, cost, and what it has at the cost of learning."""
+    own = {way: by_seed for way in WAYS if all((by_seed := runs_of(rows, way)).values())}
+    limits = {seed: runs[-1].trainings for seed, runs in own.get("learned, 7", {}).items()}
+    heads = [
+        "",
+        "paper: validation, test",
+        "validation",
+        "test",
+        "trainings",
+        "CPU seconds",
+        "test at the cost of learning 7",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for way, by_seed in own.items():
+        ends = [min(runs, key=lambda row: row.val) for runs in by_seed.values()]
+        equal = [best_until(runs, lambda row: row.trainings, limits.get(s, math.inf)) for s, runs in by_seed.items()]
+        trainings = statistics.mean(runs[-1].trainings for runs in by_seed.values())
+        seconds = statistics.mean(runs[-1].seconds for runs in by_seed.values())
+        cells = [PAPER.get(way, ""), mean_error([row.val for row in ends]), mean_error([row.test for row in ends])]
+        cells += [f"{trainings:.1f}", f"{seconds:.0f}", mean_error([row.test for row in equal if row is not None])]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def curve(runs: Sequence[Sequence[Row]], clock: Figure, figure: Figure) -> tuple[Any, Any]:
+    """Times, and the mean over runs of a figure of the best model so far."""
+    times = np.geomspace(max(clock(run[0]) for run in runs), max(clock(run[-1]) for run in runs), 300)
+    found = [[figure(best) for t in times if (best := best_until(run, clock, t + 1e-9))] for run in runs]
+    return times, np.mean(found, axis=0)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """The perplexity of the best model so far, mean over seeds: validation against trainings, test against CPU seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharey="row", sharex="col", layout="constrained")
+    clocks = {"trainings": "plain trainings", "seconds": "CPU seconds"}
+    for across, (clock, title) in enumerate(clocks.items()):
+        for down, part in enumerate(("val", "test")):
+            axis = axes[down][across]
+            for colour, way in enumerate(WAYS):
+                runs = list(runs_of(rows, way).values())
+                if all(runs):
+                    times, mean = curve(runs, attrgetter(clock), attrgetter(part))
+                    axis.plot(times, mean, color=f"C{colour}", label=way)
+                    axis.plot(times[-1], mean[-1], "o", color=f"C{colour}")
+            axis.set_xscale("log")
+            axis.grid(alpha=0.25)
+            axis.set_ylim(top=axis.get_ylim()[0] + 0.6 * (axis.get_ylim()[1] - axis.get_ylim()[0]))
+            if not across:
+                axis.set_ylabel(f"{'validation' if part == 'val' else 'test'} perplexity")
+        axes[1][across].set_xlabel(title)
+    axes[0][1].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data/text", help="the folder of train.txt, valid.txt and test.txt")
+    parser.add_argument("--out", type=Path, default=Path("runs/language.json"), help="the file of the rows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--saved", action="store_true", help="print the table of the saved rows")
+    parser.add_argument("--save", action="store_true", help="save the rows and draw the picture")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows = read(SAVED) if options.saved else studied(options.out, options.root, options.seeds, options.ways)
+    print(table(rows))
+    if not options.saved:
+        draw(rows, options.out.with_suffix(".png"))
+    if options.save:
+        write(SAVED, rows)
+        draw(rows, HERE / "language.png")
+
+
+if __name__ == "__main__":
+    main()
