@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,8 @@ def studied(path: Path, root: str, seeds: Sequence[int], ways: Sequence[str]) ->
     """Run what is not in the file yet; it is written after each way."""
     rows = read(path) if path.is_file() else []
     done = {(row.way, row.seed) for row in rows}
-    if "Optuna" in ways:
-        import optuna  # noqa: F401 (so that it is missing before the training, not after hours of it)
+    if "Optuna" in ways and find_spec("optuna") is None:
+        raise SystemExit("Optuna is missing: pip install 'hoptim[tuners]', or leave it out of --ways")
     for seed in seeds:
         for way in ways:
             if (way, seed) not in done:
