@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,8 @@ def studied(path: Path, root: str, seeds: Sequence[int], ways: Sequence[str]) ->
     """Run what is not in the file yet; it is written after each way."""
     rows = read(path) if path.is_file() else []
     done = {(row.way, row.seed) for row in rows}
-    if "Optuna" in ways:
-        import optuna  # noqa: F401 (so that it is missing before the training, not after hours of it)
+    if "Optuna" in ways and find_spec("optuna") is None:
+        raise SystemExit("Optuna is missing: pip install 'hoptim[tuners]', or leave it out of --ways")
     for seed in seeds:
         for way in ways:
             if (way, seed) not in done:
@@ -214,6 +215,8 @@ def best_until(rows: Sequence[Row], time_of: Figure, limit: float) -> Row | None
 
 
 def mean_error(values: Sequence[float], digits: int = 1) -> str:
+    if not values:
+        return ""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
@@ -227,23 +230,26 @@ def table(rows: Sequence[Row]) -> str:
     """A line for each way: perplexities, cost, and what it has at the cost of learning."""
     own = {way: by_seed for way in WAYS if all((by_seed := runs_of(rows, way)).values())}
     limits = {seed: runs[-1].trainings for seed, runs in own.get("learned, 7", {}).items()}
+    reference = {seed: min(runs, key=lambda row: row.val).test for seed, runs in own.get("learned, 7", {}).items()}
     heads = [
         "",
         "paper: validation, test",
         "validation",
         "test",
+        "test, minus learned 7",
+        "at its cost",
         "trainings",
-        "CPU seconds",
-        "test at the cost of learning 7",
+        "CPU s",
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for way, by_seed in own.items():
-        ends = [min(runs, key=lambda row: row.val) for runs in by_seed.values()]
+        ends = {seed: min(runs, key=lambda row: row.val) for seed, runs in by_seed.items()}
         equal = [best_until(runs, lambda row: row.trainings, limits.get(s, math.inf)) for s, runs in by_seed.items()]
-        trainings = statistics.mean(runs[-1].trainings for runs in by_seed.values())
-        seconds = statistics.mean(runs[-1].seconds for runs in by_seed.values())
-        cells = [PAPER.get(way, ""), mean_error([row.val for row in ends]), mean_error([row.test for row in ends])]
-        cells += [f"{trainings:.1f}", f"{seconds:.0f}", mean_error([row.test for row in equal if row is not None])]
+        cells = [PAPER.get(way, ""), *(mean_error([getattr(r, part) for r in ends.values()]) for part in ("val", "test"))]
+        cells.append(mean_error([row.test - reference[seed] for seed, row in ends.items() if seed in reference]))
+        cells.append(mean_error([row.test for row in equal if row is not None]))
+        cells.append(f"{statistics.mean(runs[-1].trainings for runs in by_seed.values()):.1f}")
+        cells.append(f"{statistics.mean(runs[-1].seconds for runs in by_seed.values()):.0f}")
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -263,8 +269,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharey="row", sharex="col", layout="constrained")
-    clocks = {"trainings": "plain trainings", "seconds": "CPU seconds"}
-    for across, (clock, title) in enumerate(clocks.items()):
+    clocks = (("trainings", "plain trainings", (0.5, 1, 2, 5)), ("seconds", "CPU seconds", (2, 5, 10, 20, 50)))
+    for across, (clock, title, ticks) in enumerate(clocks):
         for down, part in enumerate(("val", "test")):
             axis = axes[down][across]
             for colour, way in enumerate(WAYS):
@@ -274,8 +280,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                     axis.plot(times, mean, color=f"C{colour}", label=way)
                     axis.plot(times[-1], mean[-1], "o", color=f"C{colour}")
             axis.set_xscale("log")
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
             axis.grid(alpha=0.25)
-            axis.set_ylim(top=axis.get_ylim()[0] + 0.6 * (axis.get_ylim()[1] - axis.get_ylim()[0]))
+            axis.set_xlim(left=min(line.get_xdata()[-1] for line in axis.lines) / 4)
+            axis.set_ylim(top=axis.get_ylim()[0] + 0.5 * (axis.get_ylim()[1] - axis.get_ylim()[0]))
             if not across:
                 axis.set_ylabel(f"{'validation' if part == 'val' else 'test'} perplexity")
         axes[1][across].set_xlabel(title)
