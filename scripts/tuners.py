@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tuner_study.choose import choose
+from tuner_study.costs import Meter, train
 from tuner_study.curves import BUDGETS, Curves
 from tuner_study.methods import FIXED, METHODS
 from tuner_study.problems import COUNTS, SETS, Problem
@@ -45,6 +46,9 @@ def studied(keys: Sequence[tuple[str, int, str, int]], path: Path, root: Path, c
     """All rows of the file and those that were missing, which are written one by one."""
     rows = read(path)
     missing = [key for key in keys if key not in {row.key for row in rows}]
+    if missing:
+        first = Problem(missing[0][0], 1, 0, root)
+        train(first, first.hparams(), first.train, Meter(first))  # what torch loads at first is no cost of a method
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -44,14 +44,24 @@ class Found:
 
 
 FIXED = "fixed"
-GOOD: dict[tuple[str, int], dict[str, float]] = {}  # by the mean test loss on seeds 100 to 102, by choose.py
+GOOD: dict[tuple[str, int], dict[str, float]] = {  # by choose.py
+    ("housing", 1): {"decay": 0.1},
+    ("housing", 3): {"decay": 0.03, "noise": 0.3},
+    ("housing", 10): {"decay": 0.03},
+    ("fashion", 1): {"decay": 0.01},
+    ("fashion", 3): {"decay": 0.003},
+    ("fashion", 10): {"decay": 0.003},
+    ("letters", 1): {"decay": 0.01},
+    ("letters", 3): {"decay": 0.01, "dropout": 0.3},
+    ("letters", 10): {"decay": 0.01},
+}
 
 Method = Callable[[Problem, Meter], Iterator[Found]]
 
 
 def fixed_values(problem: Problem) -> nn.ModuleDict:
     """The hyperparameters at the values that were good on other splits, one for all of a kind."""
-    return at(problem, GOOD.get((problem.name, problem.count), {}))
+    return at(problem, GOOD[problem.name, problem.count if problem.count <= 10 else 1])
 
 
 def at(problem: Problem, kinds: dict[str, float]) -> nn.ModuleDict:

@@ -98,10 +98,10 @@ SETS = {
         title="Boston housing", read=housing, train=200, val=100, test=206, hidden=96, lr=0.02,
     ),
     "fashion": DataSet(
-        title="Fashion-MNIST", read=garments, train=400, val=200, test=3000, hidden=50, lr=0.2,
+        title="Fashion-MNIST", read=garments, train=200, val=100, test=3000, hidden=50, lr=0.3,
     ),
     "letters": DataSet(
-        title="letters of Moby-Dick", read=letters, train=1000, val=500, test=4000, hidden=45, lr=0.2,
+        title="letters of Moby-Dick", read=letters, train=400, val=200, test=4000, hidden=45, lr=0.3,
     ),
 }  # fmt: skip
 
