@@ -1,14 +1,14 @@
 """Against the tuners people use: test loss against budget of hoptim, Optuna, random search and good fixed values.
 
-    python scripts/tuners.py --root ~/data                 # what is missing in scripts/tuners.json; then tables and picture
+    python scripts/tuners.py --root ~/data --budget 32     # what is missing in scripts/tuners.json; then tables and picture
     python scripts/tuners.py --only fashion 100 --seeds 3  # data sets, numbers of hyperparameters or methods
     python scripts/tuners.py --saved                       # tables and picture of scripts/tuners.json; nothing runs
     python scripts/tuners.py --choose                      # what was fixed before, on seeds 100 and 101
 
-A budget is a number of plain trainings of the same model, counted in training gradients, and also in processor seconds; all
-is charged, with the training of the model that is handed out. All methods begin at the same values and have the same
-examples. Housing is a file, boston/boston.csv, the novel is text/moby_dick.txt, and Fashion-MNIST is downloaded. Optuna is
-the extra `tuners`: pip install 'hoptim[tuners]'.
+A budget is a number of plain trainings of the same model, counted in training gradients, and also in processor seconds. All
+methods begin at the same values, have the same examples, and hand out the model with the lowest validation loss. Boston
+housing is a file, boston/boston.csv, the novel is text/moby_dick.txt, and Fashion-MNIST is downloaded. Optuna is the extra
+`tuners`: pip install 'hoptim[tuners]'.
 """
 
 from __future__ import annotations
@@ -42,25 +42,21 @@ def wanted(only: Sequence[str], seeds: int) -> list[tuple[str, int, str, int]]:
     return [(s, int(c), m, seed) for seed in range(seeds) for s in sets for c in counts for m in methods]
 
 
-def studied(keys: Sequence[tuple[str, int, str, int]], path: Path, root: Path, console: Console) -> list[Row]:
-    """All rows of the file and those that were missing, which are written one by one."""
+def studied(keys: Sequence[tuple[str, int, str, int]], budget: int, path: Path, root: Path, console: Console) -> list[Row]:
+    """All rows of the file, and those that were missing or had a smaller budget, which are written one by one."""
     rows = read(path)
-    missing = [key for key in keys if key not in {row.key for row in rows}]
+    done = {row.key for row in rows if row.budget >= budget}
+    missing = [key for key in keys if key not in done]
     if missing:
         first = Problem(missing[0][0], 1, 0, root)
         train(first, first.hparams(), first.train, Meter(first))  # what torch loads at first is no cost of a method
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    bars = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *bars, console=console) as progress:
         task = progress.add_task("", total=len(missing))
         for name, count, method, seed in missing:
             progress.update(task, description=f"{SETS[name].title}, {count}, {method}, seed {seed}")
-            rows.append(run(Problem(name, count, seed, root), method, BUDGETS[-1]))
+            new = run(Problem(name, count, seed, root), method, budget)
+            rows = [row for row in rows if row.key != new.key] + [new]
             save(path, rows)
             progress.advance(task)
     return rows
@@ -77,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = [*SETS, *map(str, COUNTS), *NAMES]
     parser.add_argument("--only", nargs="+", choices=words, default=[], metavar="word", help=", ".join(words))
     parser.add_argument("--seeds", type=int, default=10, help="how many seeds, from 0; default 10")
+    parser.add_argument("--budget", type=int, choices=BUDGETS[1:], default=16, help="the most plain trainings; default 16")
     parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of the data sets; default data")
     parser.add_argument(
         "--out", type=Path, default=HERE / "tuners.json", help="the file of the rows; the picture lies beside it"
@@ -92,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keys = wanted(options.only, options.seeds)
     if not options.saved and "optuna" in {method for _, _, method, _ in keys}:
         check_installed()
-    rows = read(options.out) if options.saved else studied(keys, options.out, options.root, console)
+    rows = read(options.out) if options.saved else studied(keys, options.budget, options.out, options.root, console)
     if not rows:
         raise SystemExit(f"{options.out} has no rows yet: run this without --saved")
     from tuner_study import pictures, tables

@@ -102,8 +102,10 @@ def loss_of(problem: Problem, model: nn.Module, examples: Tensor, meter: Meter) 
     return min(found, WORST) if math.isfinite(found) else WORST
 
 
-def trial(problem: Problem, hparams: nn.Module, meter: Meter, report: Callable[[int, float], None] | None = None) -> float:
-    """The validation loss of a training with these hyperparameters.
+def trial(
+    problem: Problem, hparams: nn.Module, meter: Meter, report: Callable[[int, float], None] | None = None
+) -> tuple[nn.Module, float]:
+    """A training with these hyperparameters: the model, and its validation loss.
 
     Args:
         problem: what is trained.
@@ -111,11 +113,11 @@ def trial(problem: Problem, hparams: nn.Module, meter: Meter, report: Callable[[
         meter: is charged for every step and every validation loss.
         report: of a search that prunes: is told the validation loss after each eighth, and may raise ``Pruned``.
     """
+    looks = {round(part * problem.steps / PARTS): part for part in range(1, PARTS)}
 
     def after(step: int, model: nn.Module) -> None:
-        part = problem.steps // PARTS
-        if report is not None and step % part == 0 and step < problem.steps - part // 2:
-            report(step // part, loss_of(problem, model, problem.val, meter))
+        if report is not None and step in looks:
+            report(looks[step], loss_of(problem, model, problem.val, meter))
 
     model = train(problem, hparams, problem.train, meter, after=after)
-    return loss_of(problem, model, problem.val, meter)
+    return model, loss_of(problem, model, problem.val, meter)

@@ -25,18 +25,17 @@ class Estimate(NamedTuple):
 
 
 def at_budget(row: Row, budget: float, unit: float | None = None) -> float:
-    """The test loss of what is handed out when this budget is spent: that of the last result within it.
+    """The test loss of the model that is handed out when this budget is spent: the last one within it.
 
-    The training of the model that is handed out belongs to the budget. Before the first result it is that of the start.
+    Before the first result of a method it is that of a training with the starting values.
 
     Args:
         row: a method on a problem and a seed.
         budget: in plain trainings.
         unit: seconds of a plain training, for a budget in seconds; ``None`` for one in training gradients.
     """
-    left = budget - 1 if unit is None else budget * unit - row.final
-    spent = 0 if unit is None else 1
-    return [point[3] for point in row.points if point[spent] <= left + 1e-9 or point is row.points[0]][-1]
+    spent, left = (0, budget) if unit is None else (1, budget * unit)
+    return next((point[3] for point in reversed(row.points[1:]) if point[spent] <= left + 1e-9), row.points[0][3])
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -49,12 +48,13 @@ class Curves:
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = {row.key: row for row in rows}
+        self.budgets = [b for b in BUDGETS if b <= min((row.budget for row in self.rows.values()), default=1)]
         self._seeds: dict[tuple[str, int, str], set[int]] = {}
-        finals: dict[tuple[str, int], list[float]] = {}
+        seconds: dict[tuple[str, int], list[float]] = {}
         for (name, count, method, seed), row in self.rows.items():
             self._seeds.setdefault((name, count, method), set()).add(seed)
-            finals.setdefault((name, count), []).append(row.final)
-        self._units = {cell: sorted(seconds)[len(seconds) // 2] for cell, seconds in finals.items()}
+            seconds.setdefault((name, count), []).append(row.points[0][1])
+        self._units = {cell: sorted(each)[len(each) // 2] for cell, each in seconds.items()}
 
     def seeds(self, name: str, count: int, *methods: str) -> list[int]:
         """Those that all these methods ran on."""
@@ -62,7 +62,7 @@ class Curves:
         return sorted(set.intersection(*found)) if found else []
 
     def unit(self, name: str, count: int) -> float:
-        """Seconds of a plain training: the median of those of the models that were handed out."""
+        """Seconds of a plain training: the median over the rows."""
         return self._units[name, count]
 
     def losses(self, name: str, count: int, method: str, budget: float, in_seconds: bool = False) -> dict[int, float]:
@@ -87,7 +87,7 @@ class Curves:
     def winners(self, name: str, count: int, first: str, second: str, in_seconds: bool = False) -> dict[int, str]:
         """For each budget the one of two that is ahead by two standard errors, or neither, as an empty string."""
         found = {}
-        for budget in BUDGETS:
+        for budget in self.budgets:
             difference = self.difference(name, count, first, second, budget, in_seconds)
             found[budget] = (first if difference.mean < 0 else second) if difference.is_clear else ""
         return found

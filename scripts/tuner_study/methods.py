@@ -1,12 +1,11 @@
 """The ways to tune: fixed values, random search, Optuna and hoptim. Each yields what it would hand out, as it goes on.
 
 All begin at the same values, have the same training and validation examples, and are asked for the next result until their
-budget is spent. What they hand out is trained on all examples, for one more training.
+budget is spent. Each hands out that one of the models it has trained whose validation loss is the lowest.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,9 +20,8 @@ import hoptim
 from tuner_study.costs import Meter, Pruned, loop, loss_of, trial
 from tuner_study.problems import RANGES, Problem, Range, entries, fill, from_groups, ranges_of
 
-HYPERSTEPS = 12  # in each of hoptim's trainings
-RATE: float | None = None  # of its outer Adam; None for the rates of hparams.optimizer()
-KEEPS_BEST = True  # whether it hands out the values of the training with the lowest validation loss, or the last
+HYPERSTEPS = 8  # in each of hoptim's trainings, roughly
+RATE: float | None = 0.1  # of its outer Adam, by choose.py; None for the rates of hparams.optimizer()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +29,13 @@ class Found:
     """What a method would hand out now.
 
     Attributes:
-        hparams: the hyperparameters.
-        trainings: what has been spent so far, the training of the model that is handed out not included.
-        val: the validation loss on which it was chosen.
+        model: the trained model.
+        trainings: what has been spent so far.
+        val: the validation loss by which it was chosen.
         dropped: 1 for a trial that was pruned; of hoptim, how many hypersteps failed.
     """
 
-    hparams: nn.ModuleDict
+    model: nn.Module
     trainings: float
     val: float
     dropped: int = 0
@@ -84,15 +82,14 @@ def drawn(ranges: list[Range], generator: np.random.Generator) -> Tensor:
 def random_search(problem: Problem, meter: Meter) -> Iterator[Found]:
     """The starting values, then independent draws of all hyperparameters."""
     generator = np.random.default_rng(problem.seed)
-    best, lowest = problem.hparams(), math.inf
-    ranges, candidate = ranges_of(best), best
-    for number in range(1_000_000):
-        if number:
-            candidate = fill(problem.hparams(), drawn(ranges, generator))
-        val = trial(problem, candidate, meter)
+    candidate = problem.hparams()
+    ranges = ranges_of(candidate)
+    best, lowest = trial(problem, candidate, meter)
+    while True:
+        yield Found(model=best, trainings=meter.trainings, val=lowest)
+        model, val = trial(problem, fill(problem.hparams(), drawn(ranges, generator)), meter)
         if val < lowest:
-            best, lowest = candidate, val
-        yield Found(hparams=best, trainings=meter.trainings, val=lowest)
+            best, lowest = model, val
 
 
 def tpe(problem: Problem, meter: Meter) -> Iterator[Found]:
@@ -113,22 +110,22 @@ def tpe(problem: Problem, meter: Meter) -> Iterator[Found]:
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
     study = optuna.create_study(sampler=sampler, pruner=pruner)
     study.enqueue_trial({name: one.start for name, one in zip(names, ranges, strict=True)})
-    best, lowest = problem.hparams(), math.inf
+    best, lowest = problem.make_quietly(), math.inf
     while True:
         asked = study.ask()
         values = [asked.suggest_float(name, r.low, r.high, log=r.log) for name, r in zip(names, ranges, strict=True)]
         vector = torch.tensor(values, dtype=torch.float32)
         candidate = fill(problem.hparams(), from_groups(problem, vector) if grouped else vector)
         try:
-            val = trial(problem, candidate, meter, pruning(asked))
+            model, val = trial(problem, candidate, meter, pruning(asked))
         except Pruned:
             study.tell(asked, state=optuna.trial.TrialState.PRUNED)
-            yield Found(hparams=best, trainings=meter.trainings, val=lowest, dropped=1)
+            yield Found(model=best, trainings=meter.trainings, val=lowest, dropped=1)
             continue
         study.tell(asked, val)
         if val < lowest:
-            best, lowest = candidate, val
-        yield Found(hparams=best, trainings=meter.trainings, val=lowest)
+            best, lowest = model, val
+        yield Found(model=best, trainings=meter.trainings, val=lowest)
 
 
 def pruning(asked: Any) -> Callable[[int, float], None]:
@@ -142,37 +139,30 @@ def pruning(asked: Any) -> Callable[[int, float], None]:
     return report
 
 
-def learned(
-    problem: Problem, meter: Meter, *, rate: float | None = RATE, keeps_best: bool = KEEPS_BEST, hypersteps: int = HYPERSTEPS
-) -> Iterator[Found]:
+def learned(problem: Problem, meter: Meter, *, rate: float | None = RATE, hypersteps: int = HYPERSTEPS) -> Iterator[Found]:
     """hoptim: trainings in which the hyperparameters move, each from where the last one left them."""
     hparams = problem.hparams()
     outer, warmup = outer_of(hparams, rate), problem.steps // 4
     every = (problem.steps - warmup) // hypersteps
-    best, lowest = copy.deepcopy(hparams), math.inf
-    for number in range(1_000_000):
-        torch.manual_seed(problem.seed + 1000 * number)
+    best, lowest = problem.make_quietly(), math.inf
+    while True:
+        torch.manual_seed(problem.seed)  # as in every trial of the others
         model, records = problem.make(), []
         stated = hoptim.Problem(model, hparams, problem.loss, problem.val_loss)
         optimizer = hoptim.BilevelOptimizer(
-            problem.inner(model),
-            outer,
-            stated,
-            val_batches=[problem.val],
-            every=every,
-            warmup=warmup,
+            problem.inner(model), outer, stated, val_batches=[problem.val], every=every, warmup=warmup,
             hooks=[records.append],
-        )
+        )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # failed solves are counted
             loop(problem, model, optimizer, problem.train, after=lambda _: meter.step())
         for record in [records[0], *records]:  # the first loss makes one more hypergradient, a dry run
             meter.hyperstep(record.result.solution.products)
         val = loss_of(problem, model, problem.val, meter)
-        if val < lowest or not keeps_best:
-            best, lowest = copy.deepcopy(hparams), val
+        if val < lowest:
+            best, lowest = model, val
         failed = sum(not record.moved for record in records)
-        yield Found(hparams=best, trainings=meter.trainings, val=lowest, dropped=failed)
+        yield Found(model=best, trainings=meter.trainings, val=lowest, dropped=failed)
 
 
 def outer_of(hparams: nn.ModuleDict, rate: float | None) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
 
-from tuner_study.curves import BUDGETS, Curves, Estimate, estimate
+from tuner_study.curves import Curves, Estimate, estimate
 from tuner_study.methods import FIXED
 from tuner_study.problems import COUNTS, SETS
 
@@ -24,14 +24,19 @@ STYLES: dict[str, tuple[str, str, Any, float]] = {  # label, colour, dashes, wid
     "optuna": ("Optuna", "#d9722b", "solid", 2.0),
     "hoptim": ("hoptim", "#1f5fb4", "solid", 2.4),
 }
-GRID = np.geomspace(BUDGETS[0], BUDGETS[-1], 61)
+STEPS = 48  # along the axis of budgets
+
+
+def grid(curves: Curves) -> np.ndarray:
+    """Budgets at equal distances on the axis."""
+    return np.geomspace(1, curves.budgets[-1], STEPS + 1)
 
 
 def gains(curves: Curves, name: str, count: int, method: str, in_seconds: bool) -> list[Estimate]:
     """The change of the test loss against the untuned training of the same seed, in per cent (log ratio), at each budget."""
     found = []
     start = curves.losses(name, count, "hoptim" if curves.seeds(name, count, "hoptim") else method, 1)
-    for budget in GRID:
+    for budget in grid(curves):
         now = curves.losses(name, count, method, budget, in_seconds)
         found.append(estimate([100 * math.log(now[seed] / start[seed]) for seed in sorted(now.keys() & start.keys())]))
     return found
@@ -48,12 +53,12 @@ def draw(curves: Curves, path: Path, in_seconds: bool = False) -> None:
         for count, axis in zip(COUNTS, row, strict=True):
             _panel(axis, curves, name, count, in_seconds)
         row[0].set_ylabel(f"{SETS[name].title}\ntest loss against untuned, %")
-        _labels(row[-1], {m: gains(curves, name, COUNTS[-1], m, in_seconds)[-1].mean for m in STYLES
+        _labels(row[-1], curves.budgets[-1], {m: gains(curves, name, COUNTS[-1], m, in_seconds)[-1].mean for m in STYLES
                           if curves.seeds(name, COUNTS[-1], m)})  # fmt: skip
     for count, axis in zip(COUNTS, axes[0], strict=True):
         axis.set_title("1 hyperparameter" if count == 1 else f"about {count:,}" if count > 3 else f"{count}", fontsize=11)
     unit = "processor seconds of one" if in_seconds else "training gradients"
-    figure.supxlabel(f"budget in plain trainings, by {unit}, the final training included", fontsize=10)
+    figure.supxlabel(f"budget in plain trainings, by {unit}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 0.925, 1))
     figure.savefig(path, dpi=85)
     plt.close(figure)
@@ -65,34 +70,34 @@ def _panel(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -
             continue
         found = gains(curves, name, count, method, in_seconds)
         mean, error = (np.array(part) for part in zip(*found, strict=True))
-        axis.plot(GRID, mean, color=colour, linestyle=dashes, linewidth=width, drawstyle="steps-post")
-        axis.fill_between(GRID, mean - error, mean + error, color=colour, alpha=0.16, linewidth=0, step="post")
+        axis.plot(grid(curves), mean, color=colour, linestyle=dashes, linewidth=width, drawstyle="steps-post")
+        axis.fill_between(grid(curves), mean - error, mean + error, color=colour, alpha=0.16, linewidth=0, step="post")
     if curves.seeds(name, count, "hoptim", "optuna"):
         _shade(axis, curves, name, count, in_seconds)
     axis.axhline(0, color="black", linewidth=0.6, alpha=0.5)
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_locator(ticker.FixedLocator(BUDGETS))
+    axis.xaxis.set_major_locator(ticker.FixedLocator(curves.budgets))
     axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
-    axis.set_xlim(BUDGETS[0], BUDGETS[-1])
+    axis.set_xlim(1, curves.budgets[-1])
     axis.grid(axis="y", alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _shade(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -> None:
-    for left, right in pairwise(GRID):
+    for left, right in pairwise(grid(curves)):
         difference = curves.difference(name, count, "hoptim", "optuna", left, in_seconds)
         if difference.is_clear:
             colour = STYLES["hoptim" if difference.mean < 0 else "optuna"][1]
             axis.axvspan(left, right, ymin=0, ymax=0.035, color=colour, alpha=0.85, linewidth=0)
 
 
-def _labels(axis: Any, ends: dict[str, float]) -> None:
+def _labels(axis: Any, right: float, ends: dict[str, float]) -> None:
     """The methods' names at the ends of their curves, moved apart where they would overlap."""
     bottom, top = axis.get_ylim()
     gap, last = (top - bottom) * 0.1, -math.inf
     for method, end in sorted(ends.items(), key=lambda item: item[1]):
         last = max(end, last + gap)
         label, colour, _, _ = STYLES[method]
-        axis.annotate(label, (BUDGETS[-1], last), xytext=(6, 0), textcoords="offset points", color=colour, va="center",
+        axis.annotate(label, (right, last), xytext=(6, 0), textcoords="offset points", color=colour, va="center",
                       annotation_clip=False, fontsize=9.5)  # fmt: skip

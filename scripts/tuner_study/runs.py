@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 from fidelity import write
-from torch import nn
 
-from tuner_study.costs import Meter, loss_of, train
+from tuner_study.costs import Meter, loss_of, trial
 from tuner_study.methods import FIXED, METHODS, Found, Method, fixed_values
 from tuner_study.problems import Problem
 
@@ -26,10 +25,10 @@ class Row:
         count: the number of hyperparameters, roughly.
         method: its name.
         seed: of the split, the weights, the batches and the search.
-        points: of each result that was handed out: plain trainings and seconds spent until then, in which the training of
-            the model that is handed out is not included; the validation loss; the test loss of that model.
+        budget: the plain trainings that it had.
+        points: of each model that was handed out: plain trainings and seconds spent until then, its validation loss and its
+            test loss. The first is the training with the starting values, with which every budget begins.
         spent: plain trainings and seconds when the last result within the budget came.
-        final: seconds of one training of a model that is handed out.
         results: how many results there were, or trials.
         dropped: how many of them were pruned, or hypersteps that failed.
     """
@@ -38,9 +37,9 @@ class Row:
     count: int
     method: str
     seed: int
+    budget: int
     points: list[list[float]]
     spent: list[float]
-    final: float
     results: int
     dropped: int
 
@@ -51,43 +50,38 @@ class Row:
 
 
 def within(results: Iterator[Found], most: float) -> tuple[list[Found], list[float]]:
-    """The results that leave one training of the budget, and the processor time until each; not what comes later."""
+    """The results within the budget, and the processor time until each; not what comes later."""
     found, seconds, total = [], [], 0.0
     while True:
         begun = time.process_time()
         one = next(results, None)
         total += time.process_time() - begun
-        if one is None or one.trainings + 1 > most + 1e-9:
+        if one is None or one.trainings > most + 1e-9:
             return found, seconds
         found.append(one)
         seconds.append(total)
 
 
 def run(problem: Problem, name: str, most: int, method: Method | None = None) -> Row:
-    """All of one row. Of results in a row with the same hyperparameters the first counts: they hand out the same model."""
-    finals: list[float] = []
-
-    def tested(hparams: nn.Module) -> float:
-        begun = time.process_time()
-        ignored = Meter(problem)
-        model = train(problem, hparams, problem.everything, ignored)
-        finals.append(time.process_time() - begun)
-        return loss_of(problem, model, problem.test, ignored)
-
-    start = fixed_values(problem) if name == FIXED else problem.hparams()
-    points = [[0.0, 0.0, 0.0, tested(start)]]
-    found, seconds, last = [], [], None
+    """All of one row. The test loss is known to nobody and charged to nobody."""
+    meter, begun = Meter(problem), time.process_time()
+    first, val = trial(problem, fixed_values(problem) if name == FIXED else problem.hparams(), meter)
+    unit, ignored = time.process_time() - begun, Meter(problem)
+    points = [[1.0, unit, val, loss_of(problem, first, problem.test, ignored)]]
+    found: list[Found] = []
+    seconds: list[float] = []
     if name != FIXED:
         found, seconds = within((method or METHODS[name])(problem, Meter(problem)), most)
+    last = None
     for one, spent in zip(found, seconds, strict=True):
-        if one.hparams is not last:
-            points.append([one.trainings, spent, one.val, tested(one.hparams)])
-        last = one.hparams
+        if one.model is not last:
+            points.append([one.trainings, spent, one.val, loss_of(problem, one.model, problem.test, ignored)])
+        last = one.model
     return Row(
-        set=problem.name, count=problem.count, method=name, seed=problem.seed,
+        set=problem.name, count=problem.count, method=name, seed=problem.seed, budget=most,
         points=[[float(f"{value:.5g}") for value in point] for point in points],
-        spent=[round(found[-1].trainings, 2), round(seconds[-1], 2)] if found else [0.0, 0.0],
-        final=round(sorted(finals)[len(finals) // 2], 4), results=len(found), dropped=sum(one.dropped for one in found),
+        spent=[round(found[-1].trainings, 2), round(seconds[-1], 2)] if found else [1.0, round(unit, 2)],
+        results=len(found), dropped=sum(one.dropped for one in found),
     )  # fmt: skip
 
 

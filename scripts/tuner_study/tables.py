@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from tuner_study.curves import BUDGETS, Curves, Estimate, estimate
+from tuner_study.curves import Curves, Estimate, estimate
 from tuner_study.methods import FIXED
 from tuner_study.problems import COUNTS, SETS
 
@@ -27,7 +27,7 @@ def loss(found: Estimate) -> str:
 
 def of(curves: Curves) -> Iterator[Table]:
     """All tables."""
-    yield losses(curves, BUDGETS[-1])
+    yield losses(curves, curves.budgets[-1])
     for second in ("optuna", "random", FIXED):
         yield against(curves, "hoptim", second, in_seconds=False)
     yield against(curves, "hoptim", "optuna", in_seconds=True)
@@ -60,10 +60,11 @@ def losses(curves: Curves, budget: float) -> Table:
 def against(curves: Curves, first: str, second: str, *, in_seconds: bool) -> Table:
     """How far the one is ahead of the other, in per cent of the test loss, at each budget."""
     what = "processor seconds" if in_seconds else "training gradients"
-    columns = [str(budget) for budget in BUDGETS[1:]]
+    budgets = curves.budgets[1:]
+    columns = [str(budget) for budget in budgets]
     found = _table(f"{first} against {second}, % of the test loss, at budgets of plain trainings in {what}", *columns)
     for name, count in cells(curves, first, second):
-        differences = [curves.difference(name, count, first, second, b, in_seconds) for b in BUDGETS[1:]]
+        differences = [curves.difference(name, count, first, second, b, in_seconds) for b in budgets]
         found.add_row(SETS[name].title, f"{count:,}", *map(percent, differences))
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -39,7 +40,8 @@ def problem_of(count=1, name="fashion", seed=0, tmp_path=None):
 def test_a_training_costs_its_steps_and_a_third_of_a_gradient_for_each_batch_of_validation(made_up):
     problem = problem_of()
     meter = Meter(problem)
-    trial(problem, problem.hparams(), meter)
+    model, val = trial(problem, problem.hparams(), meter)
+    assert val == loss_of(problem, model, problem.val, Meter(problem))
     assert meter.gradients == pytest.approx(16 + 60 / (3 * 20))
     assert meter.trainings == pytest.approx(17 / 16)
 
@@ -58,10 +60,10 @@ def test_a_pruned_trial_is_charged_what_it_did(made_up):
     assert meter.gradients == pytest.approx(3 * 2 + 3 * 1)  # three eighths of 16 steps, and three validation losses
     assert [part for part, _ in told] == [1, 2, 3]
     meter, told = Meter(problem), []
-    val = trial(problem, problem.hparams(), meter, lambda part, val: told.append(part))
+    _, val = trial(problem, problem.hparams(), meter, lambda part, val: told.append(part))
     assert told == [1, 2, 3, 4, 5, 6, 7]  # the last eighth is the result itself
     assert meter.gradients == pytest.approx(16 + 8)
-    assert val == trial(problem, problem.hparams(), Meter(problem))  # to look at it changes nothing
+    assert val == trial(problem, problem.hparams(), Meter(problem))[1]  # to look at it changes nothing
 
 
 def test_a_round_of_hoptim_costs_its_steps_and_every_product(made_up, monkeypatch):
@@ -85,86 +87,90 @@ def test_a_round_of_hoptim_costs_its_steps_and_every_product(made_up, monkeypatc
     assert found.trainings == meter.trainings
 
 
-def test_rounds_go_on_from_the_last_values_and_what_was_yielded_stays(made_up):
-    results = methods.learned(problem_of(count=1), Meter(problem_of()), hypersteps=3, keeps_best=False)
-    first = next(results)
-    value = first.hparams["decay"]["decay"].item()
-    second = next(results)
-    assert first.hparams["decay"]["decay"].item() == value
-    assert first.val != second.val
-    start, last = RANGES["decay"].start, second.hparams["decay"]["decay"].item()
-    assert 0 < abs(math.log(value / start)) <= 4 * 0.05 + 1e-5  # a step of Adam moves at most its rate
-    assert 0 < abs(math.log(last / value)) <= 4 * 0.05 + 0.05
+def test_rounds_go_on_from_the_last_values(made_up, monkeypatch):
+    problem, seen = problem_of(count=1), []
+    monkeypatch.setattr(problem, "hparams", lambda make=problem.hparams: seen.append(make()) or seen[-1])
+    rounds = methods.learned(problem, Meter(problem), hypersteps=3)
+    values = [RANGES["decay"].start]
+    for _ in range(3):
+        next(rounds)
+        values.append(seen[0]["decay"]["decay"].item())
+    for before, after in pairwise(values):
+        assert 0 < abs(math.log(after / before)) <= 4 * methods.RATE * 1.2  # four steps of Adam, of about its rate each
+    assert abs(math.log(values[-1] / values[0])) > 2 * abs(math.log(values[1] / values[0]))
+    assert len(seen) == 1
 
 
-def test_the_best_round_is_handed_out(made_up):
-    best, last = (
-        [one for _, one in zip(range(5), methods.learned(problem, Meter(problem), keeps_best=keeps), strict=False)]
-        for problem, keeps in ((problem_of(count=100), True), (problem_of(count=100), False))
-    )
-    vals = [one.val for one in last]
-    assert [one.val for one in best] == [min(vals[: number + 1]) for number in range(5)]
-    lowest = last[vals.index(min(vals))].hparams["decay"]
-    assert all(torch.equal(lowest[name], best[-1].hparams["decay"][name]) for name in lowest)
+def test_the_best_model_is_handed_out(made_up):
+    problem = problem_of(count=100)
+    found = [one for _, one in zip(range(5), methods.learned(problem, Meter(problem)), strict=False)]
+    vals = [one.val for one in found]
+    assert vals == sorted(vals, reverse=True)
+    assert [loss_of(problem, one.model, problem.val, Meter(problem)) for one in found] == vals
+    assert (vals[0] != vals[-1]) == (found[0].model is not found[-1].model)
 
 
-def test_the_final_training_has_the_bits_of_retrain(made_up):
+def test_a_plain_training_has_the_bits_of_retrain(made_up):
     problem = problem_of(count=10)
     hparams = problem.hparams()
-    own = costs.train(problem, problem.hparams(), problem.everything, Meter(problem))
+    own = costs.train(problem, problem.hparams(), problem.train, Meter(problem))
     torch.manual_seed(problem.seed)
     stated = hoptim.Problem(problem.make_quietly(), hparams, problem.loss, problem.val_loss)
 
     def train(model, optimizer, examples):
         costs.loop(problem, model, optimizer, examples, after=lambda step: None)
 
-    again = hoptim.retrain(stated, problem.make, train, problem.everything, inner=problem.inner)
+    again = hoptim.retrain(stated, problem.make, train, problem.train, inner=problem.inner)
     for a, b in zip(own.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def fake(trainings, found=None):
-    """A method with results after so many trainings, whose hyperparameters are all different."""
+def fake(trainings, asked):
+    """A method with a new model after so many trainings, each with a lower test loss by chance or not."""
 
     def method(problem, meter):
         for number, spent in enumerate(trainings):
-            values = {"decay": 10.0 ** -(number + 1)}
-            if found is not None:
-                found.append(spent)
-            yield Found(hparams=methods.at(problem, values), trainings=spent, val=1.0 - number / 10)
+            asked.append(spent)
+            torch.manual_seed(number)
+            yield Found(model=problem.make(), trainings=spent, val=1.0 - number / 10, dropped=number % 2)
 
     return method
 
 
 def test_the_curve_at_a_budget_knows_nothing_from_later(made_up):
     problem, asked = problem_of(), []
-    row = runs.run(problem, "fake", 4, fake([0.5, 1.0, 2.5, 3.0, 3.2, 9.0], asked))
-    assert [point[0] for point in row.points] == [0.0, 0.5, 1.0, 2.5, 3.0]  # 3.2 and one training are more than 4
-    assert asked == [0.5, 1.0, 2.5, 3.0, 3.2]  # and after that nothing was asked for
-    assert row.results == 4
+    row = runs.run(problem, "fake", 4, fake([1.5, 2.0, 3.5, 4.0, 4.2, 9.0], asked))
+    assert [point[0] for point in row.points] == [1.0, 1.5, 2.0, 3.5, 4.0]
+    assert asked == [1.5, 2.0, 3.5, 4.0, 4.2]  # and after that nothing was asked for
+    assert (row.results, row.dropped, row.budget) == (4, 2, 4)
     losses = [point[3] for point in row.points]
+    assert len(set(losses)) == 5
     assert [at_budget(row, budget) for budget in (1, 1.4, 1.5, 2, 3.4, 3.5, 4, 100)] == [
         losses[0], losses[0], losses[1], losses[2], losses[2], losses[3], losses[4], losses[4],
     ]  # fmt: skip
-    expected = costs.train(problem, methods.at(problem, {"decay": 0.1}), problem.everything, Meter(problem))
-    assert losses[1] == pytest.approx(loss_of(problem, expected, problem.test, Meter(problem)), rel=1e-4)
+    torch.manual_seed(2)
+    expected = loss_of(problem, problem.make(), problem.test, Meter(problem))
+    assert losses[3] == pytest.approx(expected, rel=1e-4)
+    plain, _ = trial(problem, problem.hparams(), Meter(problem))
+    assert losses[0] == pytest.approx(loss_of(problem, plain, problem.test, Meter(problem)), rel=1e-4)
 
 
-def test_a_budget_in_seconds_pays_for_the_final_training():
-    points = [[0, 0.0, 0, 5.0], [1, 2.0, 0, 4.0], [2, 6.0, 0, 3.0]]
-    row = Row(set="fashion", count=1, method="hoptim", seed=0, points=points, spent=[2, 6], final=1.5, results=2, dropped=0)
-    assert [at_budget(row, budget, unit=0.5) for budget in (1, 6.9, 7, 14.9, 15)] == [5.0, 5.0, 4.0, 4.0, 3.0]
+def test_a_budget_in_seconds_is_that_many_times_a_plain_training():
+    points = [[1, 0.5, 0, 5.0], [1, 2.0, 0, 4.0], [2, 6.0, 0, 3.0]]
+    row = made_row("fashion", 1, "hoptim", 0, [])
+    row = replace(row, points=points)
+    assert [at_budget(row, budget, unit=0.5) for budget in (1, 3.9, 4, 11.9, 12)] == [5.0, 5.0, 4.0, 4.0, 3.0]
 
 
 def test_searches_hand_out_the_best_trial_so_far_and_begin_at_the_start(made_up):
     problem = problem_of(count=3)
     meter = Meter(problem)
-    found = list(zip(range(6), methods.random_search(problem, meter), strict=False))
-    vals = [one.val for _, one in found]
+    found = [one for _, one in zip(range(6), methods.random_search(problem, meter), strict=False)]
+    vals = [one.val for one in found]
     assert vals == sorted(vals, reverse=True)
-    assert vals[0] == trial(problem, problem.hparams(), Meter(problem))
-    assert vals[-1] == trial(problem, found[-1][1].hparams, Meter(problem))
-    assert [one.trainings for _, one in found] == pytest.approx([(number + 1) * 17 / 16 for number in range(6)])
+    assert vals[0] == trial(problem, problem.hparams(), Meter(problem))[1]
+    assert [loss_of(problem, one.model, problem.val, Meter(problem)) for one in found] == vals
+    assert [one.trainings for one in found] == pytest.approx([(number + 1) * 17 / 16 for number in range(6)])
 
 
 def test_draws_stay_in_their_ranges_and_are_uniform_on_their_scale():
@@ -180,7 +186,7 @@ def test_draws_stay_in_their_ranges_and_are_uniform_on_their_scale():
 
 @pytest.mark.parametrize("name", ["fashion", "housing"])
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (3, 3), (10, 10), (100, None), (10_000, None)])
-def test_each_problem_has_its_number_of_hyperparameters_and_all_move(made_up, name, count, expected):
+def test_each_problem_has_its_number_of_hyperparameters_and_all_move(made_up, monkeypatch, name, count, expected):
     problem = problem_of(count, name)
     hparams = problem.hparams()
     start = {kind: [recipe[n].detach().clone() for n in recipe] for kind, recipe in hparams.items()}
@@ -189,13 +195,13 @@ def test_each_problem_has_its_number_of_hyperparameters_and_all_move(made_up, na
     weights = 6 * 5 + 5 * outputs
     known = {100: 5 + outputs, 10_000: weights, 10: 9 if name == "housing" else 10}  # regression has no label smoothing
     assert number == known.get(count, expected) == len(problems.ranges_of(hparams))
-    found = next(methods.learned(problem, Meter(problem), hypersteps=3))
-    for kind, recipe in found.hparams.items():
+    monkeypatch.setattr(problem, "hparams", lambda: hparams)
+    next(methods.learned(problem, Meter(problem), hypersteps=3))
+    for kind, recipe in hparams.items():
         for before, n in zip(start[kind], recipe, strict=True):
             assert not torch.equal(recipe[n], before), (kind, n)
     parts = [set(part.tolist()) for part in (problem.train, problem.val, problem.test)]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 360
-    assert set(problem.everything.tolist()) == parts[0] | parts[1]
 
 
 def test_filled_values_come_back_and_reach_the_loss(made_up):
@@ -238,7 +244,7 @@ def test_optuna_prunes_and_is_charged_for_it(made_up):
     meter = Meter(problem)
     found = [one for _, one in zip(range(14), methods.tpe(problem, meter), strict=False)]
     pruned = [one.dropped for one in found]
-    assert found[0].val == trial(problem, problem.hparams(), Meter(problem))  # the first trial is the start
+    assert found[0].val == trial(problem, problem.hparams(), Meter(problem))[1]  # the first trial is the start
     spent = [b.trainings - a.trainings for a, b in pairwise(found)]
     assert not any(pruned[:5])  # the pruner's own first trials
     assert any(pruned)
@@ -251,9 +257,10 @@ def test_optuna_prunes_and_is_charged_for_it(made_up):
 
 
 def made_row(name, count, method, seed, losses):
-    points = [[float(2**n - 1), float(2**n - 1), 1.0, loss] for n, loss in enumerate(losses)]
-    spent = [31.0, 31.0]
-    return Row(set=name, count=count, method=method, seed=seed, points=points, spent=spent, final=1.0, results=6, dropped=0)
+    points = [[float(2**n), float(2**n), 1.0, loss] for n, loss in enumerate(losses)]
+    return Row(
+        set=name, count=count, method=method, seed=seed, budget=32, points=points, spent=[31.0, 31.0], results=6, dropped=0
+    )  # fmt: skip
 
 
 def made_study():
@@ -290,7 +297,7 @@ def test_saved_results_are_drawn_and_nothing_runs(tmp_path, capsys, monkeypatch)
     runs.save(path, made_study())
     assert sorted(runs.read(path), key=lambda row: row.key) == sorted(made_study(), key=lambda row: row.key)
     monkeypatch.setattr(tuners, "run", None)
-    monkeypatch.setattr(pictures, "GRID", pictures.GRID[::6])  # 1, 1.4, 2 and so on to 32
+    monkeypatch.setattr(pictures, "STEPS", 10)
     tuners.main(["--saved", "--out", str(path)])
     shown = capsys.readouterr().out
     assert "−22.3 ± 0.0 *" in shown
@@ -302,7 +309,6 @@ def test_saved_results_are_drawn_and_nothing_runs(tmp_path, capsys, monkeypatch)
 
 def test_a_run_goes_on_where_it_stopped(made_up, tmp_path, monkeypatch):
     path, ran = tmp_path / "tuners.json", []
-    monkeypatch.setattr(tuners, "BUDGETS", (1, 3))
 
     def counted(problem, method, most):
         ran.append((problem.name, problem.count, method, problem.seed))
@@ -311,13 +317,17 @@ def test_a_run_goes_on_where_it_stopped(made_up, tmp_path, monkeypatch):
         return runs.run(problem, method, most)
 
     monkeypatch.setattr(tuners, "run", counted)
-    words = ["--only", "fashion", "1", "fixed", "random", "--seeds", "2", "--out", str(path), "--root", str(tmp_path)]
+    words = ["--only", "fashion", "1", "fixed", "random", "--seeds", "2", "--budget", "2"]
+    words = ["--out", str(path), "--root", str(tmp_path), *words]
     with pytest.raises(KeyboardInterrupt):
         tuners.main(words)
     assert len(json.loads(path.read_text())["records"]) == 2
     tuners.main(words)
     assert [key[2:] for key in ran] == [("fixed", 0), ("random", 0), ("fixed", 1), ("fixed", 1), ("random", 1)]
     assert len(runs.read(path)) == 4
+    tuners.main([*words[:-1], "4"])  # a larger budget takes the place of a smaller one
+    assert len(ran) == 9
+    assert [row.budget for row in runs.read(path)] == [4] * 4
 
 
 def test_letters_are_one_hot_and_followed_by_the_next(float64, monkeypatch, tmp_path):
