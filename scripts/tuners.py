@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     curves = Curves(rows)
     for table in tables.of(curves):
-        console.print(table)
+        if table.row_count:
+            console.print(table)
     pictures.draw(curves, options.out.with_suffix(".png"))
     pictures.draw(curves, options.out.with_name(f"{options.out.stem}_seconds.png"), in_seconds=True)
 

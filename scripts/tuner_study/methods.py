@@ -44,10 +44,10 @@ class Found:
 FIXED = "fixed"
 GOOD: dict[tuple[str, int], dict[str, float]] = {  # by choose.py
     ("housing", 1): {"decay": 0.1},
-    ("housing", 3): {"decay": 0.03, "noise": 0.3},
+    ("housing", 3): {"decay": 0.1},
     ("housing", 10): {"decay": 0.03},
     ("fashion", 1): {"decay": 0.01},
-    ("fashion", 3): {"decay": 0.003},
+    ("fashion", 3): {"decay": 0.001, "noise": 0.3},
     ("fashion", 10): {"decay": 0.003},
     ("letters", 1): {"decay": 0.01},
     ("letters", 3): {"decay": 0.01, "dropout": 0.3},
