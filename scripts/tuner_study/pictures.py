@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -80,10 +81,10 @@ def _panel(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -
         if not curves.seeds(name, count, method):
             continue
         found = gains(curves, name, count, method, in_seconds)
-        mean, error = (np.array(part) for part in zip(*found, strict=True))
-        axis.plot(grid(curves), mean, color=colour, linestyle=dashes, linewidth=width, drawstyle="steps-post")
+        middle, error = (np.array(part) for part in zip(*found, strict=True))
+        axis.plot(grid(curves), middle, color=colour, linestyle=dashes, linewidth=width, drawstyle="steps-post")
         alpha = 0.08 if method == FIXED else 0.16
-        axis.fill_between(grid(curves), mean - error, mean + error, color=colour, alpha=alpha, linewidth=0, step="post")
+        axis.fill_between(grid(curves), middle - error, middle + error, color=colour, alpha=alpha, linewidth=0, step="post")
     if curves.seeds(name, count, "hoptim", "optuna"):
         _shade(axis, curves, name, count, in_seconds)
     axis.axhline(0, color="black", linewidth=0.6, alpha=0.5)
@@ -107,9 +108,25 @@ def _shade(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -
 def _labels(axis: Any, right: float, ends: dict[str, float]) -> None:
     """The methods' names at the ends of their curves, moved apart where they would overlap."""
     bottom, top = axis.get_ylim()
-    gap, last = (top - bottom) * 0.1, -math.inf
-    for method, end in sorted(ends.items(), key=lambda item: item[1]):
-        last = max(end, last + gap)
+    names = sorted(ends, key=lambda method: ends[method])
+    places = apart([ends[method] for method in names], gap=0.1 * (top - bottom))
+    for method, place in zip(names, places, strict=True):
         label, colour, _, _ = STYLES[method]
-        axis.annotate(label, (right, last), xytext=(6, 0), textcoords="offset points", color=colour, va="center",
+        axis.annotate(label, (right, place), xytext=(6, 0), textcoords="offset points", color=colour, va="center",
                       annotation_clip=False, fontsize=9.5)  # fmt: skip
+
+
+def apart(places: list[float], gap: float) -> list[float]:
+    """Ascending places moved by as little as makes neighbours differ by the gap.
+
+    >>> apart([0.0, 0.2, 5.0], gap=1.0)
+    [-0.4, 0.6, 5.0]
+    """
+    blocks: list[list[float]] = []  # places less their gaps, which must ascend: pooled where they do not
+    for number, place in enumerate(places):
+        blocks.append([place - number * gap])
+        while len(blocks) > 1 and mean(blocks[-2]) > mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    shifted = [mean(block) for block in blocks for _ in block]
+    return [round(place + number * gap, 6) for number, place in enumerate(shifted)]

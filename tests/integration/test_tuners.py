@@ -307,6 +307,12 @@ def test_saved_results_are_drawn_and_nothing_runs(tmp_path, capsys, monkeypatch)
     assert tables.percent(curves.Estimate(0.02, 0.03)) == "2.0 ± 3.0"
 
 
+def test_labels_are_moved_apart_by_as_little_as_it_takes():
+    assert pictures.apart([0.0, 0.2, 5.0], 1.0) == [-0.4, 0.6, 5.0]
+    assert pictures.apart([0.0, 0.0, 0.0, 1.1], 1.0) == [-1.225, -0.225, 0.775, 1.775]
+    assert pictures.apart([0.0, 2.0], 1.0) == [0.0, 2.0]
+
+
 def test_a_run_goes_on_where_it_stopped(made_up, tmp_path, monkeypatch):
     path, ran = tmp_path / "tuners.json", []
 
