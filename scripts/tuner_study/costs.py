@@ -1,0 +1,123 @@
+"""What a training costs, counted: the unit is one plain training of the same model, with as many steps on as large batches.
+
+In training gradients, each of one batch: a step is 1; a forward pass over n examples is n/(3·batch), as a backward pass
+costs twice a forward pass; a hyperstep is
+
+    n_val/batch + 1 + 2·(products + 1):
+
+the gradient of the validation loss, that of the training loss with its graph, and two gradients for each product with the
+curvature and for the mixed one (a product with a Hessian is a gradient of a gradient). Seconds are those of the process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner_study.problems import Problem
+
+WORST = 1e6  # the validation loss of a training that diverged
+PARTS = 8  # a search that prunes looks at the validation loss after each eighth of a training
+
+
+@dataclass
+class Meter:
+    """Counts the training gradients that a method has spent on a problem."""
+
+    problem: Problem
+    gradients: float = 0.0
+
+    @property
+    def trainings(self) -> float:
+        """The same in plain trainings."""
+        return self.gradients / self.problem.steps
+
+    def step(self) -> None:
+        """One step on one batch."""
+        self.gradients += 1
+
+    def forward(self, examples: int) -> None:
+        """The loss of some examples, without its gradient."""
+        self.gradients += examples / (3 * self.problem.batch)
+
+    def hyperstep(self, products: int) -> None:
+        """One hypergradient on one training batch and all validation examples."""
+        self.gradients += len(self.problem.val) / self.problem.batch + 1 + 2 * (products + 1)
+
+
+class Pruned(Exception):  # noqa: N818 (no error)
+    """A training was not worth finishing."""
+
+
+def loop(problem: Problem, model: nn.Module, optimizer: Any, examples: Tensor, *, after: Callable[[int], None]) -> None:
+    """The ordinary loop of every method: batches of shuffled examples, and a rate that falls to zero in a straight line."""
+    batches: list[Tensor] = []
+    for step in range(1, problem.steps + 1):
+        if not batches:
+            order = examples[torch.randperm(len(examples))]
+            batches = [part for part in order.split(problem.batch) if len(part) == problem.batch]
+        for group in optimizer.param_groups:
+            group["lr"] = problem.set.lr * (1 - (step - 1) / problem.steps)
+        model.train()
+        optimizer.zero_grad()
+        optimizer.loss(batches.pop()).backward()
+        optimizer.step()
+        after(step)
+
+
+def train(
+    problem: Problem,
+    hparams: nn.Module,
+    examples: Tensor,
+    meter: Meter,
+    *,
+    after: Callable[[int, nn.Module], None] | None = None,
+) -> nn.Module:
+    """A plain training with fixed hyperparameters, by a bare optimizer; the random numbers are those of the seed."""
+    torch.manual_seed(problem.seed)
+    model = problem.make()
+    hparams.requires_grad_(False)
+    optimizer: Any = problem.inner(model)
+    optimizer.loss = lambda batch: problem.loss(model, hparams, batch)
+
+    def charge(step: int) -> None:
+        meter.step()
+        if after is not None:
+            after(step, model)
+
+    loop(problem, model, optimizer, examples, after=charge)
+    return model
+
+
+@torch.no_grad()
+def loss_of(problem: Problem, model: nn.Module, examples: Tensor, meter: Meter) -> float:
+    """The mean loss of these examples; that of a training that diverged is very large."""
+    meter.forward(len(examples))
+    found = float(problem.val_loss(model, None, examples))
+    return min(found, WORST) if math.isfinite(found) else WORST
+
+
+def trial(
+    problem: Problem, hparams: nn.Module, meter: Meter, report: Callable[[int, float], None] | None = None
+) -> tuple[nn.Module, float]:
+    """A training with these hyperparameters: the model, and its validation loss.
+
+    Args:
+        problem: what is trained.
+        hparams: the hyperparameters.
+        meter: is charged for every step and every validation loss.
+        report: of a search that prunes: is told the validation loss after each eighth, and may raise ``Pruned``.
+    """
+    looks = {round(part * problem.steps / PARTS): part for part in range(1, PARTS)}
+
+    def after(step: int, model: nn.Module) -> None:
+        if report is not None and step in looks:
+            report(looks[step], loss_of(problem, model, problem.val, meter))
+
+    model = train(problem, hparams, problem.train, meter, after=after)
+    return model, loss_of(problem, model, problem.val, meter)

@@ -1,0 +1,174 @@
+"""The ways to tune: fixed values, random search, Optuna and hoptim. Each yields what it would hand out, as it goes on.
+
+All begin at the same values, have the same training and validation examples, and are asked for the next result until their
+budget is spent. Each hands out that one of the models it has trained whose validation loss is the lowest.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import hoptim
+from tuner_study.costs import Meter, Pruned, loop, loss_of, trial
+from tuner_study.problems import RANGES, Problem, Range, entries, fill, from_groups, ranges_of
+
+HYPERSTEPS = 8  # in each of hoptim's trainings, roughly
+RATE: float | None = 0.1  # of its outer Adam, by choose.py; None for the rates of hparams.optimizer()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a method would hand out now.
+
+    Attributes:
+        model: the trained model.
+        trainings: what has been spent so far.
+        val: the validation loss by which it was chosen.
+        dropped: 1 for a trial that was pruned; of hoptim, how many hypersteps failed.
+    """
+
+    model: nn.Module
+    trainings: float
+    val: float
+    dropped: int = 0
+
+
+FIXED = "fixed"
+GOOD: dict[tuple[str, int], dict[str, float]] = {  # by choose.py
+    ("housing", 1): {"decay": 0.1},
+    ("housing", 3): {"decay": 0.1},
+    ("housing", 10): {"decay": 0.03},
+    ("fashion", 1): {"decay": 0.01},
+    ("fashion", 3): {"decay": 0.001, "noise": 0.3},
+    ("fashion", 10): {"decay": 0.003},
+    ("letters", 1): {"decay": 0.01},
+    ("letters", 3): {"decay": 0.01, "dropout": 0.3},
+    ("letters", 10): {"decay": 0.01},
+}
+
+Method = Callable[[Problem, Meter], Iterator[Found]]
+
+
+def fixed_values(problem: Problem) -> nn.ModuleDict:
+    """The hyperparameters at the values that were good on other splits, one for all of a kind."""
+    return at(problem, GOOD[problem.name, problem.count if problem.count <= 10 else 1])
+
+
+def at(problem: Problem, kinds: dict[str, float]) -> nn.ModuleDict:
+    """The hyperparameters of each kind at one value; others at their start."""
+    hparams = problem.hparams()
+    for kind, recipe, name in entries(hparams):
+        recipe[name] = torch.full_like(recipe[name].detach(), kinds.get(kind, RANGES[kind].start))
+    return hparams
+
+
+def drawn(ranges: list[Range], generator: np.random.Generator) -> Tensor:
+    """One number from each range, uniform or log-uniform."""
+    low, high = (
+        np.array([math.log(getattr(r, end)) if r.log else getattr(r, end) for r in ranges]) for end in ("low", "high")
+    )
+    values = generator.uniform(low, high)
+    return torch.tensor(np.where([r.log for r in ranges], np.exp(values), values), dtype=torch.float32)
+
+
+def random_search(problem: Problem, meter: Meter) -> Iterator[Found]:
+    """The starting values, then independent draws of all hyperparameters."""
+    generator = np.random.default_rng(problem.seed)
+    candidate = problem.hparams()
+    ranges = ranges_of(candidate)
+    best, lowest = trial(problem, candidate, meter)
+    while True:
+        yield Found(model=best, trainings=meter.trainings, val=lowest)
+        model, val = trial(problem, fill(problem.hparams(), drawn(ranges, generator)), meter)
+        if val < lowest:
+            best, lowest = model, val
+
+
+def tpe(problem: Problem, meter: Meter) -> Iterator[Found]:
+    """Optuna: multivariate TPE with the median pruner, after the starting values as its first trial.
+
+    Of 10,000 decays it searches one for each tensor.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    grouped = problem.count > 1000
+    tensors = len(list(entries(problem.hparams())))
+    ranges = [RANGES["decay"]] * tensors if grouped else ranges_of(problem.hparams())
+    names = [f"h{number}" for number in range(len(ranges))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that multivariate is experimental
+        sampler = optuna.samplers.TPESampler(multivariate=True, seed=problem.seed)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
+    study = optuna.create_study(sampler=sampler, pruner=pruner)
+    study.enqueue_trial({name: one.start for name, one in zip(names, ranges, strict=True)})
+    best, lowest = problem.make_quietly(), math.inf
+    while True:
+        asked = study.ask()
+        values = [asked.suggest_float(name, r.low, r.high, log=r.log) for name, r in zip(names, ranges, strict=True)]
+        vector = torch.tensor(values, dtype=torch.float32)
+        candidate = fill(problem.hparams(), from_groups(problem, vector) if grouped else vector)
+        try:
+            model, val = trial(problem, candidate, meter, pruning(asked))
+        except Pruned:
+            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+            yield Found(model=best, trainings=meter.trainings, val=lowest, dropped=1)
+            continue
+        study.tell(asked, val)
+        if val < lowest:
+            best, lowest = model, val
+        yield Found(model=best, trainings=meter.trainings, val=lowest)
+
+
+def pruning(asked: Any) -> Callable[[int, float], None]:
+    """Tells Optuna's trial of a validation loss, and stops the training where its pruner says so."""
+
+    def report(part: int, val: float) -> None:
+        asked.report(val, part)
+        if asked.should_prune():
+            raise Pruned
+
+    return report
+
+
+def learned(problem: Problem, meter: Meter, *, rate: float | None = RATE, hypersteps: int = HYPERSTEPS) -> Iterator[Found]:
+    """hoptim: trainings in which the hyperparameters move, each from where the last one left them."""
+    hparams = problem.hparams()
+    outer, warmup = outer_of(hparams, rate), problem.steps // 4
+    every = (problem.steps - warmup) // hypersteps
+    best, lowest = problem.make_quietly(), math.inf
+    while True:
+        torch.manual_seed(problem.seed)  # as in every trial of the others
+        model, records = problem.make(), []
+        stated = hoptim.Problem(model, hparams, problem.loss, problem.val_loss)
+        optimizer = hoptim.BilevelOptimizer(
+            problem.inner(model), outer, stated, val_batches=[problem.val], every=every, warmup=warmup,
+            hooks=[records.append],
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # failed solves are counted
+            loop(problem, model, optimizer, problem.train, after=lambda _: meter.step())
+        for record in [records[0], *records]:  # the first loss makes one more hypergradient, a dry run
+            meter.hyperstep(record.result.solution.products)
+        val = loss_of(problem, model, problem.val, meter)
+        if val < lowest:
+            best, lowest = model, val
+        failed = sum(not record.moved for record in records)
+        yield Found(model=best, trainings=meter.trainings, val=lowest, dropped=failed)
+
+
+def outer_of(hparams: nn.ModuleDict, rate: float | None) -> torch.optim.Optimizer:
+    """Adam at one rate, or at the rates of ``hparams.optimizer()``."""
+    groups = [group for recipe in hparams.values() for group in recipe.optimizer(rate).param_groups]
+    return torch.optim.Adam([{"params": group["params"], "lr": group["lr"]} for group in groups])
+
+
+METHODS: dict[str, Method] = {"random": random_search, "optuna": tpe, "hoptim": learned}
