@@ -18,7 +18,7 @@ in it.
 
 | folder | what it holds |
 |---|---|
-| `hoptim.diagnostics`, `hoptim.tracking` | the audit; trackers for W&B, the terminal and files |
+| `hoptim.diagnostics`, `hoptim.tracking` | the audit; trackers for W&B, TensorBoard, MLflow, the terminal and files |
 | `hoptim.recipes` | hyperparameters with their part of the loss, such as `WeightDecay` and `ExampleWeights` |
 | `hoptim.training` | the only code that changes anything: `BilevelOptimizer`, `CrossValidated`, `retrain`, checkpoints |
 | `hoptim.methods` | ways to dL_V/dλ: implicit, unrolled, conditions, one inner step as a pure function |

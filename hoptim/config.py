@@ -11,8 +11,9 @@ defaults:
 ```
 
 There are also `hoptim/condition`, `hoptim/preconditioner`, `hoptim/tracker` and `hoptim/method: unrolled`. List a
-condition or a preconditioner after the method, into which it writes itself. hoptim's own experiments use the same files
-with [scripts/train.py](scripts/README.md#hoptims-experiments).
+condition or a preconditioner after the method, into which it writes itself. `hoptim/recipe: [weight_decay, label_smoothing]`
+names recipes: `instantiate(cfg.hoptim.recipe.weight_decay)` is a function that makes one from the model. hoptim's own
+experiments use the same files with [scripts/train.py](scripts/README.md#hoptims-experiments).
 
 This module is the search-path plugin behind it. A wheel holds it twice: here, and as ``hydra_plugins/hoptim_config.py``,
 where Hydra looks for plugins. Since every Hydra application of the environment imports it, it imports neither torch nor

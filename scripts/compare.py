@@ -35,25 +35,30 @@ class Run:
     @property
     def cost(self) -> float:
         """All seconds over the seconds of the inner steps: the cost of learning, in plain trainings."""
-        inner, hyper = (sum(row.get(f"{kind}_seconds", 0) for row in self.rows) for kind in ("inner", "hyper"))
-        return (inner + hyper) / inner if inner else math.nan
+        inner = sum(row.get("inner_seconds", 0) for row in self.rows)
+        return self.seconds / inner if inner else math.nan
+
+    @property
+    def seconds(self) -> float:
+        """Of the training, hypersteps included."""
+        return sum(row.get("inner_seconds", 0) + row.get("hyper_seconds", 0) for row in self.rows)
 
 
 def read(root: Path) -> list[Run]:
     """Every run below ``root``, but for the baselines of each. Runs that differ only in the seed form a group."""
-    runs = []
-    for path in sorted(root.rglob("result.json")):
-        folder = path.parent
-        if folder.parent.name == "baselines":
-            continue
-        metrics = folder / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        result = json.loads(path.read_text())
-        inside = folder.name.startswith("seed=") and folder != root
-        group = (folder.parent if inside else folder).relative_to(root).as_posix()
-        runs.append(Run(group=group, name=result["name"], seed=str(result["seed"]), result=result, rows=rows))
-    return runs
+    folders = [path.parent for path in sorted(root.rglob("result.json"))]
+    return [read_one(folder, root) for folder in folders if folder.parent.name != "baselines"]
+
+
+def read_one(folder: Path, root: Path) -> Run:
+    """The run in a folder at or below ``root``."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    result = json.loads((folder / "result.json").read_text())
+    inside = folder.name.startswith("seed=") and folder != root
+    group = (folder.parent if inside else folder).relative_to(root).as_posix()
+    return Run(group=group, name=result["name"], seed=str(result["seed"]), result=result, rows=rows)
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
                 continue
             entries[label]["trainings"] *= searched
             groups[label] = best
-            draw({run.group: groups[run.group] for run in members}, root / f"compare_{name}.png")
+            draw({run.group: groups[run.group] for run in members}, root / f"compare_{name.replace('/', '_')}.png")
     if against is not None:
         if against not in groups:
             raise ValueError(f"against={against!r} is not a row: the rows are {sorted(groups)}")
@@ -131,7 +136,10 @@ def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
     """Draw the curves of all groups in one picture, as in the blog post."""
     from tasks import plots
 
-    curves = {label: [run.rows for run in runs if run.result["status"] == "finished"] for label, runs in groups.items()}
+    curves = {
+        label: [run.rows for run in runs if run.result["status"] == "finished" and "test_loss" in run.rows[-1]]
+        for label, runs in groups.items()
+    }  # by cross-validation there is no test loss before the end
     if any(curves.values()):
         plots.compared({label: rows for label, rows in curves.items() if rows}, path)
 

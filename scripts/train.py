@@ -7,7 +7,6 @@ import logging
 import math
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tasks import boards as running
 from tasks import schema
 from tasks.checkpoint import ResumeError, keep_rows, load_checkpoint, save_checkpoint, write_atomically, written_config
 from tasks.figures import check_finite, figures_of, result_of
@@ -26,9 +26,10 @@ from tasks.folds import cross_validate
 from tasks.run import Run
 from tasks.task import measure
 
-from hoptim.tracking import JsonLines, WandB
+from hoptim.tracking import Board, JsonLines
 
 log = logging.getLogger("hoptim.train")
+VALUES = "hyperparameters.safetensors"
 schema.register()
 
 
@@ -50,7 +51,7 @@ def main(cfg: DictConfig) -> float:
         failure = {"status": "failed", "name": cfg.name, "seed": cfg.seed, "error": f"{type(cause).__name__}: {cause}"}
         with suppress(OSError):  # the error may be a full disk
             write_atomically(folder / "result.json", json.dumps(failure).encode() + b"\n")
-        WandB().abandon()
+        running.abandon()
         if HydraConfig.get().mode == RunMode.MULTIRUN and isinstance(error, Exception):
             log.exception("%s failed: the sweep goes on, and is compared without it", folder)
             return math.inf
@@ -61,10 +62,11 @@ def baselines(cfg: DictConfig) -> dict[str, DictConfig]:
     """The config of each plain training that the picture of the losses shows beside this one."""
     found = {}
     for label, changes in cfg.baselines.items() if cfg.plots else ():
-        own = OmegaConf.merge(
-            cfg, {"learn": False, "retrain": False}, changes, {"name": label, "plots": False, "hyperparameters": None}
-        )
-        with open_dict(own):
+        own = cfg.copy()
+        with open_dict(own):  # a baseline may have recipes that the experiment has not
+            own.merge_with(
+                {"learn": False, "retrain": False}, changes, {"name": label, "plots": False, "hyperparameters": None}
+            )
             own.hoptim.tracker, own.baselines = None, {}
         found[label] = own
     return found
@@ -96,7 +98,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
     if main_process:
         rows = keep_rows(metrics, begun)
         write_atomically(folder / "config.yaml", written_config(cfg).encode())
-        boards = start_wandb(cfg, folder, run.trackers, saved["wandb_id"] if saved else None)
+        boards = running.start(cfg, folder, run.trackers, saved["boards"] if saved else {})
 
     with progress_bar(visible=main_process) as bar:
         job = bar.add_task(cfg.name, total=run.outer_steps, completed=begun, losses="")
@@ -117,7 +119,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
     return finish(run, folder, rows, boards)
 
 
-def finish(run: Run, folder: Path, rows: list[dict[str, Any]], boards: list[WandB]) -> float:
+def finish(run: Run, folder: Path, rows: list[dict[str, Any]], boards: list[Board]) -> float:
     """Write result, hyperparameters and pictures. The result holds no times, so that a resumed run writes the same."""
     cfg, problem = run.cfg, run.problem
     measured = measure(run.task, problem.model, problem.hparams, run.parts)
@@ -127,33 +129,20 @@ def finish(run: Run, folder: Path, rows: list[dict[str, Any]], boards: list[Wand
     if not run.processes.is_main:
         return measured["val_loss"]
     result, values = result_of(cfg, problem, rows, measured)
-    write_atomically(folder / "hyperparameters.safetensors", values)
+    write_atomically(folder / VALUES, values)
     images = {}
     if cfg.plots:
         from tasks import plots
 
-        images = {path.stem: path for path in plots.of_run(run, rows, folder)}
+        images = {path.stem: path for path in plots.of_run(run, rows, folder, measured.get("retrained_test_loss"))}
     write_atomically(folder / "result.json", json.dumps(result, indent=2).encode() + b"\n")
-    for board in boards:
-        board.finish(result, {f"plots/{name}": path for name, path in images.items()})
+    running.finish(boards, result, {f"plots/{name}": path for name, path in images.items()}, folder / VALUES)
     figures = "  ".join(f"{name} {measured[f'{name}_loss']:.4f}" for name in run.parts)
     if cfg.retrain:
         figures += f"  retrained: test {measured['retrained_test_loss']:.4f}"
     moved = f"({result['hypersteps']} hypersteps, {result['moved']} moved)"
     log.info("%s seed %s: %s  %s  -> %s", cfg.name, cfg.seed, figures, moved, folder)
     return measured["val_loss"]
-
-
-def start_wandb(cfg: DictConfig, folder: Path, trackers: list[Any], run_id: str | None) -> list[WandB]:
-    """Start a W&B run for each W&B tracker, with this run's name and folder unless the config says otherwise."""
-    defaults = {"name": f"{cfg.name}/seed={cfg.seed}", "group": cfg.name, "directory": folder, "id": run_id}
-    boards = []
-    for tracker in trackers:
-        if isinstance(tracker, WandB):
-            blank = {key: value for key, value in defaults.items() if getattr(tracker, key) is None}
-            boards.append(replace(tracker, **blank))
-            boards[-1].start(OmegaConf.to_container(cfg, resolve=True))
-    return boards
 
 
 def progress_bar(visible: bool) -> Progress:

@@ -88,6 +88,7 @@ def test_no_name_is_both_a_module_and_something_else(name: str) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, hoptim; print([m for m in ('wandb', 'matplotlib', 'hydra', 'rich', 'sklearn') if m in sys.modules])"
+    heavy = ("wandb", "mlflow", "tensorboard", "matplotlib", "hydra", "rich", "sklearn")
+    code = f"import sys, hoptim, hoptim.tracking; print([m for m in {heavy} if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert output.stdout.strip() == "[]"

@@ -1,6 +1,10 @@
-"""Trackers as hooks of a plain training loop."""
+"""Trackers as hooks of a plain training loop; each is read back by the library that it writes for."""
 
 import json
+import shutil
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,11 @@ from torch import nn
 from wandb_file import read_finished as read
 
 import hoptim
-from hoptim.tracking import Console, JsonLines, WandB
+from hoptim.tracking import Console, JsonLines, MLflow, TensorBoard, WandB
+
+COST = ("products", "hyper_seconds")
+METRICS = ("val_loss", "train_loss")
+STEPS = ("inner_step", "hyper_step")
 
 
 def ridge(hook, every=1, decay=0.5, solver=None):
@@ -35,6 +43,16 @@ def steps(optimizer, count):
         optimizer.step()
 
 
+def expected(row, *, numbers_alone=False):
+    """The names under which a row's figures are to be found, each once."""
+    found = {"hypergradient/status_level": ["ok", "remark", "failed"].index(hoptim.Status[row["status"]].kind)}
+    for key, value in row.items():
+        if value is not None and key not in STEPS and not (numbers_alone and isinstance(value, str)):
+            section = "cost" if key in COST else "metrics" if key in METRICS else "hypergradient"
+            found[f"{section}/{key}"] = float(value) if numbers_alone else value
+    return found
+
+
 def test_json_lines_hold_the_records(tmp_path):
     path, seen = tmp_path / "deep" / "metrics.jsonl", []
     optimizer = ridge(JsonLines(path=path))
@@ -52,7 +70,7 @@ def test_console_prints_one_line_and_what_to_do_after_a_failure(capsys):
     assert "Take a smaller step_size" in " ".join(capsys.readouterr().out.split())
 
 
-def test_wandb_hook_logs_each_hyperstep_against_both_axes(tmp_path, monkeypatch):
+def test_wandb_hook_logs_each_figure_of_a_hyperstep_once_and_defines_its_axis(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     tracker = WandB(project="mine", directory=tmp_path)
     optimizer = ridge(tracker, every=2)
@@ -63,8 +81,16 @@ def test_wandb_hook_logs_each_hyperstep_against_both_axes(tmp_path, monkeypatch)
     assert (run["project"], run["summary"]["answer"], run["exit"]) == ("mine", 42, 0)
     assert [row["inner_step"] for row in run["history"]] == [2, 4, 6]
     assert [row["outer_step"] for row in run["history"]] == [1, 2, 3]
-    assert run["history"][-1]["outer/val_loss"] == float(optimizer.record.result.val_loss)
-    assert sum(run["history"][-1]["hyperparameters/decay/values"]) == 1
+    last = {
+        name: value for name, value in run["history"][-1].items() if name.startswith(("metrics", "hypergradient", "cost"))
+    }
+    assert last == expected(optimizer.record.row())
+    axes = {"metrics": "inner_step", "hypergradient": "outer_step", "cost": "outer_step", "hyperparameters": "outer_step"}
+    assert {section: run["axes"][f"{section}/*"] for section in axes} == axes
+    last = run["history"][-1]
+    assert sum(last["hyperparameters/decay/values"]) == 1
+    (value,) = optimizer.record.hyperparameters["decay"].tolist()
+    assert [last[f"hyperparameters/decay/{key}"] for key in ("min", "median", "max")] == pytest.approx([value] * 3)
 
 
 def test_an_abandoned_run_is_marked_failed_and_the_next_is_another(tmp_path, monkeypatch):
@@ -96,7 +122,7 @@ def test_wandb_defines_its_axes_in_a_run_that_the_user_opened(tmp_path, monkeypa
     steps(ridge(tracker), 2)
     tracker.finish()
     run = read(next(iter(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
-    assert (run["project"], run["axes"]["outer/*"]) == ("own", "outer_step")
+    assert (run["project"], run["axes"]["hypergradient/*"]) == ("own", "outer_step")
     assert len(run["history"]) == 2
 
 
@@ -135,4 +161,232 @@ def test_a_run_that_is_continued_in_the_same_process_has_its_axes_again(tmp_path
         steps(ridge(tracker), 1)
         tracker.finish()
         run = read(next(iter(folder.glob("wandb/offline-run-*/*.wandb"))))
-        assert (run["id"], run["axes"]["outer/*"]) == ("again", "outer_step")
+        assert (run["id"], run["axes"]["hypergradient/*"]) == ("again", "outer_step")
+
+
+def test_wandb_runs_are_grouped_and_tagged_and_a_long_tag_is_cut(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracker = WandB(directory=tmp_path, group="sweep", job_type="iris/terms=5", tags=["iris", "x" * 100])
+    steps(ridge(tracker), 1)
+    tracker.finish()
+    run = read(next(iter(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
+    assert (run["group"], run["job_type"], sorted(run["tags"])) == ("sweep", "iris/terms=5", ["iris", "x" * 64])
+
+
+@pytest.fixture
+def events():
+    """A reader of TensorBoard's files."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def reader(folder):
+        everything = dict.fromkeys((accumulator.SCALARS, accumulator.HISTOGRAMS, accumulator.IMAGES, accumulator.TENSORS), 0)
+        return accumulator.EventAccumulator(str(folder), size_guidance=everything).Reload()
+
+    return reader
+
+
+def scalars(read, tag):
+    return [(event.step, event.value) for event in read.Scalars(tag)]
+
+
+def test_tensorboard_shows_the_records(tmp_path, events):
+    tracker, seen = TensorBoard(directory=tmp_path), []
+    tracker.start({"task": {"hidden": 16}, "name": "ridge"})
+    optimizer = ridge(tracker, every=2)
+    optimizer.hooks += (lambda record: seen.append(record.row()),)
+    steps(optimizer, 6)
+    picture(tmp_path / "curves.png")
+    tracker.finish({"answer": 42}, {"plots/curves": tmp_path / "curves.png"})
+    read = events(tmp_path / "tensorboard")
+    for tag in expected(seen[-1], numbers_alone=True):
+        rows = [expected(row, numbers_alone=True) for row in seen]
+        wanted = [(row["inner_step"], named[tag]) for row, named in zip(seen, rows, strict=True) if tag in named]
+        assert scalars(read, tag) == [(step, pytest.approx(value)) for step, value in wanted]
+    assert set(read.Tags()["scalars"]) == set(expected(seen[-1], numbers_alone=True)), "each figure once, and no other"
+    histograms = read.Histograms("hyperparameters/decay")
+    assert [histogram.step for histogram in histograms] == [2, 4, 6]
+    (value,) = optimizer.record.hyperparameters["decay"].tolist()
+    last = histograms[-1].histogram_value
+    assert (last.num, last.min, last.max) == (1, pytest.approx(value), pytest.approx(value))
+    (image,) = read.Images("plots/curves")
+    assert (image.width, image.height) == (3, 2)
+    assert b"42" in read.Tensors("summary/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_tensorboard_compares_runs_by_their_config_and_the_metrics_that_they_have(tmp_path, events):
+    tracker = TensorBoard(directory=tmp_path)
+    tracker.start({"task": {"hidden": 16}, "name": "ridge"})
+    steps(ridge(tracker), 1)
+    tracker.finish()
+    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
+    contents = events(tmp_path / "tensorboard").summary_metadata
+    parsed = {
+        tag: plugin.HParamsPluginData.FromString(data.plugin_data.content)
+        for tag, data in contents.items()
+        if "hparams" in tag
+    }
+    found = parsed["_hparams_/session_start_info"].session_start_info.hparams
+    assert (found["task.hidden"].number_value, found["name"].string_value) == (16, "ridge")
+    metrics = {info.name.tag for info in parsed["_hparams_/experiment"].experiment.metric_infos}
+    assert metrics == {"metrics/train_loss", "metrics/val_loss"}
+
+
+def test_a_run_that_goes_on_has_no_row_twice_in_tensorboard(tmp_path, events):
+    killed = ridge(TensorBoard(directory=tmp_path))
+    steps(killed, 3)
+    checkpoint = killed.state_dict(), killed.problem.model.state_dict()
+    steps(killed, 2)  # after its checkpoint, and then it is killed
+    forget(TensorBoard)
+    resumed = ridge(TensorBoard(directory=tmp_path))
+    resumed.load_state_dict(checkpoint[0])
+    resumed.problem.model.load_state_dict(checkpoint[1])
+    steps(resumed, 4)
+    read = events(tmp_path / "tensorboard")
+    assert [step for step, _ in scalars(read, "metrics/val_loss")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [histogram.step for histogram in read.Histograms("hyperparameters/decay")] == [1, 2, 3, 4, 5, 6, 7]
+    TensorBoard(directory=tmp_path).abandon()
+
+
+def forget(kind):
+    """As after a kill: nothing is known of the runs that were open."""
+    sys.modules[kind.__module__]._open.clear()
+
+
+def picture(path):
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (3, 2)).save(path)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """An empty database of MLflow's, which takes seconds to make."""
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def store(empty_store, tmp_path, monkeypatch):
+    """The address of a database of this test's own, and a client that reads it."""
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)  # where MLflow keeps the files of artifacts
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    return uri, mlflow.MlflowClient(uri)
+
+
+def only_run(client, project="hoptim"):
+    (run,) = client.search_runs([client.get_experiment_by_name(project).experiment_id])
+    return run
+
+
+def history(client, run, key):
+    return [
+        (metric.step, metric.value)
+        for metric in sorted(client.get_metric_history(run.info.run_id, key), key=lambda m: m.step)
+    ]
+
+
+def test_mlflow_shows_the_records(store, tmp_path, monkeypatch):
+    uri, client = store
+    tracker = MLflow(uri=uri, project="mine", name="first", group="sweep", job_type="iris", tags=["seed=0", "fast"])
+    tracker.start({"task": {"hidden": 16}})
+    seen, optimizer = [], ridge(tracker, every=2)
+    optimizer.hooks += (lambda record: seen.append(record.row()),)
+    steps(optimizer, 6)
+    (tmp_path / "learned.txt").write_text("0.5")
+    picture(tmp_path / "curves.png")
+    files = {"hyperparameters": [tmp_path / "learned.txt"]}
+    tracker.finish({"answer": 42}, {"plots/curves": tmp_path / "curves.png"}, files)
+    run = only_run(client, "mine")
+    assert (run.info.run_name, run.info.status, run.data.params) == ("first", "FINISHED", {"task.hidden": "16"})
+    assert {"group": "sweep", "job_type": "iris", "seed": "0", "fast": "true"}.items() <= run.data.tags.items()
+    quantiles = {f"hyperparameters/decay/{name}" for name in ("min", "quantile_0.05", "median", "quantile_0.95", "max")}
+    names = set(expected(seen[-1], numbers_alone=True))
+    assert set(run.data.metrics) == names | quantiles | {"inner_step", "outer_step"}
+    for name in names:
+        rows = [(row["inner_step"], expected(row, numbers_alone=True)) for row in seen]
+        assert history(client, run, name) == [(step, row[name]) for step, row in rows if name in row]
+    (value,) = optimizer.record.hyperparameters["decay"].tolist()
+    assert [run.data.metrics[name] for name in quantiles] == pytest.approx([value] * 5)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # older versions download from there alone
+    for path, text in (("hyperparameters/learned.txt", "0.5"), ("summary.json", None), ("pictures/curves.png", None)):
+        read = Path(client.download_artifacts(run.info.run_id, path, str(tmp_path)))
+        assert read.stat().st_size > 0
+        assert text in (None, read.read_text() if text else None)
+
+
+def test_a_run_that_goes_on_has_no_row_twice_in_mlflow(store):
+    uri, client = store
+    first = MLflow(uri=uri)
+    killed = ridge(first)
+    steps(killed, 3)
+    checkpoint = killed.state_dict(), killed.problem.model.state_dict()
+    steps(killed, 2)
+    second = MLflow(uri=uri, id=first.run_id)
+    forget(MLflow)
+    resumed = ridge(second)
+    resumed.load_state_dict(checkpoint[0])
+    resumed.problem.model.load_state_dict(checkpoint[1])
+    steps(resumed, 4)
+    second.finish()
+    assert [step for step, _ in history(client, only_run(client), "metrics/val_loss")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_mlflow_logs_into_the_run_that_the_user_has_started(store):
+    import mlflow
+
+    uri, client = store
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        mlflow.set_experiment("own")
+        with mlflow.start_run():
+            tracker = MLflow()
+            steps(ridge(tracker), 1)
+            tracker.abandon()
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert "metrics/val_loss" in only_run(client, "own").data.metrics
+
+
+def test_a_server_of_mlflow_that_is_gone_is_warned_of_once_and_stops_no_training(monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = MLflow(uri="http://127.0.0.1:9")
+    optimizer = ridge(tracker)
+    with pytest.warns(UserWarning, match="MLflow failed"):
+        steps(optimizer, 1)
+    with warnings.catch_warnings(record=True) as caught:
+        steps(optimizer, 2)
+        tracker.finish()
+    assert (optimizer.record.moved, optimizer.record.hyper_step) == (True, 3)
+    assert not [warning for warning in caught if "MLflow" in str(warning.message)]
+
+
+def test_a_folder_that_tensorboard_cant_write_stops_no_training(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    optimizer = ridge(TensorBoard(directory=tmp_path / "file"))
+    with pytest.warns(UserWarning, match="TensorBoard failed"):
+        steps(optimizer, 1)
+    assert optimizer.record.moved
+
+
+@pytest.mark.parametrize(("kind", "package"), [(TensorBoard, "tensorboard"), (MLflow, "mlflow")])
+def test_a_package_that_is_missing_is_reported_before_the_training(monkeypatch, kind, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"pip install 'hoptim\[{package}\]'"):
+        kind()
+
+
+def test_only_the_first_rank_logs(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from hoptim.tracking import board
+
+    monkeypatch.setattr(board, "is_first", lambda: False)
+    steps(ridge(TensorBoard(directory=tmp_path)), 1)
+    assert not list(tmp_path.iterdir())

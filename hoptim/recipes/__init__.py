@@ -35,13 +35,40 @@ goes, alone or in an ``nn.ModuleDict`` beside others:
 As many as there are examples or weights can fit a validation set as weights fit a training set: keep it large, and judge by
 a test set that took no part.
 
+# Settings for each
+
+The rate is that of an outer Adam, the warm-up a share of all steps. Where nothing else is said, learn on a part and validate
+on another, then train on both with `hoptim.retrain`. Each family has an experiment in conf/experiment/recipes, such as
+`python scripts/train.py experiment=recipes/dropout`; scripts/README.md, "Recipes at work", has what they found.
+
+| recipe | outer rate | warm-up | validation |
+|---|---|---|---|
+| `WeightDecay`, `PriorScale` | 0.05 | a quarter, or none | folds where there are few; a large set for one a weight |
+| `NoiseWidth`, `Dropout`, `LabelSmoothing` | 0.3 | a quarter | folds |
+| `Temperature` in the training loss | 0.05 | a quarter | folds |
+| `Temperature` in the validation loss alone | 0.05 | a quarter or more | a part; nothing to retrain |
+| `ExampleWeights` | 0.3 | a quarter | examples with right labels, so no folds |
+| `SoftLabels` | 0.1 | a quarter | more right labels than `ExampleWeights` needs; no folds |
+| `LossWeights` | 0.1 | a quarter | the loss that counts; folds or a part |
+| `DomainWeights` | 0.1 | a quarter | examples of what is wanted, so no folds |
+| `Augmentation` | 0.05 | a quarter | folds or a part; images as they are |
+| `AugmentationNet` | 0.01 | a quarter | a large part |
+| `DistilledData` | 0.03 | none | all real training examples; nothing to retrain |
+| `Schedule` | 0.3 | none, by `hoptim.Replay` | a part; scripts/examples/learned_schedule.py |
+| a rate, a momentum, by `options` | 0.05 | none, by `hoptim.Unrolled` | a part |
+| `Categorical` | 0.1 | a quarter | a part; then `harden()` and train the chosen one |
+| `Gate` | 0.3 | a fifth | folds or a part, with a small price for each in its loss |
+
 *The outer optimizer* is `hparams.optimizer()`, Adam with a rate for each constraint: 0.05 for `positive`, where a step is
-about 5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. What is `real` takes a rate that is small beside its size.
-For recipes in an `nn.ModuleDict`, give Adam the groups of each, `[group for one in hparams.values() for group in
-one.optimizer().param_groups]`; `hoptim.CrossValidated` does so by itself.
+about 5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. What is `real` takes a rate that is small beside its size,
+and a momentum less than 0.3, which took one to 0.999. For recipes in an `nn.ModuleDict`, give Adam the groups of each,
+`[group for one in hparams.values() for group in one.optimizer().param_groups]`; `hoptim.CrossValidated` does so by itself.
 
 *Warm-up.* For what acts on a trained model, as decays and noise do, a quarter of the steps; on twelve tasks none at all did
 about as well. A schedule learned by `Replay` needs none, since it differentiates through the whole training.
+
+*Colours.* `Augmentation` changes no hue or saturation. kornia's `adjust_hue` and `adjust_saturation` are differentiable and
+go into a training loss as they are, but for images from 0 to 1: on standardised ones a factor of 1 changes saturation too.
 
 *Evaluation.* The validation loss is without noise, smoothing, decay and weights. Call the plain model in it, in `eval()`;
 `Gate` and `Categorical` belong to the model, so it has them with `training=False`.

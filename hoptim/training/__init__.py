@@ -152,7 +152,7 @@ Errors after an hour of warm-up are expensive, so the beginning is looked at, on
 # Records, trackers and W&B
 
 `hooks` are functions that get the `Record` of each hyperstep. Trackers are hooks: `hoptim.tracking` has `WandB`,
-`JsonLines` and `Console`.
+`TensorBoard`, `MLflow`, `JsonLines` and `Console`.
 
 >>> from hoptim.tracking import JsonLines, WandB
 >>> hooks = [WandB(project="mine"), JsonLines(path="metrics.jsonl")]   # BilevelOptimizer(..., hooks=hooks)

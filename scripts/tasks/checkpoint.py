@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from hoptim.tracking import JsonLines, WandB
+from hoptim.tracking import Board, JsonLines
 from hoptim.training import files
+from tasks.boards import ids
 from tasks.run import Run
 
 log = logging.getLogger("hoptim.train")
@@ -39,7 +40,7 @@ def fingerprint(cfg: DictConfig, processes: int) -> str:
     return json.dumps({**chosen, "processes": processes}, sort_keys=True)
 
 
-def save_checkpoint(path: Path, run: Run, outer_step: int, boards: list[WandB]) -> None:
+def save_checkpoint(path: Path, run: Run, outer_step: int, boards: list[Board]) -> None:
     """Write everything that the rest of the run depends on, as tensors and plain values."""
     generators = run.processes.gather(torch.get_rng_state())
     batches = run.processes.gather(run.batches.state_dict())
@@ -51,7 +52,7 @@ def save_checkpoint(path: Path, run: Run, outer_step: int, boards: list[WandB]) 
         **run.state_dict(),
         "batches": batches,
         "rng": generators,
-        "wandb_id": boards[0].start().id if boards else None,
+        "boards": ids(boards),
     }
     with open(path.with_name("metrics.jsonl"), "rb") as rows:
         os.fsync(rows.fileno())  # a resumed run needs the rows up to its checkpoint

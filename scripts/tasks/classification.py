@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ OF_LAYERS = ("noise_width", "dropout")
 OF_EXAMPLES = ("example_weights", "domain_weights")
 OF_INPUTS = ("distilled_data", "augmentation", "augmentation_net", "gate")
 PENALTIES = ("weight_decay", "prior_scale")
+OF_STEPS = ("step",)
 ONE_OF = (OF_LOGITS, OF_LAYERS, OF_EXAMPLES)
 
 
@@ -36,10 +37,15 @@ class Classification(Task):
         val: how many validate.
         test: how many test; default all that are left.
         root: the folder of torchvision's data sets.
-        recipes: by name, functions that make them; conf/hoptim/recipe has one for each.
+        balanced: whether as many of each class train.
+        recipes: by name, functions that make them; conf/hoptim/recipe has one for each. One that is null is left out, so
+            that a baseline can do without what the experiment has.
         decay: a fixed weight decay of all weights, beside the recipes.
+        gate_price: what an open gate costs in the validation loss.
         wrong_labels: the share of wrong labels in the training part; a list deals that part into as many sources, each
             with a share of its own, for domain_weights.
+        join: train on the training and the validation part together; validation figures then mean nothing.
+        device: where the data, the model and the recipes are, such as cuda.
     """
 
     data: str
@@ -48,19 +54,28 @@ class Classification(Task):
     val: int
     test: int | None = None
     root: str = "data"
-    recipes: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)
+    balanced: bool = False
+    recipes: Mapping[str, Callable[..., nn.Module] | None] = field(default_factory=dict)
     decay: float = 0.0
+    gate_price: float = 0.0
     wrong_labels: Any = 0.0
+    join: bool = False
+    device: str = "cpu"
+
+    places: ClassVar[frozenset[str]] = frozenset((*OF_LOGITS, *OF_LAYERS, *OF_EXAMPLES, *OF_INPUTS, *PENALTIES, *OF_STEPS))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        places = {*OF_LOGITS, *OF_LAYERS, *OF_EXAMPLES, *OF_INPUTS, *PENALTIES}
-        if strangers := sorted(set(self.recipes) - places):
-            raise ValueError(f"recipe {strangers[0]!r} has no place in this task: give some of {', '.join(sorted(places))}")
+        self.recipes = {name: make for name, make in self.recipes.items() if make is not None}
+        if strangers := sorted(set(self.recipes) - self.places):
+            known = ", ".join(sorted(self.places))
+            raise ValueError(f"recipe {strangers[0]!r} has no place in this task: give some of {known}")
         if not self.recipes:
             raise ValueError(
                 "there is no recipe: give hoptim/recipe=[weight_decay], say, which learn=false keeps at its start"
             )
+        if self.gate_price and "gate" not in self.recipes:
+            raise ValueError(f"gate_price={self.gate_price}: there is no gate to pay for; give 0, or hoptim/recipe=[gate]")
         for group in ONE_OF:
             if len(both := [name for name in group if name in self.recipes]) > 1:
                 raise ValueError(f"the recipes {both[0]} and {both[1]} have the same place in the loss: give one of them")
@@ -68,7 +83,7 @@ class Classification(Task):
     def setup(self, seed: int) -> dict[str, Tensor]:
         """Draw the examples, number them train, val, test, and standardise by the training part."""
         found = sets.read(self.data, self.root)
-        drawn = sets.split(found, self.train, self.val, self.test, seed)
+        drawn = sets.split(found, self.train, self.val, self.test, seed, self.balanced)
         numbers = torch.arange(sum(map(len, drawn.values()))).split([len(part) for part in drawn.values()])
         parts, used = dict(zip(drawn, numbers, strict=True)), torch.cat(list(drawn.values()))
         self.x, self.y, self.classes = (
@@ -81,19 +96,22 @@ class Classification(Task):
         for number, share in enumerate(shares):
             own = parts["train"][self.source[parts["train"]] == number]
             self.y = sets.with_wrong_labels(self.y, own, share, self.classes, seed)
+        if self.join:
+            parts["train"] = torch.cat([parts["train"], parts["val"]])
+        self.x, self.y, self.source = (tensor.to(self.device) for tensor in (self.x, self.y, self.source))
         self.shares, self.parts = shares, parts
         return parts
 
     def model(self) -> nn.Module:
-        return self.model_of(tuple(self.x.shape[1:]), self.classes)
+        return self.model_of(tuple(self.x.shape[1:]), self.classes).to(self.device)
 
     def hparams(self, model: nn.Module) -> nn.Module:
-        return nn.ModuleDict({name: self.made(name, model) for name in self.recipes})
+        return nn.ModuleDict({name: self.made(name, model) for name in self.recipes}).to(self.device)
 
     def made(self, name: str, model: nn.Module) -> nn.Module:
         """A recipe, from what it needs of this task."""
         make, val, shape = self.recipes[name], self.parts["val"], tuple(self.x.shape[1:])
-        learning = len(self.parts["train"]) + len(val)
+        learning = self.train + self.val
         if name == "prior_scale":
             return make(model, self.train)
         if name in (*PENALTIES, *OF_LAYERS):
@@ -134,8 +152,16 @@ class Classification(Task):
         if "example_weights" in self.recipes:
             return hparams["example_weights"].mean(losses, batch)
         if "domain_weights" in self.recipes:
-            return hparams["domain_weights"].mean(losses, self.source[batch])
+            return self.mixed(losses, hparams["domain_weights"], batch)
         return losses.mean()
+
+    def mixed(self, losses: Tensor, mixture: Any, batch: Tensor) -> Tensor:
+        """The mean with the weights of the sources; validation examples, which a retraining adds, have the weight 1."""
+        own = batch < self.train
+        if not own.any():
+            return losses.mean()
+        found = mixture.mean(losses[own], self.source[batch[own]])
+        return (own.sum() * found + losses[~own].sum()) / len(batch)
 
     def losses(self, z: Tensor, hparams: Any, batch: Tensor) -> Tensor:
         """The loss of each example."""
@@ -152,8 +178,9 @@ class Classification(Task):
         return learned + self.decay / 2 * sum(weight.square().sum() for weight in model.parameters())
 
     def val_loss(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
-        """Cross-entropy, without what the recipes change in training; gates belong to the model."""
-        return F.cross_entropy(model.eval()(self.gated(self.x[batch], hparams, training=False)), self.y[batch])
+        """Cross-entropy, without what the recipes change in training; gates belong to the model, and have their price."""
+        loss = F.cross_entropy(model.eval()(self.gated(self.x[batch], hparams, training=False)), self.y[batch])
+        return loss + self.gate_price * hparams["gate"].count() if self.gate_price else loss
 
     def gated(self, x: Tensor, hparams: Any, training: bool) -> Tensor:
         """The inputs, each feature or channel times the value of its gate."""
@@ -162,9 +189,10 @@ class Classification(Task):
         return x * hparams["gate"].values(training).reshape(-1, *[1] * (x.ndim - 2))
 
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy and accuracy."""
+        """Cross-entropy and accuracy; how many gates are open."""
         z, y = model(self.gated(self.x[batch], hparams, training=False)), self.y[batch]
-        return {"loss": F.cross_entropy(z, y), "accuracy": (z.argmax(1) == y).double().mean()}
+        found = {"loss": F.cross_entropy(z, y), "accuracy": (z.argmax(1) == y).double().mean()}
+        return found | {"open": hparams["gate"].harden()[0].sum()} if "gate" in self.recipes else found
 
     def draw(self, problem: hoptim.Problem, folder: Path) -> list[Path]:
         """The learned examples; images before and after the learned changes."""

@@ -64,10 +64,10 @@ def _cifar10_arrays(root: Path, train: bool) -> tuple[Any, Any] | None:
         return arrays[f"{part}_images"], arrays[f"{part}_labels"]
 
 
-def split(data: Labelled, train: int, val: int, test: int | None, seed: int) -> dict[str, Tensor]:
+def split(data: Labelled, train: int, val: int, test: int | None, seed: int, balanced: bool = False) -> dict[str, Tensor]:
     """Numbers of examples, drawn at random: train and val of those that may train, test of the others.
 
-    A data set without a test set of its own is split in three.
+    A data set without a test set of its own is split in three. ``balanced``: as many of each class train.
 
     >>> data = Labelled(torch.zeros(10, 1), torch.zeros(10), training=10)
     >>> [len(part) for part in split(data, 4, 3, None, seed=0).values()]
@@ -75,6 +75,8 @@ def split(data: Labelled, train: int, val: int, test: int | None, seed: int) -> 
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(data.training, generator=generator)
+    if balanced:
+        order = as_many_of_each_class_first(order, data.y, train)
     others = torch.arange(data.training, len(data.y))
     rest = order[train + val :] if len(others) == 0 else others[torch.randperm(len(others), generator=generator)]
     parts = {"train": order[:train], "val": order[train : train + val], "test": rest[:test]}
@@ -83,6 +85,21 @@ def split(data: Labelled, train: int, val: int, test: int | None, seed: int) -> 
         if count < 1 or len(parts[name]) < count:
             raise ValueError(f"{name}={count}: the data have {len(parts[name])} examples left for it, and 1 is needed")
     return parts
+
+
+def as_many_of_each_class_first(order: Tensor, y: Tensor, count: int) -> Tensor:
+    """The order, but that its first ``count`` examples are as many of each class.
+
+    >>> as_many_of_each_class_first(torch.tensor([3, 1, 0, 2]), torch.tensor([0, 1, 0, 1]), 2)
+    tensor([0, 3, 1, 2])
+    """
+    classes = y.unique().tolist()
+    if count % len(classes):
+        raise ValueError(f"train={count}, balanced: give a multiple of the {len(classes)} classes")
+    first = torch.cat([order[y[order] == label][: count // len(classes)] for label in classes])
+    if len(first) < count:
+        raise ValueError(f"train={count}, balanced: a class has fewer than {count // len(classes)} examples; give fewer")
+    return torch.cat([first, order[~torch.isin(order, first)]])
 
 
 def standardised(x: Tensor, part: Tensor) -> Tensor:

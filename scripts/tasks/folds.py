@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import hoptim
+from hoptim.tracking import Board
+from tasks import boards as running
 from tasks.checkpoint import write_atomically, written_config
 from tasks.figures import result_of
 from tasks.processes import Processes
@@ -37,6 +39,8 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
     joined = torch.cat([parts["train"], parts["val"]]).unique()
     hparams = task.hparams(task.model())
     trackers = [instantiate(options) for options in (cfg.hoptim.get("tracker") or {}).values()]
+    plain = [tracker for tracker in trackers if not isinstance(tracker, Board)]
+    boards = running.start(cfg, folder, trackers, {})
     if not cfg.resume:
         for name in ("fit.pt", "result.json", "metrics.jsonl"):
             (folder / name).unlink(missing_ok=True)
@@ -60,9 +64,10 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
         options=dict(cfg.options) or None,
         hypergradient=instantiate(cfg.hoptim.method),
         val_batches=lambda held_out: batches_of(joined[held_out], cfg.val_batch_size),
-        hooks=trackers,
+        hooks=[*plain, *boards],
     ).fit(train, checkpoint=folder / "fit.pt")
     rows = [{"outer_step": row["hyper_step"], **row} for row in found.history]
+    rows[-1]["trainings"] = found.cost
     measured = {
         "val_loss": rows[-1]["val_loss"],
         **measure(task, found.model, hparams, {"train": joined, "test": parts["test"]}),
@@ -72,9 +77,10 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
     write_atomically(folder / "config.yaml", written_config(cfg).encode())
     write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     write_atomically(folder / "hyperparameters.safetensors", values)
-    if cfg.plots:
-        task.draw(problem, folder)
+    pictures = task.draw(problem, folder) if cfg.plots else []
     write_atomically(folder / "result.json", json.dumps(result, indent=2).encode() + b"\n")
+    images = {f"plots/{path.stem}": path for path in pictures}
+    running.finish(boards, result, images, folder / "hyperparameters.safetensors")
     words = f"held out {result['val_loss']:.4f}  test {result['test_loss']:.4f}  ({found.cost:.1f} trainings)"
     log.info("%s seed %s, %d folds: %s  -> %s", cfg.name, cfg.seed, cfg.folds, words, folder)
     return float(result["val_loss"])

@@ -32,7 +32,7 @@ def changed(task: Any, recipe: Any, path: Path) -> Path:
 
 def gates(task: Any, recipe: Any, path: Path) -> Path:
     """The value of each gate."""
-    values = recipe.values(training=False).detach()
+    values = recipe.values(training=False).detach().cpu()
     figure, axis = plt.subplots(figsize=(1.5 + 0.25 * len(values), 3), layout="constrained")
     axis.bar(range(len(values)), values)
     axis.set(xlabel="feature", ylabel="gate", ylim=(0, 1))
@@ -43,7 +43,7 @@ def _grid(images: Tensor, titles: list[str], rows: int, path: Path) -> Path:
     """Images, each on a scale of its own, of which grey is the same for negative and positive values."""
     across = len(images) // rows
     figure, axes = plt.subplots(rows, across, figsize=(across, 1.2 * rows), squeeze=False, layout="constrained")
-    for axis, image, title in zip(axes.flat, images, titles, strict=True):
+    for axis, image, title in zip(axes.flat, images.cpu(), titles, strict=True):
         limit = image.abs().max().clamp(min=1e-12)
         shown = (image / limit / 2 + 0.5).movedim(0, -1)
         axis.imshow(shown.expand(*shown.shape[:2], 3) if shown.shape[2] == 1 else shown)

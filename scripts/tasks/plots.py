@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,17 +23,32 @@ PARTS = {"train": "train", "val": "validation", "test": "test"}
 Rows = Sequence[Mapping[str, Any]]
 
 
-def of_run(run: Run, rows: Rows, folder: Path) -> list[Path]:
-    """The pictures of a finished run: its losses, its hyperparameters, and what its task draws."""
+def of_run(run: Run, rows: Rows, folder: Path, retrained: float | None = None) -> list[Path]:
+    """The pictures of a finished run: its losses, its hyperparameters, and what its task draws.
+
+    Args:
+        run: the run.
+        rows: its rows of figures.
+        folder: where its files are.
+        retrained: the test loss of the retrained model, if there is one.
+    """
     paths = [folder / "curves.png", folder / "hyperparameters.png"]
     plain = {label: read_rows(folder / "baselines" / label) for label in run.cfg.baselines}
-    compared({run.cfg.name: [rows]} | {label: [own] for label, own in plain.items()}, paths[0], run.task.loss_name)
+    for label, changes in run.cfg.baselines.items():
+        if (changes.get("task") or {}).get("join"):  # it trains on the validation part, where its loss means nothing
+            plain[label] = [{**row, "val_loss": math.nan} for row in plain[label]]
+    groups = {run.cfg.name: [rows]} | {label: [own] for label, own in plain.items()}
+    compared(groups, paths[0], run.task.loss_name, retrained)
     hyperparameters(rows, paths[1])
     return paths + run.task.draw(run.problem, folder)
 
 
-def compared(groups: Mapping[str, Sequence[Rows]], path: Path, loss_name: str = "loss") -> None:
+def compared(
+    groups: Mapping[str, Sequence[Rows]], path: Path, loss_name: str = "loss", retrained: float | None = None
+) -> None:
     """The losses of several groups of runs on each part of the data: their mean, with a band of one standard error.
+
+    The test loss of the first group's retrained model is a dashed line.
 
     A panel is cut at three times its best final loss, so that a group that overfits does not flatten the others.
     """
@@ -49,8 +65,12 @@ def compared(groups: Mapping[str, Sequence[Rows]], path: Path, loss_name: str = 
             if len(runs) > 1:
                 error = losses.std(0, ddof=1) / np.sqrt(len(runs))
                 axis.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.12, linewidth=0)
-            last.append(mean[-1])
-            highest = max(highest, mean.max())
+            if np.isfinite(mean[-1]):
+                last.append(mean[-1])
+                highest = max(highest, mean.max())
+        if part == "test" and retrained is not None:
+            axis.axhline(retrained, color=colours[0], linestyle="--", linewidth=1.2, label="retrained")
+            last.append(retrained)
         axis.set(title=PARTS[part], xlabel="outer step")
         axis.grid(alpha=0.25, which="both" if part == "train" else "major")
         if len(groups) > 1 and part == "train":
@@ -58,11 +78,11 @@ def compared(groups: Mapping[str, Sequence[Rows]], path: Path, loss_name: str = 
             axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-        elif highest > 3 * min(last):
+        elif last and highest > 3 * min(last):
             axis.set_ylim(top=3 * min(last), bottom=0.8 * min(last))
     axes[0].set_ylabel(loss_name)
     if len(groups) > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
+        handles, labels = axes[-1].get_legend_handles_labels()
         columns = max(1, min(len(labels), 150 // (max(map(len, labels)) + 8)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hoptim
 from hoptim.problem.hyperparameters import outer_adam
-from hoptim.tracking import WandB
+from hoptim.tracking import Board
 from tasks.processes import Processes
 from tasks.task import Task, TrainingBatches, batches_of
 
@@ -61,7 +61,7 @@ class Run:
             hypergradient=instantiate(cfg.hoptim.method),
             every=cfg.every if cfg.learn else None,
             warmup=cfg.warmup,
-            hooks=[records.append, *(tracker for tracker in trackers if not isinstance(tracker, WandB))],
+            hooks=[records.append, *(tracker for tracker in trackers if not isinstance(tracker, Board))],
         )
         return cls(
             cfg=cfg, task=task, parts=parts, processes=processes, problem=problem, optimizer=optimizer,
@@ -78,6 +78,8 @@ class Run:
 
     def advance(self) -> float:
         """The inner steps of one row; returns the seconds they took, hypersteps included."""
+        done = self.optimizer.inner_steps / (self.outer_steps * self.cfg.inner_steps)
+        self.task.progress(self.problem.hparams, done)
         begun = time.perf_counter()
         steps(self.optimizer, self.batches, self.cfg.inner_steps, self.scheduler)
         return time.perf_counter() - begun
@@ -91,7 +93,7 @@ class Run:
             steps(optimizer, batches_for(cfg, examples, self.processes), count, scheduler_for(cfg, optimizer))
 
         def make() -> nn.Module:
-            return self.processes.wrapped(self.task.model())
+            return self.processes.wrapped(self.task.final_model(self.problem.hparams))
 
         def inner(model: nn.Module) -> torch.optim.Optimizer:
             return instantiate(cfg.inner)(model.parameters())

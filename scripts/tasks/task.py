@@ -62,6 +62,13 @@ class Task(ABC):
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         """Means over a batch: ``loss``, and what else is of interest. The model is in evaluation mode."""
 
+    def final_model(self, hparams: nn.Module) -> nn.Module:
+        """The model that is trained at the end with what was learned; a search over models builds here what it found."""
+        return self.model()
+
+    def progress(self, hparams: nn.Module, share: float) -> None:  # noqa: B027 (a task may leave it as it is)
+        """Change what the training itself changes, when this share of its steps is done."""
+
     def of_means(self, means: Mapping[str, float]) -> dict[str, float]:
         """Figures that follow from the means over a whole part, such as a perplexity."""
         return {}

@@ -33,12 +33,13 @@ def _items(items):
 
 
 def read(path):
-    """The run's id, config, rows of history, summary and axes."""
-    run = {"id": None, "name": None, "config": {}, "history": [], "summary": {}, "axes": {}, "exit": None}
+    """The run's id, group, tags, config, rows of history, summary, axes, and the path and MD5 of each artifact's files."""
+    run = {"id": None, "name": None, "config": {}, "history": [], "summary": {}, "axes": {}, "artifacts": {}, "exit": None}
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run |= {"id": record.run.run_id, "name": record.run.display_name, "project": record.run.project}
+            run |= {"group": record.run.run_group, "job_type": record.run.job_type, "tags": list(record.run.tags)}
             run["config"] |= _items(record.run.config.update)
         elif kind == "config":
             run["config"] |= _items(record.config.update)
@@ -48,6 +49,9 @@ def read(path):
             run["summary"] |= _items(record.summary.update)
         elif kind == "metric":
             run["axes"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        elif kind == "artifact":
+            files = {file.path: (Path(file.local_path), file.digest) for file in record.artifact.manifest.contents}
+            run["artifacts"][record.artifact.type] = files
         elif kind == "exit":
             run["exit"] = record.exit.exit_code
     return run

@@ -12,6 +12,8 @@ import torch
 from jobs import ROOT, result
 from tasks import classification, data
 
+from hoptim.recipes import Gate
+
 SIZES = ["task.data=digits", "task.test=200", "outer_steps=2", "inner_steps=40", "every=20", "warmup=40"]
 
 
@@ -79,7 +81,7 @@ def test_the_table_is_that_of_the_records(script: dict[str, Any], tmp_path: Path
 
 
 def test_data_that_are_read_once_are_not_changed_by_a_task() -> None:
-    options = {"data": "digits", "train": 100, "val": 50, "model_of": None, "recipes": {"weight_decay": None}}
+    options = {"data": "digits", "train": 100, "val": 50, "model_of": None, "recipes": {"gate": Gate}}
     before = data.read("digits", "data").y.clone()
     task = classification.Classification(**options, wrong_labels=0.5)
     task.setup(0)

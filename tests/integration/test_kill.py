@@ -111,7 +111,7 @@ def check_wandb(folder, whole, beginnings):
     history = {row["outer_step"]: row for run in runs for row in run["history"] if "outer_step" in row}
     for line in rows(whole):
         if (row := history.get(line["outer_step"])) is not None:
-            assert row["outer/test_loss"] == line["test_loss"]
+            assert row["metrics/test_loss"] == line["test_loss"]
     return len(rows(whole)) - len(history)
 
 

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import time
+from base64 import b64encode
 from collections import Counter
+from hashlib import md5
 from importlib.util import find_spec
 
 import pytest
@@ -73,18 +75,39 @@ def test_the_wandb_run_reads_back(finished):
     assert [row["outer_step"] for row in steps] == [1, 2, 3, 4]
     assert [row["inner_step"] for row in steps] == [20, 40, 60, 80]
     for row, line in zip(steps, lines, strict=True):
-        for axis in ("inner", "outer"):
-            assert row[f"{axis}/test_loss"] == line["test_loss"]
-            assert row[f"{axis}/residual"] == line["residual"]
-    assert {glob: run["axes"][glob] for glob in ("inner/*", "outer/*", "hyperparameters/*")} == {
-        "inner/*": "inner_step",
-        "outer/*": "outer_step",
+        assert row["metrics/test_loss"] == line["test_loss"]
+        assert row["hypergradient/residual"] == line["residual"]
+        assert row["cost/hyper_seconds"] == line["hyper_seconds"]
+        last_parts = [key.rpartition("/")[2] for key in row if "/" in key]
+        assert last_parts.count("test_loss") == last_parts.count("residual") == 1, "a figure is logged once"
+    assert {glob: run["axes"][glob] for glob in ("metrics/*", "hypergradient/*", "cost/*", "hyperparameters/*")} == {
+        "metrics/*": "inner_step",
+        "hypergradient/*": "outer_step",
+        "cost/*": "outer_step",
         "hyperparameters/*": "outer_step",
     }
     assert sum(steps[-1]["hyperparameters/3.weight/values"]) == 16 * 16
     assert run["summary"]["test_loss"] == result(finished)["test_loss"]
     images = {key for row in run["history"] for key in row if key.endswith("_type") and row[key] == "image-file"}
     assert images == {"plots/curves/_type", "plots/hyperparameters/_type"}
+    files = {"hyperparameters": ["hyperparameters.safetensors"], "pictures": ["curves.png", "hyperparameters.png"]}
+    assert {kind: sorted(contents) for kind, contents in run["artifacts"].items()} == files
+    for contents in run["artifacts"].values():
+        for name, (path, digest) in contents.items():
+            assert path.read_bytes() == (finished / name).read_bytes()
+            assert digest == b64encode(md5((finished / name).read_bytes()).digest()).decode()
+
+
+def test_the_runs_of_a_sweep_are_grouped_and_tagged(tmp_path):
+    options = ("outer_steps=1", "inner_steps=2", "task.hidden=4", "plots=false")
+    train("-m", f"root={tmp_path / 'study'}", "seed=0,1", "outer.lr=0.01", *options)
+    runs = [read_finished(path) for path in tmp_path.rglob("wandb/offline-run-*/*.wandb")]
+    assert {run["group"] for run in runs} == {"study"}
+    (kind,) = {run["job_type"] for run in runs}
+    overrides = {"inner_steps=2", "outer.lr=0.01", "outer_steps=1", "task.hidden=4"}
+    assert set(kind.split("/")) == {"iris", *overrides}
+    assert sorted(sorted(set(run["tags"]) - overrides) for run in runs) == [["iris", "seed=0"], ["iris", "seed=1"]]
+    assert {run["name"] for run in runs} == {"iris/seed=0", "iris/seed=1"}
 
 
 @pytest.mark.parametrize("mode", ["online", "disabled"])

@@ -261,9 +261,9 @@ def test_trackers_see_each_hyperstep_of_all_folds_once(tmp_path, monkeypatch):
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     read = read_finished(written)
     assert read["id"] == run.id
-    losses = [row["outer/val_loss"] for row in read["history"] if "outer/val_loss" in row]
+    losses = [row["metrics/val_loss"] for row in read["history"] if "metrics/val_loss" in row]
     assert losses == [row["val_loss"] for row in rows]
-    assert [row["outer/standard_error"] for row in read["history"]] == [row["standard_error"] for row in rows]
+    assert [row["hypergradient/standard_error"] for row in read["history"]] == [row["standard_error"] for row in rows]
 
 
 def test_a_rate_is_learned_over_folds_and_is_that_of_the_last_training() -> None:

@@ -1,0 +1,161 @@
+"""The panels of a dashboard, by the names under which hoptim.tracking logs their figures: for the page and for W&B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hoptim.tracking.board import figures, steps
+
+PARTS = {"train": "train", "val": "validation", "test": "test"}
+STATUS = "hypergradient/status_level"
+USUAL = {"metrics/train_loss", "metrics/val_loss", "metrics/test_loss"}
+AXES = {"inner_step": "inner steps", "outer_step": "outer steps"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One chart of lines.
+
+    Args:
+        title: what it shows.
+        lines: the name of each line in the legend, and the name under which its figures are logged.
+        unit: what stands beside the vertical axis.
+        axis: the horizontal axis, ``inner_step`` or ``outer_step``.
+        log: a logarithmic vertical axis.
+        limits: of the vertical axis, where they are known.
+        stacked: whether the lines are parts of a whole.
+        from_zero: whether a vertical axis that is not logarithmic begins at zero.
+        note: what to look for, in a sentence.
+    """
+
+    title: str
+    lines: Mapping[str, str]
+    unit: str
+    axis: str = "outer_step"
+    log: bool = False
+    limits: tuple[float, float] | None = None
+    stacked: bool = False
+    from_zero: bool = True
+    note: str = ""
+
+
+HYPERGRADIENT = (
+    Panel(
+        title="Status of each solve",
+        lines={"status": STATUS},
+        unit="0 ok, 1 remark, 2 failed",
+        limits=(0.0, 2.0),
+        note="After a failed solve the hyperparameters stay as they are.",
+    ),
+    Panel(
+        title="Residual of the solve",
+        lines={"‖g − Aᵀx‖ / ‖g‖": "hypergradient/residual"},
+        unit="relative",
+        log=True,
+        note="Far below 1 the linear system is solved. A few terms, as by default, leave it near 0.1 to 0.5.",
+    ),
+    Panel(
+        title="Cosine to the hypergradient before",
+        lines={"cosine": "hypergradient/cosine_to_last"},
+        unit="cosine",
+        limits=(-1.0, 1.0),
+        note="Near 1 they agree; near 0 noise dominates; below 0 the steps may be too large.",
+    ),
+    Panel(
+        title="Standard error over validation losses",
+        lines={"standard error": "hypergradient/standard_error"},
+        unit="relative to the norm",
+        note="Above 1 the hypergradient can't be told from noise. It needs several validation losses.",
+    ),
+    Panel(
+        title="Norms of the hypergradient",
+        lines={
+            "hypergradient": "hypergradient/hypergradient_norm",
+            "direct": "hypergradient/direct_norm",
+            "indirect": "hypergradient/indirect_norm",
+        },
+        unit="norm",
+        log=True,
+        note="The hypergradient is the sum of a direct and an indirect term.",
+    ),
+    Panel(title="Step size of the solver", lines={"step size": "hypergradient/step_size"}, unit="α", log=True),
+)
+COST = (
+    Panel(
+        title="Seconds of each outer step",
+        lines={"training": "cost/inner_seconds", "hypergradients": "cost/hyper_seconds"},
+        unit="seconds",
+        stacked=True,
+    ),
+    Panel(title="Products of each hyperstep", lines={"products with A": "cost/products"}, unit="products"),
+)
+
+
+def metrics(names: Iterable[str]) -> list[Panel]:
+    """A panel for each kind of metric among the logged names: losses first, then accuracies and what else there is."""
+    kinds: dict[str, dict[str, str]] = {}
+    for name in names:
+        section, _, key = name.partition("/")
+        part, _, kind = key.partition("_")
+        if section == "metrics" and kind and part in PARTS:
+            kinds.setdefault(kind, {})[PARTS[part]] = name
+        elif section == "metrics":
+            kinds[key] = {key: name}
+    order = {label: place for place, label in enumerate(PARTS.values())}
+    return [
+        Panel(
+            title=kind.replace("_", " ").capitalize(),
+            lines=dict(sorted(kinds[kind].items(), key=lambda item: order.get(item[0], 0))),
+            unit=kind.replace("_", " "),
+            axis="inner_step",
+            from_zero=kind == "loss",
+        )
+        for kind in sorted(kinds, key=lambda kind: (kind != "loss", kind != "accuracy", kind))
+    ]
+
+
+def of_hyperparameters(names: Iterable[str]) -> list[Panel]:
+    """A panel for the median of each hyperparameter among the logged names."""
+    found = [name.split("/", 1)[1].rpartition("/")[0] for name in names if name.startswith("hyperparameters/")]
+    return [
+        Panel(title=f"Median of {name}", lines={"median": median(name)}, unit="value", log=True) for name in sorted(found)
+    ]
+
+
+def sections(names: Iterable[str] | None = None) -> dict[str, list[Panel]]:
+    """The sections of a dashboard and their panels.
+
+    Args:
+        names: under which figures are logged in the runs that it is for, so that a panel without any is left out; ``None``:
+            those of a usual run.
+    """
+    known = set(USUAL if names is None else names)
+    found = {"Losses": metrics(known), "Hypergradients": list(HYPERGRADIENT)}
+    found |= {"Hyperparameters over time": of_hyperparameters(known), "Cost": list(COST)}
+    if names is None:
+        return found
+    shown = {title: [panel for panel in panels if known & set(panel.lines.values())] for title, panels in found.items()}
+    return {title: panels for title, panels in shown.items() if panels}
+
+
+def logged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each row of ``metrics.jsonl`` under the names of its figures, with its steps and the medians of hyperparameters."""
+    return [{**figures(row), **medians(row), **steps(row)} for row in rows]
+
+
+def medians(row: Mapping[str, Any]) -> dict[str, float]:
+    """The median of each hyperparameter, the middle one of the quantiles in the row."""
+    spreads = row.get("hyperparameters", {})
+    return {median(name): spread["quantiles"][len(spread["quantiles"]) // 2] for name, spread in spreads.items()}
+
+
+def median(name: str) -> str:
+    """The name under which the median of a hyperparameter is logged."""
+    return f"hyperparameters/{name}/median"
+
+
+def hyperparameters(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the hyperparameters in the rows."""
+    return list(rows[-1].get("hyperparameters", {})) if rows else []

@@ -1,0 +1,61 @@
+"""The boards of a run of scripts/train.py: W&B, TensorBoard and MLflow, with the run's name and its place in a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from hoptim.tracking import Board
+
+_open: list[Board] = []
+
+
+def start(cfg: DictConfig, folder: Path, trackers: Sequence[Any], ids: Mapping[str, str | None]) -> list[Board]:
+    """Start a run on each board among the trackers, or continue the one with its id in ``ids``.
+
+    What the config leaves open is filled in: a name; the sweep as group, by the folder of its results; as type of job what
+    runs that differ only in the seed have in common; the experiment, the seed and each override as tags; the run's folder.
+    """
+    if not any(isinstance(tracker, Board) for tracker in trackers):
+        return []
+    job, sweep = HydraConfig.get().job, HydraConfig.get().mode == RunMode.MULTIRUN
+    overrides = [part for part in job.override_dirname.split("/") if part]
+    filling = {
+        "name": f"{cfg.name}/seed={cfg.seed}",
+        "group": Path(cfg.root).name if sweep else cfg.name,
+        "job_type": "/".join([cfg.name, *overrides]),
+        "tags": [cfg.name, f"seed={cfg.seed}", *overrides],
+        "directory": folder,
+    }
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    config.pop("baselines", None)  # other trainings, whose settings would be taken for this one's
+    for tracker in trackers:
+        if isinstance(tracker, Board):
+            _open.append(tracker.filled(**filling, id=ids.get(type(tracker).__name__)))
+            _open[-1].start(config)
+    return list(_open)
+
+
+def ids(boards: Sequence[Board]) -> dict[str, str | None]:
+    """For a checkpoint: the id of each board's run."""
+    return {type(board).__name__: board.run_id for board in boards}
+
+
+def finish(boards: Sequence[Board], result: Mapping[str, Any], images: Mapping[str, Path], hyperparameters: Path) -> None:
+    """Log the result, the pictures and the learned hyperparameters, and close the runs."""
+    artifacts = {"hyperparameters": [hyperparameters], **({"pictures": list(images.values())} if images else {})}
+    for board in boards:
+        board.finish(result, images, artifacts)
+    _open.clear()
+
+
+def abandon() -> None:
+    """After an error: close the runs as failed, so that no later training logs into them."""
+    for board in _open:
+        board.abandon()
+    _open.clear()

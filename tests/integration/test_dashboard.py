@@ -1,0 +1,310 @@
+"""Dashboards: the page in a real browser, and the workspace and the report against what a run has really logged."""
+
+import contextlib
+import io
+import json
+import math
+import re
+
+import browser
+import pytest
+import torch
+from dashboards import build
+from jobs import ROOT, result, rows, run, train
+from safetensors.torch import save_file
+from wandb_file import read_finished
+
+pytest.importorskip("plotly")
+SHORT = ("outer_steps=4", "inner_steps=20", "task.hidden=16", "plots=false", "hoptim/tracker=[wandb]")
+in_browser = pytest.mark.skipif(browser.FOUND is None, reason=browser.MISSING)
+
+
+def dashboard(*arguments):
+    """As scripts/dashboard with these arguments; what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        build.main([str(argument) for argument in arguments])
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a short run, with its W&B run."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(f"hydra.run.dir={folder}", *SHORT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    """The page about it, as a browser shows it."""
+    dashboard(finished)
+    return browser.opened(finished / "dashboard.html") if browser.FOUND else None
+
+
+def line(chart, name):
+    (found,) = [line for line in chart["lines"] if line["name"] == name]
+    return dict(zip(found["x"], found["y"], strict=True))
+
+
+@in_browser
+def test_the_page_of_a_run_draws_the_figures_in_its_files(page, finished):
+    assert (page["failures"], page["loaded"]) == ([], [])
+    wanted = {
+        ("Loss", "train", "inner_step"): "train_loss",
+        ("Loss", "validation", "inner_step"): "val_loss",
+        ("Loss", "test", "inner_step"): "test_loss",
+        ("Accuracy", "test", "inner_step"): "test_accuracy",
+        ("Residual of the solve", "‖g − Aᵀx‖ / ‖g‖", "outer_step"): "residual",
+        ("Cosine to the hypergradient before", "cosine", "outer_step"): "cosine_to_last",
+        ("Norms of the hypergradient", "indirect", "outer_step"): "indirect_norm",
+        ("Seconds of each outer step", "training", "outer_step"): "inner_seconds",
+        ("Products of each hyperstep", "products with A", "outer_step"): "products",
+    }
+    for (title, name, axis), key in wanted.items():
+        expected = {row[axis]: row[key] for row in rows(finished) if row[key] is not None}
+        assert line(page["charts"][title], name) == pytest.approx(expected), title
+    for chart in page["charts"].values():
+        assert chart["height"] > 200
+        assert chart["marks"] > 0
+    assert set(page["charts"]["Loss"]["axes"]) == {"inner steps", "loss"}
+    assert page["charts"]["Loss"]["legend"] == ["train", "validation", "test"]
+
+
+@in_browser
+def test_the_page_of_a_run_shows_its_hyperparameters_over_time_and_their_histogram_at_the_end(page, finished):
+    for name, entries in {"0.weight": 4 * 16, "3.weight": 16 * 16, "6.weight": 16 * 3}.items():
+        chart = page["charts"][name]
+        medians = {row["outer_step"]: row["hyperparameters"][name]["quantiles"][3] for row in rows(finished)}
+        assert line(chart, "median") == pytest.approx(medians)
+        (histogram,) = [line for line in chart["lines"] if line["name"] == "at the end"]
+        assert sum(histogram["x"]) == entries
+
+
+def write_run(folder, *, seed=0, losses=(0.5, 0.4), statuses=("FINISHED", "FINISHED"), name="toy", **changes):
+    """The files of a run, as scripts/train.py writes them, with these figures."""
+    folder.mkdir(parents=True)
+    found = []
+    for step, (loss, status) in enumerate(zip(losses, statuses, strict=True), start=1):
+        spread = {"mean": loss, "min": loss, "max": loss, "quantiles": [loss] * 7}
+        found.append({
+            "outer_step": step, "inner_step": 10 * step, "train_loss": loss, "val_loss": 2 * loss, "test_loss": 3 * loss,
+            "test_accuracy": 0.5, "status": status, "moved": status == "FINISHED", "detail": "", "products": 4,
+            "residual": 0.1, "hyper_seconds": 0.5, "inner_seconds": 1.0, "hyperparameters": {"decay": spread},
+        })  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    last = {key: found[-1][key] for key in ("train_loss", "val_loss", "test_loss", "test_accuracy")}
+    ends = {status: statuses.count(status) for status in statuses}
+    moved = sum(row["moved"] for row in found)
+    whole = {"status": "finished", "name": name, "seed": seed, "statuses": ends, "moved": moved, "hypersteps": 2, **last}
+    (folder / "result.json").write_text(json.dumps({**whole, **changes}))
+    (folder / "config.yaml").write_text(f"name: {name}\nseed: {seed}\nouter: {{lr: {losses[0]}}}\n")
+    save_file({"decay": torch.tensor(losses[-1])}, folder / "hyperparameters.safetensors")
+
+
+@in_browser
+def test_a_failed_solve_is_red_and_the_page_says_what_to_do(tmp_path):
+    folder = tmp_path / "run"
+    write_run(
+        folder, statuses=("NEGATIVE_CURVATURE", "STEP_TOO_LARGE"), status="failed", error="FloatingPointError: <lower lr>"
+    )
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"outer_step": 3, "train_l')  # the run goes on, and is writing this row
+    dashboard(folder)
+    page = browser.opened(folder / "dashboard.html")
+    chart = page["charts"]["Status of each solve"]
+    ends = {line["name"]: (line["x"], line["y"], line["colour"]) for line in chart["lines"]}
+    order = chart["lines"][0]["categories"]
+    assert ends == {
+        "remark": ([1], [order.index("NEGATIVE_CURVATURE")], "#c9860a"),
+        "failed": ([2], [order.index("STEP_TOO_LARGE")], "#c53030"),
+    }
+    assert page["failures"] == []
+    text = re.sub(r"<script>.*?</script>", "", page["text"], flags=re.DOTALL)
+    for words in ("Take a smaller step_size", "FloatingPointError: <lower lr>", '<span class="chip failed">failed</span>'):
+        assert words in text
+
+
+@in_browser
+def test_the_page_of_a_sweep_compares_means_and_errors_of_its_settings(tmp_path):
+    for group, shift in {"toy/lr=1": 0.0, "toy/lr=2": 1.0}.items():
+        for seed, loss in enumerate((0.2, 0.4, 0.6)):
+            write_run(tmp_path / group / f"seed={seed}", seed=seed, losses=(1.0, loss + shift))
+    write_run(tmp_path / "toy/lr=3/seed=0", status="failed", error="ValueError: no")
+    dashboard(tmp_path)
+    page = browser.opened(tmp_path / "dashboard.html")
+    assert (page["failures"], page["loaded"]) == ([], [])
+    for name, mean in {"lr=1": 1.2, "lr=2": 4.2}.items():
+        assert line(page["charts"]["Loss: test"], name) == pytest.approx({10: 3.0, 20: mean})
+        assert line(page["charts"]["Median of decay"], name) == pytest.approx({1: 1.0, 2: mean / 3})
+        (reached,) = [line for line in page["charts"]["Final test loss"]["lines"] if line["name"] == name]
+        assert reached["x"] == pytest.approx([mean - 0.6, mean, mean + 0.6])
+    lower, upper = [line for line in page["charts"]["Loss: test"]["lines"] if "trace" in line["name"]][:2]
+    assert [upper["y"][1] - 1.2, 1.2 - lower["y"][1]] == pytest.approx([0.6 / math.sqrt(3)] * 2)
+    costs = [cost for line in page["charts"]["Cost and test loss"]["lines"] for cost in line["x"]]
+    assert costs == pytest.approx([1.5] * 6)
+    text = re.sub(r"<script>.*?</script>", "", page["text"], flags=re.DOTALL)
+    assert "1.200 ± 0.346" in text
+    assert "ValueError: no" in text
+    assert "7 runs of 3 settings" in text
+
+
+def test_the_page_holds_plotly_itself_and_names_no_other_place(finished):
+    dashboard(finished, "--output", finished / "other.html")
+    text = (finished / "other.html").read_text()
+    tags = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert "http" not in tags
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', text)
+    assert "plotly.js v" in text
+
+
+def panels(definition):
+    """Each panel of a workspace or a report: its section, kind and config."""
+    if "section" in definition:
+        for section in definition["section"]["panelBankConfig"]["sections"]:
+            for panel in section["panels"]:
+                yield section["name"], panel["viewType"], panel["config"]
+    title = ""
+    for block in definition.get("blocks", ()):
+        if block["type"] == "heading":
+            title = block["children"][0]["text"]
+        elif block["type"] == "panel-grid":
+            for panel in block["metadata"]["panelBankSectionConfig"]["panels"]:
+                yield title, panel["viewType"], panel["config"]
+
+
+@pytest.fixture(scope="module")
+def logged(finished):
+    """The W&B run, read back."""
+    (path,) = finished.glob("wandb/offline-run-*/*.wandb")
+    return read_finished(path)
+
+
+def names_in(config):
+    """The names of logged figures that a panel asks for."""
+    found = [*config.get("metrics", ()), *filter(None, [config.get("xAxis")] if "metrics" in config else [])]
+    asked = [column["accessor"] for column in config.get("columns", ())]
+    asked += [config[axis] for axis in ("xAxis", "yAxis") if "metrics" not in config and axis in config]
+    return found + [name.removeprefix("summary:") for name in asked if name.startswith("summary:")]
+
+
+@pytest.mark.parametrize("kind", ["workspace", "report"])
+def test_the_panels_for_wandb_ask_for_what_a_run_has_logged(finished, logged, kind):
+    pytest.importorskip("wandb_workspaces")
+    report = ["--report"] if kind == "report" else []
+    shown = dashboard(finished, "--wandb", "me/hoptim", "--group", "study", "--dry-run", *report)
+    found = list(panels(json.loads(shown)))
+    sections = ["Losses", "Hypergradients", "Cost", "Hyperparameters over time", "Comparison of a sweep", "Pictures"]
+    assert list(dict.fromkeys(section for section, _, _ in found)) == sections
+    history = {name.removesuffix("/_type") for row in logged["history"] for name in row}
+    for _, view, config in found:
+        asked = names_in(config)
+        assert asked or view in ("Run Comparer", "Media Browser"), config
+        assert set(asked) <= history, config
+    every = {name for _, _, config in found for name in names_in(config)}
+    health = {"status_level", "residual", "cosine_to_last", "hypergradient_norm"}
+    assert {f"hypergradient/{name}" for name in health} | {"cost/products", "cost/hyper_seconds"} <= every
+    assert {f"hyperparameters/{name}" for name in ("0.weight", "3.weight", "6.weight", "0.weight/median")} <= every
+    assert '"value": "study"' in shown
+
+
+def test_the_panels_for_any_run_name_figures_that_hoptim_logs(logged):
+    pytest.importorskip("wandb_workspaces")
+    found = list(panels(json.loads(dashboard("--wandb", "me/hoptim", "--dry-run"))))
+    history = {name for row in logged["history"] for name in row}
+    rare = {"hypergradient/standard_error", "hypergradient/step_size"}  # of several validation losses, and of Neumann
+    assert {name for _, _, config in found for name in names_in(config)} - history == rare
+    (pattern,) = {config["metricRegex"] for _, _, config in found if "metricRegex" in config}
+    medians = {f"hyperparameters/{name}/median" for name in ("0.weight", "3.weight", "6.weight")}
+    assert {name for name in history if re.fullmatch(pattern, name)} == medians
+
+
+@pytest.mark.parametrize("kind", ["workspace", "report"])
+def test_what_a_dry_run_prints_is_what_is_sent(monkeypatch, kind):
+    """The library's own call to W&B's server, with the server taken away."""
+    pytest.importorskip("wandb_workspaces")
+    from dashboards.workspace import Board, definition
+    from wandb_workspaces.reports.v2 import interface
+    from wandb_workspaces.workspaces import internal
+
+    if not hasattr(internal, "execute_graphql"):
+        pytest.skip("this version of wandb-workspaces sends in another way")
+
+    class Api:
+        default_entity = "me"
+
+        def projects(self, entity):
+            return []
+
+        def create_project(self, name, entity):
+            pass
+
+    sent = []
+
+    def execute(api, query, variables=None):
+        sent.append(variables)
+        view = {"id": "1", "name": "n", "displayName": "d", "description": "", "spec": variables["spec"],
+                "project": {"name": "hoptim", "entityName": "me"}, "updatedAt": None, "createdAt": None}  # fmt: skip
+        return {"upsertView": {"view": view, "inserted": True}}
+
+    for module in (interface, internal):
+        monkeypatch.setattr(module, "execute_graphql", execute)
+        monkeypatch.setattr(module.wandb, "Api", Api)
+    monkeypatch.setattr(interface.Report, "url", "here")
+    monkeypatch.setattr("wandb_workspaces.workspaces.interface.Workspace.url", "here")
+    made = getattr(Board(entity="me", project="hoptim", group="study"), kind)()
+    made.save()
+    (variables,) = sent
+    assert (variables["entityName"], variables["projectName"]) == ("me", "hoptim")
+    assert variables["type"] == {"workspace": "project-view", "report": "runs"}[kind]
+    assert json.loads(variables["spec"]) == json.loads(definition(made))
+
+
+def test_settings_that_differ_in_a_sweep_are_compared(tmp_path):
+    pytest.importorskip("wandb_workspaces")
+    for seed, loss in enumerate((0.2, 0.4)):
+        write_run(tmp_path / f"seed={seed}", seed=seed, losses=(loss, loss))
+    shown = dashboard(tmp_path, "--wandb", "me/hoptim", "--dry-run")
+    assert re.findall(r'"accessor": "(config:.*?)"', shown) == ["config:outer.value.lr"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give the folder of a run or a sweep, or --wandb"),
+        (["nowhere"], "nowhere is no folder"),
+        (["--wandb", "me"], "--wandb me: give the user or team and its project"),
+        (["--report"], "give --wandb ENTITY/PROJECT as well"),
+        ([str(ROOT / "conf")], "no run below"),
+    ],
+)
+def test_a_wrong_call_says_what_to_do(capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        dashboard(*arguments)
+    assert end.value.code
+    assert message in capsys.readouterr().err + str(end.value)
+
+
+def test_without_an_account_it_says_how_to_have_one(capsys, monkeypatch):
+    pytest.importorskip("wandb_workspaces")
+    import wandb
+
+    def nobody():
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "Api", nobody)
+    with pytest.raises(SystemExit, match=r"wandb login.*--dry-run"):
+        dashboard("--wandb", "me/hoptim")
+
+
+@pytest.mark.parametrize(("extra", "arguments"), [("dashboard", []), ("workspace", ["--wandb", "me/hoptim"])])
+def test_a_package_that_is_missing_is_reported_with_the_remedy(monkeypatch, finished, extra, arguments):
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=rf"pip install 'hoptim\[{extra}\]'"):
+        dashboard(finished, *arguments)
+
+
+def test_the_script_writes_the_page_of_a_run(finished):
+    page = finished / "again.html"
+    assert run("dashboards/build.py", finished, "--output", page).stdout == f"wrote {page}\n"
+    assert result(finished)["status"] == "finished"
+    assert '<span class="chip ok">finished</span>' in page.read_text()
