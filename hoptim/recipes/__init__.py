@@ -48,7 +48,7 @@ on another, then train on both with `hoptim.retrain`. Each family has an experim
 | `Temperature` in the training loss | 0.05 | a quarter | folds |
 | `Temperature` in the validation loss alone | 0.05 | a quarter or more | a part; nothing to retrain |
 | `ExampleWeights` | 0.3 | a quarter | examples with right labels, so no folds |
-| `SoftLabels` | 0.1 | a quarter | more right labels than `ExampleWeights` needs; no folds |
+| `SoftLabels` | 0.1 | a quarter | examples with right labels, so no folds |
 | `LossWeights` | 0.1 | a quarter | the loss that counts; folds or a part |
 | `DomainWeights` | 0.1 | a quarter | examples of what is wanted, so no folds |
 | `Augmentation` | 0.05 | a quarter | folds or a part; images as they are |

@@ -38,7 +38,7 @@ def rows(data: str, name: str, pixels: str) -> list[Row]:
     everything, few = (f"{run}/baselines/{label}" for label in ("all_real_images", "one_real_image_a_class"))
     return [
         Row(
-            label=f"{name}, one learned image a class ({pixels} pixels)", paper="images, no accuracy", runs=run,
+            label=f"{name}, one learned image a class ({pixels} pixels)", paper="images", runs=run,
             figures=["retrained_test_accuracy"], plain=everything,
         ),
         Row(label=f"{name}, one real image a class", paper="", runs=few, plain=everything),
