@@ -52,7 +52,7 @@ class InTurn:
             self.ended = True
             self._outbox.put((None, error))
 
-        self._thread = threading.Thread(target=context.run, args=(body,), daemon=True)
+        self._thread = threading.Thread(target=context.run, args=(body,), name="hoptim: in turn", daemon=True)
 
     def resume(self, sent: Any = None) -> Any:
         """Let it run on. Returns what the next pause is given, ``None`` when the function has ended; raises what it raised.

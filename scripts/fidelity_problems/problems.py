@@ -161,7 +161,8 @@ def iris(activation: type[nn.Module], *, wrong: float = 0.0, hidden: int = 128, 
     """The MLP of the Iris experiment without dropout, with a log decay for each weight."""
 
     def make(seed: int, dtype: torch.dtype, root: Path) -> Setup:
-        parts = {name: (x.to(dtype), y) for name, (x, y) in Iris().data(seed).items()}
+        task = Iris()
+        parts = {name: (task.x[part].to(dtype), task.y[part]) for name, part in task.setup(seed).items()}
         x, y = parts["train"]
 
         def layers() -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -147,3 +148,8 @@ def assert_as_plain(
         theirs = torch.cat([value.flatten() for value in expected.values()])
         ours = torch.cat([found[k].flatten().double() if k in found else 0 * v.flatten() for k, v in expected.items()])
         assert float((ours - theirs).norm() / theirs.norm()) < error
+
+
+def own_threads():
+    """How many threads of hoptim's run; other libraries may start and end theirs at any time."""
+    return sum(thread.name.startswith("hoptim") for thread in threading.enumerate())

@@ -7,13 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from jobs import ROOT, env
+from plain import own_threads
 from torch import nn
 from torch.distributions import constraints
 from torch.optim import SGD
@@ -365,15 +365,15 @@ def test_where_one_fold_fails_nothing_moves_and_the_record_names_it():
 
 
 def test_raise_ends_all_folds():
-    optimizer_steps[0], threads = 0, threading.active_count()
+    optimizer_steps[0], threads = 0, own_threads()
     cv = cross_validated(val_loss=broken_in_fold_two, on_failure="raise")
     with pytest.raises(RuntimeError, match=r"hyperstep 2 failed.*fold 2 of 3"):
         cv.fit(counting)
-    assert threading.active_count() == threads
+    assert own_threads() == threads
 
 
 def test_an_error_in_the_loop_names_the_fold_and_leaves_no_thread():
-    threads, cleaned = threading.active_count(), []
+    threads, cleaned = own_threads(), []
 
     def train(model: Any, optimizer: Any, examples: Any) -> None:
         try:
@@ -388,7 +388,7 @@ def test_an_error_in_the_loop_names_the_fold_and_leaves_no_thread():
         cross_validated().fit(train)
     assert caught.value.__notes__ == ["hoptim: in the training of fold 2 of 3"]
     assert sorted(cleaned) == [3, 5, 8]
-    assert threading.active_count() == threads
+    assert own_threads() == threads
 
 
 @pytest.fixture
@@ -400,7 +400,7 @@ def interruptible():
 
 
 def test_an_interrupt_ends_the_fold_that_runs(interruptible):
-    threads, cleaned = threading.active_count(), []
+    threads, cleaned = own_threads(), []
 
     def train(model: Any, optimizer: Any, examples: Any) -> None:
         try:
@@ -414,7 +414,7 @@ def test_an_interrupt_ends_the_fold_that_runs(interruptible):
     with pytest.raises(KeyboardInterrupt):
         cross_validated().fit(train)
     assert cleaned == [3]
-    assert threading.active_count() == threads
+    assert own_threads() == threads
 
 
 # What it works with

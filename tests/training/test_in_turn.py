@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
+from plain import own_threads
 
 from hoptim.training.in_turn import InTurn
 
@@ -39,7 +38,7 @@ def test_an_error_comes_out_where_it_was_resumed_with_its_own_traceback():
 
 
 def test_closing_runs_what_cleans_up_and_leaves_no_thread():
-    before, cleaned = threading.active_count(), []
+    before, cleaned = own_threads(), []
 
     def body():
         try:
@@ -49,10 +48,11 @@ def test_closing_runs_what_cleans_up_and_leaves_no_thread():
 
     turn, idle = InTurn(body), InTurn(body)
     assert turn.resume() == 1
+    assert own_threads() == before + 1
     for one in (turn, turn, idle):
         one.close()
     assert cleaned == [True]
-    assert threading.active_count() == before
+    assert own_threads() == before
 
 
 def test_what_torch_has_set_for_the_thread_is_there():
