@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 FIGURES = ("train_loss", "val_loss", "test_loss", "test_accuracy", "retrained_test_loss", "retrained_test_accuracy")
@@ -35,6 +37,8 @@ class Run:
     @property
     def cost(self) -> float:
         """All seconds over the seconds of the inner steps: the cost of learning, in plain trainings."""
+        if self.rows and "trainings" in self.rows[-1]:  # of a fit by folds, which measures it
+            return float(self.rows[-1]["trainings"])
         inner = sum(row.get("inner_seconds", 0) for row in self.rows)
         return self.seconds / inner if inner else math.nan
 
@@ -119,6 +123,7 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
             groups[label] = best
             draw({run.group: groups[run.group] for run in members}, root / f"compare_{name.replace('/', '_')}.png")
     if against is not None:
+        against = {short: label for label, short in differing(list(entries)).items()}.get(against, against)
         if against not in groups:
             raise ValueError(f"against={against!r} is not a row: the rows are {sorted(groups)}")
         for label, members in groups.items():
@@ -158,10 +163,19 @@ def differing(labels: Sequence[str]) -> dict[str, str]:
     >>> differing(["a/steps=4/lr=1", "a/steps=4/lr=2"])
     {'a/steps=4/lr=1': 'a/lr=1', 'a/steps=4/lr=2': 'a/lr=2'}
     """
-    parts = {label: label.split("/") for label in labels if BEST_OF not in label}
+    parts = {label: split_label(label) for label in labels if BEST_OF not in label}
     common = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
     shared = {part for part in common if "=" in part}
-    return {label: "/".join(part for part in label.split("/") if part not in shared) for label in labels}
+    return {label: "/".join(part for part in split_label(label) if part not in shared) for label in labels}
+
+
+def split_label(label: str) -> list[str]:
+    """The parts of a label, of which an override of a group, such as ``task/model_of=cnn``, is one.
+
+    >>> split_label("try/hoptim/recipe=[gate]/task/model_of=cnn/lr=1")
+    ['try', 'hoptim/recipe=[gate]', 'task/model_of=cnn', 'lr=1']
+    """
+    return re.split(r"(?<!/hoptim)(?<!/task)(?<!/hydra)/", label)
 
 
 def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -177,7 +191,7 @@ def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
         moved = "/".join(map(str, entry["moved"])) if entry.get("moved", [0, 0])[1] else ""
         cells += [f"{entry['trainings']:.2f}" if "trainings" in entry else "", moved]
         cells += [pair(entry.get("less"), "{:+.3f}")] * paired
-        table.add_row(names[label], count, *cells)
+        table.add_row(escape(names[label]), count, *cells)
     console = Console()
     Console(width=console.width if console.is_terminal else 200).print(table)
 

@@ -1,6 +1,6 @@
 """Compares the recipes' experiments with the plain trainings beside them: ``python scripts/recipes.py runs/recipes``.
 
-It reads what ``python scripts/train.py -m experiment=recipes/gate,recipes/dropout seed=range(10,13)`` and the like have
+It reads what ``python scripts/train.py -m experiment=recipes/gate,recipes/dropout 'seed=range(10,13)'`` and the like have
 written. For each experiment it prints the test loss of the last model (the retrained one, where there is one), the baseline
 with the lowest test loss, the difference to it, paired by seed, both accuracies, the test losses of the other baselines, and
 the cost in plain trainings. It draws recipes.png: how many times each baseline's test loss the learned one's is.

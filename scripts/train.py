@@ -41,6 +41,9 @@ def main(cfg: DictConfig) -> float:
         log.info("%s is finished: nothing is run again", folder)
         return float(finished["val_loss"])
     try:
+        schema.check(cfg)
+        if cfg.plots:
+            import tasks.plots  # noqa: F401 (so that a missing matplotlib is reported before any training)
         for label, own in baselines(cfg).items():
             train(own, folder / "baselines" / label)
         return cross_validate(cfg, folder) if cfg.folds else train(cfg, folder)
@@ -84,14 +87,15 @@ def finished_result(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
 def train(cfg: DictConfig, folder: Path) -> float:
     """Run the config, write the files into ``folder``, and return the last validation loss."""
     folder.mkdir(parents=True, exist_ok=True)
-    if cfg.plots:
-        import tasks.plots  # noqa: F401 (so that a missing matplotlib is reported before the training)
     torch.set_num_threads(cfg.threads)
     run = Run.of(cfg)
     main_process = run.processes.is_main
     if not cfg.resume and main_process:
-        for name in ("checkpoint.pt", "result.json", "metrics.jsonl"):
+        for name in ("checkpoint.pt", "result.json", "metrics.jsonl", "hypersteps.jsonl"):
             (folder / name).unlink(missing_ok=True)
+    if cfg.learn and max(cfg.every, cfg.warmup) > run.total_steps:
+        told = (cfg.every, cfg.warmup, run.total_steps)
+        log.warning("every=%d and warmup=%d leave no hyperstep in %d inner steps: nothing will be learned", *told)
     saved = load_checkpoint(folder / "checkpoint.pt", run) if cfg.resume else None
     begun = saved["outer_step"] if saved else 0
     metrics, rows, boards = JsonLines(path=folder / "metrics.jsonl"), [], []

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what scripts/train.py is made of
 from tasks import schema
 from tasks.folds import cross_validate
 from train import train

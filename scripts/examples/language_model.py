@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what scripts/train.py is made of
 from tasks import schema
 from tasks.language import PENALTIES, RATES
 from tasks.run import Run

@@ -21,7 +21,7 @@ from tasks.run import Run
 log = logging.getLogger("hoptim.train")
 MUST_AGREE = (
     "name", "seed", "task", "inner", "outer", "scheduler", "inner_steps", "batch_size", "val_batch_size", "every", "warmup",
-    "options", "learn", "hyperparameters", "threads",
+    "options", "folds", "learn", "hyperparameters", "threads",
 )  # fmt: skip
 
 

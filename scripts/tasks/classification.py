@@ -113,7 +113,7 @@ class Classification(Task):
         make, val, shape = self.recipes[name], self.parts["val"], tuple(self.x.shape[1:])
         learning = self.train + self.val
         if name == "prior_scale":
-            return make(model, self.train)
+            return make(model, len(self.parts["train"]))
         if name in (*PENALTIES, *OF_LAYERS):
             return make(model)
         if name == "example_weights":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 import hoptim
 from hoptim.tracking import Board
 from tasks import boards as running
-from tasks.checkpoint import write_atomically, written_config
+from tasks.checkpoint import ResumeError, fingerprint, write_atomically, written_config
 from tasks.figures import result_of
 from tasks.processes import Processes
 from tasks.run import batches_for, outer_of, scheduler_for, steps
-from tasks.task import batches_of, measure
+from tasks.task import Task, batches_of, measure
 
 log = logging.getLogger("hoptim.train")
 
@@ -28,11 +29,14 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
 
     With ``resume=true`` the fit goes on from fit.pt. Warm-up and hypersteps are those of :class:`hoptim.CrossValidated`;
     ``every`` and ``warmup`` have no say.
+
+    Raises:
+        ValueError: an option that has no place in a fit by folds; several processes.
+        ResumeError: fit.pt is of a fit with other options.
     """
     folder.mkdir(parents=True, exist_ok=True)
     task, processes = instantiate(cfg.task), Processes.join()
-    if processes.size > 1:
-        raise ValueError(f"folds={cfg.folds} in {processes.size} processes: start scripts/train.py without torchrun")
+    check_folds(cfg, task, processes)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     parts = task.setup(cfg.seed)
@@ -40,10 +44,10 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
     hparams = task.hparams(task.model())
     trackers = [instantiate(options) for options in (cfg.hoptim.get("tracker") or {}).values()]
     plain = [tracker for tracker in trackers if not isinstance(tracker, Board)]
-    boards = running.start(cfg, folder, trackers, {})
-    if not cfg.resume:
-        for name in ("fit.pt", "result.json", "metrics.jsonl"):
-            (folder / name).unlink(missing_ok=True)
+    saved = begun_before(cfg, folder)
+    boards = running.start(cfg, folder, trackers, saved.get("boards", {}))
+    this = {"fingerprint": fold_fingerprint(cfg), "boards": running.ids(boards)}
+    write_atomically(folder / "fit.json", json.dumps(this).encode())
 
     def train(model: nn.Module, optimizer: hoptim.BilevelOptimizer, examples: Tensor) -> None:
         batches, scheduler = batches_for(cfg, joined[examples], processes), scheduler_for(cfg, optimizer)
@@ -84,3 +88,40 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
     words = f"held out {result['val_loss']:.4f}  test {result['test_loss']:.4f}  ({found.cost:.1f} trainings)"
     log.info("%s seed %s, %d folds: %s  -> %s", cfg.name, cfg.seed, cfg.folds, words, folder)
     return float(result["val_loss"])
+
+
+def check_folds(cfg: DictConfig, task: Task, processes: Processes) -> None:
+    """Raise where something is asked for that a fit by folds does not do."""
+    if processes.size > 1:
+        raise ValueError(f"folds={cfg.folds} in {processes.size} processes: start scripts/train.py without torchrun")
+    asked = {"learn=false": not cfg.learn, "epochs": cfg.epochs is not None, "hyperparameters": bool(cfg.hyperparameters)}
+    for option, there in asked.items():
+        if there:
+            raise ValueError(
+                f"folds={cfg.folds} with {option}: a fit by folds learns, from the start, in outer_steps · inner_steps"
+            )
+    if type(task).progress is not Task.progress or type(task).final_model is not Task.final_model:
+        raise ValueError(
+            f"folds={cfg.folds}: {type(task).__name__} changes its model on the way, which a fit by folds does not"
+        )
+
+
+def fold_fingerprint(cfg: DictConfig) -> str:
+    """Everything in which a fit and its resumption must agree; its number of steps is one of them."""
+    return json.dumps([fingerprint(cfg, 1), cfg.outer_steps])
+
+
+def begun_before(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """What fit.json says of the fit to go on with; without ``resume`` the files of an earlier fit are removed."""
+    path = folder / "fit.json"
+    if not cfg.resume:
+        for name in ("fit.pt", "fit.json", "result.json", "metrics.jsonl", "hypersteps.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    if not (folder / "fit.pt").exists():
+        return {}
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    if saved.get("fingerprint") != (own := fold_fingerprint(cfg)):
+        raise ResumeError(
+            f"{folder / 'fit.pt'} is of another fit: {saved.get('fingerprint')} is not {own}; use resume=false"
+        )
+    return saved

@@ -48,12 +48,12 @@ class Processes:
         return self.rank == 0
 
     def share(self, examples: Tensor) -> Tensor:
-        """This process's share of the examples: every ``size``-th.
+        """This process's share of the examples: every ``size``-th, as many in each process.
 
-        >>> Processes(rank=1, size=2).share(torch.arange(5))
-        tensor([1, 3])
+        >>> Processes(rank=0, size=2).share(torch.arange(5))
+        tensor([0, 2])
         """
-        return examples[self.rank :: self.size]
+        return examples[: len(examples) // self.size * self.size][self.rank :: self.size]
 
     def share_of(self, batch_size: int | None) -> int | None:
         """How many examples of a batch are this process's."""

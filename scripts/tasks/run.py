@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 import hoptim
 from hoptim.problem.hyperparameters import outer_adam
 from hoptim.tracking import Board
+from hoptim.training.record import natural_values
 from tasks.processes import Processes
 from tasks.task import Task, TrainingBatches, batches_of
+
+log = logging.getLogger("hoptim.train")
 
 
 @dataclass(kw_only=True)
@@ -48,8 +52,8 @@ class Run:
         problem = processes.wrap(task.problem())
         if processes.rank:
             torch.manual_seed(cfg.seed + 1_000_003 * processes.rank)  # each process has dropout masks of its own
-        for name, value in load_file(cfg.hyperparameters).items() if cfg.hyperparameters else ():
-            set_hyperparameter(problem.hparams, name, value)
+        if cfg.hyperparameters:
+            set_hyperparameters(problem, load_file(cfg.hyperparameters))
         trackers = [instantiate(options) for options in (cfg.hoptim.get("tracker") or {}).values()]
         records: list[hoptim.Record] = []
         optimizer = hoptim.BilevelOptimizer(
@@ -70,18 +74,22 @@ class Run:
         )  # fmt: skip
 
     @property
+    def total_steps(self) -> int:
+        """How many steps the training has: those of its rows, or as the epochs take."""
+        cfg = self.cfg
+        return cfg.outer_steps * cfg.inner_steps if cfg.epochs is None else max(1, round(cfg.epochs * len(self.batches)))
+
+    @property
     def outer_steps(self) -> int:
-        """How many rows of figures the run has: as many as are given, or as the epochs take."""
-        if self.cfg.epochs is None:
-            return self.cfg.outer_steps
-        return max(1, round(self.cfg.epochs * len(self.batches) / self.cfg.inner_steps))
+        """How many rows of figures the run has, of which the last may be of fewer steps."""
+        return -(-self.total_steps // self.cfg.inner_steps)
 
     def advance(self) -> float:
         """The inner steps of one row; returns the seconds they took, hypersteps included."""
-        done = self.optimizer.inner_steps / (self.outer_steps * self.cfg.inner_steps)
-        self.task.progress(self.problem.hparams, done)
+        done = self.optimizer.inner_steps
+        self.task.progress(self.problem.hparams, done / self.total_steps)
         begun = time.perf_counter()
-        steps(self.optimizer, self.batches, self.cfg.inner_steps, self.scheduler)
+        steps(self.optimizer, self.batches, min(self.cfg.inner_steps, self.total_steps - done), self.scheduler)
         return time.perf_counter() - begun
 
     def retrained(self) -> nn.Module:
@@ -89,8 +97,7 @@ class Run:
         cfg, joined = self.cfg, torch.cat([self.parts["train"], self.parts["val"]]).unique()
 
         def train(model: nn.Module, optimizer: hoptim.BilevelOptimizer, examples: Tensor) -> None:
-            count = self.outer_steps * cfg.inner_steps
-            steps(optimizer, batches_for(cfg, examples, self.processes), count, scheduler_for(cfg, optimizer))
+            steps(optimizer, batches_for(cfg, examples, self.processes), self.total_steps, scheduler_for(cfg, optimizer))
 
         def make() -> nn.Module:
             return self.processes.wrapped(self.task.final_model(self.problem.hparams))
@@ -139,6 +146,14 @@ def outer_of(cfg: DictConfig, hparams: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the hyperparameters, which chooses a rate for each constraint or is torch's own."""
     make = instantiate(cfg.outer)
     return make(hparams if make.func is outer_adam else hparams.parameters())
+
+
+def set_hyperparameters(problem: hoptim.Problem, values: Mapping[str, Tensor]) -> None:
+    """Start from the values that an earlier run has learned, and say which of this task's are not among them."""
+    for name, value in values.items():
+        set_hyperparameter(problem.hparams, name, value)
+    if missing := sorted(natural_values(problem).keys() - values.keys()):
+        log.warning("hyperparameters: the file has no %s, which keep their start", ", ".join(missing))
 
 
 def set_hyperparameter(hparams: nn.Module, name: str, value: Tensor) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig
 
 
 @dataclass
@@ -38,6 +38,20 @@ class TrainConfig:
     plots: bool = MISSING
     baselines: dict[str, Any] = field(default_factory=dict)
     root: str = MISSING
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ValueError for a number that no run can have, and for what would be ignored without a word."""
+    least = {"batch_size": 1, "val_batch_size": 1, "inner_steps": 1, "outer_steps": 1, "folds": 2, "every": 1}
+    for name, bound in least.items():
+        if cfg[name] is not None and cfg[name] < bound:
+            raise ValueError(f"{name}={cfg[name]}: give {bound} or more")
+    if cfg.epochs is not None and cfg.epochs <= 0:
+        raise ValueError(f"epochs={cfg.epochs}: give a number above 0")
+    if cfg.hoptim.get("recipe") and "recipes" not in cfg.task:
+        raise ValueError(
+            f"hoptim/recipe={list(cfg.hoptim.recipe)}: {cfg.task._target_} takes no recipes; task=classification does"
+        )
 
 
 def register() -> None:

@@ -16,6 +16,7 @@ import train
 from hydra import compose, initialize_config_dir
 from jobs import ROOT
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
 from tasks import data, folds, models, schema
 from tasks.calibration import Calibration
 from tasks.classification import Classification
@@ -473,3 +474,21 @@ def test_the_picture_has_the_retrained_loss_and_no_validation_loss_of_what_train
     assert {label: loss for label, loss in shown[1].items() if not math.isnan(loss)} == {"own": 0.5, "plain": 0.9}
     assert shown[2] == {"own": 0.5, "joined": 0.01, "plain": 0.9, "retrained": 0.25}
     assert figures["curves.png"].axes[1].get_ylim()[1] > 0.9  # the joined one's loss does not cut the panel
+
+
+@pytest.mark.parametrize("name", sorted(Classification.places - {"step"}))
+def test_every_recipe_learns_by_folds(name: str, tmp_path, float32: None) -> None:
+    net = "cnn" if name.startswith("augmentation") else "mlp"
+    options = ["experiment=[]", "name=try", "task=classification", f"task/model_of={net}", f"hoptim/recipe=[{name}]"]
+    options += ["task.train=60", "task.val=30", "task.test=50", "folds=2", "outer_steps=4", "inner_steps=20", *TINY[:1]]
+    cfg = config(*options, "outer=by_constraint", "plots=false", "task.wrong_labels=[0,0.5]")
+    task = Run.of(cfg).task
+    start = hoptim.training.record.natural_values(task.problem())
+    assert math.isfinite(folds.cross_validate(cfg, tmp_path))
+    learned = load_file(tmp_path / "hyperparameters.safetensors")
+    assert set(learned) == set(start)
+    moved = {key: (learned[key] - start[key]).abs().max().item() for key in learned}
+    size = {key: start[key].numel() for key in learned}
+    assert all(0 < change < math.inf for key, change in moved.items() if size[key])
+    final = json.loads((tmp_path / "result.json").read_text())
+    assert (final["hypersteps"], final["moved"]) == (60, 60)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,9 +13,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from jobs import ROOT, command, env, result, rows, run, timeless, train
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from tasks import schema
+from tasks.folds import cross_validate
 from wandb_file import read, read_finished
 
 SHORT = ("outer_steps=4", "inner_steps=20", "task.hidden=16")
@@ -307,3 +311,57 @@ def test_runs_of_one_folder_are_told_apart_by_what_they_are(tmp_path):
     run("compare.py", tmp_path)
     table = json.loads((tmp_path / "compare.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     assert {label: entry["runs"] for label, entry in table.items()} == {"iris": 1, "iris_clamp": 1}
+
+
+CLASSES = (
+    "experiment=[]", "name=try", "task=classification", "task.train=200", "task.val=100", "outer=by_constraint",
+    "hoptim/recipe=[weight_decay]", "batch_size=50", *QUIET,
+)  # fmt: skip
+
+
+def test_epochs_are_passes_over_the_training_data_and_a_run_that_learns_nothing_says_so(tmp_path):
+    process = train(f"hydra.run.dir={tmp_path}", *CLASSES, "epochs=2", "inner_steps=3", "every=1000")
+    assert [row["inner_step"] for row in rows(tmp_path)] == [3, 6, 8]
+    assert result(tmp_path)["hypersteps"] == 0
+    assert "every=1000 and warmup=0 leave no hyperstep in 8 inner steps: nothing will be learned" in process.stdout
+
+
+def test_a_fit_by_folds_goes_on_with_its_own_options_alone(tmp_path):
+    options = (f"hydra.run.dir={tmp_path}", *CLASSES, "folds=2", "outer_steps=4", "inner_steps=20")
+    train(*options)
+    before = result(tmp_path)
+    train(*options, "resume=true", "plots=false", "threads=1")
+    assert result(tmp_path) == before
+    for change in ("inner.lr=0.5", "task.decay=0.5", "outer_steps=5", "hoptim/solver=cg", "seed=3"):
+        process = train(*options, "resume=true", change, check=False)
+        assert process.returncode == 1
+        assert "is of another fit" in process.stderr
+        assert result(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("batch_size=0", "batch_size=0: give 1 or more"),
+        ("val_batch_size=-5", "val_batch_size=-5: give 1 or more"),
+        ("folds=1", "folds=1: give 2 or more"),
+        ("epochs=0", "epochs=0.0: give a number above 0"),
+        ("inner_steps=0", "inner_steps=0: give 1 or more"),
+        ("hoptim/recipe=[dropout]", "hoptim/recipe=['dropout']: tasks.iris.Iris takes no recipes"),
+    ],
+)
+def test_a_number_that_no_run_can_have_is_named(option, words):
+    schema.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", [option])
+    with pytest.raises(ValueError, match=re.escape(words)):
+        schema.check(cfg)
+
+
+@pytest.mark.parametrize("option", ["learn=false", "epochs=1", "hyperparameters=some.safetensors"])
+def test_what_a_fit_by_folds_does_not_do_is_named(option, tmp_path):
+    schema.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", [*CLASSES, "folds=2", option])
+    with pytest.raises(ValueError, match=f"folds=2 with {option.partition('=')[0]}"):
+        cross_validate(cfg, tmp_path)
