@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from fidelity_problems import boston as housing
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris
+from tasks.data import standardised as standardised
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,8 +78,3 @@ def novel(root: Path) -> Tensor:
 def split(total: int, *sizes: int) -> list[Tensor]:
     """Indices in random order: parts of the given sizes, and the rest."""
     return list(torch.randperm(total).split([*sizes, total - sum(sizes)]))
-
-
-def standardised(x: Tensor, part: Tensor) -> Tensor:
-    """Every column with the mean 0 and deviation 1 in the given part."""
-    return (x - x[part].mean(0)) / x[part].std(0).clamp(min=1e-6)

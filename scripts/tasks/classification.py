@@ -86,11 +86,8 @@ class Classification(Task):
         drawn = sets.split(found, self.train, self.val, self.test, seed, self.balanced)
         numbers = torch.arange(sum(map(len, drawn.values()))).split([len(part) for part in drawn.values()])
         parts, used = dict(zip(drawn, numbers, strict=True)), torch.cat(list(drawn.values()))
-        self.x, self.y, self.classes = (
-            sets.standardised(found.x[used], parts["train"]),
-            found.y[used],
-            int(found.y.max()) + 1,
-        )
+        self.x = sets.standardised(found.x[used].float() / found.scale, parts["train"])
+        self.y, self.classes = found.y[used], int(found.y.max()) + 1
         shares = [self.wrong_labels] if isinstance(self.wrong_labels, (int, float)) else list(self.wrong_labels)
         self.source = torch.arange(len(self.y)) % len(shares)
         for number, share in enumerate(shares):
