@@ -37,6 +37,7 @@ class Method(ABC):
     """A strategy for the hypergradient: a frozen dataclass that owns its options and keeps no state."""
 
     keeps_steps: int = 0  # how many of the last inner steps the optimizer has to remember for it
+    keeps_every: int = 1  # and how many of them lie between two copies of the weights
     takes_train_batch: bool = True  # whether a hypergradient is at a training batch, which has to be given or drawn
     sees_options: bool = True  # whether options of the inner optimizer, such as its learning rate, have a derivative
 

@@ -107,7 +107,7 @@ class Replay(Method):
         with problem.untouched():
             dynamics = InnerStep.of(loop.inner, problem.weights(), problem.leaves(), learned=loop.learned)
             steps = _Steps(problem, self.batches, dynamics, self.options)
-            trajectory = Trajectory(start=present(problem, dynamics), steps=steps)
+            trajectory = Trajectory(begins=((0, present(problem, dynamics)),), steps=steps)
             return through_steps(problem, trajectory, self.segments, val_batch, live=False, expected=len(steps))
 
 

@@ -1,9 +1,9 @@
 """Back through inner steps, from the last to the first: ∂L_V/∂w, ∂L_V/∂s and dL_V/dλ, with a graph of one step at a time.
 
-The steps are taken once without a graph, and snapshots are kept at the begin of each of k segments. Then the segments come
-one by one, the last first: each is divided in k segments again, until a segment is a single step. So k·log_k T snapshots
-are held at a time for T steps, each of which is taken once more on each level. With k = T all are held, and none is taken
-again; with k = √T there are two levels.
+Where the steps were really taken, snapshots of weights and state from then are at hand; else they are taken once without a
+graph, and a snapshot is kept at the start of each of k segments. Then the segments come one by one, the last first: each is
+divided into k segments again, until a segment is a single step. So k·log_k T snapshots are held at a time for T steps, each
+of which is taken once more on each level. With k = T all are held; with k = √T there are two levels.
 
 Source: Griewank and Walther, "Evaluating Derivatives", section 12; Engstrom et al. 2025 (arXiv 2503.13751), section 3.
 """
@@ -29,8 +29,9 @@ from hoptim.methods.validation_loss import validate
 from hoptim.problem.problem import Problem, set_generators
 from hoptim.solvers.solution import Solution, Status
 
-SAME = 1e-3  # how far steps taken again may end from where they ended before, relative to how far they went
-LOST = 0.5  # farther than this, and they are other steps
+SAME = 1e-3  # how far a step taken again may end from where it ended before, relative to how far it went
+LOST = 0.5  # all in all farther than this, and they are other steps
+ULPS = 2.0  # in units of the last place: what two ways of computing a step may differ by
 GROWN = 10.0  # ∂L_V/∂w has outgrown its start: training is sensitive to where it began
 
 
@@ -49,17 +50,18 @@ def through_steps(
     """
     leaves, steps = as_leaves(problem.leaves()), len(trajectory.steps)
     reverse = Reverse(problem=problem, steps=trajectory.steps, leaves=leaves, segments=segments)
-    begins = reverse.begins(trajectory.start, 0, steps)
-    end, loss, gradient = reverse.end(begins, steps)
-    if not gradient:
-        raise ValueError(f"the training loss touches none of the weights {list(end.weights)}: compute it with the model")
+    if live:
+        begins, end = [*trajectory.begins], Snapshot(weights=problem.weights(), state={})
+    else:
+        begins = reverse.begins(0, trajectory.begins[0][1], steps)
+        end = reverse.end(begins, steps)
     weights = as_leaves({**problem.weights(), **end.weights})
     validation = problem.call(weights, leaves, lambda: validate(problem, weights, leaves, val_batch))
     g = {name: validation.g[name] for name in end.weights}
-    norm = _norm(g, end.weights)
-    missed = _distance(end, problem.weights(), trajectory.start) if live else loss.new_zeros(())
-    back = Back(weights=g, state={}, leaves=dict.fromkeys(leaves), norms=(norm,), missed=missed)
-    back = reverse.back(begins, end, 0, steps, back)
+    back = Back(weights=g, state={}, leaves=dict.fromkeys(leaves), norms=(_norm(g, end.weights),))
+    back = reverse.back(begins, end, steps, back)
+    assert back.last is not None  # there is one step at least
+    loss, gradient = back.last
     indirect = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
     return assemble(validation, indirect, _solution_of(back, expected), leaves, loss, Layout.of(gradient).flatten(gradient))
 
@@ -67,7 +69,7 @@ def through_steps(
 def end_of(problem: Problem, trajectory: Trajectory, leaves: Tree) -> Tree:
     """The weights at the end of the steps, taken with these hyperparameters."""
     reverse = Reverse(problem=problem, steps=trajectory.steps, leaves=leaves, segments=1)
-    return reverse.end([trajectory.start], len(trajectory.steps))[0].weights
+    return reverse.end(list(trajectory.begins[:1]), len(trajectory.steps)).weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +81,18 @@ class Back:
         state: ∂L_V/∂s, of the inner optimizer's state.
         leaves: dL_V/dλ, through these steps.
         norms: how long the first was at the end and before each of the steps.
-        missed: how far, at most, steps taken again have ended from where they ended before, relative to how far they went.
+        missed: for each step, how far it has ended from where it ended before.
+        went: and how far it went then.
+        last: the training loss and its gradient in the last of all steps.
     """
 
     weights: Tree
     state: Tree
     leaves: OptionalTree
     norms: tuple[Tensor, ...]
-    missed: Tensor
+    missed: tuple[Tensor, ...] = ()
+    went: tuple[Tensor, ...] = ()
+    last: tuple[Tensor, Tree] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,48 +104,41 @@ class Reverse:
     leaves: Tree
     segments: int
 
-    def begins(self, at: Snapshot, low: int, high: int) -> list[Snapshot]:
-        """The begins of the segments of steps ``low`` to ``high``, of which the first is ``at``."""
-        found, size = [at], self._size(low, high)
+    def begins(self, low: int, at: Snapshot, high: int) -> list[tuple[int, Snapshot]]:
+        """The starts of the segments of steps ``low`` to ``high``, by the numbers of their steps; the first is ``at``."""
+        found, size = [(low, at)], -(-(high - low) // self.segments)
         for number in range(low, high - 1 - (high - low - 1) % size):
-            at = self._advance(number, at)[0]
+            at = self._advance(number, at)
             if (number + 1 - low) % size == 0:
-                found.append(at)
+                found.append((number + 1, at))
         return found
 
-    def end(self, begins: list[Snapshot], high: int) -> tuple[Snapshot, Tensor, Tree]:
-        """The end of all ``high`` steps, whose segments begin at ``begins``, and the last step's loss and gradient."""
-        at = begins[-1]
-        loss, gradient = next(iter(at.weights.values())).new_zeros(()), at.weights
-        for number in range((len(begins) - 1) * self._size(0, high), high):
-            at, loss, gradient = self._advance(number, at)
-        return at, loss, gradient
+    def end(self, begins: list[tuple[int, Snapshot]], high: int) -> Snapshot:
+        """The end of all ``high`` steps, whose segments begin at ``begins``."""
+        low, at = begins[-1]
+        for number in range(low, high):
+            at = self._advance(number, at)
+        return at
 
-    def back(self, begins: list[Snapshot], end: Snapshot, low: int, high: int, back: Back) -> Back:
-        """Back through steps ``low`` to ``high``, which have ended at ``end``: segment by segment, the last first."""
-        size = self._size(low, high)
-        segments = list(zip(range(low, high, size), begins, [*begins[1:], end], strict=True))
-        for first, at, after in reversed(segments):
-            stop = min(first + size, high)
-            if stop - first == 1:
-                back = self._through(first, at, after, back)
+    def back(self, begins: list[tuple[int, Snapshot]], end: Snapshot, high: int, back: Back) -> Back:
+        """Back through the steps up to ``high``, which have ended at ``end``: segment by segment, the last first."""
+        for low, at in reversed(begins):
+            if high - low == 1:
+                back = self._through(low, at, end, back)
             else:
-                back = self.back(self.begins(at, first, stop), after, first, stop, back)
+                back = self.back(self.begins(low, at, high), end, high, back)
+            high, end = low, at
         return back
 
-    def _size(self, low: int, high: int) -> int:
-        """The number of steps in a segment of these."""
-        return -(-(high - low) // self.segments)
-
-    def _advance(self, number: int, at: Snapshot) -> tuple[Snapshot, Tensor, Tree]:
-        """The snapshot after one step, with the loss and the gradient before it."""
+    def _advance(self, number: int, at: Snapshot) -> Snapshot:
+        """The snapshot after one step."""
         set_generators(at.generators)
         problem, leaves, step, weights = self.problem, self.leaves, self.steps[number], as_leaves(at.weights)
 
-        def inside() -> tuple[Snapshot, Tensor, Tree]:
-            with summed_gradient(problem, step.losses, weights, leaves, graph=False) as (gradient, loss), torch.no_grad():
+        def inside() -> Snapshot:
+            with summed_gradient(problem, step.losses, weights, leaves, graph=False) as (gradient, _), torch.no_grad():
                 new, state = step.present_dynamics().step(at.weights, gradient, leaves, at.state)
-            return Snapshot(weights=new, state=state, generators=problem.generators()), loss, gradient
+            return Snapshot(weights=new, state=state, generators=problem.generators())
 
         return problem.call(weights, leaves, inside)
 
@@ -158,20 +157,25 @@ class Reverse:
         batched = next(iter(back.weights.values())).ndim > next(iter(w.values())).ndim
 
         def inside() -> Back:
-            with summed_gradient(problem, step.losses, w, leaves, graph=True) as (gradient, _):
+            with summed_gradient(problem, step.losses, w, leaves, graph=True) as (gradient, loss):
+                if not gradient:
+                    raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
                 weights, after = step.present_dynamics().step(w, gradient, leaves, _nested(counts | flat))
                 outputs = {**_keyed("w", weights), **_keyed("s", _flat(after))}
                 cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state)}
                 outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
                 inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
                 found = vjp(outputs, cotangents, inputs, batched=batched)
+            missed, went = _distances(end, weights, at)
             before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
             return Back(
                 weights=before,
                 state={name: part for name in flat if (part := found["s" + name]) is not None},
                 leaves={name: trees.sum_of(back.leaves[name], found["l" + name]) for name in leaves},
                 norms=(*back.norms, _norm(before, w)),
-                missed=torch.maximum(back.missed, _distance(end, weights, at)),
+                missed=(*back.missed, missed),
+                went=(*back.went, went),
+                last=back.last or (loss, trees.map_tree(Tensor.detach, gradient)),
             )
 
         return problem.call(w, leaves, inside)
@@ -179,15 +183,16 @@ class Reverse:
 
 def _solution_of(back: Back, steps: int) -> Solution:
     """How it went, as a solution; the host looks once."""
-    norms = torch.stack(back.norms)
+    norms, missed, went = map(torch.stack, (back.norms, back.missed, back.went))
     start = torch.where(norms[0] > 0, norms[0], 1.0)
-    grown, missed = torch.stack([(norms[-1] / start).amax(), back.missed]).tolist()
+    worst, share = _ratio(missed, went).amax(), _ratio(missed.sum(), went.sum())
+    grown, worst, share = torch.stack([(norms[-1] / start).amax(), worst, share]).tolist()
     status, detail = Status.FINISHED, ""
     if not math.isfinite(grown):
         status, detail = Status.NON_FINITE_PRODUCT, "in the derivative of an inner step"
-    elif not missed <= SAME:
-        status = Status.REPLAY_DIFFERS if missed <= LOST else Status.REPLAY_LOST
-        detail = f"they end {missed:.2g} times as far from where they ended before as they went"
+    elif not worst <= SAME:
+        status = Status.REPLAY_DIFFERS if share <= LOST else Status.REPLAY_LOST
+        detail = f"they end {share:.2g} times as far from where they ended before as they went"
     elif len(norms) - 1 < steps:
         status, detail = Status.REPLAY_DIFFERS, f"of {steps} steps {len(norms) - 1} are known"
     elif grown > GROWN:
@@ -197,10 +202,16 @@ def _solution_of(back: Back, steps: int) -> Solution:
 
 
 @torch.no_grad()
-def _distance(end: Snapshot, found: Tree, start: Snapshot) -> Tensor:
-    """‖end − found‖ relative to ‖end − start‖, of the weights."""
-    missed = trees.norm({name: value - found[name] for name, value in end.weights.items()})
-    went = trees.norm({name: value - start.weights[name] for name, value in end.weights.items()})
+def _distances(end: Snapshot, found: Tree, start: Snapshot) -> tuple[Tensor, Tensor]:
+    """‖end − found‖ of the weights, as far as it is no rounding, and ‖end − start‖."""
+    missed, went = (
+        trees.norm({name: value - other[name] for name, value in end.weights.items()}) for other in (found, start.weights)
+    )
+    rounding = ULPS * max(torch.finfo(value.dtype).eps for value in end.weights.values()) * trees.norm(end.weights)
+    return (missed - rounding).clamp(min=0), went
+
+
+def _ratio(missed: Tensor, went: Tensor) -> Tensor:
     return missed / torch.where(went > 0, went, 1.0)
 
 

@@ -61,9 +61,9 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """Where some inner steps began, and the steps."""
+    """Some inner steps, and snapshots from before some of them, by their numbers; the first is from before step 0."""
 
-    start: Snapshot
+    begins: tuple[tuple[int, Snapshot], ...]
     steps: Sequence[Step]
 
 
@@ -74,7 +74,7 @@ def look_ahead(
     dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
     batches = [draw() for _ in range(steps)]
     taken = [Step(losses=(RecordedLoss(batch=batch),), dynamics=dynamics) for batch in batches]
-    return Trajectory(start=present(problem, dynamics), steps=tuple(taken))
+    return Trajectory(begins=((0, present(problem, dynamics)),), steps=tuple(taken))
 
 
 def present(problem: Problem, dynamics: InnerStep) -> Snapshot:
@@ -90,9 +90,10 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self._start: Snapshot | None = None
+        self._begins: list[tuple[int, Snapshot]] = []
         self._steps: list[Step] = []
         self._added: list[RecordedLoss] = []
+        self._before: Snapshot | None = None  # from before the step whose losses are being computed
         self._dynamics: InnerStep | None = None
 
     def cleared(self) -> None:
@@ -100,14 +101,17 @@ class Recorder:
         self._added = []
 
     def record_loss(
-        self, problem: Problem, inner: Optimizer, batch: Any, learned: Sequence[LearnedOption] = ()
+        self, problem: Problem, inner: Optimizer, batch: Any, learned: Sequence[LearnedOption] = (), every: int = 1
     ) -> Callable[[Tensor], None]:
-        """A training loss is about to be computed; what is returned belongs on its backward pass."""
+        """A training loss is about to be computed; what is returned belongs on its backward pass.
+
+        Before the first step, and each ``every`` steps after it, a snapshot is kept.
+        """
         if not self._added:  # options may change between steps, but not between the losses of one
-            first = self._start is None
-            dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned, with_state=first)
-            if first:
-                self._start = Snapshot(weights=trees.map_tree(_copy, problem.weights()), state=dynamics.state)
+            is_kept = len(self._steps) % every == 0
+            dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned, with_state=is_kept)
+            weights = trees.map_tree(_copy, problem.weights()) if is_kept else {}
+            self._before = Snapshot(weights=weights, state=dynamics.state) if is_kept else None
             self._dynamics = replace(dynamics, state={})
         loss = RecordedLoss(batch=batch, generators=problem.generators())
         return lambda share: self._added.append(replace(loss, share=share.detach()))
@@ -115,8 +119,10 @@ class Recorder:
     def stepped(self) -> None:
         """The inner step was taken."""
         if self._added and self._dynamics is not None:
+            if self._before is not None:
+                self._begins.append((len(self._steps), self._before))
             self._steps.append(Step(losses=tuple(self._added), dynamics=self._dynamics))
-        self._added = []
+        self._added, self._before = [], None
 
     def check(self, steps: int) -> None:
         """Raise where none of the last inner steps is there, though ``steps`` are to be unrolled."""
@@ -128,20 +134,18 @@ class Recorder:
 
     def trajectory(self) -> Trajectory | None:
         """The steps kept so far, if any."""
-        start, steps = self._start, tuple(self._steps)
-        return Trajectory(start=start, steps=steps) if start is not None and steps else None
+        return Trajectory(begins=tuple(self._begins), steps=tuple(self._steps)) if self._steps else None
 
     def restart(self) -> None:
         """The next loss begins anew."""
-        self._start, self._steps, self._added = None, [], []
+        self._begins, self._steps, self._added, self._before = [], [], [], None
 
     def state_dict(self) -> dict[str, Any] | None:
         """The steps kept so far, for a checkpoint; batches as they are."""
-        if self._start is None:
+        if not self._steps:
             return None
         return {
-            "weights": self._start.weights,
-            "state": self._start.state,
+            "begins": [(number, at.weights, at.state) for number, at in self._begins],
             "steps": [
                 {
                     "seen": [(one.batch, one.generators, float(one.share)) for one in step.losses],
@@ -155,13 +159,15 @@ class Recorder:
         self, saved: dict[str, Any] | None, live: Tree, inner: Optimizer, transforms: Mapping[str, Transform]
     ) -> None:
         """The other half, for an inner optimizer of the same class; ``live`` are the weights."""
-        self._start, self._steps, self._added = None, [], []
+        self.restart()
         if saved is None:
             return
-        self._start = Snapshot(
-            weights={name: value.to(live[name].device) for name, value in saved["weights"].items()},
-            state={name: _moved(entries, live[name].device) for name, entries in saved["state"].items()},
-        )
+        for number, weights, state in saved["begins"]:
+            at = Snapshot(
+                weights={name: value.to(live[name].device) for name, value in weights.items()},
+                state={name: _moved(entries, live[name].device) for name, entries in state.items()},
+            )
+            self._begins.append((number, at))
         dynamics = InnerStep.of(inner, {}, {})
         for step in saved["steps"]:
             losses = tuple(

@@ -19,18 +19,19 @@ from hoptim.validation import is_whole
 class Unrolled(Method):
     """Reverse through the last inner steps: dL_V/dλ of w_T(λ), where w_T is reached from w_{T−steps}, which is held fixed.
 
-    :class:`BilevelOptimizer` keeps a copy of the weights and of the inner optimizer's state from ``steps`` steps before a
-    hyperstep, with the batches, options and random states since, and takes the same steps again through torch's own
-    optimizers. Called by itself, ``hypergradient(..., inner=optimizer)`` differentiates through the steps that would come
-    next from the present weights, on ``train_batches`` or else on the training batch again and again.
+    :class:`BilevelOptimizer` keeps copies of the weights and of the inner optimizer's state from before each of the last
+    ``steps`` steps, with their batches, options and random states. From the last to the first it takes each of them again,
+    through torch's own optimizers. Called by itself, ``hypergradient(..., inner=optimizer)`` differentiates through the
+    steps that would come next from the present weights, on ``train_batches`` or else on the training batch again and again.
 
-    Each step is held as weights and state, and its graph is made when its turn comes: three to four gradients a step. In the
-    result ``solution.residuals`` are ‖∂L_V/∂w_{T−j}‖ / ‖g‖, and ``solution.value`` is ∂L_V/∂w_{T−steps}: what the steps
-    before these would still have to be differentiated for.
+    Each step is held as weights and state, and its graph is made when its turn comes: about three gradients a step, and by
+    itself four. In the result ``solution.residuals`` are ‖∂L_V/∂w_{T−j}‖ / ‖g‖, and ``solution.value`` is
+    ∂L_V/∂w_{T−steps}: what the steps before these would still have to be differentiated for.
 
     Args:
         steps: inner steps, ≥ 1, default 20.
-        checkpoint: hold every √steps-th place only, and walk from there again: memory like √steps, one more gradient a step.
+        checkpoint: keep a copy each √steps-th step only, and walk from there again: memory, and checkpoints on the disk,
+            like √steps; one more gradient a step.
 
     Raises:
         ValueError: ``steps`` is no positive whole number; when called, no inner optimizer.
@@ -61,6 +62,14 @@ class Unrolled(Method):
         """How many of the last inner steps the optimizer has to remember."""
         return self.steps
 
+    @property
+    def keeps_every(self) -> int:  # type: ignore[override]
+        """How many of these steps lie between two copies of the weights."""
+        return -(-self.steps // self._segments(self.steps))
+
+    def _segments(self, steps: int) -> int:
+        return math.isqrt(steps - 1) + 1 if self.checkpoint else steps
+
     def __call__(
         self,
         problem: Problem,
@@ -78,6 +87,5 @@ class Unrolled(Method):
             trajectory = taken or look_ahead(
                 problem, loop.inner, loop.draw or (lambda: train_batch), self.steps, loop.learned
             )
-            steps = len(trajectory.steps)
-            segments = math.isqrt(steps - 1) + 1 if self.checkpoint else steps
+            segments = self._segments(len(trajectory.steps))
             return through_steps(problem, trajectory, segments, val_batch, live=taken is not None, expected=self.steps)

@@ -128,7 +128,8 @@ class BilevelOptimizer(OptimizerProxy):
         is_kept, is_watched = left < self.hypergradient.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
             progress.cleared()  # by the model's own zero_grad()
-        keep = progress.recorder.record_loss(self.problem, self.inner, batch, self.learned_options) if is_kept else None
+        given = self.problem, self.inner, batch, self.learned_options, self.hypergradient.keeps_every
+        keep = progress.recorder.record_loss(*given) if is_kept else None
         found = self.problem.loss(batch)
         loss = found[0] if self.problem.has_aux else found
         if keep is not None:
