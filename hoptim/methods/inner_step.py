@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,7 +160,7 @@ class InnerStep:
         gradients = {name: g for name in weights if (g := gradients.get(name)) is not None}
         new = {name: value.clone() for name, value in weights.items()}
         optimizer, zero_rates = self._optimizer(new, gradients, leaves, state)
-        with _SquareRoots():
+        with nullcontext() if self.kind is optim.SGD else _SquareRoots():  # SGD takes none
             inspect.unwrap(self.kind.step)(optimizer)  # without the hooks, which are the user's
         after = dict(state)
         for name in gradients:
@@ -195,23 +196,26 @@ class InnerStep:
                     states[name]["momentum_buffer"] = torch.zeros_like(new[name])
                 undamped = first if options["momentum"] > _TINY else names
             groups.append({**options, "params": [new[name] for name in names if name not in undamped]})
-            groups.append({**options, "params": [new[name] for name in undamped], "dampening": 0})
+            if undamped:
+                groups.append({**options, "params": [new[name] for name in undamped], "dampening": 0})
         optimizer = self.kind(groups, differentiable=True)  # type: ignore[call-arg]
         optimizer.defaults = {**self.defaults, "differentiable": True}
         for name, entries in states.items():
             new[name].grad = gradients[name].clone()  # to which torch adds a tensor's weight decay in place
             optimizer.state[new[name]] = entries
-        fill: Any = optimizer._init_group  # type: ignore[attr-defined]
-        for filled in optimizer.param_groups:
-            fill(filled, *([] for _ in [*inspect.signature(fill).parameters][1:]))
         return optimizer, zero_rates
 
     def _first_state(self, empty: Tree, leaves: Tree) -> State:
         """What torch begins with, for weights without a state."""
+        if not empty:
+            return {}
         damped = {name for group in self.groups if group.options.get("dampening") for name in group.names}
         with torch.no_grad():
             new = {name: p.clone() for name, p in empty.items() if name not in damped}
             optimizer, _ = self._optimizer(new, new, leaves, {})
+            fill: Any = optimizer._init_group  # type: ignore[attr-defined]
+            for filled in optimizer.param_groups:
+                fill(filled, *([] for _ in [*inspect.signature(fill).parameters][1:]))
         return {name: dict(optimizer.state[p]) for name, p in new.items()}
 
     def _value(self, key: str, option: Any, leaves: Tree) -> Any:
