@@ -29,6 +29,7 @@ from tiny import (
 )
 from torch import Tensor, nn, optim
 from torch.func import hessian, jacrev
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.checkpoint import checkpoint
 
@@ -87,6 +88,7 @@ class Window:
         self.rng = torch.get_rng_state()
         self.steps: list[tuple[list[Any], float]] = []
         self.shares = [1.0]
+        self.shift = 0.0  # added to the weights between two steps
 
     def again(self, l: Tensor, lr: float | None = None, wd: float | None = None) -> tuple[Problem, float]:  # noqa: E741
         """The problem after the steps, and its validation loss there."""
@@ -96,7 +98,8 @@ class Window:
         inner.param_groups[0].update({k: v for k, v in (("lr", lr), ("weight_decay", wd)) if v is not None})
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.rng)
-            for batches, rate in self.steps:
+            for number, (batches, rate) in enumerate(self.steps):
+                _shift(problem, self.shift if number else 0.0)
                 inner.param_groups[0]["lr"] = rate if lr is None else lr
                 inner.zero_grad()
                 for share, b in zip(self.shares * len(batches), batches, strict=False):
@@ -107,6 +110,11 @@ class Window:
     def slope(self, l: Tensor, h: float = 1e-5) -> Tensor:  # noqa: E741
         ends = [[self.again(l + s * h * e)[1] for s in (1, -1)] for e in torch.eye(len(l))]
         return torch.tensor([(up - down) / (2 * h) for up, down in ends])
+
+
+def _shift(problem: Problem, by: float) -> None:
+    for p in problem.model.parameters():
+        p.data.add_(by)
 
 
 def recorded(optimizer: BilevelOptimizer, plan: list[list[Any]], keep: int, after: Callable[[], None] = lambda: None) -> Any:
@@ -359,6 +367,60 @@ def test_a_closure_is_a_step_like_any_other() -> None:
         window.steps.append(([b], 0.05))
     assert optimizer.record.status is Status.FINISHED
     torch.testing.assert_close(leaf_vector(optimizer.record.result.grads), window.slope(l), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("checkpointed", "calls"), [(False, 9), (True, 15)])
+def test_steps_that_were_taken_are_taken_once_more_and_those_between_copies_twice(checkpointed: bool, calls: int) -> None:
+    counted: list[bool] = []
+
+    def predict(m: Any, h: Any, b: Any) -> Tensor:
+        counted.append(optimizer.inner_steps == 9)
+        return m(b[0])
+
+    problem = tiny(predict=predict)
+    optimizer = optimizer_of(problem, "adam", Unrolled(9, checkpoint=checkpointed), every=9)
+    recorded(optimizer, [[b] for b in (*BATCHES, *BATCHES[:3])], 9)
+    assert optimizer.record.status is Status.FINISHED
+    assert sum(counted) == calls
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_each_step_is_differentiated_where_it_was_taken(name: str) -> None:
+    """Weights that something else moves between two steps are told, and the derivative is still that of the steps."""
+    optimizer = optimizer_of(tiny(), name)
+    window, l = recorded(optimizer, [[b] for b in BATCHES[:3]], 3, lambda: _shift(optimizer.problem, 0.01))  # noqa: E741
+    window.shift = 0.01
+    assert optimizer.record.status is Status.REPLAY_DIFFERS
+    torch.testing.assert_close(leaf_vector(optimizer.record.result.grads), window.slope(l), rtol=1e-6, atol=1e-8)
+
+
+def test_one_step_of_many_that_was_another_is_told() -> None:
+    optimizer = optimizer_of(tiny(), "momentum", Unrolled(9), every=9)
+    for number in range(9):
+        optimizer.zero_grad()
+        optimizer.loss(BATCHES[number % 6]).backward()
+        if number == 2:
+            nn.utils.clip_grad_norm_(optimizer.problem.model.parameters(), 1e-9)
+        optimizer.step()
+    assert optimizer.record.status is Status.REPLAY_DIFFERS
+    assert optimizer.record.moved
+
+
+def test_steps_as_small_as_rounding_are_no_other_steps() -> None:
+    """A fused step rounds once, and one that is taken tensor by tensor after each operation."""
+    model = nn.Sequential(nn.Linear(50, 64), nn.Tanh(), nn.Linear(64, 5)).bfloat16()
+    x, y = torch.randn(40, 50).bfloat16(), torch.arange(40) % 5
+
+    def loss(m: Any, h: Any, _: Any) -> Tensor:
+        return F.cross_entropy(m(x), y) + h["decay"] * sum(p.float().square().sum() for p in m.parameters())
+
+    problem = Problem(model, HyperParameters({"decay": torch.tensor(0.01)}), loss, loss)
+    inner = optim.SGD(model.parameters(), lr=0.01, fused=True)
+    outer = optim.SGD(problem.hparams.parameters(), lr=0.0)
+    optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[None], hypergradient=Unrolled(6), every=6)
+    for _ in range(6):
+        step(optimizer, [None])
+    assert optimizer.record.status is Status.FINISHED
 
 
 @pytest.mark.parametrize("what", ["clipping", "weights moved by hand"])

@@ -150,7 +150,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no generator": lambda s: s["hoptim"]["val_batches"].update(begun={}),
     "generator of another size": lambda s: s["hoptim"]["val_batches"].update(begun={"": torch.zeros(3, dtype=torch.uint8)}),
     "hyperparameter is text": put("hoptim", "hparams", "decay", "0.1"),
-    "trajectory without weights": lambda s: s["hoptim"]["trajectory"].pop("weights"),
+    "trajectory without its begins": lambda s: s["hoptim"]["trajectory"].pop("begins"),
     "trajectory without steps": lambda s: s["hoptim"]["trajectory"].pop("steps"),
 }
 
