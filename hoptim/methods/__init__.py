@@ -19,8 +19,8 @@ inner steps.
 | sees | what changes ∇L_T; of the inner optimizer's options none, but with `Update()` | everything that changes the steps |
 | optimizers | any | those that torch can differentiate |
 
-`Unrolled` goes back over the steps since the last hyperstep: `BilevelOptimizer` keeps them and takes them again, with the
-same batches, dropout masks and options. When there are none, as with `hyperstep()` under `every=None` or in a single call
+`Unrolled` goes back over the steps since the last hyperstep: `BilevelOptimizer` keeps a copy of weights and state from
+before each, and takes it once more from there, with the same batch, dropout mask and options. When there are none, as with `hyperstep()` under `every=None` or in a single call
 of `hypergradient`, it differentiates through the steps that would come next. Unrolled steps with a `GradScaler` are not
 supported, and the derivative of gradient clipping is not included: the status says so.
 

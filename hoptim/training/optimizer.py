@@ -120,16 +120,15 @@ class BilevelOptimizer(OptimizerProxy):
         """The training loss of ``batch`` for ``backward()``, with ``has_aux`` a pair; hyperparameters get no ``.grad``."""
         if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
             return self.problem.loss(batch)
-        progress = self._progress
+        progress, method = self._progress, self.hypergradient
         if progress.first_steps is not None:
             drawn = self.train_batches
             progress.first_steps.before_loss(self.problem, batch, lambda: self.check(drawn.peek() if drawn else batch))
         left = steps_left(progress.inner_steps + 1, self.every, self.warmup)
-        is_kept, is_watched = left < self.hypergradient.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
+        is_kept, is_watched = left < method.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
             progress.cleared()  # by the model's own zero_grad()
-        given = self.problem, self.inner, batch, self.learned_options, self.hypergradient.keeps_every
-        keep = progress.recorder.record_loss(*given) if is_kept else None
+        keep = progress.record_loss(self.problem, self.inner, batch, method.keeps_every) if is_kept else None
         found = self.problem.loss(batch)
         loss = found[0] if self.problem.has_aux else found
         if keep is not None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
@@ -74,6 +76,10 @@ class Progress:
         if {name: value.shape for name, value in last.items()} != {name: value.shape for name, value in gradient.items()}:
             return None
         return cosine_in_common(gradient, {name: value.to(gradient[name]) for name, value in last.items()})
+
+    def record_loss(self, problem: Problem, inner: Optimizer, batch: Any, every: int) -> Callable[[Tensor], None]:
+        """A training loss is about to be computed: see :meth:`Recorder.record_loss`."""
+        return self.recorder.record_loss(problem, inner, batch, self.learned_options, every)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it, as tensors and plain values."""
