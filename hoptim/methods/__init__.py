@@ -20,9 +20,10 @@ inner steps.
 | optimizers | any | those that torch can differentiate |
 
 `Unrolled` goes back over the steps since the last hyperstep: `BilevelOptimizer` keeps a copy of weights and state from
-before each, and takes it once more from there, with the same batch, dropout mask and options. When there are none, as with `hyperstep()` under `every=None` or in a single call
-of `hypergradient`, it differentiates through the steps that would come next. Unrolled steps with a `GradScaler` are not
-supported, and the derivative of gradient clipping is not included: the status says so.
+before each, and takes it once more from there, with the same batch, dropout mask and options. When there are none, as with
+`hyperstep()` under `every=None` or in a single call of `hypergradient`, it differentiates through the steps that would come
+next. Unrolled steps with a `GradScaler` are not supported, and the derivative of gradient clipping is not included: the
+status says so.
 
 # In a loop of your own
 
