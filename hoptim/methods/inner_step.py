@@ -77,8 +77,8 @@ class InnerStep:
     ) -> InnerStep:
         """The step of ``inner`` as it is now: options and state are copied, so that later steps of it change nothing.
 
-        State that is still missing is filled in with torch's own first values, mostly zeros. Not so SGD's momentum buffer
-        under dampening: its first step, and that one alone, takes the gradient undamped.
+        State that is still missing is filled in with torch's own first values, mostly zeros. Not so SGD's momentum buffer:
+        its first step, and that one alone, takes the gradient undamped.
 
         Args:
             inner: the live optimizer; weights that it holds beyond ``weights`` are passed over.
@@ -116,7 +116,7 @@ class InnerStep:
                 "the learned momentum of RMSprop was 0 at the first step: torch then keeps no buffer, and its own step "
                 "fails as soon as the momentum rises. Start above 0"
             )
-        empty = {name: p for name, p in held.items() if not state[name]}
+        empty = {} if kind is optim.SGD else {name: p for name, p in held.items() if not state[name]}
         return replace(without_state, state=state | without_state._first_state(empty, leaves))
 
     def with_options(self, options: Mapping[str, Any]) -> InnerStep:
@@ -209,9 +209,8 @@ class InnerStep:
         """What torch begins with, for weights without a state."""
         if not empty:
             return {}
-        damped = {name for group in self.groups if group.options.get("dampening") for name in group.names}
         with torch.no_grad():
-            new = {name: p.clone() for name, p in empty.items() if name not in damped}
+            new = {name: p.clone() for name, p in empty.items()}
             optimizer, _ = self._optimizer(new, new, leaves, {})
             fill: Any = optimizer._init_group  # type: ignore[attr-defined]
             for filled in optimizer.param_groups:

@@ -63,7 +63,8 @@ def through_steps(
     assert back.last is not None  # there is one step at least
     loss, gradient = back.last
     indirect = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
-    return assemble(validation, indirect, _solution_of(back, expected), leaves, loss, Layout.of(gradient).flatten(gradient))
+    solution = _solution_of(back, expected, _rounding(end.weights))
+    return assemble(validation, indirect, solution, leaves, loss, Layout.of(gradient).flatten(gradient))
 
 
 def end_of(problem: Problem, trajectory: Trajectory, leaves: Tree) -> Tree:
@@ -166,24 +167,24 @@ class Reverse:
                 outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
                 inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
                 found = vjp(outputs, cotangents, inputs, batched=batched)
-            missed, went = _distances(end, weights, at)
             before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
             return Back(
                 weights=before,
                 state={name: part for name in flat if (part := found["s" + name]) is not None},
                 leaves={name: trees.sum_of(back.leaves[name], found["l" + name]) for name in leaves},
                 norms=(*back.norms, _norm(before, w)),
-                missed=(*back.missed, missed),
-                went=(*back.went, went),
+                missed=(*back.missed, _distance(end, weights)),
+                went=(*back.went, _distance(end, at.weights)),
                 last=back.last or (loss, trees.map_tree(Tensor.detach, gradient)),
             )
 
         return problem.call(w, leaves, inside)
 
 
-def _solution_of(back: Back, steps: int) -> Solution:
+def _solution_of(back: Back, steps: int, rounding: Tensor) -> Solution:
     """How it went, as a solution; the host looks once."""
     norms, missed, went = map(torch.stack, (back.norms, back.missed, back.went))
+    missed = (missed - rounding).clamp(min=0)
     start = torch.where(norms[0] > 0, norms[0], 1.0)
     worst, share = _ratio(missed, went).amax(), _ratio(missed.sum(), went.sum())
     grown, worst, share = torch.stack([(norms[-1] / start).amax(), worst, share]).tolist()
@@ -202,13 +203,14 @@ def _solution_of(back: Back, steps: int) -> Solution:
 
 
 @torch.no_grad()
-def _distances(end: Snapshot, found: Tree, start: Snapshot) -> tuple[Tensor, Tensor]:
-    """‖end − found‖ of the weights, as far as it is no rounding, and ‖end − start‖."""
-    missed, went = (
-        trees.norm({name: value - other[name] for name, value in end.weights.items()}) for other in (found, start.weights)
-    )
-    rounding = ULPS * max(torch.finfo(value.dtype).eps for value in end.weights.values()) * trees.norm(end.weights)
-    return (missed - rounding).clamp(min=0), went
+def _distance(end: Snapshot, other: Tree) -> Tensor:
+    """‖end − other‖, of the weights."""
+    return trees.norm({name: value - other[name] for name, value in end.weights.items()})
+
+
+def _rounding(weights: Tree) -> Tensor:
+    """How far apart two ways of computing the same step may end."""
+    return ULPS * max(torch.finfo(value.dtype).eps for value in weights.values()) * trees.norm(weights)
 
 
 def _ratio(missed: Tensor, went: Tensor) -> Tensor:

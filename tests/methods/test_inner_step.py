@@ -411,7 +411,7 @@ def test_groups_have_their_own_options_and_what_has_no_gradient_or_group_stays()
     torch.testing.assert_close(new["c"], live["c"] - 0.1)
     assert torch.equal(new["b"], live["b"])
     assert torch.equal(new["extra"], extra)
-    assert state["b"]["momentum_buffer"].tolist() == [0, 0, 0]
+    assert state["b"] == {}  # torch makes its buffer in the first step with a gradient
     new, state = dynamics.step(new, {name: torch.ones_like(p) for name, p in weights.items()}, leaves, state)
     torch.testing.assert_close(new["b"], live["b"] - 0.1)
     torch.testing.assert_close(new["c"], live["c"] - 0.1 - 0.15)
