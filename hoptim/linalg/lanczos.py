@@ -14,14 +14,14 @@ from hoptim.linalg.vectors import axpy_, scale_
 def spectral_norm(A: Operator, start: Tensor, products: int) -> tuple[Tensor, Tensor]:
     """Estimate ‖A‖₂ from below by power iteration: max over the iterates v of ‖A v‖ / ‖v‖.
 
-    For a symmetric A it tends to ‖A‖₂; for another it is at most that, and in the long run at least the spectral radius.
-    Of an operator that is not fixed it is the largest over the products taken.
+    For a symmetric A it tends to ‖A‖₂. Otherwise it is at most that, and in the long run at least the spectral radius.
+    If A changes from product to product, it is the largest over the products taken.
 
     Args:
         A: the operator.
-        start: the first iterate, of shape (n,), not zero. The last iterate of an earlier call is a good one: with it one or
-            two products are enough.
-        products: how many products to spend.
+        start: the first iterate, of shape (n,), not zero. From the last iterate of an earlier call one or two products are
+            enough.
+        products: how many products to spend, ≥ 1.
 
     Returns:
         The estimate, a scalar on the device, and the last iterate, of unit length.
@@ -34,13 +34,11 @@ def spectral_norm(A: Operator, start: Tensor, products: int) -> tuple[Tensor, Te
     >>> round(float(estimate), 4)
     3.0
     """
-    v = _unit(A, start)
-    estimate = torch.zeros_like(A.norm(v))
+    v, estimate = start, start.new_zeros(())
     for _ in range(products):
-        v = A @ v
+        v = A @ _unit(A, v)
         estimate = torch.maximum(estimate, A.norm(v))
-        v = _unit(A, v)
-    return estimate, v
+    return estimate, _unit(A, v)
 
 
 def start_vector(A: Operator, towards: Tensor) -> Tensor:
@@ -49,7 +47,7 @@ def start_vector(A: Operator, towards: Tensor) -> Tensor:
 
 
 def gaussian(like: Tensor | Operator, *lead: int, seed: int = 0) -> Tensor:
-    """Standard normal vectors of shape (…, n), the same at each call: from a generator of their own."""
+    """Standard normal vectors of shape (…, n), from their own generator: the same at each call."""
     size = like.size if isinstance(like, Operator) else len(like)
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn((*lead, size), generator=generator, device=like.device, dtype=like.dtype)
@@ -57,12 +55,12 @@ def gaussian(like: Tensor | Operator, *lead: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Ritz:
-    """What Lanczos saw of a spectrum: a quadrature rule for the spectral density as the starts weigh it.
+    """Ritz values and their weights: a quadrature rule for the spectral density, as weighted by the start vectors.
 
     Attributes:
         values: the Ritz values in ascending order, in float64: shape (steps,), or (R, steps) for R starts.
         weights: their weights, ≥ 0, which sum to 1 along the last axis.
-        steps: how many steps each start took before its Krylov space ended, at most those asked for.
+        steps: how many steps each start took before its Krylov space ended, at most the number asked for.
     """
 
     values: Tensor
@@ -81,9 +79,9 @@ class Ritz:
 
     @property
     def negative_share(self) -> float:
-        """The weight below zero, a mean over the starts: for random ones, the share of negative eigenvalues.
+        """The weight of the values below zero, averaged over the starts: for random ones, the share of negative eigenvalues.
 
-        What is above −1e-6 of the largest magnitude counts as zero.
+        Values above −1e-6 of the largest magnitude count as zero.
         """
         negative = self.values < -1e-6 * self.values.abs().amax()
         return float((self.weights * negative).sum(-1).mean())
@@ -98,7 +96,7 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
     Args:
         A: the operator, symmetric, and the same in each product.
         start: the first vector, of shape (n,), not zero; or R of them, (R, n), as ``gaussian(A, R)`` gives.
-        steps: how many products to spend, ≥ 1; as many vectors are kept.
+        steps: how many products to spend, ≥ 1; that many vectors are kept.
 
     Raises:
         TypeError: A is not known to be symmetric, or changes from product to product.
@@ -125,10 +123,10 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     for _ in range(steps):
-        w = (A @ basis[-1]).clone()  # a product may be the vector itself
+        w = (A @ basis[-1]).clone()  # a product may share memory with the vector
         size = A.norm(w)
         alpha = orthogonalise_(A, w, basis)[-1]
-        alphas.append(torch.where(active, alpha, alphas[0] if alphas else alpha))  # filler lies inside the spectrum
+        alphas.append(torch.where(active, alpha, alphas[0] if alphas else alpha))  # of what has ended: inside the spectrum
         taken = taken + active
         beta = A.norm(w)
         active = active & ~(beta <= 10 * torch.finfo(beta.dtype).eps * size)
@@ -143,9 +141,9 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
 
 
 def orthogonalise_(A: Operator, w: Tensor, basis: list[Tensor]) -> Tensor:
-    """w ← w − V Vᵀ w in place for orthonormal vectors V, by modified Gram-Schmidt, twice. Returns Vᵀ w, one row a vector.
+    """w ← w − V Vᵀ w in place for orthonormal vectors V, by modified Gram-Schmidt. Returns Vᵀ w, one row for each vector.
 
-    One pass leaves behind what rounding makes of ‖w‖; the second takes it away (Giraud, Langou and Rozložník 2005).
+    It runs twice: the second pass removes the rounding error of the first (Giraud, Langou and Rozložník 2005).
     """
     total = []
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -15,17 +16,16 @@ from hoptim.linalg.vectors import Layout
 class Operator(ABC):
     """A square linear operator on vectors of shape (n,).
 
-    ``A @ v`` is the product, or R products for ``v`` of shape (R, n). It may be ``v`` itself or share memory with it, and so
-    is not to be written to. ``A.T`` is the transpose, ``A + sigma`` is A + σI. ``A.dot``, ``A.norm`` and ``A.gram`` are the
-    inner product of its space: a solver takes them from here, so that an operator whose vectors are spread over several
-    processes can add theirs.
+    ``A @ v`` is the product, or R products for ``v`` of shape (R, n). The result may be ``v`` itself or share its memory, so
+    never write to it. ``A.T`` is the transpose, ``A + sigma`` is A + σI. Solvers take inner products from ``A.dot``,
+    ``A.norm`` and ``A.gram``, so that an operator whose vectors are spread over several processes can add up theirs.
 
     Attributes:
         size: n.
         dtype: the type of its vectors.
         device: where they live.
         is_symmetric: whether A is known to be its own transpose.
-        is_fixed: whether each product is with the same A, as a Krylov solver needs; not so for a fresh batch a product.
+        is_fixed: whether A is the same in each product, as Krylov solvers need; ``False`` where each takes a fresh batch.
     """
 
     size: int
@@ -43,7 +43,7 @@ class Operator(ABC):
 
     @property
     @abstractmethod
-    def T(self) -> Operator:  # noqa: N802 (the field's own name)
+    def T(self) -> Operator:  # noqa: N802 (the usual name)
         """The transpose Aᵀ."""
 
     def __add__(self, sigma: float) -> Operator:
@@ -68,7 +68,7 @@ class Symmetric(Operator):
     Args:
         product: v ↦ A v, for v of shape (n,) or (R, n).
         like: a vector of its space; only its length, type and device are used.
-        is_fixed: whether each product is with the same A, default ``True``.
+        is_fixed: whether A is the same in each product, default ``True``.
 
     >>> A = Symmetric(lambda v: 2 * v, like=torch.ones(2))
     >>> (A + 1.0) @ torch.ones(2)
@@ -88,24 +88,34 @@ class Symmetric(Operator):
         return self
 
 
-class _Made(Operator):
-    """An operator made from another one on vectors of the same kind; symmetric and fixed where that is."""
+class Wrapped(Operator):
+    """An operator made from another one, ``base``: symmetric and fixed if ``base`` is, and with its inner product."""
 
     def __init__(self, base: Operator) -> None:
         super().__init__(base, is_symmetric=base.is_symmetric, is_fixed=base.is_fixed)
         self.base = base
 
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        """The same made from the transpose of ``base``."""
+        transposed = copy.copy(self)
+        transposed.base = self.base.T
+        return transposed
+
     def dot(self, u: Tensor, v: Tensor) -> Tensor:
+        """⟨u, v⟩ of ``base``."""
         return self.base.dot(u, v)
 
     def norm(self, v: Tensor) -> Tensor:
+        """‖v‖ of ``base``."""
         return self.base.norm(v)
 
     def gram(self, u: Tensor, v: Tensor) -> Tensor:
+        """⟨u_i, v_j⟩ of ``base``."""
         return self.base.gram(u, v)
 
 
-class _Shifted(_Made):
+class _Shifted(Wrapped):
     def __init__(self, base: Operator, sigma: float) -> None:
         super().__init__(base)
         self.sigma = sigma
@@ -113,12 +123,8 @@ class _Shifted(_Made):
     def __matmul__(self, v: Tensor) -> Tensor:
         return torch.add(self.base @ v, v, alpha=self.sigma)
 
-    @property
-    def T(self) -> Operator:  # noqa: N802
-        return _Shifted(self.base.T, self.sigma)
 
-
-class Scaled(_Made):
+class Scaled(Wrapped):
     """S A S for a diagonal S of shape (n,): what a solver sees under a preconditioner S⁻².
 
     Source: Saad, "Iterative Methods for Sparse Linear Systems", section 9.2 (split preconditioning).
@@ -134,18 +140,13 @@ class Scaled(_Made):
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.scale * (self.base @ (self.scale * v))
 
-    @property
-    def T(self) -> Operator:  # noqa: N802
-        """S Aᵀ S."""
-        return Scaled(self.base.T, self.scale)
 
-
-class Embedded(_Made):
+class Embedded(Wrapped):
     """A as an operator on other weights, with zero rows and columns for those that it does not touch.
 
     Args:
         base: A, on vectors of the layout ``inner``.
-        inner: its layout. Weights of it that are not in ``outer`` are held fixed.
+        inner: its layout. Weights that ``outer`` does not have are held fixed.
         outer: the layout of the vectors that the operator takes.
 
     >>> inner, outer = Layout.of({"b": torch.zeros(1)}), Layout.of({"a": torch.zeros(2), "b": torch.zeros(1)})
@@ -162,13 +163,8 @@ class Embedded(_Made):
         product = self.base @ self.inner.flatten(self.outer.unflatten(v), lead)
         return self.outer.flatten(self.inner.unflatten(product), lead)
 
-    @property
-    def T(self) -> Operator:  # noqa: N802
-        """Likewise for Aᵀ."""
-        return Embedded(self.base.T, self.inner, self.outer)
 
-
-class Mean(_Made):
+class Mean(Wrapped):
     """The mean of operators on the same space, (A₁ + … + Aₙ) / n, as over batches.
 
     >>> A = Mean([Symmetric(lambda v, k=k: k * v, like=torch.ones(1)) for k in (1, 3)])

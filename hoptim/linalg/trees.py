@@ -1,4 +1,4 @@
-"""Functions of named tensors, ``dict[str, Tensor]``: what people see outside a solve, and what autograd takes and gives."""
+"""Functions of named tensors, ``dict[str, Tensor]``, the form in which weights and gradients appear outside a solve."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def map_tree(function: Callable[[Tensor], Tensor], x: Tree) -> Tree:
 
 
 def present(x: Mapping[str, Tensor | None]) -> Tree:
-    """Those that are there.
+    """The entries that are not ``None``.
 
     >>> present({"w": torch.ones(1), "b": None})
     {'w': tensor([1.])}
@@ -30,7 +30,7 @@ def present(x: Mapping[str, Tensor | None]) -> Tree:
 
 
 def filled(x: Mapping[str, Tensor | None], like: Tree) -> Tree:
-    """Over the names of ``like``, with zeros of its shape for what is not there."""
+    """The entries with the names of ``like``, with zeros of its shapes for missing ones."""
     return {name: torch.zeros_like(value) if (part := x.get(name)) is None else part for name, value in like.items()}
 
 
@@ -40,7 +40,7 @@ def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def expanded(x: Tree, lead: Sequence[int]) -> Tree:
-    """With leading axes, as views.
+    """The tensors with leading axes added, as views.
 
     >>> expanded({"w": torch.zeros(())}, (3,))
     {'w': tensor([0., 0., 0.])}
@@ -49,11 +49,11 @@ def expanded(x: Tree, lead: Sequence[int]) -> Tree:
 
 
 def stack(rows: Sequence[OptionalTree]) -> OptionalTree:
-    """R dicts as one whose tensors have a leading axis of R; ``None`` where a name has no tensor in any of them."""
+    """R dicts as one whose tensors have a leading axis of R; ``None`` for a name without tensors."""
     found: OptionalTree = {}
     for name in rows[0]:
-        there = [value for row in rows if (value := row[name]) is not None]
-        found[name] = torch.stack(there) if there else None
+        tensors = [value for row in rows if (value := row[name]) is not None]
+        found[name] = torch.stack(tensors) if tensors else None
     return found
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 Tree = dict[str, Tensor]
-OptionalTree = dict[str, Tensor | None]  # by name; None for what does not exist, as a gradient of what a loss does not touch
+OptionalTree = dict[str, Tensor | None]  # None for what does not exist, such as the gradient of a weight that is not used
 
-PIECE = 2**18  # BLAS adds one number after another: in float32 a sum of 2^18 equal squares is off by 7e-5, of 2^26 by 1e-2
+PIECE = 2**18  # BLAS adds numbers one by one: in float32 a sum of 2^18 equal squares is off by 7e-5, of 2^26 by 1e-2
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Layout:
     """The order, shapes and types of named tensors in a flat vector.
 
     A vector of the layout has shape (n,), or (R, n) for R vectors, whose tensors have a leading axis of R. Its type is the
-    widest of the tensors' types, and float32 at least: sums of many terms need it.
+    widest of the tensors' types, and at least float32, which sums of many terms need.
 
     >>> layout = Layout.of({"w": torch.zeros(2, 2), "b": torch.zeros(1)})
     >>> v = layout.flatten({"w": torch.eye(2), "b": None})
@@ -60,7 +60,7 @@ class Layout:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where a vector lives: where the first tensor does."""
+        """The device of a vector: that of the first tensor."""
         return self.devices[0] if self.devices else torch.device("cpu")
 
     @cached_property
@@ -69,11 +69,11 @@ class Layout:
         return set(self.dtypes) <= {self.dtype} and set(self.devices) <= {self.device}
 
     def flatten(self, tensors: Mapping[str, Tensor | None], lead: Sequence[int] = ()) -> Tensor:
-        """The vector of these tensors, with zeros where one is missing or ``None``; other names are passed over.
+        """The vector of these tensors, with zeros where one is missing or ``None``; other names are ignored.
 
         Args:
             tensors: by name, each of its shape in the layout.
-            lead: ``(R,)`` where each has a leading axis of R; default ``()``.
+            lead: ``(R,)`` if each has a leading axis of R; default ``()``.
         """
         if not self.names:
             return torch.zeros((*lead, 0), dtype=self.dtype, device=self.device)
@@ -93,7 +93,7 @@ class Layout:
         return {name: piece.view((*lead, *shape)) for name, piece, shape in named}
 
     def unflatten(self, v: Tensor) -> Tree:
-        """The tensors of a vector in their own types and places; views of it where they can be."""
+        """The tensors of a vector in their own types and on their own devices; views of it where possible."""
         tensors = self.views(v)
         if self.is_uniform:
             return tensors
@@ -104,7 +104,7 @@ class Layout:
 
 
 def dot(u: Tensor, v: Tensor) -> Tensor:
-    """⟨u, v⟩: a scalar, or shape (R,) for R vectors each; long sums are added up in pieces.
+    """⟨u, v⟩: a scalar, or shape (R,) for R pairs of vectors; long sums are added up in pieces.
 
     >>> dot(torch.ones(3), torch.full((3,), 2.0))
     tensor(6.)
@@ -141,18 +141,18 @@ def axpy_(y: Tensor, a: Tensor | float, x: Tensor) -> Tensor:
 
 
 def aypx_(y: Tensor, a: Tensor | float, x: Tensor) -> Tensor:
-    """y ← x + a·y in place, likewise."""
+    """y ← x + a·y in place; returns y."""
     a = _coefficient(a)
     return y.mul_(a).add_(x) if isinstance(a, Tensor) else torch.add(x, y, alpha=a, out=y)
 
 
 def scale_(y: Tensor, a: Tensor | float) -> Tensor:
-    """y ← a·y in place, likewise."""
+    """y ← a·y in place; returns y."""
     return y.mul_(_coefficient(a))
 
 
 def _coefficient(a: Tensor | float) -> Tensor | float:
-    """A plain number where the host has it, with which torch is several times as fast; else a tensor that broadcasts."""
+    """A plain number if the host has it, which makes torch several times as fast; else a tensor that broadcasts."""
     if not isinstance(a, Tensor):
         return a
     return a[..., None] if a.ndim or a.device.type != "cpu" else a.item()
@@ -164,7 +164,7 @@ def gram(x: Tensor, y: Tensor) -> Tensor:
     >>> gram(torch.eye(2), torch.ones(3, 2)).shape
     torch.Size([2, 3])
     """
-    pieces = zip(x.split(2**16, dim=-1), y.split(2**16, dim=-1), strict=True)  # which stay in the cache
+    pieces = zip(x.split(2**16, dim=-1), y.split(2**16, dim=-1), strict=True)  # small enough to stay in the cache
     return torch.stack([a.double() @ b.double().T for a, b in pieces]).sum(0)
 
 

@@ -1,4 +1,4 @@
-"""Products with the transposed Jacobian, through a graph of autograd that is kept."""
+"""Products with the transposed Jacobian, through an autograd graph that is kept."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hoptim.linalg import trees
 
 Named = Mapping[Any, Tensor]  # by names, or by any other keys
 
-AT_ONCE = 2**20  # the longest vectors of which several go through the graph at once: longer ones are slower so (1.5 to 2.3)
-# Nodes for which several vectors go one by one: torch's rule for group norm answers wrongly, convolutions are slower (1.08).
+AT_ONCE = 2**20  # the longest vectors that go through the graph several at once: longer ones take 1.5 to 2.3 times as long
+# With these nodes vectors go one by one: torch's batched rule for group norm is wrong, and convolutions are slower (1.08).
 _ONE_BY_ONE = ("NativeGroupNorm", "Convolution")
 
 
@@ -35,19 +35,14 @@ def nodes(ends: Iterable[Tensor]) -> set[Any]:
 
 
 def no_second_derivative(why: str) -> TypeError:
-    """The error where a second derivative is missing."""
+    """The error for a missing second derivative."""
     return TypeError(f"the training loss has no second derivative: {why}. Take curvature=hoptim.FiniteDifference()")
-
-
-def vjp(outputs: Named, v: Named, inputs: Named, *, batched: bool) -> dict[Any, Tensor | None]:
-    """vᵀ ∂outputs/∂inputs, once."""
-    return VJP(outputs, inputs)(v, batched)
 
 
 class VJP:
     """v ↦ vᵀ ∂outputs/∂inputs by named tensors; R products where each tensor of v has a leading axis of R.
 
-    Several go through the graph at once, one by one where torch cannot do that or where the vectors are long.
+    The R vectors go through the graph at once, or one by one if torch cannot do that or they are long.
 
     Raises:
         TypeError: when called, an operation has no second derivative.
@@ -63,7 +58,7 @@ class VJP:
         self._at_once: bool | None = None  # not yet decided
 
     def __call__(self, v: Named, batched: bool = False) -> dict[Any, Tensor | None]:
-        """The product by the names of the inputs; ``None`` for one that the outputs do not depend on."""
+        """The product by the names of the inputs; ``None`` for an input that the outputs do not depend on."""
         if not self._outputs or not self._inputs:
             return dict.fromkeys(self._keys)
         try:
@@ -78,7 +73,7 @@ class VJP:
                 raise no_second_derivative(str(error).rstrip(".")) from error
             if not batched:
                 raise
-            self._at_once = False  # an operation without a rule for several at once
+            self._at_once = False  # some operation has no rule for several vectors at once
         rows = len(next(iter(v.values())))
         return trees.stack([self._back({name: t[row] for name, t in v.items()}) for row in range(rows)])
 
@@ -98,6 +93,6 @@ class VJP:
         return not any(node.name().startswith(_ONE_BY_ONE) for node in nodes(self._outputs))
 
 
-# What autograd.grad calls after checks of its arguments that a kept graph does not need each time. They are 3 to 8 % of a
-# small product. Where a version of torch has no such function, autograd.grad serves.
+# What autograd.grad calls after checking its arguments. A kept graph does not need these checks each time, and they take 3 %
+# to 8 % of a small product. If a version of torch lacks this function, autograd.grad is used.
 _run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)

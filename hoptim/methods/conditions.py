@@ -12,7 +12,7 @@ from hoptim.curvature.linearization import Linearization, Point, as_leaves
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
-from hoptim.linalg.vjp import vjp
+from hoptim.linalg.vjp import VJP
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import TrainingContext
 
@@ -102,7 +102,7 @@ class _Update:
 
     def back(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Dᵀv on the weights of u, and Pᵀv on those of the gradient: P = ∂u/∂G, D = ∂u/∂w."""
-        found = vjp(self.u, self.layout.unflatten(v), self._inputs, batched=v.ndim > 1)
+        found = VJP(self.u, self._inputs)(self.layout.unflatten(v), v.ndim > 1)
         by_weight, by_gradient = ({n: t for (k, n), t in found.items() if k == kind} for kind in ("w", "G"))
         lead = v.shape[:-1]
         return self.layout.flatten(by_weight, lead), self.gradient.layout.flatten(by_gradient, lead)
@@ -120,11 +120,11 @@ class _Update:
             (kind, name): tangents[kind].get(name, torch.zeros(()).to(t).expand((*lead, *t.shape)))
             for (kind, name), t in rows.items()
         }
-        return self.layout.flatten(vjp(rows, along, q, batched=v.ndim > 1), lead)
+        return self.layout.flatten(VJP(rows, q)(along, v.ndim > 1), lead)
 
     def mixed(self, x: Tensor) -> OptionalTree:
         """Bᵀx = (∂u/∂λ)ᵀx at a fixed gradient + (∂∇L_T/∂λ)ᵀ Pᵀx."""
-        own = vjp(self.u, self.layout.unflatten(x), self.leaves, batched=x.ndim > 1)
+        own = VJP(self.u, self.leaves)(self.layout.unflatten(x), x.ndim > 1)
         through = self.gradient.mixed(self.back(x)[1])
         return {name: trees.sum_of(own[name], through[name]) for name in self.leaves}
 

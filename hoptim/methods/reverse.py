@@ -21,7 +21,7 @@ from torch import Tensor
 from hoptim.curvature.linearization import as_leaves
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
-from hoptim.linalg.vjp import vjp
+from hoptim.linalg.vjp import VJP
 from hoptim.methods.inner_step import State
 from hoptim.methods.result import Hypergradient, assemble
 from hoptim.methods.trajectory import Snapshot, Step, Trajectory, summed_gradient
@@ -166,7 +166,7 @@ class Reverse:
                 cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state)}
                 outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
                 inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
-                found = vjp(outputs, cotangents, inputs, batched=batched)
+                found = VJP(outputs, inputs)(cotangents, batched)
             before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
             return Back(
                 weights=before,

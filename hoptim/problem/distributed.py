@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hoptim.linalg import trees
-from hoptim.linalg.operators import Operator
+from hoptim.linalg.operators import Operator, Wrapped
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 
 SAME = 1e-6  # of a vector's length: how far apart the ranks' may be and still pass for the same
@@ -126,8 +126,8 @@ class Ranks:
             )
 
 
-class OverRanks(Operator):
-    """The mean of each rank's operator: one all-reduce a product, or for R products.
+class OverRanks(Wrapped):
+    """The mean of each rank's operator: one all-reduce for each product, or for R of them at once.
 
     >>> from hoptim.linalg.operators import Symmetric
     >>> OverRanks(Symmetric(lambda v: 2 * v, like=torch.ones(1)), Ranks()) @ torch.ones(1)
@@ -135,13 +135,8 @@ class OverRanks(Operator):
     """
 
     def __init__(self, local: Operator, ranks: Ranks) -> None:
-        super().__init__(local, is_symmetric=local.is_symmetric, is_fixed=local.is_fixed)
-        self.local, self.ranks = local, ranks
+        super().__init__(local)
+        self.ranks = ranks
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return self.ranks.mean_vector(self.local @ v)
-
-    @property
-    def T(self) -> Operator:  # noqa: N802
-        """The mean of the transposes."""
-        return OverRanks(self.local.T, self.ranks)
+        return self.ranks.mean_vector(self.base @ v)

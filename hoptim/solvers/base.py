@@ -23,7 +23,7 @@ class Solver(ABC):
         Args:
             A: the curvature.
             g: the right-hand side, of shape (n,), or R of them, (R, n). It is left as it is.
-            state: the ``state`` of the last solution on a similar operator, if any; what does not fit is ignored.
+            state: the ``state`` of the last solution for a similar operator, if any; what does not fit is ignored.
         """
 
 
@@ -54,7 +54,7 @@ def check_tolerance(tolerance: float) -> None:
 def check_operator(solver: Solver, A: Operator, *, symmetric: bool = True) -> None:
     """Raise ``TypeError`` for an operator that changes from product to product, or is not known to be symmetric.
 
-    The answer would be wrong without a word: a polynomial in several matrices solves no system.
+    The answer would be silently wrong: a polynomial in several matrices solves no system.
     """
     name = type(solver).__name__
     if not A.is_fixed:
@@ -70,7 +70,7 @@ def check_operator(solver: Solver, A: Operator, *, symmetric: bool = True) -> No
 
 
 def carried(state: State | None, name: str, like: Tensor | Operator) -> Tensor | None:
-    """The vector of that name where it has the shape, type and device of ``like``: the model may have changed.
+    """The vector of that name in ``state``, if it has the shape, type and device of ``like``: the model may have changed.
 
     >>> carried({"direction": torch.ones(2)}, "direction", torch.zeros(2))
     tensor([1., 1.])
@@ -90,7 +90,7 @@ def rayleigh(A: Operator, v: Tensor, product: Tensor) -> Tensor:
 
 
 def inverse(a: Tensor) -> Tensor:
-    """1 / a of a length, and finite where that is zero: a zero vector divided by its length is zero.
+    """1 / a for a length a, finite even if a is zero, so that a zero vector divided by its length stays zero.
 
     >>> 0 * inverse(torch.tensor(0.0))
     tensor(0.)

@@ -18,14 +18,14 @@ from hoptim.solvers.solution import Solution, State
 class CG(Iterative):
     """Conjugate gradients for a symmetric positive definite curvature: the best x of the Krylov space in A's own norm.
 
-    It stops *before* a direction of negative curvature and returns the iterate reached till then. Where the first direction,
-    g itself, curves downward with ρ = gᵀAg / gᵀg < 0, that is x = g / |ρ|, one step down the gradient. Each of several
-    right-hand sides stops for itself. The residual may rise on the way, since another norm falls; one that ends above
-    10·‖g‖ is a remark: where A is singular and g not in its range, CG has no limit.
+    It stops *before* a direction of negative curvature and returns the iterate so far. If already the first direction, g
+    itself, has curvature ρ = gᵀAg / gᵀg < 0, it returns x = g / |ρ|, one step down the gradient. Several right-hand sides
+    stop independently. The residual may rise on the way, since CG minimises another norm; one that ends above 10·‖g‖ is a
+    remark: if A is singular and g not in its range, CG does not converge.
 
     Args:
-        terms: the most products, ≥ 1, default 20; one more is for the residual of what converged. Stopping early is a
-            regulariser too.
+        terms: the largest number of products, ≥ 1, default 20; if it converges, one more checks the residual. Stopping early
+            regularises.
         tolerance: the relative residual ‖g − Ax‖ / ‖g‖ at which to stop, ≥ 0, default 1e-5.
 
     Raises:
@@ -55,7 +55,7 @@ class CG(Iterative):
             curvature = pAp / pp
             run.record_curvature(curvature)
             largest = torch.maximum(largest, curvature)
-            run.stop(curvature <= rounding * largest)  # a flat direction would be followed for ever
+            run.stop(curvature <= rounding * largest)  # a step along a flat direction would have no end
             alpha = run.where_active(rr / pAp)
             if k == 1:
                 alpha = torch.where(curvature < 0, rr / pAp.abs(), alpha)

@@ -13,11 +13,11 @@ from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_, scale_, unit
 from hoptim.solvers.base import Iterative, check_operator
 from hoptim.solvers.neumann import with_bound
-from hoptim.solvers.run import GROWTH_LIMIT, NEGATIVE, Run
+from hoptim.solvers.run import NEGATIVE, Run
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import is_finite
 
-SAFETY = 1.2  # the power iteration estimates from below, and what lies above the interval grows fast
+SAFETY = 1.2  # the power iteration estimates from below, and components above the interval grow fast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +25,17 @@ class Chebyshev(Iterative):
     """Chebyshev semi-iteration for a symmetric curvature: the polynomial of A with the least residual over [a, b].
 
     The residual after K products is p(A) g with p(λ) = T_K((a + b − 2λ)/(b − a)) / T_K((a + b)/(b − a)), T_K being the
-    Chebyshev polynomial. On [a, b] it is at most 1/cosh(K·arcosh((a + b)/(b − a))), about 2·exp(−2K√(a/b)); below, from a
-    down to 0, it rises to 1, so that a curvature between 0 and a is only solved in part: as a regulariser would. Outside
-    [0, b] it grows as fast as it falls inside: where a residual outgrows 10·‖g‖ the solve has failed, and stops.
+    Chebyshev polynomial. On [a, b] it is at most 1/cosh(K·arcosh((a + b)/(b − a))), about 2·exp(−2K√(a/b)). From a down to 0
+    it rises to 1, so that directions with a curvature below a are solved only in part, which regularises. Outside [0, b] it
+    grows as fast as it falls inside: if a residual exceeds 10·‖g‖, the solve has failed and stops.
 
-    ``residuals`` holds that of the returned iterate. Each of several right-hand sides stops for itself.
+    ``residuals`` are those of the iterates. Several right-hand sides stop independently.
 
     Args:
-        terms: the most products, ≥ 1, default 20; one more is for the residual of what converged.
+        terms: the largest number of products, ≥ 1, default 20; if it converges, one more checks the residual.
         tolerance: the relative residual at which to stop, ≥ 0, default 1e-5.
-        interval: (a, b) with 0 < a ≤ b; ``None``, the default, takes b = 1.2·‖A‖₂, estimated by power iteration as Neumann's
-            step is, and a = b / ratio.
+        interval: (a, b) with 0 < a ≤ b; ``None``, the default, takes b = 1.2·‖A‖₂, estimated by power iteration as for
+            Neumann's step size, and a = b / ratio.
         ratio: b / a of a chosen interval, ≥ 1; ``None``, the default, takes coth²(2/terms), about (terms/2)²: the longest
             interval on which that many terms still bring the residual down to 1/cosh 4 = 3.7 %.
 
@@ -69,7 +69,7 @@ class Chebyshev(Iterative):
             raise ValueError(f"ratio={self.ratio!r}: give a finite number, 1 or more, or None to choose it")
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
-        """Iterate from x = 0; an interval chosen too short, which a poor start of the power iteration allows, anew."""
+        """Iterate from x = 0; again with a longer interval if the power iteration has chosen one that is too short."""
         check_operator(self, A)
         if self.interval is not None:
             return self._iterate(A, g, *self.interval)
@@ -77,7 +77,7 @@ class Chebyshev(Iterative):
         return with_bound(A, g, state, lambda bound: self._iterate(A, g, SAFETY * bound / ratio, SAFETY * bound))
 
     def _iterate(self, A: Operator, g: Tensor, a: float, b: float) -> Solution:
-        run = Run(A, g, self.terms, self.tolerance, limit=GROWTH_LIMIT)
+        run = Run(A, g, self.terms, self.tolerance, stop_on_growth=True)
         theta, delta = (b + a) / 2, (b - a) / 2
         rho = 1 / theta  # Saad's ρ divided by δ, which may be zero
         x, r, d, one = torch.zeros_like(g), g.clone(), g / theta, torch.ones_like(run.start)
@@ -90,17 +90,17 @@ class Chebyshev(Iterative):
             rho, rho_before = 1 / (2 * theta - delta**2 * rho), rho
             axpy_(scale_(d, delta**2 * rho * rho_before), 2 * rho, r)
 
-        history, failed, told = run.read(), None, State()
+        history, failed, carry = run.read(), None, State()
         if (growth := history.growth) is not None:
             failed = Status.STEP_TOO_LARGE if growth.curvature > 0 else Status.CURVATURE_TOO_NEGATIVE
-            told = {"direction": unit(r.reshape(-1, A.size)[growth.side])}  # which the power iteration has overlooked
+            carry = {"direction": unit(r.reshape(-1, A.size)[growth.side])}  # the power iteration has missed this one
         high = float(history.curvatures.amax().clamp(min=0.0))
         return run.finish(
             x,
             history,
             failed=failed,
             negative=bool((history.curvatures < NEGATIVE * b).any()),
-            remark=Status.GROWING if bool((history.residuals > 1 + 1e-5).any()) else None,  # on [0, b] none outgrows g
+            remark=Status.GROWING if bool((history.residuals > 1 + 1e-5).any()) else None,  # on [0, b] none exceeds ‖g‖
             detail=f"on the interval [{a:.3g}, {b:.3g}], along curvatures from {history.lowest:.3g} to {high:.3g}",
-            state=told,
+            state=carry,
         )

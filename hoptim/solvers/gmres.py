@@ -21,12 +21,12 @@ from hoptim.solvers.solution import Solution, State, Status
 class GMRES(Iterative):
     """Generalised minimal residuals for any curvature: the x of the Krylov space of Aᵀ with the least ‖g − Aᵀx‖.
 
-    It keeps one vector a product, so that memory grows with ``terms``, and j inner products at product j: for a symmetric A
-    MINRES gives the same x for less. A Ritz value with a negative real part is a remark. Each of several right-hand sides
-    stops for itself; one whose Krylov space ends before the system is solved, which only a singular A allows, stops there.
+    It keeps one vector for each product and takes j inner products at product j, so memory grows with ``terms``; for a
+    symmetric A, MINRES gives the same x for less. A Ritz value with a negative real part is a remark. Several right-hand
+    sides stop independently, also when a Krylov space ends before its system is solved, as only a singular A allows.
 
     Args:
-        terms: the most products, ≥ 1, default 20; one more is for the residual of what converged.
+        terms: the largest number of products, ≥ 1, default 20; if it converges, one more checks the residual.
         tolerance: the relative residual ‖g − Aᵀx‖ / ‖g‖ at which to stop, ≥ 0, default 1e-5.
 
     Raises:
@@ -52,7 +52,7 @@ class GMRES(Iterative):
         u = torch.ones_like(beta[None], dtype=torch.float64)  # uᵀ H = 0, so that the least residual is β / ‖u‖
         largest, rounding = torch.zeros_like(beta), torch.finfo(beta.dtype).eps
         for _ in run:
-            w = (A.T @ V[-1]).clone()  # a product may be the vector itself
+            w = (A.T @ V[-1]).clone()  # a product may share memory with the vector
             largest = torch.maximum(largest, A.norm(w))
             h = orthogonalise_(A, w, V)
             below = A.norm(w)

@@ -14,7 +14,7 @@ from hoptim.solvers.solution import Solution, State
 
 @dataclass(frozen=True, kw_only=True)
 class Identity(Solver):
-    """The identity in place of the inverse curvature: x = g, without a product (T1–T2).
+    """The identity in place of the inverse curvature: x = g, without any product (T1–T2).
 
     Source: Luketina et al. 2016 (arXiv 1511.06727).
 
@@ -25,6 +25,6 @@ class Identity(Solver):
     """
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
-        """A copy of g; its residual is not known, since no product was spent."""
+        """A copy of g; its residual is unknown, since that would take a product."""
         run = Run(A, g, terms=0)
         return run.finish(g.clone(), run.read())

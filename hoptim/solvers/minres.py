@@ -18,12 +18,12 @@ from hoptim.solvers.solution import Solution, State
 class MINRES(Iterative):
     """Minimal residuals for a symmetric curvature of either sign: the x of the Krylov space with the least ‖g − Ax‖.
 
-    It needs no positive definiteness; that the curvature was negative along a residual on the way is a remark. Few terms
-    regularise: driven to the end on an indefinite Hessian, x is that of the saddle, which may point the wrong way. Where A
-    is singular and g not in its range, it stops at the least residual there is: once ‖Ar‖ is nothing beside ‖A‖·‖r‖.
+    A need not be positive definite; negative curvature along a residual on the way is a remark. Few terms regularise: on an
+    indefinite Hessian the exact solution belongs to a saddle point and may point the wrong way. If A is singular and g not
+    in its range, it stops at the least possible residual r: once ‖Ar‖ is negligible beside ‖A‖·‖r‖.
 
     Args:
-        terms: the most products, ≥ 1, default 20; one more is for the residual of what converged.
+        terms: the largest number of products, ≥ 1, default 20; if it converges, one more checks the residual.
         tolerance: the relative residual ‖g − Ax‖ / ‖g‖ at which to stop, ≥ 0, default 1e-5.
 
     Raises:
@@ -42,7 +42,7 @@ class MINRES(Iterative):
     """
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
-        """Lanczos vectors v, a QR factorisation of their tridiagonal matrix by reflections (c, s), directions d."""
+        """Lanczos vectors v, their tridiagonal matrix in QR form by reflections (c, s), and directions d."""
         check_operator(self, A)
         run = Run(A, g, self.terms, self.tolerance)
         beta = phi = run.start
@@ -62,7 +62,7 @@ class MINRES(Iterative):
             gamma = torch.hypot(gamma_bar, beta)
             run.record_curvature(-c * gamma_bar)  # along the residual r before this term
             largest = torch.maximum(largest, gamma)
-            run.stop(torch.hypot(gamma_bar, delta_bar) <= rounding * largest)  # ‖Ar‖ / ‖r‖: r is the least there is
+            run.stop(torch.hypot(gamma_bar, delta_bar) <= rounding * largest)  # ‖Ar‖ / ‖r‖: no smaller r exists
             over_gamma = inverse(gamma)
             c, s = gamma_bar * over_gamma, beta * over_gamma
 

@@ -1,4 +1,4 @@
-"""The Neumann series, and the bound on the spectrum from which its step is chosen."""
+"""The Neumann series, and the bound on the spectrum from which its step size is chosen."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from hoptim.linalg.lanczos import spectral_norm, start_vector
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_, scale_, unit
 from hoptim.solvers.base import Solver, carried, check_terms, check_tolerance, rayleigh
-from hoptim.solvers.run import GROWTH_LIMIT, Growth, Run, SolveHistory
+from hoptim.solvers.run import Growth, Run, SolveHistory
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import is_finite
 
-FIRST_PRODUCTS, LATER_PRODUCTS = 10, 2  # of the power iteration: from a fresh vector, and from a carried one
+FIRST_PRODUCTS, LATER_PRODUCTS = 10, 2  # of the power iteration: from a new vector, and from that of the last solve
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann(Solver):
     """The Neumann series for the inverse: x_K = α Σ_{j=0..K} (I − αAᵀ)^j g.
 
-    It converges to A⁻ᵀg when every eigenvalue of αA lies in (0, 2); of an unsymmetric A, when |1 − αμ| < 1 for every
+    It converges to A⁻ᵀg if every eigenvalue of αA lies in (0, 2); for an unsymmetric A, if |1 − αμ| < 1 for every
     eigenvalue μ, that is α < 2 Re μ / |μ|². K terms cost K products and sum K+1 vectors; ``terms=0`` gives αg. With plain
     SGD of learning rate α, x_K is what differentiating through the last K+1 steps would give.
 
-    The vector after j products, (I − αAᵀ)^j g, is the residual of x_{j−1}: it costs nothing, so that is what ``residuals``
-    holds, and the last one is that of x_{K−1}. A series whose vectors outgrow 10·‖g‖ has failed, and stops. It also takes a
-    curvature that is a fresh batch in each product: in the mean over batches it is then the series of the mean curvature.
+    The vector after j products, (I − αAᵀ)^j g, is the residual of x_{j−1} and costs nothing extra. So ``residuals`` ends
+    with that of x_{K−1}. If the vectors exceed 10·‖g‖, the series has failed and stops. The curvature may take a fresh batch
+    for each product: in expectation over the batches this is the series of the mean curvature.
 
     Args:
-        terms: K ≥ 0, default 20; with a tolerance, the most, and one more for the residual of what converged.
+        terms: K ≥ 0, default 20; with a tolerance, the largest K, and if it converges, one more product checks the residual.
         step_size: α > 0; ``None``, the default, takes 1/‖A‖₂, estimated by power iteration: 10 products at first, then 2
-            each time, from the vector carried over from the last solve. Of an unsymmetric A it takes 1 / max ‖Aᵀv‖/‖v‖ over
-            the iterates, between the inverses of norm and spectral radius; eigenvalues far from the real axis may need
-            less, and a series that grows for that says so.
+            each time, from the vector of the last solve. For an unsymmetric A it takes 1 / max ‖Aᵀv‖/‖v‖ over the iterates,
+            between the inverses of norm and spectral radius; eigenvalues far from the real axis may need less, and if the
+            series grows for that reason, the status says so.
         tolerance: the relative residual at which a right-hand side stops, ≥ 0; 0, the default, takes all terms.
 
     Raises:
@@ -64,13 +64,13 @@ class Neumann(Solver):
         check_tolerance(self.tolerance)
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
-        """Sum the series; a step chosen too large, which a poor start of the power iteration allows, is chosen again."""
+        """Sum the series; again with a smaller step if the power iteration has chosen one that is too large."""
         if self.step_size is not None:
             return self._series(A, g, self.step_size)
         return with_bound(A, g, state, lambda bound: self._series(A, g, 1 / bound))
 
     def _series(self, A: Operator, g: Tensor, alpha: float) -> Solution:
-        run = Run(A, g, self.terms, self.tolerance or None, limit=GROWTH_LIMIT)
+        run = Run(A, g, self.terms, self.tolerance or None, stop_on_growth=True)
         A_T, v, x = A.T, g.clone(), g.clone()
         one, minus_alpha = torch.ones_like(run.start), torch.full_like(run.start, -alpha)
         for _ in run:
@@ -83,7 +83,7 @@ class Neumann(Solver):
 
         if not run.norms:
             return run.finish(x, run.read(), step_size=alpha)
-        before = axpy_(v.clone(), -step, Av)  # the last vector that was multiplied
+        before = axpy_(v.clone(), -step, Av)  # the last vector that A was applied to
         run.curvatures, run.largest = [rayleigh(A, before, Av)], torch.full_like(run.start, 1 / alpha)
         history = run.read()
         if (growth := history.growth) is not None:
@@ -97,7 +97,7 @@ class Neumann(Solver):
 
 
 def _remark(A: Operator, alpha: float, history: SolveHistory) -> dict[str, Any]:
-    """What a bounded series tells: its vectors shrink steadily where every eigenvalue of αA lies in [0, 1]."""
+    """The remark on a bounded series, if its vectors do not shrink steadily, as they do for eigenvalues of αA in [0, 1]."""
     lengths = torch.cat([torch.ones_like(history.start)[None], history.residuals])
     if not bool((lengths[1:] > lengths[:-1] * (1 + 1e-5)).any()):
         return {}
@@ -111,7 +111,7 @@ def _remark(A: Operator, alpha: float, history: SolveHistory) -> dict[str, Any]:
 
 
 def _failure(A: Operator, alpha: float, growth: Growth, stretch: float) -> dict[str, Any]:
-    """Why the series has outgrown the limit, by the curvature along its last vector and by ‖Av‖ / ‖v‖."""
+    """Why the series has exceeded the limit, from the curvature along its last vector and ``stretch`` = ‖Av‖ / ‖v‖."""
     term, _, length, curvature = growth
     if not math.isfinite(length):
         return {"failed": Status.NON_FINITE_PRODUCT, "negative": False, "detail": f"at term {term}"}
@@ -119,13 +119,13 @@ def _failure(A: Operator, alpha: float, growth: Growth, stretch: float) -> dict[
     if alpha * curvature <= 1 and (curvature <= 0 or A.is_symmetric):
         detail = f"{grown}, along a curvature of {curvature:.3g}"
         return {"failed": Status.CURVATURE_TOO_NEGATIVE, "negative": True, "detail": detail}
-    allowed = 2 * curvature / stretch**2  # for a longer step than this, v − αAᵀv is longer than v
+    allowed = 2 * curvature / stretch**2  # with a larger step than this, v − αAᵀv is longer than v
     advice = f"step size {alpha:.3g} against a curvature of {curvature:.3g}, which allows less than {allowed:.3g}"
     return {"failed": Status.STEP_TOO_LARGE, "negative": False, "detail": f"{grown}: {advice}"}
 
 
 def with_bound(A: Operator, g: Tensor, state: State | None, attempt: Callable[[float], Solution]) -> Solution:
-    """``attempt(‖A‖₂)``, estimated from the carried direction; again where the estimate turns out too low."""
+    """``attempt(‖A‖₂)``, estimated from the direction of the last solve; again if the estimate turns out too low."""
     direction, first = carried(state, "direction", A), LATER_PRODUCTS
     if direction is None:
         direction, first = start_vector(A, g.sum(0) if g.ndim > 1 else g), FIRST_PRODUCTS
@@ -141,7 +141,7 @@ def with_bound(A: Operator, g: Tensor, state: State | None, attempt: Callable[[f
             return replace(run.finish(torch.zeros_like(g), run.read(), failed=failed), products=spent)
         solution = attempt(bound)
         spent += solution.products
-        if solution.status is not Status.STEP_TOO_LARGE or not A.is_symmetric:  # a better norm cures no complex spectrum
+        if solution.status is not Status.STEP_TOO_LARGE or not A.is_symmetric:  # else complex eigenvalues may be the cause
             break
         direction = solution.state["direction"]
     return replace(solution, products=spent, state={"direction": direction})

@@ -20,16 +20,16 @@ from hoptim.validation import is_finite, is_whole
 class Nystrom(Solver):
     """The Nyström approximation of a symmetric curvature, A_k = (AΩ)(ΩᵀAΩ)⁺(AΩ)ᵀ, and x = (A_k + ρI)⁻¹ g by Woodbury.
 
-    Ω has ``rank`` orthonormal columns; AΩ is one batched product. They span a random subspace, drawn from a Gaussian with a
-    generator of their own, the same at each call, where the source draws coordinates: the columns of A that belong to dead
-    units are zero, and coordinates drawn there are wasted. Of an indefinite ΩᵀAΩ the positive part is used.
+    Ω has ``rank`` orthonormal columns, which span a random subspace; AΩ is one batched product. They are drawn from a
+    Gaussian with a generator of their own, so they are the same at each call. The source draws coordinates instead, which
+    are wasted on dead units, whose columns of A are zero. If ΩᵀAΩ is indefinite, its positive part is used.
 
-    What is solved is the damped system, (A + ρI) x = g with A of low rank. The one entry of ``residuals`` is nonetheless
-    ‖g − Ax‖/‖g‖, as for the other solvers, and so includes what ρ leaves behind; ‖g − (A + ρI)x‖/‖g‖ is in ``detail``. Both
-    come from one product more, so that a solve costs rank + 1 products and ``rank`` + 2 vectors of memory.
+    The system that is solved is the damped one, (A + ρI) x = g with A of low rank. The one entry of ``residuals`` is still
+    ‖g − Ax‖/‖g‖, as for the other solvers, and so includes the effect of ρ; ‖g − (A + ρI)x‖/‖g‖ is in ``detail``. Both come
+    from one further product, so a solve costs rank + 1 products and ``rank`` + 2 vectors of memory.
 
     Args:
-        rank: the number k of directions, ≥ 1, default 10; as many as A has rows at most.
+        rank: the number k of directions, ≥ 1, default 10; at most the number of rows of A is used.
         rho: ρ > 0, default 0.01.
 
     Raises:
@@ -37,8 +37,8 @@ class Nystrom(Solver):
         TypeError: when solving, A is not known to be symmetric, or changes from product to product.
 
     Source: Hataya and Yamada 2023, "Nyström method for accurate and scalable implicit differentiation" (arXiv 2302.09726);
-    Gaussian test matrices: Frangella, Tropp and Udell 2023, "Randomized Nyström preconditioning". Its shift against rounding
-    presumes a definite A; here eigenvalues of ΩᵀAΩ below rounding are left out instead.
+    Gaussian test matrices: Frangella, Tropp and Udell 2023, "Randomized Nyström preconditioning". Their shift against
+    rounding assumes a definite A; here eigenvalues of ΩᵀAΩ below rounding are left out instead.
 
     >>> from hoptim.linalg.operators import Symmetric
     >>> A = Symmetric(lambda v: torch.tensor([2.0, 4.0]) * v, like=torch.ones(2))
@@ -88,10 +88,10 @@ class Nystrom(Solver):
 
 
 def _woodbury(W: Tensor, C: Tensor, b: Tensor, rho: float, rounding: float) -> tuple[Tensor, Tensor]:
-    """The coefficients of x on AΩ beside g/ρ, one column a right-hand side, and the eigenvalues of W = ΩᵀAΩ, ascending.
+    """c with x = g/ρ + AΩ c, one column for each right-hand side, and the eigenvalues of W = ΩᵀAΩ, ascending.
 
-    From W, C = (AΩ)ᵀAΩ and b = (AΩ)ᵀg. With W = U diag(w) Uᵀ, of which the positive part is kept, and B = AΩ U w^{−1/2},
-    A_k = BBᵀ and (A_k + ρI)⁻¹ g = g/ρ − B (ρI + BᵀB)⁻¹ Bᵀg / ρ.
+    From W, C = (AΩ)ᵀAΩ and b = (AΩ)ᵀg. With the positive part of W = U diag(w) Uᵀ and B = AΩ U w^{−1/2}, A_k = BBᵀ and
+    (A_k + ρI)⁻¹ g = g/ρ − B (ρI + BᵀB)⁻¹ Bᵀg / ρ.
     """
     if not all(bool(part.isfinite().all()) for part in (W, C, b)):
         return torch.full_like(b, torch.nan), W.new_zeros(1)
@@ -103,7 +103,7 @@ def _woodbury(W: Tensor, C: Tensor, b: Tensor, rho: float, rounding: float) -> t
 
 
 def _orthonormal(A: Operator, omega: Tensor) -> Tensor:
-    """L⁻¹Ω with LLᵀ = ΩΩᵀ, vectors being rows."""
+    """L⁻¹Ω with LLᵀ = ΩΩᵀ, for the vectors as rows."""
     L = torch.linalg.cholesky_ex(A.gram(omega, omega)).L
     L_inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
     return L_inverse.to(omega) @ omega

@@ -1,4 +1,4 @@
-"""The bookkeeping of an iterative solve, so that a solver's own code is the algorithm: one place for how a solve ends."""
+"""The bookkeeping of an iterative solve and how it ends, so that the code of a solver is the algorithm alone."""
 
 from __future__ import annotations
 
@@ -12,64 +12,63 @@ from torch import Tensor
 from hoptim.linalg.operators import Operator
 from hoptim.solvers.solution import Solution, Status
 
-CHECK_EVERY = 16  # products between two looks of the host at the norms on a device
-GROWTH_LIMIT = 10.0  # a residual that outgrows ‖g‖ by this factor is no use
-NEGATIVE = -1e-6  # a curvature below this share of the largest is negative, and no rounding
-SLACK = 2.0  # a true residual above the tolerance by this factor has not converged
+CHECK_EVERY = 16  # products between two reads of the norms from a device
+GROWTH_LIMIT = 10.0  # an answer whose residual is this many times ‖g‖ is of no use
+NEGATIVE = -1e-6  # a curvature below this share of the largest one is negative, beyond rounding
+SLACK = 2.0  # if the true residual exceeds the tolerance by this factor, the solve has not converged
 
 
 def should_check_convergence(term: int, terms: int, on: Tensor) -> bool:
-    """On a CPU a look costs nothing; elsewhere the device would have to wait for the host."""
+    """On a CPU each term is checked, which costs nothing; a device would have to wait for the host."""
     return term < terms and (on.device.type == "cpu" or term % CHECK_EVERY == 0)
 
 
 class Run:
-    """A solve under way: it counts the terms, and knows which right-hand sides still move.
+    """A solve in progress: it counts the terms and knows which right-hand sides are still active.
 
-    A solver iterates over it, and records a residual and, where it knows one, a curvature in each term, of shape () or (R,).
-    A right-hand side that has converged stays as it is, since ``where_active`` makes its coefficients zero, so that the host
-    need not look at a device. In the end ``read`` brings what was recorded to the host, at once, and ``finish`` makes the
-    solution of it. With a ``limit``, all stop where a relative residual has outgrown it: the solve has failed.
+    A solver iterates over it, and in each term records a residual and, if it knows one, a curvature, of shape () or (R,).
+    ``where_active`` sets the coefficients of a right-hand side that has stopped to zero, so that the host need not read from
+    the device. At the end ``read`` brings all records to the host at once, and ``finish`` makes a solution of them. With
+    ``stop_on_growth`` all right-hand sides stop once a residual exceeds 10·‖g‖: the solve has failed.
     """
 
     def __init__(
-        self, A: Operator, g: Tensor, terms: int, tolerance: float | None = None, limit: float | None = None
+        self, A: Operator, g: Tensor, terms: int, tolerance: float | None = None, stop_on_growth: bool = False
     ) -> None:
         self.A, self.g, self.terms, self.tolerance = A, g, terms, tolerance
         self.start = A.norm(g)
         self.active = self.start > 0
         self.scale = torch.where(self.active, self.start, 1.0)
-        self.largest = self._zero = torch.zeros_like(self.start)  # ‖A‖, where a solver knows more than the curvatures
+        self.largest = self._zero = torch.zeros_like(self.start)  # ‖A‖, if a solver knows more than the curvatures
         self.norms: list[Tensor] = []
         self.curvatures: list[Tensor] = []
         self._goal = None if tolerance is None else tolerance * self.scale
-        self._ceiling = None if limit is None else limit * self.scale
-        self._is_at_hand = not self.start.ndim and self.start.device.type == "cpu"
+        self._ceiling = GROWTH_LIMIT * self.scale if stop_on_growth else None
+        self._is_one_on_cpu = not self.start.ndim and self.start.device.type == "cpu"
 
     def __iter__(self) -> Iterator[int]:
-        """The terms 1, 2, …, until the host sees that nothing moves."""
+        """The terms 1, 2, …, until the host sees that all right-hand sides have stopped."""
         for term in range(1, self.terms + 1):
             yield term
-            looks = should_check_convergence(term, self.terms, self.start)
-            if looks and not bool(self.active if self._is_at_hand else self.active.any()):
+            if should_check_convergence(term, self.terms, self.start) and not bool(self.active.any()):
                 return
 
     def where_active(self, a: Tensor) -> Tensor:
-        """The coefficient, and zero for right-hand sides that have stopped."""
-        if self._is_at_hand:
+        """The coefficient a; zero for right-hand sides that have stopped."""
+        if self._is_one_on_cpu:
             return a if self.active else self._zero
         return torch.where(self.active, a, self._zero)
 
     def stop(self, where: Tensor) -> None:
-        """Let these right-hand sides move no more."""
+        """Stop these right-hand sides."""
         self.active = self.active & ~where
 
     def record_curvature(self, curvature: Tensor) -> None:
-        """Note ⟨v, A v⟩ / ⟨v, v⟩ of a vector on the way."""
+        """Note ⟨v, A v⟩ / ⟨v, v⟩ for some vector v of this term."""
         self.curvatures.append(self.where_active(curvature))
 
     def record_residual(self, norm: Tensor) -> None:
-        """Note ‖g − Aᵀx‖ after this term; what has converged stops, and all do where one has outgrown the limit."""
+        """Note ‖g − Aᵀx‖ after this term, and stop right-hand sides that have converged, or all if one has grown too far."""
         self.norms.append(norm)
         if self._goal is not None:
             self.active = self.active & (norm > self._goal)
@@ -103,10 +102,17 @@ class Run:
         detail: str = "",
         **rest: Any,
     ) -> Solution:
-        """The solution x with its status; where it seems to have converged, x is put into the system first.
+        """The solution x with its status; if it seems to have converged, its true residual is checked.
 
-        A solver adds to the ``history`` a failure or a remark of its own, or that the curvature was ``negative`` where
-        the recorded ones do not tell; ``met`` says how it met them. What is left are other fields of the solution.
+        Args:
+            x: the answer.
+            history: what ``read`` gave.
+            failed: a failure that the solver has found.
+            negative: whether the curvature was negative; ``None`` to take it from the recorded curvatures.
+            remark: a remark of the solver.
+            met: the words before the lowest curvature, if it is negative.
+            detail: the figures behind the status.
+            rest: other fields of the solution.
         """
         if negative is None and (negative := history.is_negative):
             detail = "; ".join(filter(None, [f"{met} {history.lowest:.3g}, within {len(self.norms)} products", detail]))
@@ -128,7 +134,7 @@ class Run:
         return solution
 
     def _check_true_residual(self, solution: Solution, recorded: float, tolerance: float) -> Solution:
-        """What is recorded along the way drifts from ‖g − Aᵀx‖ by rounding, so x is put into the system once."""
+        """Check ‖g − Aᵀx‖ by a product with x, since rounding makes the recorded residuals drift away from it."""
         true = self.A.norm(self.g - self.A.T @ solution.value) / self.scale
         residuals = torch.cat([solution.residuals[:-1], true[None]])
         solution = replace(solution, residuals=residuals, products=solution.products + 1)
@@ -144,7 +150,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class SolveHistory:
-    """What was recorded of a solve, in float64 on the host: ‖g‖, ‖A‖ as far as it is known, and a row for each term.
+    """The records of a solve, in float64 on the host: ‖g‖, a lower bound on ‖A‖, and a row for each term.
 
     Residuals are relative to ‖g‖; curvatures are zero for right-hand sides that had stopped.
     """
@@ -161,17 +167,17 @@ class SolveHistory:
 
     @property
     def is_negative(self) -> bool:
-        """Whether a curvature was negative beside the largest of its right-hand side."""
+        """Whether a curvature was negative, relative to the largest one of its right-hand side."""
         return bool((self.curvatures < NEGATIVE * self.largest).any())
 
     @property
     def is_flat(self) -> bool:
-        """Whether A took a right-hand side, and all that came of it, to zero."""
+        """Whether all products of a nonzero right-hand side were zero."""
         return bool(len(self.curvatures)) and bool(((self.start > 0) & (self.largest == 0)).any())
 
     @property
     def growth(self) -> Growth | None:
-        """Where a residual has first outgrown the limit, of the right-hand side that is worst there."""
+        """The first term at which a residual exceeded the limit, for the worst right-hand side; ``None`` if none did."""
         residuals, curvatures = (rows.reshape(len(rows), self.start.numel()) for rows in (self.residuals, self.curvatures))
         over = ~(residuals <= GROWTH_LIMIT).all(1)
         if not bool(over.any()):
@@ -182,7 +188,7 @@ class SolveHistory:
 
 
 class Growth(NamedTuple):
-    """How a residual has outgrown the limit: at which term, of which right-hand side, and along which curvature."""
+    """How a residual exceeded the limit: at which term, for which right-hand side, how far, and along which curvature."""
 
     term: int
     side: int

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-State = dict[str, Tensor]  # what a solver carries to its next call: "solution", and "direction" for the power iteration
+State = dict[str, Tensor]  # what a solver passes to its next call: "solution", and "direction" for the power iteration
 
 
 class Status(Enum):
     """How a solve ended. ``status.ok`` says whether its answer may be used, ``status.message`` what to do.
 
-    Three kinds: ok; ok with a remark; failed. After a failed solve the hyperparameters do not move. Where several hold, a
-    failure comes first, then ``INEXACT``, then ``NEGATIVE_CURVATURE``, then ``CONVERGED``, then the other remarks; the flags
-    ``converged`` and ``negative_curvature`` of the solution say both, whichever is the status.
+    There are three kinds: ok; ok with a remark; failed. After a failed solve the hyperparameters do not move. If several
+    apply, the order is: a failure, ``INEXACT``, ``NEGATIVE_CURVATURE``, ``CONVERGED``, the other remarks. The flags
+    ``converged`` and ``negative_curvature`` of the solution are set whichever is the status.
 
     >>> Status.NEGATIVE_CURVATURE.ok, Status.STEP_TOO_LARGE.ok
     (True, False)
@@ -36,9 +36,9 @@ class Status(Enum):
     )
     LARGE_RESIDUAL = (
         "remark",
-        "the answer leaves a residual longer than the right-hand side, so that it solves the system less well than zero "
-        "does: the curvature is nearly singular there, or a low rank misses what curves well above rho. Add damping, take "
-        "MINRES, a higher rank or a larger rho, if progress is poor",
+        "the residual of the answer is longer than the right-hand side, so zero would solve the system better: the matrix is "
+        "nearly singular, or the rank too low to cover the curvatures above rho. Add damping, or take MINRES, a higher rank "
+        "or a larger rho, if progress is poor",
     )
     INEXACT = (
         "remark",
@@ -48,18 +48,18 @@ class Status(Enum):
     )
     REPLAY_DIFFERS = (
         "remark",
-        "the inner steps, taken again, do not end where they did, or not all are known: something between loss and step is "
-        "not seen, such as clipping, or gradients cleared elsewhere than by optimizer.zero_grad(); the answer is used",
+        "the replayed inner steps do not end where the real ones did, or not all of them are known: something between loss "
+        "and step is not seen, such as clipping, or gradients cleared other than by optimizer.zero_grad(); the answer is used",
     )
     SENSITIVE = (
         "remark",
-        "the derivative grows backwards through the inner steps: the end depends strongly on where they began. Take fewer "
+        "the derivative grows on the way back through the inner steps: their end depends strongly on their start. Take fewer "
         "steps, or a smaller inner learning rate; the answer is used",
     )
     REPLAY_LOST = (
         "failed",
-        "the inner steps, taken again, end nowhere near where they did: something between loss and step changes the "
-        "gradients by much, such as a GradScaler. Take an implicit method",
+        "the replayed inner steps end far from where the real ones did: something between loss and step changes the "
+        "gradients a lot, such as a GradScaler. Take an implicit method",
     )
     STEP_TOO_LARGE = (
         "failed",
@@ -107,14 +107,14 @@ class Solution:
         value: x. From a solver a vector of shape (n,), or (R, n) for R right-hand sides; from ``hypergradient`` and in the
             record a dict of tensors by weight name.
         status: how the solve ended.
-        detail: the figures behind the status, in words; empty where there is nothing to add.
+        detail: the figures behind the status, in words; empty if there is nothing to add.
         converged: whether the true residual ‖g − Aᵀx‖ / ‖g‖, computed by a product with x, is within twice the tolerance for
             every right-hand side. Always false for a solver without a tolerance.
         negative_curvature: whether negative curvature was met on the way.
-        residuals: ‖g − Aᵀx‖ / ‖g‖ after each term, on the device: shape (terms,) or (terms, R). They are computed along the
-            way, but for the last one where the solver looked whether it has converged: that is the true one.
-        products: how many products with A were spent, those for the spectrum and for the true residual included.
-        step_size: the step that was used; ``None`` for a solver without one.
+        residuals: ‖g − Aᵀx‖ / ‖g‖ after each term, on the device: shape (terms,) or (terms, R). The solver tracks them along
+            the way; only the last one is the true residual, if the solver checked whether it has converged.
+        products: the number of products with A, including those for the spectrum and for the true residual.
+        step_size: the step size that was used; ``None`` for a solver without one.
         state: what the solver wants to see again at its next call, such as a vector for the spectrum under "direction".
     """
 

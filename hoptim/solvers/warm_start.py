@@ -1,4 +1,4 @@
-"""Warm starts: each solve begins at the solution of the last one, or is one step on from it."""
+"""Warm starts: each solve starts at the last solution, or takes one step from it."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ from hoptim.solvers.run import GROWTH_LIMIT, NEGATIVE
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import describe_type, is_finite
 
-LIMIT = 3.0  # a start or an answer that leaves more than this times ‖g‖ is no use
+LIMIT = 3.0  # a start or an answer whose residual is this many times ‖g‖ is of no use
 
 
 @dataclass(frozen=True)
 class WarmStart(Solver):
-    """Any solver, started at the last solution x₀: Aᵀd = g − Aᵀx₀ by that solver, and x = x₀ + d.
+    """Any solver, started at the last solution x₀: the solver solves Aᵀd = g − Aᵀx₀, and x = x₀ + d.
 
-    Over hypersteps A and g change little, so that a few terms each time go as far as many at once. The first solve, and one
-    whose model or right-hand side has another shape, is the inner solver's own, from zero. A warm one costs one product
-    more; ``residuals`` begin with that of x₀ and are relative to ‖g‖ throughout, and so is the inner solver's tolerance.
+    A and g change little from one hyperstep to the next, so a few terms each time go as far as many at once. The first solve
+    starts at zero, and so does one after the shape of the model or of the right-hand side has changed. A warm start costs
+    one more product; ``residuals`` begin with that of x₀. They and the inner solver's tolerance are relative to ‖g‖.
 
-    Along a negative curvature the early stop of one solve is what bounds x, and a solve that goes on from the last one would
-    undo it. So x is carried on only if the inner solver met no negative curvature; otherwise the next solve starts at zero,
-    as the inner solver alone does. A start x₀ with x₀ᵀAx₀ < 0, or one that leaves more than 3·‖g‖, is dropped: that
-    right-hand side is solved from zero, and a remark says so. A step d after which more than
-    3·‖g‖ or 10·‖g − Aᵀx₀‖ is left is not taken, with a remark.
-    After a failed solve nothing is carried.
+    Along negative curvature it is the early stop that bounds x, and starting at the last solution would undo it. So if the
+    inner solver met negative curvature, or failed, the next solve starts at zero. A start x₀ with x₀ᵀAx₀ < 0 or a residual
+    above 3·‖g‖ is dropped: that right-hand side is solved from zero, with a remark. A step d that would leave a residual
+    above 3·‖g‖ or 10·‖g − Aᵀx₀‖ is not taken, with a remark.
 
     ``WarmStart(Neumann(terms=0, step_size=ρ))`` is :class:`SOBA` with the newest v.
 
@@ -41,7 +39,7 @@ class WarmStart(Solver):
         solver: the inner solver, which sees its own state as without the warm start.
 
     Raises:
-        TypeError: ``solver`` is no ``Solver``, is a warm start itself, or is ``Nystrom``, whose ρ it would undo likewise.
+        TypeError: ``solver`` is no ``Solver``, is a warm start itself, or is ``Nystrom``, whose ρ it would undo too.
 
     Source: Arbel and Mairal 2022, "Amortized implicit differentiation for stochastic bilevel optimization" (AmIGO).
 
@@ -77,7 +75,7 @@ class WarmStart(Solver):
         left = torch.where(kept, start.residuals[0], 1.0)
         ended = inner.residuals[-1] if len(inner.residuals) else torch.zeros_like(left)
         refused = kept & (ended > (LIMIT / left).clamp(max=GROWTH_LIMIT))
-        if inner.status.ok and worst * GROWTH_LIMIT > LIMIT and bool(refused.any()):  # else the inner solver has said so
+        if inner.status.ok and worst * GROWTH_LIMIT > LIMIT and bool(refused.any()):  # else it has this status already
             inner = replace(inner, status=Status.LARGE_RESIDUAL, detail="a step was not taken")
         solution = replace(
             _carrying(replace(inner, value=start.value + torch.where(refused[..., None], 0.0, inner.value))),
@@ -90,7 +88,7 @@ class WarmStart(Solver):
         return solution
 
     def _solve_rest(self, A: Operator, r: Tensor, worst: float, state: State | None) -> Solution:
-        """The inner solver on what the start left over, ``worst`` times ‖g‖ at most; its tolerance is relative to ‖g‖."""
+        """The inner solver on the residual r of the start, at most ``worst`` times ‖g‖; its tolerance is relative to ‖g‖."""
         solver: Any = self.solver
         tolerance = getattr(solver, "tolerance", 0.0)
         if not tolerance:
@@ -104,12 +102,12 @@ class WarmStart(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class SOBA(Solver):
-    """One step towards the solution a hyperstep, v ← v − ρ(Aᵀv − g), and x = v from before it; v = 0 at first.
+    """One step towards the solution for each hyperstep, v ← v − ρ(Aᵀv − g), where x is v before the step; v = 0 at first.
 
-    So x is known before its product is, and one product gives its residual and the next v. With ``every=None`` and
-    ``hyperstep()`` after the backward pass but before ``step()``, weights, v and hyperparameters all move from the same
-    point, as in the paper. The first hyperstep sees the direct term alone. A v along a negative curvature, or whose residual
-    is more than 3·‖g‖, is dropped as in :class:`WarmStart`, and v begins again at ρg.
+    One product gives both the residual of x and the next v. With ``every=None`` and ``hyperstep()`` after the backward pass
+    but before ``step()``, weights, v and hyperparameters all move from the same point, as in the paper. The first hyperstep
+    uses the direct term alone. As in :class:`WarmStart`, a v with negative curvature or a residual above 3·‖g‖ is dropped;
+    v then starts again at ρg.
 
     Args:
         step_size: ρ > 0, less than 2/‖A‖₂; in the paper the inner learning rate.
@@ -135,7 +133,7 @@ class SOBA(Solver):
             raise ValueError(f"step_size={self.step_size!r}: give a positive number")
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
-        """The carried v, and its step for the next time."""
+        """The v of the last call as the answer, and the next v in ``state``."""
         last = carried(state, "solution", g)
         if last is None:
             first = Neumann(terms=0, step_size=self.step_size).solve(A, g)
@@ -147,9 +145,9 @@ class SOBA(Solver):
 
 
 def _begin(A: Operator, g: Tensor, last: Tensor) -> tuple[Solution, Tensor, Tensor, float]:
-    """The last solution as an answer x to this system, zero for right-hand sides that are better without it.
+    """The last solution as an answer x to this system, with zero for right-hand sides where it is of no use.
 
-    Also r = g − Aᵀx, where x was kept, and the largest ‖r‖ / ‖g‖ on the host.
+    Also r = g − Aᵀx, for which right-hand sides x was kept, and the largest ‖r‖ / ‖g‖ on the host.
     """
     length, product = A.norm(g), A.T @ last
     r = g - product
@@ -179,7 +177,7 @@ def _begin(A: Operator, g: Tensor, last: Tensor) -> tuple[Solution, Tensor, Tens
 
 
 def _carrying(solution: Solution) -> Solution:
-    """With x in its state for the next time, unless the solve has failed or has met negative curvature."""
+    """The solution with x in its state for the next call, unless the solve failed or met negative curvature."""
     if not solution.status.ok:
         return replace(solution, state={})
     state = {name: vector for name, vector in solution.state.items() if name != "solution"}
