@@ -30,10 +30,10 @@ class DoubleBackward(Curvature):
     def linearize(self, point: Point) -> Iterator[Linearization]:
         """F and its derivatives from one graph."""
         if self.compile:
-            from hoptim.curvature.compiled.programs import compiled_linearization  # what it needs of torch is slow to import
+            from hoptim.curvature.compiled.programs import compiled_linearization  # here, since inductor is slow to import
 
             check_once(point)
-            found = compiled_linearization(point, self, is_hessian=isinstance(self, Exact))
+            found = compiled_linearization(point, self)
             if found is not None:
                 yield found
                 return
@@ -48,8 +48,8 @@ class Exact(DoubleBackward):
     """The exact curvature, A = ∂F/∂w = ∇²_w L_T, by double backward through one cached graph.
 
     Args:
-        compile: trace and compile the products, default ``False``: that takes seconds, once a run and once a shape of batch,
-            and then they are faster. A loss that cannot be traced is done without, with a warning that names the operation.
+        compile: trace and compile the products, default ``False``. That takes seconds, once for each run and shape of batch,
+            and makes the products faster. A loss that cannot be traced is not compiled, with a warning that says why.
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
 

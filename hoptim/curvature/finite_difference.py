@@ -1,4 +1,4 @@
-"""A strategy for the curvature that differentiates once: central differences of gradients."""
+"""A curvature that needs first derivatives alone: central differences of gradients."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hoptim.validation import is_finite
 class FiniteDifference(Curvature):
     """Central differences of gradients: A v = (∇L_T(w + εv) − ∇L_T(w − εv)) / 2ε, and Bᵀx likewise. No double backward.
 
-    For models whose second derivatives do not exist in torch. A product costs two gradients; the random state is replayed,
-    so that the dropout masks of all gradients are the same.
+    For models without second derivatives in torch. A product costs two gradients; each starts from the same random state, so
+    that dropout masks agree.
 
     Args:
-        step: the length of εv relative to that of w, > 0; ``None``, the default, for the cube root of the precision.
+        step: the length of εv relative to that of w, > 0; ``None``, the default, for the cube root of the rounding error.
 
     Raises:
         ValueError: ``step`` is not positive.
@@ -47,7 +47,7 @@ class FiniteDifference(Curvature):
     @contextmanager
     def linearize(self, point: Point) -> Iterator[Linearization]:
         """F; each product evaluates two gradients at other weights."""
-        states = point.problem.generators()  # of the masks: a batch drawn between two products must not change them
+        states = point.problem.generators()  # saved here, since drawing a batch between products would change the masks
         loss, gradient, _ = gradients(point, point.weights)
         touched = trees.present(gradient)
         layout = Layout.of({name: point.weights[name] for name in touched})
@@ -86,7 +86,7 @@ class FiniteDifference(Curvature):
 
 
 def gradients(point: Point, weights: Tree, states: Tree | None = None) -> tuple[Tensor, OptionalTree, OptionalTree]:
-    """L_T, ∂L_T/∂w and ∂L_T/∂λ at other weights, from these random states or else the present ones, which are left alone."""
+    """L_T, ∂L_T/∂w and ∂L_T/∂λ at other weights, under these random states or else the present ones, which do not change."""
 
     def inside(loss: Tensor, _: Any) -> tuple[Tensor, OptionalTree, OptionalTree]:
         inputs = [*weights.values(), *point.leaves.values()]
@@ -102,6 +102,6 @@ def gradients(point: Point, weights: Tree, states: Tree | None = None) -> tuple[
 
 
 def _quotient(up: OptionalTree, down: OptionalTree, width: Tensor) -> OptionalTree:
-    """(up − down) / width, where both are there."""
+    """(up − down) / width; ``None`` where one is missing."""
     pairs = ((name, high, down[name]) for name, high in up.items())
     return {name: None if high is None or low is None else (high - low) / width for name, high, low in pairs}

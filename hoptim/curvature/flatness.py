@@ -1,4 +1,4 @@
-"""Whether the criterion of a CompositeLoss has a second derivative in z: without one Gauss-Newton is blind."""
+"""Whether the criterion of a CompositeLoss has a second derivative in z, without which Gauss-Newton sees nothing."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from hoptim.curvature.linearization import Point
 from hoptim.problem.composite_loss import LossParts
 from hoptim.problem.problem import Problem
 
-NO_CRITERION_CURVATURE = (
-    "the criterion is linear in what predict returns, at least piecewise, as nll_loss, L1 and hinge losses are: it has no "
-    "curvature, and GaussNewton would see nothing of the model. If predict ends in log_softmax, let it return the logits, "
-    "and take cross_entropy as the criterion; else give Implicit(curvature=hoptim.Exact())"
-)
 _CHECKED: WeakSet[Problem] = WeakSet()
 
 
 def check_criterion(point: Point) -> None:
-    """Raise where the criterion has no curvature in z anywhere. Once for each problem; it costs one loss."""
+    """Raise ``ValueError`` if the criterion has no curvature in z anywhere. It costs one loss, once for each problem."""
     if point.problem in _CHECKED:
         return
     with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (_, parts):
         assert parts is not None
         found = has_curvature(parts)
     if found is False:
-        raise ValueError(NO_CRITERION_CURVATURE)
+        raise ValueError(
+            "the criterion is linear in what predict returns, at least piecewise, as nll_loss, L1 and hinge losses are: it "
+            "has no curvature, and GaussNewton would see nothing of the model. If predict ends in log_softmax, let it return"
+            " the logits, and take cross_entropy as the criterion; else give Implicit(curvature=hoptim.Exact())"
+        )
     if found:
         _CHECKED.add(point.problem)
 
 
 def has_curvature(parts: LossParts) -> bool | None:
-    """Whether ∂²c/∂z² is other than zero at z or elsewhere; ``None`` where this z can't tell, since ∂c/∂z is zero as well.
+    """Whether ∂²c/∂z² is nonzero at z or elsewhere; ``None`` if this z can't tell, because ∂c/∂z is zero too.
 
-    A zero at z alone proves nothing: a softmax that is sure of itself has one, and so has a Huber loss far from its target.
-    So other places are looked at: z of normal numbers, and those that are passed as the entry of z with the steepest slope
-    goes downhill, until its slope changes its sign. A convex criterion is curved there, or has a kink.
+    A zero at z alone proves nothing: it also occurs for a very confident softmax, or for a Huber loss far from its target.
+    So it looks elsewhere: at random z, and along the entry of z with the steepest slope, downhill until the slope changes
+    its sign. There a convex criterion is either curved or has a kink.
 
     >>> def parts(criterion):
     ...     return LossParts(z=torch.tensor([3.0, 100.0]), criterion=criterion, penalty=None)
@@ -52,7 +51,7 @@ def has_curvature(parts: LossParts) -> bool | None:
     v = torch.randn_like(z)
 
     def look(place: Tensor) -> tuple[Tensor, bool]:
-        """∂c/∂z there, and whether ∂²c/∂z² is other than zero."""
+        """∂c/∂z at this z, and whether ∂²c/∂z² is nonzero there."""
         place = place.detach().requires_grad_()
         value = parts.criterion(place)
         if not value.requires_grad:
@@ -75,30 +74,19 @@ def has_curvature(parts: LossParts) -> bool | None:
 
 
 def _is_curved_downhill(look: Callable[[Tensor], tuple[Tensor, bool]], z: Tensor, slope: Tensor) -> bool:
-    """Whether the criterion is curved where one entry of z passes from one side of its minimum to the other."""
+    """Whether the criterion is curved as one entry of z moves past its minimum, which is found by bisection."""
     entry = int(slope.abs().argmax())
     downhill = -float(slope.reshape(-1)[entry].sign())
-
-    def at(t: float) -> tuple[bool, bool]:
+    low, high, t = 0.0, torch.inf, 1.0  # the minimum is between low and high
+    for _ in range(100):
         moved = z.reshape(-1).clone()
         moved[entry] += downhill * t
         there, is_curved = look(moved.view(z.shape))
-        return float(there.reshape(-1)[entry]) * downhill < 0, is_curved
-
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        goes_on, is_curved = at(high)
         if is_curved:
             return True
-        if not goes_on:
-            break
-        low, high = high, 2 * high
-    else:
-        return False
-    for _ in range(60):
-        middle = (low + high) / 2
-        goes_on, is_curved = at(middle)
-        if is_curved:
-            return True
-        low, high = (middle, high) if goes_on else (low, middle)
+        if float(there.reshape(-1)[entry]) * downhill < 0:
+            low = t
+        else:
+            high = t
+        t = 2 * t if high == torch.inf else (low + high) / 2
     return False

@@ -1,4 +1,4 @@
-"""The Gauss-Newton curvature: the criterion's Hessian between the derivatives of the model's output, plus the penalty's."""
+"""The Gauss-Newton curvature: Jᵀ (criterion's Hessian) J + the penalty's Hessian, J being the Jacobian of the output."""
 
 from __future__ import annotations
 
@@ -19,26 +19,21 @@ from hoptim.linalg.vectors import OptionalTree, Tree
 from hoptim.linalg.vjp import VJP
 from hoptim.problem.composite_loss import CompositeLoss
 
-NO_PARTS = (
-    "GaussNewton needs a training loss that shows its parts: build it as hoptim.CompositeLoss(predict, criterion, penalty), "
-    "or take hoptim.Exact()"
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton(DoubleBackward):
     """The Gauss-Newton curvature of the criterion plus the exact Hessian of the penalty: A = Jᵀ (∂²c/∂z²) J + ∂²penalty/∂w².
 
-    J = ∂z/∂w is the derivative of the model's output. A is positive semidefinite where the criterion is convex in z and the
+    J = ∂z/∂w is the derivative of the model's output. A is positive semidefinite if the criterion is convex in z and the
     penalty in w, however curved the model is. Products go through cached graphs: J v by a double backward pass, the
-    criterion's Hessian on z alone, Jᵀ by one more backward pass. No output Hessian is formed.
+    criterion's Hessian on z alone, Jᵀ by one more backward pass. The Hessian in z is never formed.
 
     Args:
         compile: trace and compile the products, default ``False``, as in :class:`Exact`.
 
     Raises:
-        ValueError: when used, the training loss is no :class:`CompositeLoss`, or its criterion is linear in z, such as
-            ``nll_loss`` of a model that ends in ``log_softmax``: then ∂²c/∂z² is zero.
+        ValueError: when used, the training loss is no :class:`CompositeLoss`, or its criterion is linear in z, so that
+            ∂²c/∂z² is zero, such as ``nll_loss`` of a model that ends in ``log_softmax``.
 
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
 
@@ -50,7 +45,10 @@ class GaussNewton(DoubleBackward):
     def linearize(self, point: Point) -> Iterator[Linearization]:
         """F and its derivatives from one graph."""
         if not isinstance(point.problem.train_loss, CompositeLoss):
-            raise ValueError(NO_PARTS)
+            raise ValueError(
+                "GaussNewton needs a training loss that shows its parts: build it as "
+                "hoptim.CompositeLoss(predict, criterion, penalty), or take hoptim.Exact()"
+            )
         check_once(point)
         check_criterion(point)
         with super().linearize(point) as found:
@@ -58,9 +56,8 @@ class GaussNewton(DoubleBackward):
 
     def of(self, graph: GradientGraph) -> Operator:
         """Jᵀ (∂²c/∂z²) J + ∂²penalty/∂w²."""
-        if graph.parts is None:
-            raise ValueError(NO_PARTS)
         weights, parts = graph.weights, graph.parts
+        assert parts is not None  # linearize has checked that the loss has parts
         at = {"z": parts.z.detach().requires_grad_()}
         slope = _gradient(parts.criterion(at["z"]), at)
         u = {"z": torch.zeros_like(parts.z).requires_grad_()}
@@ -72,18 +69,16 @@ class GaussNewton(DoubleBackward):
         penalty_H = VJP(penalty_slope, weights)
 
         def product(v: Tree, batched: bool) -> OptionalTree:
-            found: OptionalTree = penalty_H(v, batched)
+            penalty: OptionalTree = penalty_H(v, batched)
             Jv = J(v, batched)["z"]
             HJv = None if Jv is None else H({"z": Jv}, batched)["z"]
-            if HJv is None:
-                return found
-            return {name: trees.sum_of(found[name], part) for name, part in JT({"z": HJv}, batched).items()}
+            return penalty if HJv is None else trees.add(penalty, JT({"z": HJv}, batched))
 
         return symmetric(product, graph.layout)
 
 
 def _gradient(output: Tensor, inputs: Tree, v: Tensor | None = None) -> Tree:
-    """vᵀ ∂output/∂inputs with its graph, for those inputs where it has one."""
+    """vᵀ ∂output/∂inputs with its graph, for the inputs for which it has one."""
     if not output.requires_grad:
         return {}
     found = torch.autograd.grad(output, list(inputs.values()), v, create_graph=True, allow_unused=True)

@@ -1,11 +1,11 @@
-"""F(w, λ) at one point, with products with A = ∂F/∂w and B = ∂F/∂λ."""
+"""F(w, λ) at one point, and products with A = ∂F/∂w and B = ∂F/∂λ."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 def as_leaves(live: Tree) -> Tree:
-    """Fresh leaves that share memory: nothing computed from them reaches the ``.grad`` or the hooks of the live tensors."""
+    """New leaves that share memory, so that nothing reaches the ``.grad`` or the hooks of the live tensors."""
     return {name: value.detach().requires_grad_() for name, value in live.items()}
 
 
@@ -35,10 +35,10 @@ class Point:
     Attributes:
         problem: the problem whose training loss it is.
         live: the live weights and hyperparameters.
-        weights: w, fresh leaves on the live memory.
+        weights: w, new leaves that share the live memory.
         leaves: λ, likewise.
         batch: the training batch.
-        draw: gives another training batch; ``None`` where there is no source of more.
+        draw: returns another training batch; ``None`` if there is no source of more.
     """
 
     problem: Problem
@@ -50,16 +50,16 @@ class Point:
 
     @classmethod
     def of(cls, problem: Problem, batch: Any, draw: Callable[[], Any] | None = None) -> Point:
-        """The model's present weights and hyperparameters."""
+        """The point of the model's present weights and hyperparameters."""
         live = problem.weights(), problem.leaves()
         return cls(problem=problem, live=live, weights=as_leaves(live[0]), leaves=as_leaves(live[1]), batch=batch, draw=draw)
 
     def inside(self, function: Callable[[], R]) -> R:
-        """``function()`` with these weights and hyperparameters in the model's place: see :meth:`Problem.call`."""
+        """``function()`` with these weights and hyperparameters in place of the live ones: see :meth:`Problem.call`."""
         return self.problem.call(self.weights, self.leaves, function)
 
     def another_batch(self, who: str) -> Any:
-        """Another training batch, for ``who`` asks."""
+        """Another training batch; ``who`` is the caller's name for the error."""
         if self.draw is None:
             raise ValueError(f"{who} needs more training batches: give train_batches")
         return self.draw()
@@ -71,12 +71,12 @@ class Linearization:
 
     Attributes:
         loss: L_T, detached.
-        layout: the weights that the training loss touches, as a flat vector holds them.
+        layout: the weights that the training loss touches, as laid out in a flat vector.
         value: F, detached, of shape (n,).
         A: ∂F/∂w on these weights.
         mixed: x ↦ Bᵀx by the names of the hyperparameters, or R of them; ``None`` for one that F does not depend on.
         untouched: the weights that the training loss does not touch.
-        fixed: the weights that it touches and the inner optimizer does not hold, where that is asked.
+        fixed: the weights that it touches but the inner optimizer does not hold; known to the condition ``Update`` alone.
     """
 
     loss: Tensor
@@ -87,17 +87,26 @@ class Linearization:
     untouched: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
 
+    def on(self, layout: Layout) -> Linearization:
+        """The same for the weights of another layout: zero for those that this one does not have."""
+
+        def mixed(x: Tensor) -> OptionalTree:
+            return self.mixed(self.layout.flatten(layout.unflatten(x), x.shape[:-1]))
+
+        value = layout.flatten(self.layout.unflatten(self.value))
+        return replace(self, layout=layout, value=value, A=Embedded(self.A, self.layout, layout), mixed=mixed)
+
 
 class Curvature(ABC):
     """A strategy for A = ∂F/∂w: a frozen dataclass that linearises F = ∇_w L_T at a point."""
 
     @abstractmethod
     def linearize(self, point: Point) -> AbstractContextManager[Linearization]:
-        """F and its derivatives, for use inside the context, which stands inside :meth:`Point.inside`."""
+        """F and its derivatives, for use inside the context, which has to be entered inside :meth:`Point.inside`."""
 
 
 def check_curvature(curvature: object) -> None:
-    """Raise unless it is one."""
+    """Raise ``TypeError`` unless it is a curvature."""
     if not isinstance(curvature, Curvature):
         raise TypeError(f"curvature is {describe_type(curvature)}: give a curvature, such as hoptim.Exact()")
 
@@ -109,10 +118,10 @@ class GradientGraph:
     part of the graph: one mask for a whole solve.
 
     Args:
-        loss: L_T, computed from the two that follow.
+        loss: L_T, computed from ``weights`` and ``leaves``.
         weights: w, leaves that require a gradient.
         leaves: λ, likewise.
-        parts: the loss taken apart, where it is a ``CompositeLoss``.
+        parts: the parts of the loss, if it is a ``CompositeLoss``.
 
     Raises:
         TypeError: a weight has a sparse gradient.
@@ -150,7 +159,7 @@ class GradientGraph:
 
 
 def symmetric(product: Callable[[Tree, bool], OptionalTree], layout: Layout, *, is_fixed: bool = True) -> Symmetric:
-    """The symmetric operator of a product by named tensors, which is told whether they have a leading axis of R."""
+    """The symmetric operator of a product of named tensors; its second argument says if they have a leading axis of R."""
     flat = on_flat(product, layout)
 
     def apply(v: Tensor) -> Tensor:
@@ -160,9 +169,9 @@ def symmetric(product: Callable[[Tree, bool], OptionalTree], layout: Layout, *, 
 
 
 def on_flat(product: Callable[[Tree, bool], OptionalTree], layout: Layout) -> Callable[[Tensor], OptionalTree]:
-    """A linear function of named tensors as one of their flat vector, or of R of them.
+    """A linear function of named tensors as a function of their flat vector, or of R of them.
 
-    Where weights are in float16 each vector is scaled to a largest entry of 1 on the way: a small one would become zero.
+    If weights are in float16, each vector is scaled to a largest entry of 1 for the product, since small ones would vanish.
     """
 
     def apply(v: Tensor) -> OptionalTree:
@@ -183,28 +192,23 @@ def _times(t: Tensor, size: Tensor) -> Tensor:
 
 
 def over_ranks(local: Linearization, ranks: Ranks, point: Point) -> Linearization:
-    """F and its derivatives averaged over the ranks; a weight counts where any of them touches it."""
+    """F and its derivatives averaged over the ranks; a weight is in if any of them touches it."""
     if ranks.size == 1:
         return local
     loss, found = ranks.mean_with_loss(local.loss, local.layout.unflatten(local.value), point.weights)
     value = trees.present(found)
-    layout = Layout.of({name: point.weights[name] for name in value})
-
-    def mixed(x: Tensor) -> OptionalTree:
-        here = local.mixed(local.layout.flatten(layout.unflatten(x), x.shape[:-1])) if local.layout.names else {}
-        return ranks.mean_of_found(here, trees.expanded(point.leaves, x.shape[:-1]))
-
-    return Linearization(
+    here = local.on(Layout.of({name: point.weights[name] for name in value}))
+    return replace(
+        here,
         loss=loss,
-        layout=layout,
-        value=layout.flatten(value),
-        A=OverRanks(Embedded(local.A, local.layout, layout), ranks),
-        mixed=mixed,
+        value=here.layout.flatten(value),
+        A=OverRanks(here.A, ranks),
+        mixed=lambda x: ranks.mean_of_found(here.mixed(x), trees.expanded(point.leaves, x.shape[:-1])),
         untouched=tuple(name for name in point.weights if name not in value),
     )
 
 
 def check_dense(gradients: Mapping[str, Tensor | None]) -> None:
-    """Raise where a gradient is sparse."""
+    """Raise ``TypeError`` if a gradient is sparse."""
     if sparse := [name for name, gradient in gradients.items() if gradient is not None and gradient.is_sparse]:
         raise TypeError(f"the weights {sparse} have sparse gradients: build their layers with sparse=False")

@@ -1,16 +1,18 @@
-"""Strategies for the curvature over several training batches: their mean, and a fresh one for each product."""
+"""Curvatures of several training batches: their mean, and a fresh batch for each product."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from hoptim.curvature.exact import Exact
 from hoptim.curvature.linearization import Curvature, Linearization, Point, check_curvature
+from hoptim.linalg import trees
 from hoptim.linalg.operators import Embedded, Mean, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.validation import is_whole
@@ -20,12 +22,12 @@ from hoptim.validation import is_whole
 class Averaged(Curvature):
     """F averaged over several batches: A = (A₁ + … + Aₙ) / n and likewise B, for a curvature with less noise.
 
-    The first batch is the hyperstep's own, the others come from ``train_batches``. A product costs n of them, and n graphs
-    are held.
+    The first batch is the hyperstep's own, the others come from ``train_batches``. A product costs n times as much, and n
+    graphs are held.
 
     Args:
         batches: n ≥ 1, default 4.
-        curvature: how each is linearised, default ``Exact()``.
+        curvature: the curvature of each batch, default ``Exact()``.
 
     Raises:
         ValueError: ``batches`` is no positive whole number; when called, there is no source of more batches.
@@ -53,15 +55,15 @@ class Averaged(Curvature):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled(Curvature):
-    """A fresh training batch for each product, so that the errors of the batches do not add up along one series (stocBiO).
+    """A fresh training batch for each product, so that the error of one batch does not add up along a series (stocBiO).
 
-    F and B are of the hyperstep's own batch; each product linearises another one, and costs its graph in addition.
+    F and B are those of the hyperstep's own batch; each product linearises another batch, and so also costs a graph.
 
     Args:
-        curvature: how each is linearised, default ``Exact()``.
+        curvature: the curvature of each batch, default ``Exact()``.
 
     Raises:
-        TypeError: ``curvature`` is none.
+        TypeError: ``curvature`` is no curvature.
         ValueError: when called, there is no source of more batches.
 
     Source: Ji, Yang and Liang 2021 (arXiv 2010.07962), algorithm 2.
@@ -89,24 +91,20 @@ class Sampled(Curvature):
 
 
 def _mean(found: Sequence[Linearization], weights: Tree) -> Linearization:
-    """The mean of F, A and B; a weight counts where any of the batches touches it."""
+    """The mean of F, A and B; a weight is in if any of the batches touches it."""
     touched = {name for one in found for name in one.layout.names}
     layout = Layout.of({name: w for name, w in weights.items() if name in touched})
+    parts = [one.on(layout) for one in found]
 
     def mixed(x: Tensor) -> OptionalTree:
-        named, lead = layout.unflatten(x), x.shape[:-1]
-        rows = [one.mixed(one.layout.flatten(named, lead)) for one in found]
-        total: OptionalTree = {}
-        for name in rows[0]:
-            present = [t for row in rows if (t := row[name]) is not None]
-            total[name] = torch.stack(present).sum(0) / len(rows) if present else None
-        return total
+        total = reduce(trees.add, [part.mixed(x) for part in parts])
+        return {name: None if t is None else t / len(parts) for name, t in total.items()}
 
     return Linearization(
-        loss=torch.stack([one.loss for one in found]).mean(),
+        loss=torch.stack([part.loss for part in parts]).mean(),
         layout=layout,
-        value=torch.stack([layout.flatten(one.layout.unflatten(one.value)) for one in found]).mean(0),
-        A=Mean([Embedded(one.A, one.layout, layout) for one in found]),
+        value=torch.stack([part.value for part in parts]).mean(0),
+        A=Mean([part.A for part in parts]),
         mixed=mixed,
         untouched=tuple(name for name in weights if name not in touched),
     )

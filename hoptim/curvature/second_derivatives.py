@@ -1,4 +1,4 @@
-"""Whether a training loss has a second derivative that autograd knows: looked at once for each problem."""
+"""Whether autograd knows the second derivative of a training loss: checked once for each problem."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _ONCE = once_differentiable(lambda _: None).__code__
 
 
 def check_twice_differentiable(problem: Problem, loss: Tensor, weights: Tree, leaves: Tree, batch: Any) -> None:
-    """Raise where autograd cannot go back a second time, which it would leave out without a word. Once for each problem.
+    """Raise ``TypeError`` for an operation whose second derivative autograd would silently leave out. Once for each problem.
 
-    A backward pass that is marked ``once_differentiable`` raises only if a second one runs through it to the end, and one
-    that asks for the weights alone does not. One that is not marked, and leaves autograd, is found by its answers.
+    A backward pass marked ``once_differentiable`` raises only if a second backward pass runs through it to the end, which
+    one for the weights alone does not. A backward pass that leaves autograd without that mark is found by differences of
+    gradients, with a warning.
     """
     if problem in _CHECKED:
         return
@@ -48,21 +49,21 @@ def check_twice_differentiable(problem: Problem, loss: Tensor, weights: Tree, le
 
 
 def check_once(point: Point) -> None:
-    """The same for a curvature that builds no graph of its own; it costs one loss, the first time."""
+    """The same check for a curvature that does not evaluate the loss by itself; the first time it costs one loss."""
     if point.problem not in _CHECKED:
         with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (loss, _):
             check_twice_differentiable(point.problem, loss, point.weights, point.leaves, point.batch)
 
 
 def _error_by_differences(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> float:
-    """How far A v is from two differences of gradients, relative to them; 0 where it is near or where they do not agree."""
+    """The relative error of A v against differences of gradients; 0 if it is small, or if two differences do not agree."""
     layout = Layout.of(weights)
     w = layout.flatten(weights).detach()
     v = torch.randn(layout.size, generator=torch.Generator().manual_seed(0)).to(w)
     step = float(vectors.norm(w) / vectors.norm(v)) * epsilon_of_losses(*layout.dtypes) ** (1 / 3)
 
     def at(place: Tensor, product: bool) -> Tensor:
-        """∇L_T there, or A v, from the same random state each time."""
+        """∇L_T at these weights, or A v, from the same random state each time."""
         moved = as_leaves(layout.unflatten(place))
 
         def inside(loss: Tensor, _: Any) -> Tensor:

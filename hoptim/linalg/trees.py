@@ -34,9 +34,10 @@ def filled(x: Mapping[str, Tensor | None], like: Tree) -> Tree:
     return {name: torch.zeros_like(value) if (part := x.get(name)) is None else part for name, value in like.items()}
 
 
-def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b, where ``None`` counts as zero."""
-    return b if a is None else a if b is None else a + b
+def add(x: OptionalTree, y: OptionalTree) -> OptionalTree:
+    """x + y for dicts with the same names, where ``None`` counts as zero."""
+    pairs = ((name, a, y[name]) for name, a in x.items())
+    return {name: b if a is None else a if b is None else a + b for name, a, b in pairs}
 
 
 def expanded(x: Tree, lead: Sequence[int]) -> Tree:

@@ -125,8 +125,7 @@ class _Update:
     def mixed(self, x: Tensor) -> OptionalTree:
         """Bᵀx = (∂u/∂λ)ᵀx at a fixed gradient + (∂∇L_T/∂λ)ᵀ Pᵀx."""
         own = VJP(self.u, self.leaves)(self.layout.unflatten(x), x.ndim > 1)
-        through = self.gradient.mixed(self.back(x)[1])
-        return {name: trees.sum_of(own[name], through[name]) for name in self.leaves}
+        return trees.add(own, self.gradient.mixed(self.back(x)[1]))
 
 
 class _Jacobian(Operator):

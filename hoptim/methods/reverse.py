@@ -171,7 +171,7 @@ class Reverse:
             return Back(
                 weights=before,
                 state={name: part for name in flat if (part := found["s" + name]) is not None},
-                leaves={name: trees.sum_of(back.leaves[name], found["l" + name]) for name in leaves},
+                leaves=trees.add(back.leaves, {name: found["l" + name] for name in leaves}),
                 norms=(*back.norms, _norm(before, w)),
                 missed=(*back.missed, _distance(end, weights)),
                 went=(*back.went, _distance(end, at.weights)),

@@ -36,9 +36,9 @@ class Status(Enum):
     )
     LARGE_RESIDUAL = (
         "remark",
-        "the residual of the answer is longer than the right-hand side, so zero would solve the system better: the matrix is "
-        "nearly singular, or the rank too low to cover the curvatures above rho. Add damping, or take MINRES, a higher rank "
-        "or a larger rho, if progress is poor",
+        "the residual of the answer is longer than the right-hand side, so zero would solve the system better: the "
+        "curvature is nearly singular, or the rank too low to cover the curvatures above rho. Add damping, or take MINRES, "
+        "a higher rank or a larger rho, if progress is poor",
     )
     INEXACT = (
         "remark",
@@ -49,11 +49,11 @@ class Status(Enum):
     REPLAY_DIFFERS = (
         "remark",
         "the replayed inner steps do not end where the real ones did, or not all of them are known: something between loss "
-        "and step is not seen, such as clipping, or gradients cleared other than by optimizer.zero_grad(); the answer is used",
+        "and step is not seen, such as clipping, or gradients not cleared by optimizer.zero_grad(); the answer is used",
     )
     SENSITIVE = (
         "remark",
-        "the derivative grows on the way back through the inner steps: their end depends strongly on their start. Take fewer "
+        "the derivative grows on the way back through the inner steps: the end depends strongly on the start. Take fewer "
         "steps, or a smaller inner learning rate; the answer is used",
     )
     REPLAY_LOST = (

@@ -32,7 +32,7 @@ def test_several_dicts_are_one_with_a_leading_axis() -> None:
 
 def test_none_counts_as_zero_in_a_sum() -> None:
     one = torch.ones(1)
-    assert trees.sum_of(None, None) is None
-    assert trees.sum_of(one, None) is one
-    assert trees.sum_of(None, one) is one
-    assert trees.sum_of(one, one).item() == 2.0
+    x, y = {"neither": None, "x": one, "y": None, "both": one}, {"both": one, "y": one, "x": None, "neither": None}
+    found = trees.add(x, y)
+    assert found["neither"] is None
+    assert {name: value.item() for name, value in found.items() if value is not None} == {"x": 1.0, "y": 1.0, "both": 2.0}

@@ -1,9 +1,9 @@
-"""L_T, F = ∇_w L_T, A v and Bᵀv as one function of all tensors that the training loss reads: to be traced."""
+"""L_T, F = ∇_w L_T, A v and Bᵀv as one function of all tensors that the training loss reads, for tracing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hoptim.curvature.exact import DoubleBackward
 from hoptim.curvature.linearization import GradientGraph, Point, as_leaves
-from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.problem.composite_loss import LossParts
 from hoptim.problem.problem import Problem
@@ -20,15 +20,8 @@ from hoptim.problem.problem import Problem
 Derivatives = tuple[Tensor, Tensor, Tensor, OptionalTree]  # L_T, F, A v, Bᵀv
 
 
-class SecondOrder(Protocol):
-    """A curvature that is made from the graph of F."""
-
-    def of(self, graph: GradientGraph) -> Operator:
-        """The curvature at the point where ``graph`` was built."""
-
-
 class Inputs(NamedTuple):
-    """All that the training loss is a function of, by name, and the batch."""
+    """All tensors that the training loss depends on, by name, and the batch."""
 
     weights: Tree
     leaves: Tree
@@ -39,27 +32,27 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, point: Point) -> Inputs:
-        """The point's tensors, and whatever else its problem holds now."""
+        """The point's tensors, and the other ones of its problem."""
         joint, weights, leaves = point.problem.joint, point.weights, point.leaves
         frozen = {name: p.detach() for name, p in joint.model.named_parameters() if name not in weights}
         constant = {name: p.detach() for name, p in joint.hparams.named_parameters() if name not in leaves}
         return cls(weights, leaves, frozen, constant, dict(joint.named_buffers()), point.batch)
 
     def tensors(self) -> list[Tensor]:
-        """The tensors in them, detached."""
+        """All tensors, also those in the batch, detached."""
         return [leaf.detach() for leaf in tree_leaves(self) if isinstance(leaf, Tensor)]
 
     def at(self, tensors: Sequence[Tensor]) -> Inputs:
-        """The same with these tensors."""
+        """The same with these tensors in place of ``tensors()``."""
         left = iter(tensors)
         inputs: Inputs = tree_map(lambda leaf: next(left) if isinstance(leaf, Tensor) else leaf, self)
         return inputs
 
 
 def by_second_pass(
-    problem: Problem, inputs: Inputs, curvature: SecondOrder, tensors: Sequence[Tensor], v: Tensor
+    problem: Problem, inputs: Inputs, curvature: DoubleBackward, tensors: Sequence[Tensor], v: Tensor
 ) -> Derivatives:
-    """With ``tensors`` in the inputs, as without compilation: by backward passes through the graph of F."""
+    """By backward passes through the graph of F, as without compilation; ``tensors`` replace those of the inputs."""
     inputs = inputs.at(tensors)
     weights, leaves = as_leaves(inputs.weights), as_leaves(inputs.leaves)
 
@@ -72,10 +65,10 @@ def by_second_pass(
 
 
 def by_dual_numbers(problem: Problem, inputs: Inputs, layout: Layout, tensors: Sequence[Tensor], v: Tensor) -> Derivatives:
-    """The same for the Hessian alone: by the derivative of (∇_w L_T, ∇_λ L_T) along v.
+    """The same for the Hessian alone, by forward mode: the derivative of (∇_w L_T, ∇_λ L_T) along v.
 
-    A compiled product of a convolutional net takes 0.85 of the time so. On other nets it takes as long, and more at a new
-    point; nor does torch know the dual numbers of every operation.
+    For convolutional nets a compiled product takes 0.85 of the time. For other nets it takes the same time, and a new point
+    costs more; also, torch does not have forward derivatives of every operation.
     """
     inputs = inputs.at(tensors)
     weights, leaves, along = as_leaves(inputs.weights), as_leaves(inputs.leaves), layout.unflatten(v)
@@ -93,7 +86,7 @@ def by_dual_numbers(problem: Problem, inputs: Inputs, layout: Layout, tensors: S
 
 
 def _evaluate(problem: Problem, inputs: Inputs, use: Callable[[Tensor, LossParts | None], Derivatives]) -> Derivatives:
-    """``use(loss, parts)`` of the training loss, while the inputs stand in the places of the live tensors."""
+    """``use(loss, parts)`` of the training loss, with the inputs in place of the live tensors."""
 
     def evaluate() -> Derivatives:
         with problem.evaluated("train_loss", inputs.batch) as (loss, parts):

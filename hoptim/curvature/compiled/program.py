@@ -1,4 +1,4 @@
-"""A compiled program: a traced training loss, split into what runs once a point and what runs once a vector."""
+"""A compiled program: a traced training loss, split into what runs once for each point and what runs for each product."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Function = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor, Tensor, Op
 
 
 class Program:
-    """The compiled pieces of a function: tensors, v ↦ L_T, F, A v, Bᵀv; F and v are flat.
+    """The compiled pieces of a function (tensors, v) ↦ (L_T, F, A v, Bᵀv); F and v are flat.
 
     Args:
         function: what is traced.
-        tensors: its inputs, which stand for all of their shapes.
+        tensors: examples of its inputs; others must have the same shapes.
         layout: the weights in F and v.
-        untouched: those that are in neither.
+        untouched: the weights that are not in them.
     """
 
-    uses = 1  # points at which it was asked for
+    uses = 1  # how many points it was used at
 
     def __init__(self, function: Function, tensors: Sequence[Tensor], layout: Layout, untouched: tuple[str, ...]) -> None:
         self._layout, self._untouched = layout, untouched
-        names: dict[str, bool] = {}  # of the hyperparameters, and whether there is a product for them
+        names: dict[str, bool] = {}  # of the hyperparameters, and whether Bᵀv has an entry for them
 
         def outputs(*tensors: Tensor) -> list[Tensor]:
             L, F, Av, Bv = function(tensors[:-1], tensors[-1])
@@ -44,7 +44,7 @@ class Program:
         results: Any = graph.graph.output_node().args[0]
         self._L, self._F, Av, *mixed = results
 
-        # What runs once a vector. What is linear in v and does not depend on it is zero.
+        # What runs for each vector. A result that does not depend on v is zero, since all are linear in v.
         of_v = dependents(graph, v)
         Bv = {name: node for name, node in zip(filter(names.get, names), mixed, strict=True) if node in of_v}
         self._product, self._mixed = (
@@ -53,7 +53,7 @@ class Program:
         )
         self._leaves, self._names = dict.fromkeys(names), list(Bv)
 
-        # What runs once a point: the random numbers, and then L_T, F and what the products need besides.
+        # What runs once for each point: the random numbers, then L_T, F and the intermediate results that products need.
         self._draws = draws(graph)
         drawn = self._draws.results
         residuals = filter(is_operation, [*self._product.arguments, *self._mixed.arguments])
@@ -61,7 +61,7 @@ class Program:
         self._primal = cut(graph, [n for n in wanted if n not in drawn], lambda n: is_operation(n) and n not in drawn)
 
     def at(self, tensors: Sequence[Tensor]) -> Linearization:
-        """L_T, F and the residuals, computed now; the products, for later."""
+        """L_T and F, computed now, and the products with A and Bᵀ for later."""
         known = self._constants | dict(zip(self._inputs, tensors, strict=True))
         known |= zip(self._draws.results, self._draws.graph(), strict=True)
         known |= zip(self._primal.results, self._primal(known), strict=True)
@@ -83,5 +83,5 @@ class Program:
         )
 
     def _given(self, v: Tensor) -> Tensor:
-        """The vector as compiled code expects it."""
+        """The vector in the type and memory layout that the compiled code expects."""
         return v.to(self._layout.dtype).contiguous()

@@ -1,9 +1,10 @@
-"""The compiled programs of a problem: kept by shape, checked by value, and made anew where they have gone stale."""
+"""The compiled programs of a problem: one for each shape, checked by value, and compiled again when they are out of date."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from hoptim.curvature.compiled.derivatives import Inputs, SecondOrder, by_dual_numbers, by_second_pass
-from hoptim.curvature.compiled.program import Program
+from hoptim.curvature.compiled.derivatives import Inputs, by_dual_numbers, by_second_pass
+from hoptim.curvature.compiled.program import Function, Program
 from hoptim.curvature.compiled.splitting import UntraceableError
+from hoptim.curvature.exact import DoubleBackward, Exact
 from hoptim.curvature.linearization import GradientGraph, Linearization, Point
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.vectors import Layout
@@ -25,42 +27,36 @@ from hoptim.problem.problem import Problem, set_generators
 MOST_PROGRAMS = 8  # made for one problem
 CHECK_EVERY = 32  # points
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-TOO_MANY = (
-    f"it was compiled {MOST_PROGRAMS} times, for as many shapes, modes or Python values. Give batches of one size, and make "
-    "a number that changes a tensor of hparams, of the batch or in a buffer"
-)
 
 
-def compiled_linearization(point: Point, curvature: SecondOrder, *, is_hessian: bool) -> Linearization | None:
+def compiled_linearization(point: Point, curvature: DoubleBackward) -> Linearization | None:
     """F and its derivatives at a point, by graphs that are compiled once for all values.
 
-    Weights, hyperparameters, buffers and the batch's tensors are inputs of the graphs: other values compile nothing; other
-    shapes, modes or plain values in the batch compile anew. Dropout draws its masks from torch's generators, one mask for
-    all products.
+    Weights, hyperparameters, buffers and the batch's tensors are inputs of the graphs, so other values of them need no new
+    compilation; other shapes, modes or plain values in the batch do. Dropout draws its masks from torch's generators, one
+    mask for all products.
 
-    Any other Python value that the loss reads is built into a graph, and may change later. So a program is checked by value
-    against plain PyTorch, under the same masks. At each point L_T is compared to half of its digits, at the price of a
-    forward pass. At points 1, 2, 4, 8, 16 and each 32nd, F, A v and Bᵀv for a random v are compared too, to a fifth of
-    their digits, since a ReLU at zero may fall to either side. A stale program is made anew. A change that leaves L_T at
-    the point as it is, such as that of a factor of the gradient alone, may so stay unseen for up to 31 points.
+    Any other Python value that the loss reads is built into a graph and may change later. So a program is compared with
+    plain PyTorch, under the same masks: L_T at each point, to half of its digits, at the price of a forward pass; F, A v and
+    Bᵀv for a random v at points 1, 2, 4, 8, 16 and each 32nd, to a fifth of their digits, since rounding may move a ReLU's
+    input across zero. A program that disagrees is compiled again. A change that leaves L_T at the point as it is, such as
+    that of a factor of the gradient alone, can stay unnoticed for up to 31 points.
 
     Args:
-        point: where; its weights and hyperparameters stand in the model's place.
-        curvature: A.
-        is_hessian: whether A is the Hessian.
+        point: where; to be called inside :meth:`Point.inside`.
+        curvature: which A.
 
     Returns:
-        F and its derivatives. ``None``, with one warning that says why, where plain PyTorch has to compute them: the loss
-        can't be traced, its graph gives something else, or too many programs were made.
+        F and its derivatives. ``None`` if plain PyTorch has to compute them, with one warning that says why: the loss can't
+        be traced, its graph gives other values, or too many programs were made.
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
 
-    >>> from hoptim import Exact
     >>> hparams = torch.nn.ParameterDict({"decay": torch.tensor(3.0)})
     >>> def loss(model, hparams, batch):
     ...     return 0.5 * hparams["decay"] * model.weight.square().sum() + model(batch).sum()
     >>> point = Point.of(Problem(torch.nn.Linear(2, 1, bias=False), hparams, loss, loss), torch.ones(1, 2))
-    >>> found = point.inside(lambda: compiled_linearization(point, Exact(), is_hessian=True))
+    >>> found = point.inside(lambda: compiled_linearization(point, Exact()))
     >>> found.A @ torch.tensor([1.0, 2.0])
     tensor([3., 6.])
     """
@@ -86,11 +82,14 @@ def compiled_linearization(point: Point, curvature: SecondOrder, *, is_hessian: 
                 return found
             set_generators(random_state)
         if cache.made == MOST_PROGRAMS:
-            raise UntraceableError(TOO_MANY)
+            raise UntraceableError(
+                f"it was compiled {MOST_PROGRAMS} times, for as many shapes, modes or Python values. Give batches of one "
+                "size, and make a number that changes a tensor of hparams, of the batch or in a buffer"
+            )
         cache.made += 1
-        cache.programs[key] = program = _make(point, inputs, curvature, is_hessian)
+        cache.programs[key] = program = _make(point, inputs, curvature)
         return program.at(inputs.tensors())
-    except Exception as error:  # whatever a model of any kind may raise while it is traced
+    except Exception as error:  # tracing any kind of model may raise anything
         cache.programs[key] = None
         cache.give_up(error)
         return None
@@ -98,14 +97,14 @@ def compiled_linearization(point: Point, curvature: SecondOrder, *, is_hessian: 
 
 @dataclass
 class _Cache:
-    """The programs of one problem; ``None`` for what plain PyTorch has to compute."""
+    """The programs of one problem by key; ``None`` for one that plain PyTorch has to compute."""
 
     programs: dict[Any, Program | None] = field(default_factory=dict)
     made: int = 0
     has_warned: bool = False
 
     def give_up(self, error: Exception) -> None:
-        """Say once why plain PyTorch takes over."""
+        """Warn once why plain PyTorch takes over."""
         kind = type(error).__name__
         if kind == "GuardOnDataDependentSymNode":
             kind = "aten._local_scalar_dense, by which Python code looks at a tensor's value"
@@ -120,7 +119,7 @@ _CACHES: WeakKeyDictionary[Problem, _Cache] = WeakKeyDictionary()
 
 
 def _key(problem: Problem, inputs: Inputs) -> tuple[Any, ...]:
-    """What a program is made for; what is missing here is found by value."""
+    """What a program depends on besides values; any other dependence is found by comparing values."""
     found, tree = tree_flatten(inputs)
     modes = tuple(part.training for part in problem.joint.modules())
     return tree, *map(_describe, found), modes, lowered(), torch.get_default_dtype(), id(problem.train_loss)
@@ -134,32 +133,30 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
     raise UntraceableError(f"the batch holds a {type(leaf).__name__}: give tensors in dicts, lists and tuples")
 
 
-def _make(point: Point, inputs: Inputs, curvature: SecondOrder, is_hessian: bool) -> Program:
-    """A program that gives what plain PyTorch gives."""
+def _make(point: Point, inputs: Inputs, curvature: DoubleBackward) -> Program:
+    """A new program, checked against plain PyTorch."""
     problem, tensors = point.problem, inputs.tensors()
     with problem.untouched(), problem.evaluated("train_loss", point.batch) as (loss, parts):
         graph = GradientGraph(loss, point.weights, point.leaves, parts)
-    ways = [partial(by_second_pass, problem, inputs, curvature)]
-    if is_hessian and any(isinstance(part, nn.modules.conv._ConvNd) for part in problem.model.modules()):
-        ways.insert(0, partial(by_dual_numbers, problem, inputs, graph.layout))
-    for function in ways:
-        try:
-            with problem.untouched():
-                program = Program(function, tensors, graph.layout, graph.untouched)
-            with problem.untouched():
-                found = program.at(tensors)
-            with problem.untouched():
-                if off := _what_is_off(found, point, curvature, True):
-                    raise UntraceableError(off)
-            return program
-        except Exception:
-            if function is ways[-1]:
-                raise
-    raise AssertionError
+
+    def attempt(function: Function) -> Program:
+        with problem.untouched():
+            program = Program(function, tensors, graph.layout, graph.untouched)
+        with problem.untouched():
+            found = program.at(tensors)
+        with problem.untouched():
+            if off := _what_is_off(found, point, curvature, True):
+                raise UntraceableError(off)
+        return program
+
+    if isinstance(curvature, Exact) and any(isinstance(part, nn.modules.conv._ConvNd) for part in problem.model.modules()):
+        with suppress(Exception):
+            return attempt(partial(by_dual_numbers, problem, inputs, graph.layout))
+    return attempt(partial(by_second_pass, problem, inputs, curvature))
 
 
-def _what_is_off(found: Linearization, point: Point, curvature: SecondOrder, is_due: bool) -> str:
-    """What plain PyTorch gives otherwise than a program, in words, or nothing; unless ``is_due``, L_T alone is compared."""
+def _what_is_off(found: Linearization, point: Point, curvature: DoubleBackward, is_due: bool) -> str:
+    """Which value of a program differs from plain PyTorch, in words, or ""; unless ``is_due``, only L_T is compared."""
     with point.problem.evaluated("train_loss", point.batch) as (loss, parts):
         L, epsilon = loss.detach(), epsilon_of_losses(*found.layout.dtypes)
         half, fifth = epsilon**0.5, epsilon**0.2  # of the digits
@@ -186,6 +183,6 @@ def _what_is_off(found: Linearization, point: Point, curvature: SecondOrder, is_
 
 
 def _agree(ours: Tensor, theirs: Tensor, relative: float, absolute: float) -> bool:
-    """Whether two vectors are the same up to rounding; where plain PyTorch's is not finite there is nothing to compare."""
+    """Whether two vectors are the same up to rounding, or plain PyTorch's (``theirs``) is not finite."""
     error, size = torch.stack([vectors.norm(x.reshape(-1)) for x in (ours - theirs, theirs)]).tolist()
     return not math.isfinite(size) or error <= relative * size + absolute
