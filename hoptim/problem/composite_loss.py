@@ -16,7 +16,7 @@ from hoptim.validation import describe_type
 
 @dataclass(frozen=True, kw_only=True)
 class LossParts:
-    """A training loss at one point, taken apart: L_T = criterion(z) + penalty."""
+    """The parts of a training loss at one point: L_T = criterion(z) + penalty."""
 
     z: Tensor
     criterion: Callable[[Tensor], Tensor]
@@ -33,7 +33,7 @@ class CompositeLoss:
         penalty: ``penalty(model, hparams) -> scalar``; ``None`` for none.
 
     Raises:
-        TypeError: a part can't be called so; when called, ``predict`` returned no tensor of real or complex numbers.
+        TypeError: a part does not take these arguments; when called, ``predict`` returned no tensor, or one of integers.
 
     >>> loss = CompositeLoss(lambda model, hparams, x: model(x), lambda z, hparams, x: z.square().mean())
     >>> loss(torch.nn.Identity(), None, torch.tensor([3.0, 4.0]))
@@ -51,7 +51,7 @@ class CompositeLoss:
             check_takes("penalty", self.penalty, "model, hparams")
 
     def __call__(self, model: Any, hparams: Any, batch: Any) -> Tensor:
-        """The loss, as any other."""
+        """The loss, as for any other loss function."""
         return self.total(self.parts(model, hparams, batch))
 
     def parts(self, model: Any, hparams: Any, batch: Any) -> LossParts:
@@ -63,8 +63,8 @@ class CompositeLoss:
             raise TypeError(f"predict returned a tensor of {z.dtype}: return what has a gradient, such as the logits")
         penalty = None if self.penalty is None else scalar("penalty", self.penalty(model, hparams), needs_gradient=False)
 
-        def criterion(z: Tensor) -> Tensor:  # again by itself, for its curvature: as the first time
-            with losses_precision():
+        def criterion(z: Tensor) -> Tensor:
+            with losses_precision():  # Gauss-Newton calls it again outside the loss
                 return self.criterion(z, hparams, batch)
 
         return LossParts(z=z, criterion=criterion, penalty=penalty)
@@ -79,7 +79,7 @@ class CompositeLoss:
 
 
 def mean_loss(found: Sequence[tuple[Tensor, LossParts | None]], shares: Tensor) -> tuple[Tensor, LossParts | None]:
-    """The mean of losses by their shares, and of their parts, whose z is all of theirs, one after the other."""
+    """The mean of losses by their shares, and its parts, whose z is the concatenation of theirs."""
 
     def mean(values: Iterable[Tensor]) -> Tensor:
         return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()

@@ -1,4 +1,4 @@
-"""Batches, drawn from a re-iterable over and over from a position that a checkpoint can hold; and several batches as one."""
+"""An endless stream of batches whose position a checkpoint can hold, and several batches as one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.random_stream import RandomStream, from_tensors, to_tensors
 from hoptim.validation import describe_type
 
-NO_BATCHES = (torch.Tensor, Mapping, str, bytes)  # what these iterate over are rows, keys and letters
+NO_BATCHES = (torch.Tensor, Mapping, str, bytes)  # iterating over these gives rows, keys and letters, not batches
 _END = object()
 
 
@@ -23,7 +23,7 @@ class MicroBatches:
     """The batches of one inner step, whose training losses are averaged, as one batch.
 
     Args:
-        batches: in the order in which they were seen.
+        batches: in the order of their losses.
         shares: the weight of each loss in the mean; their absolute values add up to 1.
     """
 
@@ -39,20 +39,20 @@ pytree.register_pytree_node(
 class Batches:
     """The batches of a re-iterable, pass after pass.
 
-    What is drawn for a batch, such as the order of a pass or a transform's numbers, comes from a random stream of their own:
-    the process's generators, and one that the loader was given, stay as they are.
+    Random numbers for a batch, such as the order of a pass or those of a transform, come from a random stream of its own:
+    the generators of the process and of the loader do not change.
 
-    A position alone does not resume a loader that shuffles. So the state also holds where that stream stood when the present
-    pass began: loading it begins the pass again, and walks to the position.
+    A position alone does not resume a loader that shuffles. So the state also holds the random state at the start of the
+    present pass: loading it starts the pass again and skips to the position.
 
     Args:
-        source: what can be iterated again and again: a ``DataLoader``, a list of batches; or a function of no argument that
-            draws one.
-        name: what errors call it.
+        source: a ``DataLoader``, a list of batches, or whatever else can be iterated repeatedly; or a function without
+            arguments that draws a batch.
+        name: its name in errors.
 
     Raises:
         TypeError: ``source`` can be iterated only once, or not at all, or is a loader that Accelerate prepared.
-        ValueError: it is empty; at the first draw, if its length is not known before.
+        ValueError: it is empty; raised at the first draw if its length is unknown.
 
     >>> batches = Batches(["a", "b"], "val_batches")
     >>> [batches.draw() for _ in range(3)]
@@ -80,7 +80,7 @@ class Batches:
         self._iterator: Iterator[Any] | None = None
         self._position = 0
         self._stream = RandomStream(name)
-        self._begun: dict[str, Any] = {}  # where the stream stood when the present pass began
+        self._begun: dict[str, Any] = {}  # the state of the stream at the start of the present pass
 
     def draw(self) -> Any:
         """The next batch, from a new pass if the last one has ended."""
@@ -97,7 +97,7 @@ class Batches:
         return batch
 
     def peek(self) -> Any:
-        """A batch of a pass of its own, with nothing drawn and nothing moved on. For use before the first draw."""
+        """The first batch of a separate pass, without drawing it. For use before the first draw."""
         with RandomStream(self.name).drawing(_own_generators(self.source)):
             batch = next(iter(self.source), _END)
         if batch is _END:
@@ -105,11 +105,11 @@ class Batches:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the present pass, and where the random stream stood at its start."""
+        """The position in the present pass, and the state of the random stream at its start."""
         return {"position": self._position, "begun": to_tensors(self._begun)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin the saved pass again and walk to its position."""
+        """Start the saved pass again and skip to its position."""
         self._iterator, self._position, self._begun = None, 0, {}
         begun = from_tensors(state["begun"])
         if state["position"] and "" not in begun:
@@ -128,7 +128,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Draws:
-    """A function that draws a batch, as passes of one batch each: a state then holds where the last one began."""
+    """A function that draws a batch, as passes of one batch each, so that a state holds where its last call started."""
 
     draw: Callable[[], Any]
 
@@ -139,12 +139,12 @@ class _Draws:
 def _length(source: Iterable[Any]) -> int | None:
     try:
         return len(source) if isinstance(source, Sized) else None
-    except TypeError:  # a DataLoader over an iterable data set has a __len__, but no length
+    except TypeError:  # a DataLoader over an iterable data set has a __len__ that raises
         return None
 
 
 def _with_own_iterator(source: Iterable[Any]) -> Iterable[Any]:
-    """A copy of a loader whose workers persist: it has one iterator for all its users, and we would restart theirs."""
+    """A copy of a loader with persistent workers, which has one iterator for all users: ours must not restart theirs."""
     if not getattr(source, "persistent_workers", False):
         return source
     source = copy.copy(source)
@@ -153,7 +153,7 @@ def _with_own_iterator(source: Iterable[Any]) -> Iterable[Any]:
 
 
 def _own_generators(source: Any) -> dict[str, torch.Generator]:
-    """The generators of a loader and of its samplers, by where they are."""
+    """The generators of a loader and of its samplers, by the name of their owner."""
     places = {"generator": source, "sampler": getattr(source, "sampler", None)}
     places["batch_sampler"] = getattr(getattr(source, "batch_sampler", None), "sampler", None)
     found = {place: getattr(owner, "generator", None) for place, owner in places.items()}

@@ -1,4 +1,4 @@
-"""DetachedView: the hyperparameters' module as the training loss of a step sees it, without gradients."""
+"""DetachedView: the hyperparameters as the training loss of an inner step sees them, without gradients."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class DetachedView:
     """A persistent gradient-free view of a module, sharing memory.
 
     Each module has a counterpart of the same class, whose attributes are the module's own objects: buffers, dicts, arrays,
-    locks. Only parameters and modules are exchanged for their counterparts: as an attribute, in a list, tuple or dict, as
-    what a method belongs to or a weak reference is to. Switching ``requires_grad`` off in the module itself would break
+    locks. Only parameters and modules are replaced by their counterparts: attributes, items of a list, tuple or dict, and
+    owners of a method or targets of a weak reference. Switching ``requires_grad`` off in the module itself would break
     activation checkpointing, which runs the loss again during the backward pass.
 
     Args:
         module: the hyperparameters.
-        beside: the model. It has no counterpart: where ``module`` holds a layer of it, so does the view.
+        beside: the model. It has no counterpart: if ``module`` holds a layer of it, the view holds the same layer.
 
     >>> hparams = nn.ParameterDict({"decay": nn.Parameter(Tensor([1.0]))})
     >>> view = DetachedView(hparams)
@@ -48,14 +48,14 @@ class DetachedView:
         return DetachedView, (self.module, self.beside)
 
     def present(self) -> DetachedView:
-        """The view of ``module`` as it is now, as a context: what is assigned to its attributes is assigned to ``module``.
+        """The view of ``module`` as it is now, as a context; what is assigned to its attributes is assigned to ``module``.
 
         Raises:
             ValueError: a hyperparameter is written into inside.
         """
         return self
 
-    def __enter__(self) -> nn.Module:  # no generator: that would cost more than all that is compared here
+    def __enter__(self) -> nn.Module:  # not a generator, which would cost more than all these comparisons
         if self._theirs.has_changed():
             self._align()
         is_stale = not self._follows_all or self._structure.has_changed()
@@ -76,16 +76,16 @@ class DetachedView:
             self._align()
 
     def check_detached(self, loss: Tensor) -> None:
-        """Raise if a loss that was computed in the view reaches parameters of ``module``, say by a closure.
+        """Raise if a loss that was computed in the view reaches parameters of ``module``, for example by a closure.
 
-        Only the first loss with a graph is looked through: it takes longer than a step can afford.
+        Only the first loss with a graph is checked, since this is too slow for each step.
         """
         if not self._is_checked:
             check_given("train_loss", loss, {id(p): name for name, p in self.module.named_parameters()})
             self._is_checked = loss.requires_grad
 
     def _build(self) -> None:
-        """Make the view: at first, and again where there are other modules, parameters or memory."""
+        """Make the view: at first, and again when modules, parameters or their memory have been replaced."""
         shared = set() if self.beside is None else set(self.beside.modules())
         modules = [module for module in self.module.modules() if module not in shared]
         self._parameters = list(self.module.parameters())
@@ -94,7 +94,7 @@ class DetachedView:
         both = list(zip((*modules, *self._parameters), (*views, *self._constants), strict=True))
         self._counterparts: dict[int, Any] = {id(original): counterpart for original, counterpart in both}
         self._originals: dict[int, Any] = {id(counterpart): original for original, counterpart in both}
-        pairs: list[tuple[Any, Any]] = []  # dicts and lists of the module and of the view, which have to stay alike
+        pairs: list[tuple[Any, Any]] = []  # dicts and lists of the module and of the view, to be kept in step
         for module, view in zip(modules, views, strict=True):
             for key, value in vars(module).items():
                 seen = vars(view)[key] = _exchange(value, self._counterparts)
@@ -107,7 +107,7 @@ class DetachedView:
         self._follows_all = True
 
     def _align(self) -> None:
-        """Do to the view what was done to the module since they were last alike, and the other way round."""
+        """Apply what has changed in the module to the view, and the other way round."""
         theirs_changed, ours_changed = self._theirs.has_changed(), self._ours.has_changed()
         if theirs_changed:
             self._carry(self._theirs, self._ours, self._counterparts)
@@ -116,7 +116,7 @@ class DetachedView:
         self._theirs, self._ours = _Contents(self._theirs.containers), _Contents(self._ours.containers)
 
     def _carry(self, source: _Contents, target: _Contents, counterparts: Mapping[int, Any]) -> None:
-        """Do to the target what was done to the source."""
+        """Apply what has changed in the source to the target."""
         for now, before, other in zip(source.containers, source.copies, target.containers, strict=True):
             if isinstance(now, list):
                 other[:] = _exchange(now, counterparts)
@@ -126,11 +126,11 @@ class DetachedView:
             for key, value in now.items():
                 if before.get(key, _ABSENT) is not value:
                     other[key] = _exchange(value, counterparts)
-                    self._follows_all &= other[key] is value  # else it may be a list or dict to follow from now on
+                    self._follows_all &= other[key] is value  # else it may be a new list or dict to keep in step
 
 
 class _Contents:
-    """What lists, dicts and their views hold when this is made, to compare with what they hold later."""
+    """A record of what lists, dicts and their views hold now, to compare with what they hold later."""
 
     def __init__(self, containers: Iterable[Any]) -> None:
         self.containers = list(containers)
@@ -144,7 +144,7 @@ class _Contents:
 
 
 def _exchange(value: Any, counterparts: Mapping[int, Any]) -> Any:
-    """Put counterparts in the place of what has one: the value itself, or what it holds as a list, tuple or dict."""
+    """Replace by its counterpart the value itself, or the items of a list, tuple or dict."""
     kind = type(value)
     if kind not in (dict, OrderedDict, list, tuple):
         return _exchange_one(value, counterparts)
@@ -156,7 +156,7 @@ def _exchange(value: Any, counterparts: Mapping[int, Any]) -> Any:
 
 
 def _exchange_one(value: Any, counterparts: Mapping[int, Any]) -> Any:
-    """Likewise where ``value`` is a method of what has a counterpart, or a weak reference to it."""
+    """Replace by its counterpart a value, the owner of a method, or the target of a weak reference."""
     if isinstance(value, MethodType) and id(value.__self__) in counterparts:
         return MethodType(value.__func__, counterparts[id(value.__self__)])
     if isinstance(value, ref) and id(value()) in counterparts:

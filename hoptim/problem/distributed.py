@@ -1,4 +1,4 @@
-"""The processes that train together: what they find is averaged, by one all-reduce for each product."""
+"""The processes that train together: their results are averaged, by one all-reduce for each product."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator, Wrapped
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 
-SAME = 1e-6  # of a vector's length: how far apart the ranks' may be and still pass for the same
+SAME = 1e-6  # vectors of the ranks count as the same up to this share of their length
 
 
 def is_first() -> bool:
-    """Whether this process is the one that logs: rank 0 of all, or the only one."""
+    """Whether this process is the one that logs: rank 0, or the only process."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
@@ -26,32 +26,32 @@ def is_first() -> bool:
 class Ranks:
     """Processes with the same weights and hyperparameters, each with batches of its own.
 
-    Their training loss is the mean of each one's, as ``DistributedDataParallel`` has it, and so are its derivatives. These
-    are averaged *inside* a solve: the mean of the solutions that each rank finds alone would be a different, wrong answer.
+    The training loss is the mean over the ranks, as in ``DistributedDataParallel``, and so are its derivatives. They are
+    averaged *inside* a solve: the mean of the solutions of each rank would be a different, wrong answer.
 
     Args:
-        group: the process group; ``None``: this process alone, for which nothing here does anything.
+        group: the process group; ``None``, the default, for this process alone, where all methods do nothing.
     """
 
     group: Any = None
 
     @classmethod
     def all(cls) -> Ranks:
-        """All processes where ``torch.distributed`` is initialised, else this one alone."""
+        """All processes if ``torch.distributed`` is initialised, else this one alone."""
         return cls(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else cls()
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """The number of processes."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """The number of this one."""
+        """The number of this process in the group."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each rank has, on all of them: small plain values."""
+        """The values of all ranks, on each rank; for small plain values."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -59,7 +59,7 @@ class Ranks:
         return found
 
     def gathered_by_first(self, value: Any) -> list[Any] | None:
-        """What each rank has, on the first one; ``None`` on the others."""
+        """The values of all ranks, on the first one; ``None`` on the others."""
         if self.size == 1:
             return [value]
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
@@ -75,41 +75,37 @@ class Ranks:
         return total.div_(self.size)
 
     def mean(self, x: Tree) -> Tree:
-        """The mean of named tensors, which all ranks have, by one all-reduce in float32 or wider."""
+        """The mean of named tensors, the same names on all ranks, by one all-reduce in float32 or wider."""
         if self.size == 1:
             return x
         layout = Layout.of(x)
         return layout.unflatten(self.mean_vector(layout.flatten({name: t.detach() for name, t in x.items()})))
 
     def mean_of_found(self, found: Mapping[str, Tensor | None], like: Tree) -> OptionalTree:
-        """The mean of what may be there, shaped as ``like``: zero on a rank that lacks it, ``None`` where all lack it."""
+        """The mean of tensors shaped as ``like``: a missing one counts as zero, and is ``None`` if all ranks lack it."""
         if self.size == 1:
             return dict(found)
-        there = torch.tensor([float(found.get(name) is not None) for name in like], device=next(iter(like.values())).device)
-        averaged = self.mean({**trees.filled(found, like), "": there})
-        seen = averaged.pop("").tolist()
-        return {name: value if share else None for (name, value), share in zip(averaged.items(), seen, strict=True)}
+        exists = torch.tensor([float(found.get(name) is not None) for name in like], device=next(iter(like.values())).device)
+        averaged = self.mean({**trees.filled(found, like), "": exists})
+        shares = averaged.pop("").tolist()  # the share of ranks on which it exists
+        return {name: value if share else None for (name, value), share in zip(averaged.items(), shares, strict=True)}
 
     def mean_with_loss(self, loss: Tensor, found: Mapping[str, Tensor | None], like: Tree) -> tuple[Tensor, OptionalTree]:
-        """The means of a loss, which all ranks have, and of what may be there, by one all-reduce."""
+        """The mean of a loss, and of tensors that may be missing as in ``mean_of_found``, by one all-reduce."""
         averaged = self.mean_of_found({**found, ":loss": loss}, {**like, ":loss": loss})
         mean = averaged.pop(":loss")
         assert mean is not None
         return mean, averaged
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Give all ranks what the first has, as ``DistributedDataParallel`` does with the weights."""
+        """Copy these tensors from the first rank to all others, as ``DistributedDataParallel`` does with the weights."""
         if self.size > 1:
             with torch.no_grad():
                 for tensor in tensors:
                     dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
 
     def check_same(self, x: Tree, what: str, remedy: str) -> None:
-        """Raise where the ranks' vectors differ, seen by their lengths and their sums.
-
-        Raises:
-            ValueError: they do.
-        """
+        """Raise ``ValueError`` if the tensors differ between the ranks, by their lengths and their sums."""
         if self.size == 1:
             return
         first = next(iter(x.values())).device

@@ -1,9 +1,10 @@
-"""A model as a pure function: its second derivatives exist, and what a forward pass leaves behind is put back."""
+"""A model as a pure function: second derivatives exist, and what a forward pass changes is restored."""
 
 from __future__ import annotations
 
 import operator
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import Context
@@ -25,9 +26,9 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class Joint(nn.Module):
-    """A model and its hyperparameters as one module, whose forward pass is any function of the two.
+    """A model and its hyperparameters as one module, whose forward pass calls any function of the two.
 
-    ``torch.func.functional_call(joint, tensors, (function,))`` runs ``function()`` with ``tensors`` in their places.
+    ``torch.func.functional_call(joint, tensors, (function,))`` runs ``function()`` with ``tensors`` in place of its own.
 
     >>> joint = Joint(nn.Linear(1, 1), nn.ParameterDict({"decay": torch.tensor(1.0)}))
     >>> [name for name, _ in joint.named_parameters()]
@@ -46,15 +47,15 @@ class Joint(nn.Module):
 
 
 def renormed_weights(parts: Sequence[nn.Module]) -> list[Tensor]:
-    """The weights that a forward pass writes into: those of embeddings with a ``max_norm``."""
+    """The weights that a forward pass writes to: those of embeddings with a ``max_norm``."""
     return [part.weight for part in parts if isinstance(part, _EMBEDDINGS) and part.max_norm is not None]
 
 
 @contextmanager
 def restore_attributes(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Modes and plain attributes of modules are afterwards as before: caches, counters, what lists, dicts and tensors hold.
+    """Restore modes and plain attributes of modules afterwards: caches, counters, contents of lists, dicts and tensors.
 
-    So is the list in which an RNN keeps its weights. A buffer that a first forward pass registers is removed.
+    These include the list in which an RNN keeps its weights. A buffer that a first forward pass registers is removed.
     """
     before = [(own := vars(part), own.copy()) for part in parts]
     buffers = [(part._buffers, len(part._buffers)) for part in parts]
@@ -86,10 +87,10 @@ def restore_attributes(parts: Sequence[nn.Module]) -> Iterator[None]:
 def twice_differentiable(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, what these modules compute has a second derivative, and it is that of the loss alone.
 
-    Attention is unfused, RNNs run without cuDNN and embeddings have dense gradients. Weight norm is computed by operations
-    whose second derivative torch has right. Reentrant checkpointing, which ``autograd.grad`` cannot go through, is done the
-    other way. ``parametrize.cached()`` holds nothing. Backward hooks of modules do not run, since what they make of a
-    gradient is not the loss's. Outside, the user's own choices hold.
+    Attention is unfused, RNNs run without cuDNN, and embeddings have dense gradients. Weight norm is computed by operations
+    whose second derivative is right in torch. Reentrant checkpointing, which ``autograd.grad`` cannot go through, becomes
+    the non-reentrant kind. ``parametrize.cached()`` caches nothing. Backward hooks of modules do not run, since they may
+    change gradients. Outside, the user's own choices hold.
     """
     with ExitStack() as stack:
         stack.enter_context(_FOR_ALL_MODULES)
@@ -101,7 +102,7 @@ def twice_differentiable(parts: Sequence[nn.Module]) -> Iterator[None]:
             if isinstance(part, _EMBEDDINGS) and part.sparse:
                 stack.enter_context(_replaced(part, sparse=False))
             if part._backward_hooks or part._backward_pre_hooks:
-                stack.enter_context(_emptied(part._backward_hooks, part._backward_pre_hooks))
+                stack.enter_context(_replaced(part, _backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict()))
         yield
 
 
@@ -118,25 +119,12 @@ def _replaced(owner: Any, **values: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-@contextmanager
-def _emptied(*dicts: dict[int, Any]) -> Iterator[None]:
-    """Inside, these dicts are empty."""
-    before = [dict(one) for one in dicts]
-    for one in dicts:
-        one.clear()
-    try:
-        yield
-    finally:
-        for one, items in zip(dicts, before, strict=True):
-            one.update(items)
-
-
 class _ProcessWide:
-    """Settings that all threads see: the first thread inside makes them, the last one that leaves takes them back."""
+    """Settings that all threads see: the first thread to enter makes them, the last one to leave undoes them."""
 
     def __init__(self, *settings: Callable[[], AbstractContextManager[Any]]) -> None:
         self._settings, self._stack, self._threads, self._lock = settings, ExitStack(), 0, threading.Lock()
-        self._context = Context()  # where torch 2.15's sdpa_kernel is left by the thread that entered it, or by another one
+        self._context = Context()  # torch 2.15's sdpa_kernel must be left in the context where it was entered, by any thread
 
     def __enter__(self) -> None:
         with self._lock:
@@ -153,7 +141,7 @@ class _ProcessWide:
 
 
 class _NonReentrant:
-    """Stands for torch's function of reentrant checkpointing."""
+    """Replaces torch's function for reentrant checkpointing."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
@@ -162,7 +150,7 @@ class _NonReentrant:
 
 _FOR_ALL_MODULES = _ProcessWide(
     lambda: sdpa_kernel(SDPBackend.MATH),
-    lambda: _emptied(global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks),
+    lambda: _replaced(global_hooks, _global_backward_hooks=OrderedDict(), _global_backward_pre_hooks=OrderedDict()),
     lambda: _replaced(checkpoint, CheckpointFunction=_NonReentrant),
     lambda: _replaced(parametrize, _cache_enabled=0, _cache={}),
 )
@@ -175,7 +163,7 @@ def _has_weight_norm(part: nn.Module) -> bool:
 
 
 class _PlainWeightNorm(TorchFunctionMode):
-    """g·v/‖v‖ from its parts: the backward pass of torch's own takes ‖v‖ for a constant, so that A is not symmetric."""
+    """g·v/‖v‖ from its parts: in the second derivative of torch's own function ‖v‖ is a constant, so A is not symmetric."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch._weight_norm:

@@ -23,8 +23,8 @@ from hoptim.validation import describe_type
 
 SHOWN = 5  # names that an error lists
 
-# Rates of Adam for the leaves, from scripts/defaults.py: where a leaf is a logarithm or the argument of a logistic function,
-# and where it is the value itself, kept by projection or free. Of the last kind are also those that were not studied.
+# Adam's rates for the leaves, from scripts/defaults.py: for a leaf that is a logarithm, the argument of a logistic function,
+# the value itself kept by projection, and the value itself without bounds. The last is also for maps that were not studied.
 LOGARITHM, LOGISTIC, PROJECTED, FREE = 0.05, 0.3, 0.01, 0.1
 
 
@@ -33,21 +33,20 @@ class HyperParameters(nn.Module):
 
     ``hparams["name"]`` is the natural value λ = t(θ). The unconstrained leaf θ is a parameter of that name, which the
     outer optimizer moves freely. The map t is ``torch.distributions.biject_to(constraint)``: ``exp`` for ``positive``,
-    the logistic function for ``unit_interval``, and so on. ``nonnegative`` alone is kept by projection: there the leaf
-    is the value itself, and :meth:`project_` clamps it at zero after each outer step.
+    the logistic function for ``unit_interval``, and so on. Only ``nonnegative`` is kept by projection: its leaf is the
+    value itself, and :meth:`project_` clamps it at zero after each outer step.
 
-    Names with dots nest as a model's do: ``"0.weight"`` is the parameter ``weight`` of a child module ``0``. So a
-    hyperparameter may have the name of the weight that it is for, and whatever in torch takes the names of parameters takes
-    these, such as ``torch.func.functional_call``. An attribute is the leaf, as in every module: ``hparams.weight_decay`` is
-    θ, not λ.
+    Names with dots nest as in a model: ``"0.weight"`` is the parameter ``weight`` of a child module ``0``. So a
+    hyperparameter may have the name of its weight, and works with all of torch that takes names of parameters, such as
+    ``torch.func.functional_call``. An attribute is the leaf, as in every module: ``hparams.weight_decay`` is θ, not λ.
 
     Args:
         values: initial natural values by name, of any shapes, floating point. The tensors are copied.
-        constraints: a constraint of ``torch.distributions.constraints`` by name; ``real`` where none is given.
+        constraints: constraints of ``torch.distributions.constraints`` by name; ``real`` for a name without one.
 
     Raises:
         TypeError: a value is no floating-point tensor, a name no ``str``, or a constraint no ``Constraint``.
-        ValueError: there is no value, a constraint names no value, a value lies outside its constraint or on its edge, or
+        ValueError: there is no value, a constraint has no value, a value lies outside its constraint or on its edge, or
             a module can't have a parameter of that name: ``"training"``, ``"keys"``, ``"a..b"``, ``"a"`` beside ``"a.b"``.
 
     >>> from torch.distributions import constraints
@@ -135,7 +134,7 @@ class HyperParameters(nn.Module):
         return name in self._constraints
 
     def keys(self) -> list[str]:
-        """The names, in the order given. With ``hparams[name]`` it makes ``dict(hparams)`` the natural values."""
+        """The names, in the order given; ``dict(hparams)`` uses them and has the natural values."""
         return list(self._constraints)
 
     def __repr__(self) -> str:
@@ -145,19 +144,19 @@ class HyperParameters(nn.Module):
 
     @property
     def degrees_of_freedom(self) -> int:
-        """How many numbers are learned: one fewer than there are values in each simplex."""
+        """How many numbers are learned; for a simplex, one fewer than it has values."""
         return sum(leaf.numel() for leaf in self.parameters())
 
     def optimizer(self, lr: float | None = None) -> torch.optim.Adam:
-        """The outer optimizer that suits it: Adam on the leaves, with a group for each rate.
+        """An outer optimizer: Adam on the leaves, with a group for each rate.
 
         The study of defaults (scripts/README.md) found these rates for some forty hypersteps: 0.05 for ``positive``, whose
         leaf is a logarithm, 0.3 for ``unit_interval``, 0.1 for ``real`` and 0.01 for ``nonnegative``. Any other constraint
-        has the rate of the map that it shares with one of these, or 0.1. Where the leaf is the value itself, as in the last
-        two, a rate should be small beside the value.
+        has the rate of the one of these with the same map, or 0.1. If the leaf is the value itself, as for the last two, the
+        rate should be small compared with the value.
 
         Args:
-            lr: one rate for all in their place.
+            lr: one rate for all leaves instead; default ``None``.
 
         >>> from torch.distributions import constraints
         >>> kinds = {"decay": constraints.positive, "weight": constraints.unit_interval}
@@ -176,7 +175,7 @@ class HyperParameters(nn.Module):
 
 
 def _unknown(name: object, names: list[str]) -> str:
-    """That there is no such hyperparameter, in one line, however many there are."""
+    """The error message for an unknown name, in one line even if there are many names."""
     bare = without_wrappers(str(name))
     if meant := next((one for one in names if without_wrappers(one) == bare), None):
         return f"no hyperparameter {name!r}, but {meant!r}: one is the name of a wrapped model, and {AS_SEEN}"
@@ -185,11 +184,11 @@ def _unknown(name: object, names: list[str]) -> str:
 
 
 class _Group(nn.Module):
-    """Holds the hyperparameters whose names share what is before a dot."""
+    """Holds the hyperparameters whose names have the same part before a dot."""
 
 
 def transforms_of(hparams: nn.Module) -> dict[str, Transform]:
-    """The maps from leaves to natural values, by the names of the leaves, of every :class:`HyperParameters` inside."""
+    """The maps from leaves to natural values, by name of the leaf, for every :class:`HyperParameters` in a module."""
     return {
         f"{prefix}.{name}" if prefix else name: transform
         for prefix, module in hparams.named_modules()
@@ -199,7 +198,7 @@ def transforms_of(hparams: nn.Module) -> dict[str, Transform]:
 
 
 def outer_adam(hparams: nn.Module, lr: float | None = None) -> torch.optim.Adam:
-    """:meth:`HyperParameters.optimizer` for any module, whose other leaves have a logarithm's rate."""
+    """:meth:`HyperParameters.optimizer` for any module; leaves of other modules in it have a logarithm's rate."""
     rates = {
         id(module._leaf(name)): _rate(constraint, module._transforms[name])
         for module in hparams.modules()
@@ -213,7 +212,7 @@ def outer_adam(hparams: nn.Module, lr: float | None = None) -> torch.optim.Adam:
 
 
 def _rate(constraint: Constraint, transform: Transform) -> float:
-    """The rate of a leaf, by the first map that leads from it to the value."""
+    """The rate of a leaf, by the first map on the way from it to the value."""
     if _is_nonnegative(constraint):
         return PROJECTED
     parts = transform.parts if isinstance(transform, ComposeTransform) else [transform]
@@ -245,7 +244,7 @@ def _bijection(name: str, constraint: Constraint | None) -> tuple[Constraint, Tr
 
 
 def _to_leaf(name: str, value: Tensor, constraint: Constraint, transform: Transform) -> Tensor:
-    """The unconstrained leaf of a natural value; a copy."""
+    """The unconstrained leaf of a natural value, as a copy."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         what = f"of {value.dtype}" if isinstance(value, Tensor) else describe_type(value)
         raise TypeError(f"hyperparameter {name!r} is {what}: give a floating-point tensor, such as torch.tensor(0.1)")

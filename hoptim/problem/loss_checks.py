@@ -1,4 +1,4 @@
-"""What a loss has to do: take three arguments, return real numbers that have a gradient, and change nothing."""
+"""What a loss must do: take three arguments, return real numbers that have a gradient, and change nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONLY_READS = "a loss only reads; do that after optimizer.step()"
 
 
 def check_takes(name: str, function: Any, arguments: str) -> None:
-    """Raise if ``function`` is not a function, or cannot be called with these arguments.
+    """Raise ``TypeError`` if ``function`` is no function or cannot be called with these arguments.
 
     >>> check_takes("loss", lambda model, batch: 0.0, "model, hparams, batch")
     Traceback (most recent call last):
@@ -71,7 +71,7 @@ def check_apart(weights: Iterable[tuple[str, nn.Parameter]], leaves: Iterable[tu
     memory = {place: name for name, p in tensors if (place := p.data_ptr())}
     frozen = {id(p) for _, p in tensors if not p.requires_grad}
     for name, p in leaves:
-        if id(p) in frozen and not p.requires_grad:  # neither trained nor learned, so that both may read it
+        if id(p) in frozen and not p.requires_grad:  # neither trained nor learned, so both may read it
             continue
         if id(p) in same:
             raise ValueError(f"weight {same[id(p)]!r} and hyperparameter {name!r} are the same tensor: clone() one of them")
@@ -94,7 +94,7 @@ def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
 
 
 def split_aux(name: str, returned: Any) -> tuple[Any, Any]:
-    """The loss and what was returned beside it; a validation loss may return itself alone."""
+    """The loss and what was returned with it; a validation loss may come alone."""
     if isinstance(returned, (tuple, list)) and len(returned) == 2:
         return returned[0], returned[1]
     if name == "val_loss":
@@ -117,11 +117,10 @@ def losses(name: str, value: Tensor) -> Tensor:
 
 
 class annotate_errors:  # noqa: N801 (used as a function)
-    """Add a line to the traceback of an exception that is raised inside.
+    """Add a line to the traceback of an exception that is raised inside, without changing its class.
 
-    The exception stays the one that the user's code raised, and may catch by its class. The line is a note (PEP 678); Python
-    3.10 keeps it in ``__notes__`` without printing it. With a ``batch`` the line ends in what that is. Where a name was not
-    found, and ``hparams`` has names of a wrapped model, another line says so.
+    The line is a note (PEP 678); Python 3.10 keeps it in ``__notes__`` without printing it. With a ``batch`` the line ends
+    in its type. If a name was not found and ``hparams`` has names of a wrapped model, another line says so.
     """
 
     def __init__(self, note: str, batch: Any = _NONE, hparams: nn.Module | None = None) -> None:
@@ -144,9 +143,9 @@ class annotate_errors:  # noqa: N801 (used as a function)
 def forbid_writes(name: str, weights: Tree, leaves: Tree, *, values: bool = False) -> Iterator[None]:
     """Raise if the loss that runs inside writes into its weights or hyperparameters, or calls ``backward()``.
 
-    They may be the user's own tensors, in which a write would last. Writes that torch knows of raise a tensor's version. A
-    write through ``.data`` does not; with ``values`` the values are compared too, and those that moved are put back, except
-    for frozen weights, which may be as large as a model: of them only the norms are compared.
+    They may be the user's own tensors, which would stay changed. Most writes raise a tensor's version, but not those through
+    ``.data``. So with ``values`` the values are compared too, and restored if they have changed. Of frozen weights, which
+    may be as large as a model, only the norms are compared.
     """
     tensors = [("weight", *one) for one in weights.items()] + [("hyperparameter", *one) for one in leaves.items()]
     states = [(t._version, t.dtype, t.requires_grad) for _, _, t in tensors]
@@ -164,7 +163,7 @@ def forbid_writes(name: str, weights: Tree, leaves: Tree, *, values: bool = Fals
     for (what, key, t), (version, dtype, learned), copy in zip(tensors, states, copies, strict=True):
         if t.dtype is not dtype or t.requires_grad is not learned:
             faults.append(f"changes the dtype or requires_grad of {what} {key!r}: do that before the training")
-        elif t._version != version or id(t) in moved or not (copy is None or _equal(t, copy)):
+        elif t._version != version or id(t) in moved or not (copy is None or torch.allclose(t, copy, 0, 0, equal_nan=True)):
             faults.append(f"writes into {what} {key!r}: {ONLY_READS}")
             if copy is not None:
                 t.detach().copy_(copy)
@@ -174,16 +173,12 @@ def forbid_writes(name: str, weights: Tree, leaves: Tree, *, values: bool = Fals
         raise ValueError(f"{name} {faults[0]}")
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-
-
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
     return [norm.nan_to_num() for norm in torch._foreach_norm([t.detach() for t in tensors])] if tensors else []
 
 
 def check_given(name: str, loss: Tensor, live: Mapping[int, str]) -> None:
-    """Raise if a loss depends on the live tensors, whose names are given by id, instead of those that it is given."""
+    """Raise if a loss depends on the live tensors (their names by id) instead of those in its arguments."""
     ends = (node for node in nodes([loss]) if node.name().endswith("AccumulateGrad"))
     if past := sorted({live[id(node.variable)] for node in ends if id(node.variable) in live}):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Mixed precision: losses are computed as the user's autocast says, everything made of them in full precision."""
+"""Mixed precision: losses are computed under the user's autocast, everything else in full precision."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _of_the_user: ContextVar[Lowered | None] = ContextVar("of_the_user", default=Non
 
 
 def lowered() -> Lowered:
-    """The devices on which losses are computed in lower precision, and in which.
+    """The devices on which losses are computed in lower precision, and their types.
 
-    float16 is left out: there losses are computed in full precision, since small gradients would become zero. In training a
+    float16 is left out: such losses are computed in full precision, since small gradients would become zero. In training a
     ``GradScaler`` prevents that, but a hypergradient has none.
 
     >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision():
@@ -47,10 +47,10 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def losses_precision() -> Iterator[None]:
-    """Under the autocast that the user had switched on outside :func:`full_precision`: for losses.
+    """Under the autocast that the user has switched on outside :func:`full_precision`: for losses.
 
-    Autocast keeps weights in lower precision in a cache. It is emptied afterwards, since it would outlive the tensors that
-    stand in the model's place.
+    Autocast caches weights in lower precision. The cache is emptied afterwards, since it would outlive the tensors that
+    replace the model's own.
     """
     found = lowered()
     if not found:

@@ -44,7 +44,7 @@ R = TypeVar("R")
 
 @dataclass
 class _Live:
-    """The modules and live tensors of a problem, looked up once for all that happens in one hypergradient."""
+    """The modules and live tensors of a problem, looked up once for each hypergradient."""
 
     parts: list[nn.Module]
     weights: Tree
@@ -59,7 +59,7 @@ class _Live:
 
 
 def _clones(buffers: Tree) -> Tree:
-    """Clones of buffers, into which a forward pass may write."""
+    """Clones of buffers, for a forward pass to write into."""
     return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
@@ -73,19 +73,19 @@ class Problem:
         train_loss: L_T as ``train_loss(model, hparams, batch) -> scalar``: ordinary PyTorch, ``model(x)``,
             ``model.named_parameters()``, ``hparams["weight_decay"]``.
         val_loss: L_V, likewise. It may call ``model.eval()``: the mode is restored after each call. It may return a vector
-            of R losses (tasks, groups, folds): each then gets a hypergradient of its own.
-        has_aux: whether ``train_loss`` returns ``(loss, aux)``, as in ``torch.func``; default ``False``. If so, that pair is
-            ``loss(batch)``: an accuracy, a hidden state, what the loop wants beside the loss. ``val_loss`` may return a pair
-            too. The ``aux`` of a ``CompositeLoss`` is z, what ``predict`` returned.
-        process_group: the ranks that train together: L_T and L_V are the means of theirs. ``"auto"``, the default: those of
-            the ``DistributedDataParallel``, else all, where ``torch.distributed`` is initialised; ``None``: this one alone.
+            of R losses (tasks, groups, folds): each then gets its own hypergradient.
+        has_aux: whether ``train_loss`` returns ``(loss, aux)``, as in ``torch.func``; default ``False``. If so, ``loss``
+            returns the pair: ``aux`` is an accuracy, a hidden state, or whatever else the loop needs. ``val_loss`` may
+            return a pair too. The ``aux`` of a ``CompositeLoss`` is z, what ``predict`` returned.
+        process_group: the ranks that train together, over which L_T and L_V are averaged. ``"auto"``, the default: those of
+            the ``DistributedDataParallel``, else all if ``torch.distributed`` is initialised; ``None``: this process alone.
 
     Raises:
         TypeError: ``model`` or ``hparams`` is no module, a loss can't be called with (model, hparams, batch), or a weight is
             complex or sharded.
         ValueError: there is no weight or no hyperparameter to learn, one has no values yet, a tensor is both, or ``hparams``
-            is a part of ``model``. When called, a loss that returns no real scalar, that writes into weights or
-            hyperparameters instead of only reading them, or that uses others than those it is given.
+            is a part of ``model``. When called, a loss returns no real scalar, writes into weights or hyperparameters
+            instead of only reading them, or uses others than those in its arguments.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590).
 
@@ -98,8 +98,8 @@ class Problem:
     (['weight'], ['decay'])
     """
 
-    _live: _Live | None = None  # inside untouched and call: others may stand in the places of the live tensors there
-    _given: dict[str, Tree] | None = None  # inside call: all weights, leaves and buffers that stand in place
+    _live: _Live | None = None  # inside untouched and call, where other tensors may be in place of the live ones
+    _given: dict[str, Tree] | None = None  # inside call: the weights, leaves and buffers that are in place of the live ones
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class Problem:
         if not isinstance(has_aux, bool):
             raise TypeError(f"has_aux={has_aux!r}: give True where train_loss returns (loss, aux), else False")
         self.model, self.train_loss, self.val_loss = unwrap(model), train_loss, val_loss
-        # A HyperParameters may itself hold names that begin with _orig_mod.
+        # A HyperParameters is not unwrapped, since its names may begin with _orig_mod.
         self.hparams = hparams if isinstance(hparams, HyperParameters) else unwrap(hparams)
         self.wrapper, self.process_group, self.has_aux = model, process_group, has_aux
         check_whole(self.model)
@@ -132,18 +132,18 @@ class Problem:
         self.check_learned()
         check_apart(self.model.named_parameters(), self.hparams.named_parameters())
         self._constants = DetachedView(self.hparams, beside=self.model)
-        self._checked: set[LossName] = set()  # the losses that were looked at closely, at their first evaluation
+        self._checked: set[LossName] = set()  # the losses that were checked, at their first evaluation
         self.has_trained = False
 
     def check_learned(self) -> None:
-        """Raise where everything is frozen."""
+        """Raise ``ValueError`` if all weights or all hyperparameters are frozen."""
         if not self.weights():
             raise ValueError("no weight of the model requires a gradient: nothing is trained")
         if not self.leaves():
             raise ValueError("no parameter of hparams requires a gradient: there is nothing to learn")
 
     def weights(self) -> Tree:
-        """The weights w that require a gradient, by the model's names; inside :meth:`call` those that were given."""
+        """The weights w that require a gradient, by the model's names; inside :meth:`call`, those that it was given."""
         return {name: p for name, p in self._named("weights", self.model).items() if p.requires_grad}
 
     def leaves(self) -> Tree:
@@ -156,12 +156,12 @@ class Problem:
         return dict(module.named_parameters()) if self._live is None else getattr(self._live, kind)
 
     def loss(self, batch: Any) -> Any:
-        """L_T on the live model, for the inner step: hyperparameters are constants here and cost nothing.
+        """L_T on the live model, for the inner step; hyperparameters are constants here and cost nothing.
 
         Returns:
             The loss, a scalar; with ``has_aux`` the pair ``(loss, aux)``.
         """
-        torch.clear_autocast_cache()  # under one autocast around the whole loop it would hold the first step's weights
+        torch.clear_autocast_cache()  # under one autocast around the whole loop it would keep the first step's weights
         if not self.has_trained:
             self.has_trained = True
             warn_of_compiled_aside(self.wrapper)
@@ -174,17 +174,17 @@ class Problem:
             return (loss, aux) if self.has_aux else loss
 
     def call(self, weights: Tree, leaves: Tree, function: Callable[[], R]) -> R:
-        """``function()`` with these tensors in the places of weights and hyperparameters, and clones for buffers.
+        """``function()`` with these tensors in place of weights and hyperparameters, and with clones of the buffers.
 
         This is ``torch.func.functional_call`` on model and hyperparameters as one module. Inside, :meth:`evaluated` gives
-        losses as functions of the tensors. A backward pass belongs inside as well: activation checkpointing runs the model
-        again during it, and has to find the same tensors.
+        losses as functions of the tensors. Backward passes must also be inside: activation checkpointing runs the model
+        again during them, and needs the same tensors.
         """
         with self._looked_up() as live:
             given = {"model." + name: t for name, t in weights.items()}
             given |= {"hparams." + name: t for name, t in leaves.items()}
             outside = self._given
-            buffers: Tree = dict(self.joint.named_buffers()) if live.buffers else {}  # others may stand here already
+            buffers: Tree = dict(self.joint.named_buffers()) if live.buffers else {}  # perhaps replaced by others already
             self._given = {"weights": live.weights | weights, "leaves": live.leaves | leaves, "buffers": buffers}
             try:
                 return functional_call(self.joint, given | _clones(buffers), (function,))
@@ -193,16 +193,16 @@ class Problem:
 
     @contextmanager
     def evaluated(self, name: LossName, batch: Any) -> Iterator[tuple[Tensor, LossParts | None]]:
-        """The named loss, and its parts where it shows them, of the tensors that stand in the model's place.
+        """The named loss at the tensors of :meth:`call`, and its parts if it is a ``CompositeLoss``.
 
-        Of several micro-batches it is the mean of the losses. They alone are computed under the user's autocast. On leaving,
-        modes and plain attributes are put back, so the backward passes through a loss belong inside.
+        For several micro-batches it is the mean of their losses. Only losses are computed under the user's autocast. Modes
+        and plain attributes are restored on exit, so backward passes through a loss must be inside.
         """
         assert self._live is not None, "evaluated is for use inside call"
         assert self._given is not None
         live, weights, leaves = self._live, self._given["weights"], self._given["leaves"]
         first = name not in self._checked and torch.is_grad_enabled()
-        renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes into these
+        renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes to these
         given = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
         given |= _clones(self._given["buffers"])
         with uncompiled(), restore_attributes(live.parts):
@@ -223,7 +223,7 @@ class Problem:
     def pure(
         self, name: LossName, weights: Tree, leaves: Tree, batch: Any, use: Callable[[Tensor, LossParts | None], R]
     ) -> R:
-        """``use(loss, parts)`` of the named loss as a pure function of these tensors: one evaluation by itself."""
+        """``use(loss, parts)`` of the named loss as a pure function of these tensors: ``evaluated`` inside ``call``."""
 
         def inside() -> R:
             with self.evaluated(name, batch) as (loss, parts):
@@ -241,7 +241,7 @@ class Problem:
             return (losses if name == "val_loss" else scalar)(name, value), parts
 
     def call_loss(self, name: LossName, model: Any, hparams: Any, batch: Any) -> tuple[Any, LossParts | None, Any]:
-        """What the named loss returned, not yet checked; its parts, where it shows them; and what it returned beside it."""
+        """What the named loss returned, not yet checked; its parts, if it is a ``CompositeLoss``; and its ``aux``."""
         loss = getattr(self, name)
         if isinstance(loss, CompositeLoss):
             parts = loss.parts(model, hparams, batch)
@@ -252,14 +252,14 @@ class Problem:
 
     @property
     def ranks(self) -> Ranks:
-        """The processes whose losses are averaged, as they are now."""
+        """The processes over which losses are averaged, looked up now."""
         if self.process_group != "auto":
             return Ranks(self.process_group)
         group = process_group_of(self.wrapper)
         return Ranks.all() if group is None else Ranks(group)
 
     def check_ranks(self) -> None:
-        """Raise where the ranks do not have the same weights and hyperparameters."""
+        """Raise ``ValueError`` if the ranks do not have the same weights and hyperparameters."""
         if self.ranks.size == 1:
             return
         remedy = "wrap the model in DistributedDataParallel and give that to Problem"
@@ -270,15 +270,13 @@ class Problem:
         """The states of the random generators that a loss may draw from, by device."""
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
-            tensors = (*self.joint.parameters(), *self.joint.buffers())
-            states |= {
-                device: torch.cuda.get_rng_state(device) for device in sorted({str(p.device) for p in tensors if p.is_cuda})
-            }
+            devices = {str(t.device) for t in (*self.joint.parameters(), *self.joint.buffers()) if t.is_cuda}
+            states |= {device: torch.cuda.get_rng_state(device) for device in sorted(devices)}
         return states
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """What runs inside leaves all random generators as they were, has gradients enabled, and second derivatives.
+        """Restore all random generators afterwards; inside, gradients are enabled and second derivatives exist.
 
         So the dropout masks of a hyperstep's training loss are those of the next training step.
         """
@@ -299,7 +297,7 @@ class Problem:
 
     @contextmanager
     def _looked_up(self) -> Iterator[_Live]:
-        """The live modules and tensors, looked up by the outermost call."""
+        """The live modules and tensors, looked up in the outermost of nested calls."""
         outside = self._live
         self._live = outside or _Live.of(self)
         try:
@@ -309,7 +307,7 @@ class Problem:
 
 
 def set_generators(states: Mapping[str, Tensor]) -> None:
-    """Put the random generators into these states, which are on the host."""
+    """Set the random generators to these states, which are on the host."""
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""A random stream of its own for what is drawn aside: the process's generators go on as if nothing had been drawn."""
+"""A separate random stream, so that the process's generators go on as if nothing had been drawn."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Generators = Mapping[str, torch.Generator]
 
 
 class RandomStream:
-    """Random states that take the place of the process's own while something is drawn.
+    """Random states that replace the process's own while something is drawn.
 
-    They are those of Python's, NumPy's and torch's global generators, the last on CPU and CUDA, and of other generators of
-    torch that are given. The global ones begin with a seed that is made of ``torch.initial_seed()``, which is only read, and
-    of a name; the others begin as they stand.
+    They are those of the global generators of Python, NumPy and torch, on CPU and CUDA, and of other torch generators that
+    are given. The global ones start from a seed made of ``torch.initial_seed()``, which is only read, and of a name; the
+    others start from their present states.
 
     Args:
-        name: streams of different names draw different numbers.
+        name: streams with different names draw different numbers.
 
     >>> stream, before = RandomStream("val_batches"), torch.get_rng_state()
     >>> with stream.drawing():
@@ -43,14 +43,11 @@ class RandomStream:
 
     @contextmanager
     def drawing(self, others: Generators | None = None) -> Iterator[Callable[[], dict[str, Any]]]:
-        """Inside, random numbers come from this stream. Outside, all generators stay as they were.
-
-        What is yielded reads where the stream stands.
-        """
+        """Inside, random numbers come from this stream. Outside, no generator changes. Yields a function for its state."""
         others = others or {}
         outside = _read(others)
         try:
-            if "python" not in self._states:  # fresh, or of a checkpoint that has torch's states only
+            if "python" not in self._states:  # new, or from a checkpoint that has torch's states only
                 _seed(torch.initial_seed() + zlib.crc32(self._name.encode()))
             _put(self._states, others)
             yield partial(_read, others)
@@ -59,21 +56,21 @@ class RandomStream:
             _put(outside, others)
 
     def states(self) -> dict[str, Any]:
-        """Where it stands; empty before it was first drawn from."""
+        """Its present states; empty before the first use."""
         return dict(self._states)
 
     def load(self, states: Mapping[str, Any]) -> None:
-        """Go to where states were read; to the beginning if they are empty."""
+        """Go to these states; to the beginning if they are empty."""
         self._states = dict(states)
 
 
 def global_states() -> Tree:
-    """The states of the global generators as they are now, for a checkpoint."""
+    """The present states of the global generators, for a checkpoint."""
     return to_tensors(_read({}))
 
 
 def set_global_states(tensors: Mapping[str, Tensor]) -> None:
-    """Put the global generators into these states.
+    """Set the global generators to these states.
 
     >>> states = global_states()
     >>> first = torch.rand(2)
@@ -86,7 +83,7 @@ def set_global_states(tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def python_and_numpy_untouched() -> Iterator[None]:
-    """What runs inside leaves Python's and NumPy's global generators as they were."""
+    """Restore Python's and NumPy's global generators afterwards."""
     outside = {name: state for name, state in _read({}).items() if name in ("python", "numpy")}
     try:
         yield
@@ -97,7 +94,7 @@ def python_and_numpy_untouched() -> Iterator[None]:
 def to_tensors(states: Mapping[str, Any]) -> Tree:
     """States as tensors of bytes, for a checkpoint.
 
-    >>> states = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
+    >>> states = {"python": random.getstate(), "numpy": np.random.get_state()}
     >>> from_tensors(to_tensors(states))["python"] == states["python"]
     True
     """
@@ -107,14 +104,15 @@ def to_tensors(states: Mapping[str, Any]) -> Tree:
             version, words, gauss = state
             found[name] = _packed([version, gauss is not None, gauss or 0.0], words)
         elif name == "numpy":
-            found[name] = _packed([state["state"]["pos"], state["has_gauss"], state["gauss"]], state["state"]["key"])
+            _, key, pos, has_gauss, gauss = state
+            found[name] = _packed([pos, has_gauss, gauss], key)
         else:
             found[name] = state
     return found
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The states again."""
+    """The states from their tensors."""
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name == "python":
@@ -122,8 +120,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             found[name] = int(version), tuple(words.tolist()), gauss if has_gauss else None
         elif name == "numpy":
             (pos, has_gauss, gauss), key = _unpacked(tensor)
-            inner = {"key": key, "pos": int(pos)}
-            found[name] = {"bit_generator": "MT19937", "state": inner, "has_gauss": int(has_gauss), "gauss": gauss}
+            found[name] = "MT19937", key, int(pos), int(has_gauss), gauss
         else:
             found[name] = tensor.cpu()
     return found
@@ -149,17 +146,17 @@ def _seed(seed: int) -> None:
 
 
 def _read(others: Generators) -> dict[str, Any]:
-    """All states by name; torch's on the CPU has the empty one."""
+    """All states by name; that of torch on the CPU has the empty name."""
     states: dict[str, Any] = {"": torch.get_rng_state(), "python": random.getstate()}
     if _numpy_is_plain():
-        states["numpy"] = np.random.get_state(legacy=False)
+        states["numpy"] = np.random.get_state()
     if torch.cuda.is_initialized():
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return states | {name: generator.get_state() for name, generator in others.items()}
 
 
 def _put(states: Mapping[str, Any], others: Generators) -> None:
-    """Set what is both in ``states`` and here."""
+    """Set those generators that are both in ``states`` and in this process."""
     for name, state in states.items():
         if name == "":
             torch.set_rng_state(state)
@@ -175,7 +172,7 @@ def _put(states: Mapping[str, Any], others: Generators) -> None:
 
 
 def _numpy_is_plain() -> bool:
-    """Whether NumPy's global generator is the one that it comes with, not another kind that the user has set."""
+    """Whether NumPy's global generator is its default, not another kind that the user has set."""
     return type(np.random.mtrand._rand._bit_generator) is np.random.MT19937
 
 

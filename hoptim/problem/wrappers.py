@@ -1,4 +1,4 @@
-"""The wrappers that a model may be in: the wrapper is called, and the module inside it has the names."""
+"""Wrappers around a model: the wrapper is called, but names are those of the module inside."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def without_wrappers(name: str) -> str:
 
 
 def warn_of_compiled_aside(given: nn.Module) -> None:
-    """Warn where ``torch.compile`` wraps the model that ``Problem`` was given, whose training therefore runs uncompiled."""
+    """Warn if ``torch.compile`` wraps the model that ``Problem`` was given, so that the training runs uncompiled."""
     if "torch._dynamo" not in sys.modules or is_compiled(given):
         return
     layers = list(_layers(given))
@@ -74,9 +74,9 @@ def _of_model(function: Callable[..., Any]) -> Any:
 
 
 class Facade:
-    """The wrapper when it is called, so that its hooks run; in everything else the model inside.
+    """An object that calls the wrapper, so that its hooks run, and is the model inside in everything else.
 
-    So a loss that reads ``model.named_parameters()`` sees no ``module.`` and no ``_orig_mod.``, just as in a hypergradient.
+    So a loss that reads ``model.named_parameters()`` sees no ``module.`` and no ``_orig_mod.``, as in a hypergradient.
 
     >>> wrapper = nn.DataParallel(nn.Linear(1, 1))
     >>> seen = Facade(wrapper, wrapper.module)
@@ -103,14 +103,14 @@ class Facade:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Inside, compiled modules and functions run as they were written, because compiled graphs have no double backward."""
+    """Inside, compiled modules and functions run eagerly, because compiled graphs have no double backward."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and importing it takes seconds
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise where weights are sharded, or belong to TorchScript."""
+    """Raise ``TypeError`` if weights are sharded or belong to TorchScript."""
     for part in model.modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -87,14 +88,8 @@ def by_dual_numbers(problem: Problem, inputs: Inputs, layout: Layout, tensors: S
 
 def _evaluate(problem: Problem, inputs: Inputs, use: Callable[[Tensor, LossParts | None], Derivatives]) -> Derivatives:
     """``use(loss, parts)`` of the training loss, with the inputs in place of the live tensors."""
-
-    def evaluate() -> Derivatives:
-        with problem.evaluated("train_loss", inputs.batch) as (loss, parts):
-            return use(loss, parts)
-
-    def with_weights() -> Derivatives:
-        return problem.call(inputs.weights | inputs.frozen, inputs.leaves | inputs.constant, evaluate)
-
+    weights, leaves = inputs.weights | inputs.frozen, inputs.leaves | inputs.constant
+    evaluate = partial(problem.pure, "train_loss", weights, leaves, inputs.batch, use)
     with torch.enable_grad():
-        found: Derivatives = functional_call(problem.joint, inputs.buffers, (with_weights,))
+        found: Derivatives = functional_call(problem.joint, inputs.buffers, (evaluate,))
     return found
