@@ -39,9 +39,9 @@ solver, most of all on the worst problem. It has to know the parts of the loss, 
 True
 True
 
-Gauss-Newton sees the model through the criterion's curvature in z. One that is linear in z, as `nll_loss` is in the
-log-probabilities of a model that ends in `log_softmax`, has none, and is an error: let `predict` return the logits and take
-`cross_entropy`, or take `Implicit(curvature=Exact())`. L1 and hinge losses are piecewise linear: take `Exact()`.
+Gauss-Newton needs a criterion with curvature in z. A criterion that is linear in z, as `nll_loss` is in log-probabilities,
+is an error: let `predict` return the logits instead of `log_softmax` and take `cross_entropy`, or take
+`Implicit(curvature=Exact())`. L1 and hinge losses are piecewise linear: take `Exact()`.
 
 # Damping
 
@@ -50,17 +50,17 @@ price of a bias. The default, five terms of MINRES, needs none.
 
 # Noisy batches
 
-On small batches the curvature is noisy. `Averaged(batches=4)` takes the mean over several batches, the first being the
-hyperstep's own and the others from `train_batches`. On batches of 16 it raises the default's cosine to the truth from
-0.52 to 0.64, at about three times the cost. With `Sampled()` each product sees another batch: take it with
-`Neumann`, which is the default then; Krylov solvers need the same A in each product and refuse it.
+On small batches the curvature is noisy. `Averaged(batches=4)` takes the mean over several batches: the hyperstep's own and
+others from `train_batches`. On batches of 16 it raises the default's cosine to the truth from 0.52 to 0.64, at about three
+times the cost. With `Sampled()` each product takes another batch. The default solver is then `Neumann`; Krylov solvers need
+the same A in each product and refuse it.
 
 # Models without second derivatives
 
 Some operations have no second derivative in torch: `once_differentiable` functions, EmbeddingBag, hardsigmoid, fused
 kernels. The error names the operation, and `Implicit(curvature=FiniteDifference())` works instead. It evaluates all
-gradients with the same random state, so that dropout masks agree. An autocast *inside* a loss cannot be seen from
-outside: use `FiniteDifference(step=0.1)` there.
+gradients with the same random state, so that dropout masks agree. It cannot see an autocast *inside* a loss: use
+`FiniteDifference(step=0.1)` there.
 
 # Compiled products
 
@@ -68,14 +68,14 @@ outside: use `FiniteDifference(step=0.1)` there.
 for each hypergradient and a part that is run for each product, and compile both. With 20 terms of Neumann this takes 0.63
 to 0.92 of the eager time for `Exact`, 0.57 to 0.88 for `GaussNewton` (`python scripts/benchmark.py --only compiled`).
 Compilation takes 6 to 29 s, once for each run and each shape of batch; when only values change, nothing is compiled
-again. A loss that cannot be traced is computed as without `compile`, with a warning that names the operation. A Python
-value that the loss reads is built into the compiled code. If it changes, the products no longer agree with plain
-PyTorch, which is checked by value, and they are compiled again.
+again. A loss that cannot be traced is not compiled, with a warning that says why. A Python value that the loss reads is
+built into the compiled code. If it changes, the products no longer agree with plain PyTorch, which is checked regularly,
+and they are compiled again.
 
 # Several right-hand sides
 
-If the validation loss returns R losses, their solves share each product. R vectors go through the graph at once; where
-there are more than 2²⁰ weights, or convolutions, they go one by one, which is faster there.
+If the validation loss returns R losses, their solves share each product. The R vectors go through the graph at once, or one
+by one with more than 2²⁰ weights or with convolutions, where that is faster.
 
 A curvature of your own: see `hoptim`.
 """

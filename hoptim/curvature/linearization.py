@@ -158,14 +158,10 @@ class GradientGraph:
         )
 
 
-def symmetric(product: Callable[[Tree, bool], OptionalTree], layout: Layout, *, is_fixed: bool = True) -> Symmetric:
+def symmetric(product: Callable[[Tree, bool], OptionalTree], layout: Layout) -> Symmetric:
     """The symmetric operator of a product of named tensors; its second argument says if they have a leading axis of R."""
     flat = on_flat(product, layout)
-
-    def apply(v: Tensor) -> Tensor:
-        return layout.flatten(flat(v), v.shape[:-1])
-
-    return Symmetric(apply, like=torch.empty(layout.size, dtype=layout.dtype, device=layout.device), is_fixed=is_fixed)
+    return Symmetric(lambda v: layout.flatten(flat(v), v.shape[:-1]), like=layout)
 
 
 def on_flat(product: Callable[[Tree, bool], OptionalTree], layout: Layout) -> Callable[[Tensor], OptionalTree]:

@@ -132,10 +132,11 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
         active = active & ~(beta <= 10 * torch.finfo(beta.dtype).eps * size)
         betas.append(torch.where(active, beta, 0.0))
         basis.append(scale_(w, torch.where(active, 1 / beta, 0.0)))
-    diagonal, beside = (torch.stack(part, -1).double().cpu() for part in (alphas, betas))
-    if not bool((diagonal.isfinite() & beside.isfinite()).all()):
+    diagonal, off_diagonal = (torch.stack(part, -1).double().cpu() for part in (alphas, betas))
+    if not bool((diagonal.isfinite() & off_diagonal.isfinite()).all()):
         raise ValueError("a product with A is infinite or NaN: look for functions without a second derivative in the loss")
-    T = torch.diag_embed(diagonal) + torch.diag_embed(beside[..., :-1], 1) + torch.diag_embed(beside[..., :-1], -1)
+    upper = torch.diag_embed(off_diagonal[..., :-1], 1)
+    T = torch.diag_embed(diagonal) + upper + upper.mT
     values, vectors = torch.linalg.eigh(T)
     return Ritz(values=values, weights=vectors[..., 0, :] ** 2, steps=taken.cpu().long())
 

@@ -32,8 +32,8 @@ class Operator(ABC):
     dtype: torch.dtype
     device: torch.device
 
-    def __init__(self, like: Tensor | Operator, *, is_symmetric: bool = False, is_fixed: bool = True) -> None:
-        self.size = like.size if isinstance(like, Operator) else len(like)
+    def __init__(self, like: Tensor | Layout | Operator, *, is_symmetric: bool = False, is_fixed: bool = True) -> None:
+        self.size = len(like) if isinstance(like, Tensor) else like.size
         self.dtype, self.device = like.dtype, like.device
         self.is_symmetric, self.is_fixed = is_symmetric, is_fixed
 
@@ -67,7 +67,7 @@ class Symmetric(Operator):
 
     Args:
         product: v ↦ A v, for v of shape (n,) or (R, n).
-        like: a vector of its space; only its length, type and device are used.
+        like: a vector of its space, or a layout of one; only its size, type and device are used.
         is_fixed: whether A is the same in each product, default ``True``.
 
     >>> A = Symmetric(lambda v: 2 * v, like=torch.ones(2))
@@ -75,7 +75,9 @@ class Symmetric(Operator):
     tensor([3., 3.])
     """
 
-    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor | Operator, *, is_fixed: bool = True) -> None:
+    def __init__(
+        self, product: Callable[[Tensor], Tensor], like: Tensor | Layout | Operator, *, is_fixed: bool = True
+    ) -> None:
         super().__init__(like, is_symmetric=True, is_fixed=is_fixed)
         self._product = product
 

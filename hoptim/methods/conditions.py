@@ -132,9 +132,8 @@ class _Jacobian(Operator):
     """A = P·H + D on the weights that the optimizer moves, the others being held fixed."""
 
     def __init__(self, update: _Update, *, transposed: bool = False) -> None:
-        layout, self.H = update.layout, update.gradient.A
-        super().__init__(torch.empty(layout.size, dtype=layout.dtype, device=layout.device), is_fixed=self.H.is_fixed)
-        self.update, self.transposed = update, transposed
+        super().__init__(update.layout, is_fixed=update.gradient.A.is_fixed)
+        self.update, self.H, self.transposed = update, update.gradient.A, transposed
 
     @property
     def T(self) -> Operator:  # noqa: N802

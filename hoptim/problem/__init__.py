@@ -1,4 +1,4 @@
-"""Models and losses: what to write, and what may be in it.
+"""Models and losses: how to write them, and what they may contain.
 
 A `Problem` holds a model, hyperparameters and two losses. A loss is ordinary PyTorch, `loss(model, hparams, batch) ->
 scalar`:
@@ -30,8 +30,8 @@ next hyperstep.
 >>> all(p.grad is not None for p in model.parameters()), all(leaf.grad is None for leaf in hparams.parameters())
 (True, True)
 
-With `has_aux=True` the training loss returns a pair, as in `torch.func`, and the loop gets it: an accuracy for the log, the
-hidden state of an RNN. Only the first of the two is differentiated.
+With `has_aux=True` the training loss returns a pair, as in `torch.func`, and the loop gets both: the loss, and for example
+an accuracy for the log or the hidden state of an RNN. Only the loss is differentiated.
 
 >>> def with_accuracy(model, hparams, batch):
 ...     x, y = batch
@@ -41,11 +41,11 @@ hidden state of an RNN. Only the first of the two is differentiated.
 >>> loss.requires_grad, 0 <= accuracy <= 1
 (True, True)
 
-Use the model and the hyperparameters that the loss is given, not others: in a hypergradient other tensors stand in their
-place. A loss may switch the mode with `model.eval()`: it is restored after each call. A `val_loss` that runs dropout or batch
-norm in training mode is warned of once; if random masks are meant there, silence it by
+Use the model and the hyperparameters that the loss is given, not others: during a hypergradient other tensors are in their
+place. A loss may switch the mode with `model.eval()`: it is restored after each call. If `val_loss` runs dropout or batch
+norm in training mode, there is one warning; if you want random masks there, silence it with
 `warnings.filterwarnings("ignore", "val_loss runs .* in training mode")`. A loss that writes into weights or
-hyperparameters, or uses a model other than the one that it is given, is an error.
+hyperparameters, or uses another model than the one that it is given, is an error.
 
 # Hyperparameters
 
@@ -59,14 +59,14 @@ optimizer moves the leaves, `hparams.parameters()`, which are unconstrained:
 | `unit_interval` | 1 / (1 + exp(−θ)) | example weights, probabilities |
 | `nonnegative` | θ, set to 0 if an outer step makes it negative | decays that may vanish, learned options of the inner optimizer |
 
-All others of `torch.distributions.constraints` that have a bijection work as well. Names may hold dots, so that a decay
-can have the name of its weight. Any other `nn.Module` works in place of `HyperParameters`: a network that computes
-weights, a learned augmentation, learned images.
+All other `torch.distributions.constraints` with a bijection work too. Names may contain dots, so that a decay can have the
+name of its weight. Any other `nn.Module` works in place of `HyperParameters`: a network that computes weights, a learned
+augmentation, learned images.
 
 # Several validation losses
 
 If `val_loss` returns a vector of R losses (tasks, groups, folds), each gets its own hypergradient from one batched solve.
-`val_weights` of `BilevelOptimizer` says how they add up, by default to their mean, and the record has the standard error.
+`val_weights` of `BilevelOptimizer` weights them, by default equally, and the record has the standard error of their mean.
 
 >>> def two(model, hparams, batch):
 ...     x, y = batch
@@ -77,7 +77,7 @@ If `val_loss` returns a vector of R losses (tasks, groups, folds), each gets its
 
 # Which models work
 
-Each row is tested; what is computed is compared with plain autograd on a copy, or with dense linear algebra in float64.
+Each row is tested against plain autograd on a copy, or against dense linear algebra in float64.
 
 | models | | tests |
 |---|---|---|
@@ -92,13 +92,14 @@ Each row is tested; what is computed is compared with plain autograd on a copy, 
 
 # Limits
 
-- A module that writes in place into a plain tensor attribute, not a buffer, keeps what it wrote in a hyperstep.
+- A hyperstep restores buffers and tensors that are attributes of a module. A tensor in a list or dict keeps what a forward
+  pass writes into it in place.
 - A loss that draws from Python's or NumPy's random generators, instead of torch's, gets other numbers in each evaluation of
-  one hyperstep, so that `FiniteDifference` and `Unrolled` see noise. A hyperstep leaves all three as they were.
-- `torch.compile(model)` has to come before `Problem`, which is given what it returns; `model.compile()` may come later. One
-  that wraps the model past the problem before the first loss is warned of; after that it is not seen.
-- An autocast *inside* a loss cannot be seen from outside: use `FiniteDifference(step=0.1)`.
-- Weights that require a gradient but are not in the inner optimizer are taken to be trained; a warning names them.
+  one hyperstep, so that `FiniteDifference` and `Unrolled` see noise. A hyperstep restores all three generators.
+- Call `torch.compile(model)` first and give `Problem` what it returns; `model.compile()` may come later. If `torch.compile`
+  wraps a model that `Problem` already has, there is a warning, but only if this happens before the first loss.
+- `FiniteDifference` cannot see an autocast *inside* a loss: use `FiniteDifference(step=0.1)`.
+- Weights that require a gradient but are not in the inner optimizer are assumed to be trained; a warning names them.
 """
 
 # ruff: noqa: E501 (a row of a table has to be one line)

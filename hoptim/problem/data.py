@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +138,8 @@ class _Draws:
 
 def _length(source: Iterable[Any]) -> int | None:
     try:
-        return len(source) if isinstance(source, Sized) else None
-    except TypeError:  # a DataLoader over an iterable data set has a __len__ that raises
+        return len(source)  # type: ignore[arg-type]
+    except TypeError:  # also from a DataLoader over an iterable data set, which has a __len__
         return None
 
 

@@ -18,22 +18,26 @@ _ABSENT = object()
 
 
 class DetachedView:
-    """A persistent gradient-free view of a module, sharing memory.
+    """A gradient-free view of a module, sharing memory: a context manager that gives the view of the module as it is now.
 
     Each module has a counterpart of the same class, whose attributes are the module's own objects: buffers, dicts, arrays,
     locks. Only parameters and modules are replaced by their counterparts: attributes, items of a list, tuple or dict, and
-    owners of a method or targets of a weak reference. Switching ``requires_grad`` off in the module itself would break
-    activation checkpointing, which runs the loss again during the backward pass.
+    owners of a method or targets of a weak reference. Attributes assigned in the view are assigned in the module. Switching
+    ``requires_grad`` off in the module itself would break activation checkpointing, which runs the loss again during the
+    backward pass.
 
     Args:
         module: the hyperparameters.
         beside: the model. It has no counterpart: if ``module`` holds a layer of it, the view holds the same layer.
 
+    Raises:
+        ValueError: on exit, if a hyperparameter was written to.
+
     >>> hparams = nn.ParameterDict({"decay": nn.Parameter(Tensor([1.0]))})
     >>> view = DetachedView(hparams)
     >>> hparams["decay"].data.fill_(2.0)
     tensor([2.])
-    >>> with view.present() as seen:
+    >>> with view as seen:
     ...     seen["decay"], seen["decay"].requires_grad
     (Parameter containing:
     tensor([2.]), False)
@@ -46,14 +50,6 @@ class DetachedView:
 
     def __reduce__(self) -> Any:
         return DetachedView, (self.module, self.beside)
-
-    def present(self) -> DetachedView:
-        """The view of ``module`` as it is now, as a context; what is assigned to its attributes is assigned to ``module``.
-
-        Raises:
-            ValueError: a hyperparameter is written into inside.
-        """
-        return self
 
     def __enter__(self) -> nn.Module:  # not a generator, which would cost more than all these comparisons
         if self._theirs.has_changed():

@@ -17,11 +17,6 @@ from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 SAME = 1e-6  # vectors of the ranks count as the same up to this share of their length
 
 
-def is_first() -> bool:
-    """Whether this process is the one that logs: rank 0, or the only process."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
 @dataclass(frozen=True)
 class Ranks:
     """Processes with the same weights and hyperparameters, each with batches of its own.
@@ -120,6 +115,11 @@ class Ranks:
                 f"the {what} differ between the {self.size} ranks (their norms go from {-low:.7g} to {high:.7g}): {remedy}. "
                 "Where each rank trains alone, say so with Problem(..., process_group=None)"
             )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that logs: rank 0, or the only process."""
+    return Ranks.all().rank == 0
 
 
 class OverRanks(Wrapped):

@@ -180,10 +180,10 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
 def check_given(name: str, loss: Tensor, live: Mapping[int, str]) -> None:
     """Raise if a loss depends on the live tensors (their names by id) instead of those in its arguments."""
     ends = (node for node in nodes([loss]) if node.name().endswith("AccumulateGrad"))
-    if past := sorted({live[id(node.variable)] for node in ends if id(node.variable) in live}):
+    if bypassed := sorted({live[id(node.variable)] for node in ends if id(node.variable) in live}):
         raise ValueError(
-            f"{name} uses {past[:5]} past the model and hparams that it is given, so that their derivative would be wrong: "
-            "take them from its arguments, inside the loss, not from a closure, a list or a value made before"
+            f"{name} uses {bypassed[:5]}, but not through the model and hparams that it is given, so their derivative "
+            "would be wrong: take them from its arguments, inside the loss, not from a closure, a list or an earlier value"
         )
 
 

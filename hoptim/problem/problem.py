@@ -167,7 +167,7 @@ class Problem:
             warn_of_compiled_aside(self.wrapper)
         model = self.model if self.wrapper is self.model else Facade(self.wrapper, self.model)
         note = annotate_errors("train_loss was called with a batch that is", batch, self.hparams)
-        with self._constants.present() as constants, note:
+        with self._constants as constants, note:
             value, _, aux = self.call_loss("train_loss", model, constants, batch)
             loss = scalar("train_loss", value)
             self._constants.check_detached(loss)
