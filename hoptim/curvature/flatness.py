@@ -56,11 +56,11 @@ def has_curvature(parts: LossParts) -> bool | None:
         value = parts.criterion(place)
         if not value.requires_grad:
             return torch.zeros_like(place), False
-        (slope,) = torch.autograd.grad(value, place, create_graph=True, allow_unused=True)
-        if slope is None or not slope.requires_grad:
-            return torch.zeros_like(place) if slope is None else slope, False
-        (Hv,) = torch.autograd.grad(slope, place, v, allow_unused=True)
-        return slope.detach(), Hv is not None and bool(Hv.any())
+        (slope,) = torch.autograd.grad(value, place, create_graph=True, materialize_grads=True)
+        if not slope.requires_grad:
+            return slope, False
+        (Hv,) = torch.autograd.grad(slope, place, v, materialize_grads=True)
+        return slope.detach(), bool(Hv.any())
 
     slope, is_curved = look(z)
     if is_curved or z.is_complex() or not slope.isfinite().all():

@@ -6,12 +6,12 @@ import warnings
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from hoptim.curvature.linearization import GradientGraph, Point, as_leaves
 from hoptim.linalg import vectors
+from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.vectors import Layout, Tree
 from hoptim.linalg.vjp import no_second_derivative, nodes
 from hoptim.problem.mixed_precision import epsilon_of_losses
@@ -59,7 +59,7 @@ def _error_by_differences(problem: Problem, weights: Tree, leaves: Tree, batch: 
     """The relative error of A v against differences of gradients; 0 if it is small, or if two differences do not agree."""
     layout = Layout.of(weights)
     w = layout.flatten(weights).detach()
-    v = torch.randn(layout.size, generator=torch.Generator().manual_seed(0)).to(w)
+    v = gaussian(w)
     step = float(vectors.norm(w) / vectors.norm(v)) * epsilon_of_losses(*layout.dtypes) ** (1 / 3)
 
     def at(place: Tensor, product: bool) -> Tensor:

@@ -126,7 +126,7 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
         w = (A @ basis[-1]).clone()  # a product may share memory with the vector
         size = A.norm(w)
         alpha = orthogonalise_(A, w, basis)[-1]
-        alphas.append(torch.where(active, alpha, alphas[0] if alphas else alpha))  # of what has ended: inside the spectrum
+        alphas.append(torch.where(active, alpha, alphas[0] if alphas else alpha))  # after its end: a value in the spectrum
         taken = taken + active
         beta = A.norm(w)
         active = active & ~(beta <= 10 * torch.finfo(beta.dtype).eps * size)

@@ -74,7 +74,7 @@ class Ranks:
         if self.size == 1:
             return x
         layout = Layout.of(x)
-        return layout.unflatten(self.mean_vector(layout.flatten({name: t.detach() for name, t in x.items()})))
+        return layout.unflatten(self.mean_vector(layout.flatten(x)))
 
     def mean_of_found(self, found: Mapping[str, Tensor | None], like: Tree) -> OptionalTree:
         """The mean of tensors shaped as ``like``: a missing one counts as zero, and is ``None`` if all ranks lack it."""

@@ -229,8 +229,7 @@ def _bijection(name: str, constraint: Constraint | None) -> tuple[Constraint, Tr
     """The constraint of a hyperparameter, and the map onto it."""
     if not isinstance(name, str):
         raise TypeError(f"{name!r} is {describe_type(name)}: name a hyperparameter by a str")
-    if constraint is None:
-        return constraints.real, identity_transform
+    constraint = constraints.real if constraint is None else constraint
     if not isinstance(constraint, Constraint):
         raise TypeError(
             f"constraint of {name!r} is {describe_type(constraint)}: give an instance from torch.distributions.constraints"

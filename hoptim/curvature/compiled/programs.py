@@ -20,6 +20,7 @@ from hoptim.curvature.compiled.splitting import UntraceableError
 from hoptim.curvature.exact import DoubleBackward, Exact
 from hoptim.curvature.linearization import GradientGraph, Linearization, Point
 from hoptim.linalg import trees, vectors
+from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.vectors import Layout
 from hoptim.problem.mixed_precision import epsilon_of_losses, lowered
 from hoptim.problem.problem import Problem, set_generators
@@ -169,7 +170,7 @@ def _what_is_off(found: Linearization, point: Point, curvature: DoubleBackward, 
         plain = graph.linearization(curvature.of(graph))
         if plain.layout != found.layout:
             return "L_T touches other weights than it did"
-        v = torch.randn(plain.layout.size, generator=torch.Generator().manual_seed(0)).to(plain.value)
+        v = gaussian(plain.value)
         Bv, Bv2 = found.mixed(v), plain.mixed(v)
         leaves = Layout.of(trees.present(Bv) | trees.present(Bv2))
         for what, ours, theirs, absolute in (
