@@ -25,8 +25,8 @@ def check_criterion(point: Point) -> None:
     if found is False:
         raise ValueError(
             "the criterion is linear in what predict returns, at least piecewise, as nll_loss, L1 and hinge losses are: it "
-            "has no curvature, and GaussNewton would see nothing of the model. If predict ends in log_softmax, let it return"
-            " the logits, and take cross_entropy as the criterion; else give Implicit(curvature=hoptim.Exact())"
+            "has no curvature, and GaussNewton would see nothing of the model. If predict ends in log_softmax, let it "
+            "return the logits, and take cross_entropy as the criterion; else give Implicit(curvature=hoptim.Exact())"
         )
     if found:
         _CHECKED.add(point.problem)

@@ -89,6 +89,8 @@ class Linearization:
 
     def on(self, layout: Layout) -> Linearization:
         """The same for the weights of another layout: zero for those that this one does not have."""
+        if layout == self.layout:
+            return self
 
         def mixed(x: Tensor) -> OptionalTree:
             return self.mixed(self.layout.flatten(layout.unflatten(x), x.shape[:-1]))

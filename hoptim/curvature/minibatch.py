@@ -13,7 +13,7 @@ from torch import Tensor
 from hoptim.curvature.exact import Exact
 from hoptim.curvature.linearization import Curvature, Linearization, Point, check_curvature
 from hoptim.linalg import trees
-from hoptim.linalg.operators import Embedded, Mean, Symmetric
+from hoptim.linalg.operators import Mean, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.validation import is_whole
 
@@ -85,7 +85,7 @@ class Sampled(Curvature):
             def product(v: Tensor) -> Tensor:  # the same batch for all of R vectors
                 fresh = replace(point, batch=point.another_batch("Sampled"))
                 with self.curvature.linearize(fresh) as one:
-                    return Embedded(one.A, one.layout, base.layout) @ v
+                    return one.on(base.layout).A @ v
 
             yield replace(base, A=Symmetric(product, like=base.value, is_fixed=False))
 

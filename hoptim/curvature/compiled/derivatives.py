@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, point: Point) -> Inputs:
-        """The point's tensors, and the other ones of its problem."""
+        """The point's tensors, and all others that its problem holds."""
         joint, weights, leaves = point.problem.joint, point.weights, point.leaves
         frozen = {name: p.detach() for name, p in joint.model.named_parameters() if name not in weights}
         constant = {name: p.detach() for name, p in joint.hparams.named_parameters() if name not in leaves}
