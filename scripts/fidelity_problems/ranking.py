@@ -1,10 +1,10 @@
-"""Summaries of the rows: medians over seeds, and a ranking of the methods within a budget."""
+"""Summaries of the rows: medians over seeds, and rankings of the methods within a budget."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -22,7 +22,7 @@ class Rank:
     Attributes:
         method: its name.
         median: the median over problems of the median cosine over seeds.
-        mean: the mean of the same.
+        mean: the mean over problems of the same.
         low: the fifth percentile of ``mean`` over bootstrap samples of the seeds.
         high: the 95th.
         first: the share of bootstrap samples in which no method within the budget has a higher mean.
@@ -30,10 +30,10 @@ class Rank:
         worst: the lowest median cosine of any problem.
         worst_problem: which problem that is.
         worst_seed: the lowest cosine of all.
-        longest: the largest length relative to the truth: how much too long a step of the hyperparameters may be.
+        longest: the largest length over the true length: how many times too long a step of the hyperparameters may be.
         failed: the share of solves that failed.
         cost: the median over problems of the median cost, in training gradients.
-        dearest: the highest.
+        dearest: the highest median cost of any problem.
     """
 
     method: str
@@ -69,9 +69,10 @@ def summed_up(rows: Iterable[Row]) -> list[Figures]:
 
 
 def ranked(rows: Sequence[Row], budget: float, eligible: Callable[[str], bool] = bool, samples: int = 1000) -> list[Rank]:
-    """The methods whose median cost over problems is at most ``budget``, by mean over problems of the median cosine.
+    """The methods whose median cost over problems is at most ``budget``, ordered by their mean of median cosines.
 
-    Only methods that ran on every problem are compared. The bootstrap draws seeds of each problem, the same for all methods.
+    Only methods that ran on every problem are compared. The bootstrap resamples the seeds of each problem, in the same way
+    for all methods.
     """
     table: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -118,7 +119,7 @@ def _cost(group: Mapping[str, Mapping[int, Row]]) -> tuple[float, float]:
 
 
 def _resampled(cosines: Mapping[str, np.ndarray], samples: int) -> np.ndarray:
-    """The mean over problems of the median over resampled seeds: one row a method, one column a sample."""
+    """The mean over problems of the median over resampled seeds: a row for each method, a column for each sample."""
     generator, total = np.random.default_rng(0), 0.0
     for values in cosines.values():
         drawn = generator.integers(values.shape[1], size=(samples, values.shape[1]))
@@ -134,7 +135,7 @@ def _ranks(medians: np.ndarray) -> np.ndarray:
 
 
 def differences(now: Sequence[Figures], before: Sequence[Figures], least: float = 0.01) -> list[Figures]:
-    """The records whose median cosine or number of failures differs from a saved table, largest change first."""
+    """The records whose median cosine or number of failures differs from those saved before, largest change first."""
     old = {(one["problem"], one["method"]): one for one in before}
     changed = []
     for one in now:
@@ -148,11 +149,3 @@ def merged(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
     """The new rows, and the old rows that none of them replaces."""
     fresh = {(row.problem, row.method, row.seed) for row in new}
     return [*(row for row in old if (row.problem, row.method, row.seed) not in fresh), *new]
-
-
-def as_rows(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    return [Row(**record) for record in records]
-
-
-def as_records(rows: Iterable[Row]) -> list[Figures]:
-    return [asdict(row) for row in rows]
