@@ -19,7 +19,7 @@ Train = Callable[[Any], list[Tensor]]
 
 @contextlib.contextmanager
 def hypergradients() -> Iterator[list[Tensor]]:
-    """A list of the gradients that the outer optimizers, which alone are Adam here, are given in the meantime."""
+    """A list that collects the gradients which the outer optimizer gets; it is the only Adam in these scripts."""
     seen: list[Tensor] = []
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -35,7 +35,7 @@ def hypergradients() -> Iterator[list[Tensor]]:
 
 
 def difference(theirs: list[Tensor], ours: list[Tensor]) -> float:
-    """The largest ‖theirs − ours‖ / ‖ours‖ over all hypersteps of a run, NaN where hoptim refused some."""
+    """The largest ‖theirs − ours‖ / ‖ours‖ over all hypersteps of a run; NaN if hoptim skipped some."""
     if len(ours) < len(theirs):
         return float("nan")
     return max(float((a - b).norm() / b.norm()) for a, b in zip(theirs, ours, strict=True))
@@ -54,8 +54,8 @@ def compare(name: str, rows: dict[str, tuple[Train, Any]], repeats: int = 5) -> 
     """Print a line for each row.
 
     Args:
-        name: the other library's.
-        rows: by the name of one of hoptim's ``METHODS``, the other library's function, and what it is called with for that.
+        name: the name of the other library.
+        rows: for names of hoptim's ``METHODS``, the other library's function and the option that it is called with.
         repeats: how often each is run; times are medians.
     """
     print(f"{'':22} {'hypergradients':>15} {'test loss':^19} {'CPU seconds':^19}")
