@@ -14,11 +14,11 @@ pip install 'hoptim[tuners]'.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from common.search import check_optuna
 from common.tables import wide_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -66,12 +66,6 @@ def studied(keys: Sequence[tuple[str, int, str, int]], budget: int, path: Path, 
     return rows
 
 
-def check_installed() -> None:
-    """Exit with the remedy if Optuna is missing, before anything runs."""
-    if importlib.util.find_spec("optuna") is None:
-        raise SystemExit("Optuna is missing: pip install 'hoptim[tuners]', or leave it out with --only random hoptim")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = [*SETS, *map(str, COUNTS), *NAMES]
@@ -92,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     keys = wanted(options.only, options.seeds)
     if not options.saved and "optuna" in {method for _, _, method, _ in keys}:
-        check_installed()
+        check_optuna("--only random hoptim")
     rows = read(options.out) if options.saved else studied(keys, options.budget, options.out, options.root, console)
     if not rows:
         raise SystemExit(f"{options.out} has no rows yet: run this without --saved")

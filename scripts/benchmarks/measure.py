@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Calls = dict[str, Callable[[], Any]]
+SAMPLE = 0.02  # CPU seconds that a measurement takes at least
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Row:
     at_least: dict[str, float] = field(default_factory=dict)
 
 
-def in_turn(calls: Calls, rounds: int, at_least: float = 0.02) -> dict[str, list[float]]:
-    """CPU seconds of each call in each round. A sample repeats the call until it takes ``at_least`` seconds."""
+def in_turn(calls: Calls, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each call in each round. A short call is repeated, so that a measurement takes long enough."""
     repeats = {}
     for name, call in calls.items():
         call()  # warm up
-        repeats[name] = max(1, round(at_least / max(seconds(call, 1), 1e-6)))
+        repeats[name] = max(1, round(SAMPLE / max(seconds(call), 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls)[:: 1 if number % 2 == 0 else -1]:

@@ -17,10 +17,8 @@ import math
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the modules of scripts/ are found
 from common.means import mean_and_error
 from common.records import five_digits, read_records, write_records
+from common.search import check_optuna, tpe_study
 from common.tables import markdown
 from tasks.language import PENALTIES, RATES
 from tasks.run import Run
@@ -129,12 +128,9 @@ def by_optuna(seed: int) -> Iterator[Trial]:
     """The starting values, then what multivariate TPE suggests; the median pruner stops trials."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that multivariate is experimental
-        sampler = optuna.samplers.TPESampler(multivariate=True, n_startup_trials=4, seed=seed)
-    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=3))
-    study.enqueue_trial({name: float(value) for name, value in config("", seed).task.start.items()})
+    start = {name: float(value) for name, value in config("", seed).task.start.items()}
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=3)
+    study = tpe_study(start, seed, pruner=pruner, n_startup_trials=4)
     while True:
         trial = study.ask()
         values = {name: trial.suggest_float(name, low, high, log=log) for name, (low, high, log) in RANGES.items()}
@@ -183,8 +179,8 @@ def studied(path: Path, root: str, seeds: Sequence[int], ways: Sequence[str]) ->
     """Run what the file lacks; it is written after each way."""
     rows = read(path) if path.is_file() else []
     done = {(row.way, row.seed) for row in rows}
-    if "Optuna" in ways and find_spec("optuna") is None:
-        raise SystemExit("Optuna is missing: pip install 'hoptim[tuners]', or leave it out of --ways")
+    if "Optuna" in ways:
+        check_optuna("--ways without Optuna")
     for seed in seeds:
         for way in ways:
             if (way, seed) not in done:

@@ -157,7 +157,7 @@ def ridge(seed: int, dtype: torch.dtype, root: Path, *, features: int = 30, coun
     return Setup(problem=problem, train=train, val=val, closed=closed)
 
 
-def iris(activation: type[nn.Module], *, wrong: float = 0.0, hidden: int = 128, decay: float = 0.01) -> Any:
+def iris(activation: type[nn.Module], *, wrong: float = 0.0, hidden: int = 128) -> Any:
     """The MLP of the Iris experiment without dropout, with a log decay for each weight."""
 
     def make(seed: int, dtype: torch.dtype, root: Path) -> Setup:
@@ -170,13 +170,13 @@ def iris(activation: type[nn.Module], *, wrong: float = 0.0, hidden: int = 128, 
             return nn.Sequential(first, activation(), second, activation(), last)
 
         model = seeded(layers, seed, dtype)
-        problem = classification(model, decays(model, decay, dtype), plain_criterion, decayed)
+        problem = classification(model, decays(model, 0.01, dtype), plain_criterion, decayed)
         return Setup(problem=problem, train=(x, mislabelled(y, wrong, 3, seed) if wrong else y), val=parts["val"])
 
     return make
 
 
-def digits(hidden: int | None, *, count: int = 200, wrong: float = 0.4) -> Any:
+def digits(hidden: int | None, *, count: int = 200) -> Any:
     """Digits, 40 % of them with a wrong label, and a weight for each training example.
 
     The model is logistic regression with a fixed decay, which has a unique minimum, or an MLP with one hidden layer and
@@ -197,13 +197,13 @@ def digits(hidden: int | None, *, count: int = 200, wrong: float = 0.4) -> Any:
         model = seeded(layers, seed, dtype)
         penalty = constant_decay(1e-2) if hidden is None else None
         problem = classification(model, example_weights(count, dtype), weighted_criterion, penalty)
-        labels = mislabelled(y[train], wrong, 10, seed)
+        labels = mislabelled(y[train], 0.4, 10, seed)
         return Setup(problem=problem, train=(x[train], labels, torch.arange(count)), val=(x[val], y[val]))
 
     return make
 
 
-def cnn(*, count: int = 200, decay: float = 3e-3, images: Callable[[Path], Batch] | None = None) -> Any:
+def cnn(*, count: int = 200, images: Callable[[Path], Batch] | None = None) -> Any:
     """Two convolutions on a few hundred images of Fashion-MNIST, averaged to 14×14; 4,002 weights, a log decay for each."""
 
     def make(seed: int, dtype: torch.dtype, root: Path) -> Setup:
@@ -217,7 +217,7 @@ def cnn(*, count: int = 200, decay: float = 3e-3, images: Callable[[Path], Batch
             return nn.Sequential(*body, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(216, 10))
 
         model = seeded(layers, seed, dtype)
-        problem = classification(model, decays(model, decay, dtype), plain_criterion, decayed)
+        problem = classification(model, decays(model, 3e-3, dtype), plain_criterion, decayed)
         return Setup(problem=problem, train=(x[:count], y[:count]), val=(x[count:], y[count:]))
 
     return make

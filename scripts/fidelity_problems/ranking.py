@@ -13,6 +13,8 @@ import numpy as np
 from fidelity_problems.measure import Row
 
 Figures = dict[str, Any]
+SAMPLES = 1000  # of the bootstrap
+CHANGED = 0.01  # smaller changes of a cosine are not listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def summed_up(rows: Iterable[Row]) -> list[Figures]:
     return found
 
 
-def ranked(rows: Sequence[Row], budget: float, eligible: Callable[[str], bool] = bool, samples: int = 1000) -> list[Rank]:
+def ranked(rows: Sequence[Row], budget: float, eligible: Callable[[str], bool] = bool) -> list[Rank]:
     """The methods whose median cost over problems is at most ``budget``, ordered by their mean of median cosines.
 
     Only methods that ran on every problem are compared. The bootstrap resamples the seeds of each problem, in the same way
@@ -84,7 +86,7 @@ def ranked(rows: Sequence[Row], budget: float, eligible: Callable[[str], bool] =
     seeds = {p: sorted(set.intersection(*(set(table[m][p]) for m in names))) for p in problems}
     cosines = {p: np.array([[table[m][p][s].cosine for s in seeds[p]] for m in names]) for p in problems}
     medians = np.stack([np.median(cosines[p], axis=1) for p in problems], axis=1)
-    means = _resampled(cosines, samples)
+    means = _resampled(cosines)
     first = (means >= means.max(0)).mean(1)
     ranks = _ranks(medians)
     low, high = np.percentile(means, (5, 95), axis=1)
@@ -118,11 +120,11 @@ def _cost(group: Mapping[str, Mapping[int, Row]]) -> tuple[float, float]:
     return median(costs), max(costs)
 
 
-def _resampled(cosines: Mapping[str, np.ndarray], samples: int) -> np.ndarray:
+def _resampled(cosines: Mapping[str, np.ndarray]) -> np.ndarray:
     """The mean over problems of the median over resampled seeds: a row for each method, a column for each sample."""
     generator, total = np.random.default_rng(0), 0.0
     for values in cosines.values():
-        drawn = generator.integers(values.shape[1], size=(samples, values.shape[1]))
+        drawn = generator.integers(values.shape[1], size=(SAMPLES, values.shape[1]))
         total = total + np.median(values[:, drawn], axis=2)
     return np.asarray(total) / len(cosines)
 
@@ -134,13 +136,13 @@ def _ranks(medians: np.ndarray) -> np.ndarray:
     return above + (equal + 1) / 2
 
 
-def differences(now: Sequence[Figures], before: Sequence[Figures], least: float = 0.01) -> list[Figures]:
+def differences(now: Sequence[Figures], before: Sequence[Figures]) -> list[Figures]:
     """The records whose median cosine or number of failures differs from those saved before, largest change first."""
     old = {(one["problem"], one["method"]): one for one in before}
     changed = []
     for one in now:
         was = old.get((one["problem"], one["method"]))
-        if was is not None and (abs(one["cosine"] - was["cosine"]) >= least or one["failed"] != was["failed"]):
+        if was is not None and (abs(one["cosine"] - was["cosine"]) >= CHANGED or one["failed"] != was["failed"]):
             changed.append({**one, "before": was["cosine"], "change": one["cosine"] - was["cosine"]})
     return sorted(changed, key=lambda one: -abs(one["change"]))
 

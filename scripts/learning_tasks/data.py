@@ -57,12 +57,12 @@ def boston(root: Path) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def fashion(root: Path, count: int = 6000) -> tuple[Tensor, Tensor]:
-    """The first training images of Fashion-MNIST, averaged to 14×14 pixels, of shape (N, 1, 14, 14)."""
+def fashion(root: Path) -> tuple[Tensor, Tensor]:
+    """The first 6,000 training images of Fashion-MNIST, averaged to 14×14 pixels, of shape (N, 1, 14, 14)."""
     from torchvision.datasets import FashionMNIST
 
     found = FashionMNIST(root, download=True)
-    return F.avg_pool2d(found.data[:count, None].float() / 255, 2), found.targets[:count]
+    return F.avg_pool2d(found.data[:6000, None].float() / 255, 2), found.targets[:6000]
 
 
 @cache

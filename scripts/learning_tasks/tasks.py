@@ -243,9 +243,9 @@ def drawn(y: Tensor, share: float = 0.4) -> Tensor:
     return torch.where(torch.rand(len(y)) < share, torch.randint(10, (len(y),)), y)
 
 
-def shifted(y: Tensor, share: float = 0.4) -> Tensor:
-    """The labels, a share of them replaced by the next class."""
-    return torch.where(torch.rand(len(y)) < share, (y + 1) % 10, y)
+def shifted(y: Tensor) -> Tensor:
+    """The labels, 40 % of them replaced by the next class."""
+    return torch.where(torch.rand(len(y)) < 0.4, (y + 1) % 10, y)
 
 
 def any_label_wrong(root: Path) -> Setup:

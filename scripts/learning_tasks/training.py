@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.batches import shuffled
 from torch import Tensor, nn
 
 import hoptim
@@ -77,15 +78,10 @@ def _loss(setup: Setup, model: nn.Module, examples: Tensor) -> float:
 
 def _loop(task: Task, model: nn.Module, optimizer: Any, examples: Tensor) -> None:
     """The training loop: shuffled batches, for as many steps as the task has."""
-    batches: list[Tensor] = []
-    for _ in range(task.steps):
-        if not batches:
-            order = examples[torch.randperm(len(examples))]
-            size = task.size or len(order)
-            batches = [part for part in order.split(size) if len(part) == size]
+    for batch in shuffled(examples, task.size or len(examples), task.steps):
         model.train()
         optimizer.zero_grad()
-        optimizer.loss(batches.pop()).backward()
+        optimizer.loss(batch).backward()
         optimizer.step()
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from common.batches import shuffled
 from torch import Tensor, nn
 
 from tuner_study.problems import Problem
@@ -57,16 +58,12 @@ class Pruned(Exception):  # noqa: N818 (it is not an error)
 
 def loop(problem: Problem, model: nn.Module, optimizer: Any, examples: Tensor, *, after: Callable[[int], None]) -> None:
     """The training loop of every method: shuffled batches, and a learning rate that falls linearly to zero."""
-    batches: list[Tensor] = []
-    for step in range(1, problem.steps + 1):
-        if not batches:
-            order = examples[torch.randperm(len(examples))]
-            batches = [part for part in order.split(problem.batch) if len(part) == problem.batch]
+    for step, batch in enumerate(shuffled(examples, problem.batch, problem.steps), start=1):
         for group in optimizer.param_groups:
             group["lr"] = problem.set.lr * (1 - (step - 1) / problem.steps)
         model.train()
         optimizer.zero_grad()
-        optimizer.loss(batches.pop()).backward()
+        optimizer.loss(batch).backward()
         optimizer.step()
         after(step)
 

@@ -73,12 +73,6 @@ class Curves:
         seeds = self.seeds(name, count, method)
         return {seed: at_budget(self.rows[name, count, method, seed], budget, unit) for seed in seeds}
 
-    def curve(
-        self, name: str, count: int, method: str, budgets: Iterable[float], in_seconds: bool = False
-    ) -> list[Estimate]:
-        """Mean and standard error of the test loss after each budget."""
-        return [estimate(list(self.losses(name, count, method, b, in_seconds).values())) for b in budgets]
-
     def difference(
         self, name: str, count: int, first: str, second: str, budget: float, in_seconds: bool = False
     ) -> Estimate:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.search import tpe_study
 from torch import Tensor, nn
 
 import hoptim
@@ -99,17 +100,12 @@ def tpe(problem: Problem, meter: Meter) -> Iterator[Found]:
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     grouped = problem.count > 1000
     tensors = len(list(entries(problem.hparams())))
     ranges = [RANGES["decay"]] * tensors if grouped else ranges_of(problem.hparams())
     names = [f"h{number}" for number in range(len(ranges))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that multivariate is experimental
-        sampler = optuna.samplers.TPESampler(multivariate=True, seed=problem.seed)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
-    study = optuna.create_study(sampler=sampler, pruner=pruner)
-    study.enqueue_trial({name: one.start for name, one in zip(names, ranges, strict=True)})
+    start = {name: one.start for name, one in zip(names, ranges, strict=True)}
+    study = tpe_study(start, problem.seed, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2))
     best, lowest = problem.make_quietly(), math.inf
     while True:
         asked = study.ask()
