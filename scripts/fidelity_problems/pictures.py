@@ -74,7 +74,8 @@ def approximations(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[
             values = np.array(
                 [[row[name][key] / (row["length"] if key == "distance" else 1) for row in run] for run in runs]
             )
-            mean, error = values.mean(0), values.std(0) / math.sqrt(len(runs))
+            mean = values.mean(0)
+            error = values.std(0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.zeros_like(mean)
             style = {"linestyle": "--" if name.startswith("CG") else "-", "color": f"C{colour}", "linewidth": 1.6}
             axis.plot(steps, mean, label=name, **style)
             axis.fill_between(steps, mean - error, mean + error, color=f"C{colour}", alpha=0.12, linewidth=0)
