@@ -44,7 +44,7 @@ class Gate(HyperParameters):
         super().__init__({"openness": torch.full((n,), float(start))}, {"openness": constraints.unit_interval})
 
     def values(self, training: bool = True) -> Tensor:
-        """z, of shape (n,); with ``training`` it is drawn anew at each call."""
+        """z, of shape (n,); while training it is drawn anew at each call."""
         s = self["openness"]
         if training:
             u = torch.rand_like(s).clamp(min=torch.finfo(s.dtype).tiny)

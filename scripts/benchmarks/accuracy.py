@@ -131,14 +131,14 @@ def best_fixed_step(to: System, goal: str, at_most: int) -> tuple[float, int, bo
         for step, (vector, total) in racing.items():
             vector = vector - step * (to.A @ vector)
             racing[step] = vector, total + vector
-        there = [step for step, (vector, total) in racing.items() if _there(to, goal, vector, total)]
+        there = [step for step, (vector, total) in racing.items() if _reaches(to, goal, vector, total)]
         if there:
             return there[0], terms, True
     alive = {step: norm(vector) for step, (vector, _) in racing.items() if norm(vector) <= norm(to.g)}
     return min(alive, key=alive.__getitem__), at_most, False
 
 
-def _there(to: System, goal: str, vector: Tensor, total: Tensor) -> bool:
+def _reaches(to: System, goal: str, vector: Tensor, total: Tensor) -> bool:
     """Whether the sum reaches the goal. Its residual is the next vector of the series, which is at most as long as this."""
     return norm(vector) <= 1e-2 * norm(to.g) if goal == "residual" else to.cosine(total) >= 0.99
 

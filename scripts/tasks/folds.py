@@ -44,7 +44,7 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
     hparams = task.hparams(task.model())
     trackers = [instantiate(options) for options in (cfg.hoptim.get("tracker") or {}).values()]
     plain = [tracker for tracker in trackers if not isinstance(tracker, Board)]
-    saved = begun_before(cfg, folder)
+    saved = saved_fit(cfg, folder)
     boards = running.start(cfg, folder, trackers, saved.get("boards", {}))
     this = {"fingerprint": fold_fingerprint(cfg), "boards": running.ids(boards)}
     write_atomically(folder / "fit.json", json.dumps(this).encode())
@@ -111,7 +111,7 @@ def fold_fingerprint(cfg: DictConfig) -> str:
     return json.dumps([fingerprint(cfg, 1), cfg.outer_steps])
 
 
-def begun_before(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def saved_fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """The content of fit.json for the fit to resume; without ``resume`` the files of an earlier fit are removed."""
     path = folder / "fit.json"
     if not cfg.resume:

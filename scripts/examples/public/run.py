@@ -42,7 +42,8 @@ class Watch:
         whole = b"".join(w.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for w in weights)
         return f"{hashlib.sha256(whole).hexdigest()[:16]} of {len(weights)} tensors after {len(self.times)} steps"
 
-    def told(self):
+    def report(self):
+        """What is printed at the end of the run."""
         if self.trained is None:
             return "no optimizer took a step"
         lines = [f"weights {self.digest()}"]
@@ -88,7 +89,7 @@ if __name__ == "__main__":
     watch = Watch()
     register_optimizer_step_post_hook(watch.stepped)
     prepared(watch, options)
-    atexit.register(lambda: print(watch.told(), flush=True))
+    atexit.register(lambda: print(watch.report(), flush=True))
     sys.argv = [options.script, *options.arguments]
     sys.path[0] = str(Path(options.script).resolve().parent)
     runpy.run_path(options.script, run_name="__main__")
