@@ -36,7 +36,7 @@ from torchvision.datasets import MNIST
 
 import hoptim
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that the modules of scripts/ are found
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the modules of scripts/ are found
 from common.means import mean_and_error
 
 TRAIN, VAL = 2000, 200

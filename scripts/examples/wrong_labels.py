@@ -40,7 +40,7 @@ from torchvision.datasets import FashionMNIST
 
 import hoptim
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that the modules of scripts/ are found
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the modules of scripts/ are found
 from common.means import mean_and_error, standard_error
 from common.tables import markdown
 
