@@ -1,13 +1,13 @@
-"""Measure what a hypergradient costs in time and memory, beside a hand-written loop, other libraries and other solvers.
+"""Measure what a hypergradient costs in time and memory, beside a loop by hand, other libraries and other solvers.
 
     python scripts/benchmark.py --quick
     python scripts/benchmark.py --only cost wrapper
     python scripts/benchmark.py --save
 
-Times are CPU time of one thread, so that other programs on the machine have little influence. Calls that are compared run
-alternately in one process (A B, B A, A B, ...); a figure is the median of the ratios within a round. Each row shows what
-has changed since scripts/benchmark.json, which --save rewrites for the sections that ran. The other libraries are the
-extra "peers": pip install '.[peers]'.
+Times are CPU times of one thread, so that other programs on the machine have little influence. Calls that are compared run
+in turn in one process (A B, B A, A B, ...); a figure is the median of the ratios within a round. Each row shows what has
+changed since scripts/benchmark.json, which --save rewrites for the sections that ran. The other libraries are the extra
+"peers": pip install '.[peers]'.
 """
 
 # ruff: noqa: E402 (the environment is set before torch is imported)
@@ -36,13 +36,14 @@ from benchmarks.accuracy import accuracy, sides
 from benchmarks.measure import Row
 from benchmarks.peers import peers
 from benchmarks.sections import compiled, cost, growth, imports, memory, reads, size, unrolling, wrapper
+from common.tables import wide_console
 from rich.console import Console
 from rich.table import Table
 
 import hoptim
 
 STORED = Path(__file__).with_name("benchmark.json")
-CHANGED = 0.05
+CHANGED = 0.05  # smaller relative changes are not listed
 SECTIONS: dict[str, Callable[[int], list[Row]]] = {
     "cost": cost,
     "compiled": compiled,
@@ -60,7 +61,7 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
 
 
 def table(rows: list[Row], stored: list[dict[str, Any]], same_machine: bool) -> Table:
-    """The rows of a section, with a last column for what has changed."""
+    """The table of a section, whose last column shows what has changed."""
     shown = Table()
     labels = list(dict.fromkeys(label for row in rows for label in row.labels))
     columns = list(dict.fromkeys(column for row in rows for column in row.figures))
@@ -77,7 +78,7 @@ def table(rows: list[Row], stored: list[dict[str, Any]], same_machine: bool) -> 
 
 
 def cell(row: Row, column: str) -> str:
-    """A figure with its target, red where it missed it."""
+    """A figure with its target, if it has one: green if it meets the target, else red."""
     value = row.figures.get(column, "")
     if isinstance(value, str):
         return value
@@ -92,7 +93,7 @@ def cell(row: Row, column: str) -> str:
 
 
 def since(row: Row, before: dict[str, Any] | None, same_machine: bool) -> str:
-    """The changes above five per cent, or else the largest one. Seconds are compared only on the same machine."""
+    """All changes above five per cent, or else the largest change. Seconds are compared only on the same machine."""
     if before is None:
         return "new"
     changes = {}
@@ -108,12 +109,12 @@ def since(row: Row, before: dict[str, Any] | None, same_machine: bool) -> str:
 
 
 def is_time(column: str) -> bool:
-    """Whether the column holds seconds, which depend on the machine, and not a ratio."""
+    """Whether the column has seconds, which depend on the machine, and not ratios."""
     return column in ("s", "ns a weight") or column.endswith((", ms", ", s"))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and the versions that the figures are measured with."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -127,7 +128,7 @@ def stored() -> dict[str, Any]:
 
 
 def run(name: str, rounds: int, facts: dict[str, Any], kept: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Run a section and print its table; returns what --save would store."""
+    """Run a section, print its table, and return what --save stores."""
     torch.manual_seed(0)
     rows = SECTIONS[name](rounds)
     before = kept.get(name, {"machine": {}, "rows": []})
@@ -146,9 +147,7 @@ def main() -> None:
     if options.quick and options.save:
         parser.error("--quick is too noisy to --save: leave one of them out")
     torch.set_num_threads(1)
-    console = Console()
-    console = console if console.is_terminal else Console(width=180)
-    facts = machine()
+    console, facts = wide_console(180), machine()
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     for name in options.only:
         found = run(name, 3 if options.quick else 15, facts, stored(), console)

@@ -1,4 +1,4 @@
-"""Compare the runs in a folder, in one table and one picture: ``python scripts/compare.py runs``."""
+"""Compare the runs in a folder, in a table and a picture: ``python scripts/compare.py runs``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.means import standard_error
+from common.records import read_json_lines
+from common.tables import wide_console
 from hydra.experimental.callback import Callback
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,7 +28,7 @@ BEST_OF = ": best of"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run, as read from its files."""
+    """One run, read from its files."""
 
     group: str
     name: str
@@ -36,30 +38,27 @@ class Run:
 
     @property
     def cost(self) -> float:
-        """All seconds over the seconds of the inner steps: the cost of learning, in plain trainings."""
-        if self.rows and "trainings" in self.rows[-1]:  # of a fit by folds, which measures it
+        """The cost in plain trainings: all seconds over the seconds of the inner steps."""
+        if self.rows and "trainings" in self.rows[-1]:  # a fit by folds measures its cost itself
             return float(self.rows[-1]["trainings"])
         inner = sum(row.get("inner_seconds", 0) for row in self.rows)
         return self.seconds / inner if inner else math.nan
 
     @property
     def seconds(self) -> float:
-        """Of the training, hypersteps included."""
+        """The seconds that the training took, with its hypersteps."""
         return sum(row.get("inner_seconds", 0) + row.get("hyper_seconds", 0) for row in self.rows)
 
 
 def read(root: Path) -> list[Run]:
-    """Every run below ``root``, but for the baselines of each. Runs that differ only in the seed form a group."""
+    """Every run below ``root``, without the baselines beside each. Runs that differ only in the seed are a group."""
     folders = [path.parent for path in sorted(root.rglob("result.json"))]
     return [read_one(folder, root) for folder in folders if folder.parent.name != "baselines"]
 
 
 def read_one(folder: Path, root: Path) -> Run:
     """The run in a folder at or below ``root``."""
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    result = json.loads((folder / "result.json").read_text())
+    result, rows = json.loads((folder / "result.json").read_text()), read_json_lines(folder / "metrics.jsonl")
     inside = folder.name.startswith("seed=") and folder != root
     group = (folder.parent if inside else folder).relative_to(root).as_posix()
     return Run(group=group, name=result["name"], seed=str(result["seed"]), result=result, rows=rows)
@@ -78,7 +77,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def chosen(runs: Sequence[Run]) -> list[Run]:
-    """For each seed the run with the lowest validation loss, as a search over these groups would choose."""
+    """The run with the lowest validation loss for each seed, which a search over these groups would choose."""
     by_seed = defaultdict(list)
     for run in runs:
         if run.result["status"] == "finished":
@@ -87,22 +86,21 @@ def chosen(runs: Sequence[Run]) -> list[Run]:
 
 
 def difference(runs: Sequence[Run], others: Sequence[Run]) -> tuple[float, float | None] | None:
-    """Mean and standard error of the difference in test loss, over the seeds that both have finished."""
+    """Mean and standard error of the difference in test loss, over the seeds that finished in both."""
     losses = [{r.seed: r.result["test_loss"] for r in part if r.result["status"] == "finished"} for part in (runs, others)]
     common = losses[0].keys() & losses[1].keys()
     return mean_error([losses[0][seed] - losses[1][seed] for seed in sorted(common)]) if common else None
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard error of the mean; ``None`` for the error of a single value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.mean(values), error
+    """Mean and standard error; ``None`` for the error of a single value, since JSON has no NaN."""
+    return statistics.mean(values), standard_error(values) if len(values) > 1 else None
 
 
 def compare(root: Path, against: str | None = None) -> dict[str, Any]:
-    """Write ``compare.json``, ``compare.png`` and a picture of each search below ``root``; print the table and return it.
+    """Write ``compare.json``, ``compare.png`` and a picture of each search into ``root``; print the table and return it.
 
-    With ``against``, the name of a row, each row shows its difference in test loss to that row, paired by seed.
+    ``against`` is the name of a row: each row then also shows how its test loss differs from that row's, seed by seed.
     """
     runs = read(root)
     if not runs:
@@ -138,19 +136,19 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
 
 
 def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """Draw the curves of all groups in one picture, as in the blog post."""
+    """Draw the losses of all groups in one picture."""
     from tasks import plots
 
     curves = {
         label: [run.rows for run in runs if run.result["status"] == "finished" and "test_loss" in run.rows[-1]]
         for label, runs in groups.items()
-    }  # by cross-validation there is no test loss before the end
+    }  # a fit by folds has no test loss before its end
     if any(curves.values()):
         plots.compared({label: rows for label, rows in curves.items() if rows}, path)
 
 
 def pair(figure: tuple[float, float | None] | None, form: str) -> str:
-    """A mean with its error, where they are known."""
+    """What :func:`mean_error` gives, as text; nothing for ``None``."""
     if figure is None:
         return ""
     mean, error = figure
@@ -158,7 +156,7 @@ def pair(figure: tuple[float, float | None] | None, form: str) -> str:
 
 
 def differing(labels: Sequence[str]) -> dict[str, str]:
-    """Each label without the overrides that all folders of runs have in common.
+    """Short names: each label without the overrides that all of them have in common.
 
     >>> differing(["a/steps=4/lr=1", "a/steps=4/lr=2"])
     {'a/steps=4/lr=1': 'a/lr=1', 'a/steps=4/lr=2': 'a/lr=2'}
@@ -170,7 +168,7 @@ def differing(labels: Sequence[str]) -> dict[str, str]:
 
 
 def split_label(label: str) -> list[str]:
-    """The parts of a label, of which an override of a group, such as ``task/model_of=cnn``, is one.
+    """The parts of a label; the override of a config group, such as ``task/model_of=cnn``, stays in one piece.
 
     >>> split_label("try/hoptim/recipe=[gate]/task/model_of=cnn/lr=1")
     ['try', 'hoptim/recipe=[gate]', 'task/model_of=cnn', 'lr=1']
@@ -192,19 +190,18 @@ def show(entries: Mapping[str, Mapping[str, Any]]) -> None:
         cells += [f"{entry['trainings']:.2f}" if "trainings" in entry else "", moved]
         cells += [pair(entry.get("less"), "{:+.3f}")] * paired
         table.add_row(escape(names[label]), count, *cells)
-    console = Console()
-    Console(width=console.width if console.is_terminal else 200).print(table)
+    wide_console(200).print(table)
 
 
 def show_failures(runs: Sequence[Run]) -> None:
-    """Print the failed runs, each with its reason."""
+    """Print which runs failed, and why."""
     for run in runs:
         if run.result["status"] != "finished":
             print(f"failed: {run.group} seed {run.seed}: {run.result.get('error', 'no reason is known')}")
 
 
 class CompareRuns(Callback):
-    """A Hydra callback that compares the runs at the end of a sweep, and exits with status 1 if one of its jobs failed."""
+    """A Hydra callback: compares the runs at the end of a sweep, and exits with status 1 if one of its jobs failed."""
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         self.begun = time.time()
@@ -221,7 +218,9 @@ class CompareRuns(Callback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, nargs="?", default=Path("runs"), help="a folder of runs; default: runs")
-    parser.add_argument("--against", metavar="ROW", help="a row of the table: show test losses relative to it, seed by seed")
+    parser.add_argument(
+        "--against", metavar="ROW", help="a row of the table: also show how each test loss differs from its, seed by seed"
+    )
     options = parser.parse_args()
     compare(options.root, options.against)
 

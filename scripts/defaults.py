@@ -1,15 +1,15 @@
-"""Which defaults learn best? Twelve learning tasks in two halves: chosen on one half, scored on the other by test loss.
+"""Which defaults learn best? Settings are chosen on one half of twelve learning tasks and scored on the other half.
 
-    python scripts/defaults.py --data ~/data                  # all that is missing in runs/defaults, then the tables
+    python scripts/defaults.py --data ~/data                  # run what runs/defaults lacks, then print the tables
     python scripts/defaults.py --tasks iris cnn --settings "CG*" --more 0
     python scripts/defaults.py --saved                        # the tables of scripts/defaults.json; nothing runs
-    python scripts/defaults.py --save                         # everything; writes that file and scripts/defaults.png
+    python scripts/defaults.py --save                         # run all, write that file and scripts/defaults.png
 
-One factor is changed at a time about today's default. Each half chooses the best of each factor on three seeds, among those
-that are on none of its tasks worse by more than 5 %, and the combination of its choices runs too. The rates that came of it,
-one for each kind of constraint, are compared with the default on fresh seeds. A figure is a change of the test loss in per
-cent, against the default on the same seed: the mean over tasks, and its standard error. The rows of all runs are kept in the
-out folder.
+Each setting changes one factor of the default. Each half chooses the best setting of each factor on three seeds, among those
+that are on none of its tasks worse by more than 5 %; the combination of its choices runs too. The rates that were chosen for
+each kind of constraint are compared with the default on fresh seeds. A figure is the change of the test loss in per cent,
+against the default on the same seed: the mean over tasks, and its standard error. The rows of all runs are kept in the out
+folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import write
+from common.records import five_digits, read_records, write_records, write_whole
+from common.tables import wide_console
 from learning_tasks import pictures, tables
 from learning_tasks.scores import CHOSEN_ON, Results
 from learning_tasks.settings import BY_CONSTRAINT, DEFAULT, SETTINGS, setting_of
@@ -36,7 +37,7 @@ HERE = Path(__file__).parent
 
 
 def studied(tasks: Sequence[str], settings: Sequence[str], seeds: Sequence[int], path: Path, root: Path) -> list[Row]:
-    """Run what is not among the rows in the file yet. They are written after each task, so that a kill loses little."""
+    """Run what the file lacks, and return all of its rows. It is written after each task, so that a kill loses little."""
     rows = [Row(**row) for row in json.loads(path.read_text())] if path.is_file() else []
     done = {(row.task, row.setting, row.seed) for row in rows}
     for seed in seeds:
@@ -46,15 +47,13 @@ def studied(tasks: Sequence[str], settings: Sequence[str], seeds: Sequence[int],
             wanted += references(TASKS[name]) if seed in CHOSEN_ON else []
             rows += [run(name, TASKS[name], one, seed, root) for one in wanted if (name, one, seed) not in done]
             if len(rows) > count:
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps([asdict(row) for row in rows]))
-                partial.rename(path)
+                write_whole(path, json.dumps([asdict(row) for row in rows]))
                 print(f"{name}, seed {seed}: {len(rows) - count} runs, {time.perf_counter() - begun:.1f} s", flush=True)
     return rows
 
 
 def report(results: Results, console: Console) -> None:
-    """All tables."""
+    """Print all tables."""
     names = [name for name in SETTINGS if name not in (DEFAULT, BY_CONSTRAINT)]
     console.print(tables.of_settings(results, names, CHOSEN_ON))
     console.print(tables.held_out(results))
@@ -66,27 +65,26 @@ def report(results: Results, console: Console) -> None:
 
 
 def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows with five digits, in the order of tasks."""
-    ordered = sorted(rows, key=lambda row: (list(TASKS).index(row.task), row.setting, row.seed))
-    digits = {"test", "val", "seconds"}
-    return [{k: float(f"{v:.5g}") if k in digits else v for k, v in asdict(row).items()} for row in ordered]
+    """The rows with five digits, ordered by task."""
+    return five_digits(map(asdict, sorted(rows, key=lambda row: (list(TASKS).index(row.task), row.setting, row.seed))))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
-    parser.add_argument("--out", type=Path, default=Path("runs/defaults"), help="folder of the rows")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--settings", nargs="+", default=["*"], help="patterns of names; the default always runs")
-    parser.add_argument("--more", type=int, default=3, help="fresh seeds for the rates by constraint")
-    parser.add_argument("--saved", action="store_true", help="print the tables of the saved rows")
-    parser.add_argument("--save", action="store_true", help="save the rows and draw the picture")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets; default: data")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/defaults"), help="the folder of the rows; default: runs/defaults"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
+    parser.add_argument("--settings", nargs="+", default=["*"], help="patterns of names; the default setting always runs")
+    parser.add_argument("--more", type=int, default=3, help="how many fresh seeds for the rates by constraint; default: 3")
+    parser.add_argument("--saved", action="store_true", help="run nothing: print the tables of scripts/defaults.json")
+    parser.add_argument("--save", action="store_true", help="write scripts/defaults.json and scripts/defaults.png")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    console = Console() if Console().is_terminal else Console(width=150)
+    console = wide_console()
     if options.saved:
-        saved = json.loads((HERE / "defaults.json").read_text())
-        rows = [Row(**dict(zip(saved["columns"], values, strict=True))) for values in saved["records"]]
+        rows = [Row(**record) for record in read_records(HERE / "defaults.json")]
     else:
         options.out.mkdir(parents=True, exist_ok=True)
         names = [n for n in SETTINGS if n == DEFAULT or any(fnmatchcase(n, pattern) for pattern in options.settings)]
@@ -99,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(rows)
     report(results, console)
     if options.save:
-        write(HERE / "defaults.json", as_records(rows), torch=torch.__version__)
+        write_records(HERE / "defaults.json", as_records(rows), torch=torch.__version__)
         pictures.draw(results, HERE / "defaults.png")
 
 

@@ -1,10 +1,10 @@
-"""Classify passages by era: fine-tune MiniLM with a learned decay of each layer towards its pretrained weights.
+"""Fine-tune MiniLM to classify passages by era, with a learned decay of each layer towards its pretrained weights.
 
     python scripts/minilm.py --model data/minilm --text data/text/sotu.txt --seeds 2 --out minilm.png
 
-The passages come from the State of the Union addresses. There are three trainings for each seed: without a decay, with one
-fixed decay for all layers, and with a decay for each layer that is learned, starting from the fixed one. ``--text`` is a
-file with one address on each line, 1790 to 2021; ``--model`` is a folder or a name on the hub. A training takes minutes.
+The passages are from the State of the Union addresses. There are three trainings for each seed: without a decay, with one
+fixed decay for all layers, and with a decay for each layer that is learned from there. ``--text`` is a file with an address
+on each line, 1790 to 2021; ``--model`` is a folder or a name on the Hugging Face hub. A training takes minutes.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from transformers.utils import logging
 import hoptim
 
 ERAS = ("1790–1829", "1830–1869", "1870–1909", "1910–1949", "1950–1989")
-YEARS = sorted([*({*range(1790, 2022)} - {1933}), 1953, 1961])  # the year of each line: none in 1933, two in these
-PARTS = {"train": 0.6, "val": 0.2, "test": 0.2}  # shares of an era's addresses: no address is in two parts
+YEARS = sorted([*({*range(1790, 2022)} - {1933}), 1953, 1961])  # of each line: no address in 1933, two in 1953 and in 1961
+PARTS = {"train": 0.6, "val": 0.2, "test": 0.2}  # the shares of an era's addresses; no address is in two parts
 
 
 def passages(path, tokenizer, length):
-    """The passages by era and address: ``length`` tokens each, including the two special ones."""
+    """The passages by era and address; each has ``length`` tokens, including the two special ones."""
     found = [[] for _ in ERAS]
     with open(path, encoding="utf-8") as text:
         for year, address in zip(YEARS, text, strict=False):
@@ -43,7 +43,7 @@ def passages(path, tokenizer, length):
 
 
 def split(eras, sizes, seed):
-    """Passages and their eras for each part, the same number from each era."""
+    """The passages of each part and their eras, the same number from each era."""
     draw, parts = torch.Generator().manual_seed(seed), {part: [] for part in PARTS}
     for era, addresses in enumerate(eras):
         order, first = torch.randperm(len(addresses), generator=draw).tolist(), 0
@@ -57,7 +57,7 @@ def split(eras, sizes, seed):
 
 
 def batches(part, size):
-    """The batches of one epoch, in a new order."""
+    """The batches of an epoch, in a new order."""
     return [(part[0][index], part[1][index]) for index in torch.randperm(len(part[0])).split(size)]
 
 
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = AutoModel.from_pretrained(name)
         self.encoder.pooler = None
-        self.encoder.get_input_embeddings().requires_grad_(False)  # frozen: half of all weights, and most words are rare
+        self.encoder.get_input_embeddings().requires_grad_(False)  # they are half of all weights, and most words are rare
         self.head = nn.Linear(self.encoder.config.hidden_size, len(ERAS))
 
     def forward(self, tokens):
@@ -82,7 +82,7 @@ def layer(name):
 
 
 def anchored(model):
-    """The penalty ½ Σ decay·‖w − w₀‖² over layers, with w₀ the weights as they are now: L2-SP (arXiv 1802.01483)."""
+    """The penalty ½ Σ decay·‖w − w₀‖² over layers, where w₀ are the weights as they are now: L2-SP (arXiv 1802.01483)."""
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def penalty(model, hparams):
@@ -113,7 +113,7 @@ def evaluate(model, part):
 
 
 def train(options, parts, seed, decay, every, tick=lambda: None):
-    """Train once from the pretrained weights; returns the optimizer and the CPU seconds."""
+    """Train once from the pretrained weights; return the optimizer and the CPU seconds."""
     torch.manual_seed(seed)
     model = Classifier(options.model)
     layers = dict.fromkeys(layer(name) for name, p in model.named_parameters() if p.requires_grad)
@@ -140,7 +140,7 @@ def train(options, parts, seed, decay, every, tick=lambda: None):
 
 
 def study(options):
-    """All trainings: the figures of each by name, a dict for each seed, and the learned decays."""
+    """Run all trainings; return the figures of each by name, a dict for each seed, and the learned decays."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     eras = passages(options.text, tokenizer, options.length)
     ways = {"no decay": (None, None), f"decay {options.decay:g}": (options.decay, None)}
@@ -162,7 +162,7 @@ def study(options):
 
 
 def table(figures):
-    """Means over the seeds, with standard deviations if there are several; cost relative to training without a decay."""
+    """Means over the seeds, with standard deviations if there are several, and the cost over a training without decay."""
     columns = [key for key in next(iter(figures.values()))[0] if key != "seconds"]
     shown = Table("", *columns, "cost")
     unit = statistics.fmean(run["seconds"] for run in next(iter(figures.values())))
@@ -194,16 +194,16 @@ def draw(decays, start, path):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--text", required=True, help="an address a line, oldest first")
-    parser.add_argument("--out", help="where to draw the learned decays")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="default: %(default)s")
+    parser.add_argument("--text", required=True, help="the file of the addresses, the oldest first")
+    parser.add_argument("--out", help="draw the learned decays into this file")
     defaults = {"seeds": 1, "steps": 60, "batch": 16, "train": 100, "val": 100, "test": 300, "length": 64, "every": 6}
     for name, default in {**defaults, "decay": 0.1, "lr": 1e-4, "outer-lr": 0.5}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
     options = parser.parse_args(arguments)
     if options.out and not find_spec("matplotlib"):
-        parser.error("--out draws with matplotlib, which is not here: pip install 'hoptim[plots]'")
+        parser.error("--out draws with matplotlib, which is not installed: pip install 'hoptim[plots]'")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     figures, decays = study(options)

@@ -1,20 +1,22 @@
-"""The results of Lorraine, Vicol and Duvenaud 2019 beside those of hoptim: ``python scripts/paper.py runs``.
+"""The results of Lorraine, Vicol and Duvenaud 2019 beside hoptim's: ``python scripts/paper.py runs``.
 
-It reads the runs of ``experiment=paper/...`` below the folder, prints a Markdown table for each section of the paper, and
-writes the pictures into the folder. scripts/README.md has the commands. What was not run has an empty row.
+It reads the runs of ``experiment=paper/...`` in the folder, prints a Markdown table for each section of the paper, and
+writes the pictures into the folder. scripts/README.md has the commands for the runs. The row of a missing run is empty.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from statistics import mean
 
 import paper_rows
-from compare import Run, mean_error, read_one
+from common import tables as common_tables
+from common.means import mean_and_error
+from compare import Run, read_one
 from paper_rows import Row, Table
 
 
@@ -25,44 +27,38 @@ def tables() -> Iterator[Table]:
 
 
 def finished(root: Path, pattern: str) -> list[Run]:
-    """The finished runs in the folders that the pattern names."""
+    """The finished runs in the folders that match the pattern."""
     runs = [read_one(path.parent, root) for path in sorted(root.glob(f"{pattern}/result.json"))]
     return [run for run in runs if run.result["status"] == "finished"]
 
 
 def cells(row: Row, table: Table, root: Path) -> list[str]:
-    """Label, the paper's figure, those found here, hypersteps, cost in plain trainings, and seconds of one run."""
+    """Label, the paper's figure, the figures here, hypersteps, cost in plain trainings, and seconds of one run."""
     runs = finished(root, row.runs)
     if not runs:
         return [row.label, row.paper, *[""] * (len(table.columns) + 3)]
-    figures = [written([run.result[name] for run in runs], table.form) for name in row.figures or table.columns.values()]
+    names = row.figures or table.columns.values()
+    figures = [mean_and_error([run.result[name] for run in runs], table.form) for name in names]
     hypersteps = sorted({run.result["hypersteps"] for run in runs})
     return [row.label, row.paper, *figures, ", ".join(map(str, hypersteps)), cost(row, runs, root), f"{seconds(runs):.0f}"]
 
 
 def cost(row: Row, runs: Sequence[Run], root: Path) -> str:
-    """In plain trainings: those that the row names, or the run's own without hypersteps."""
+    """The cost in plain trainings, which are those that the row names, or the run's own inner steps."""
     if row.plain is None:
-        return f"{statistics.mean(run.cost for run in runs):.2f}"
+        return f"{mean(run.cost for run in runs):.2f}"
     plain = finished(root, row.plain)
     return f"{seconds(runs) / seconds(plain):.2f}" if plain else ""
 
 
 def seconds(runs: Sequence[Run]) -> float:
-    return statistics.mean(run.seconds for run in runs)
-
-
-def written(values: Sequence[float], form: str) -> str:
-    """The mean, with its standard error where there are several values."""
-    mean, error = mean_error(values)
-    return form.format(mean) + ("" if error is None else f" ± {form.format(error)}")
+    return mean(run.seconds for run in runs)
 
 
 def markdown(table: Table, root: Path) -> str:
-    """The table as Markdown."""
+    """The table in Markdown, below its title."""
     head = ["", "paper", *table.columns, "hypersteps", "trainings", "seconds"]
-    lines = [head, ["---"] * len(head), *(cells(row, table, root) for row in table.rows)]
-    return "\n".join([f"**{table.title}**", "", *("| " + " | ".join(line) + " |" for line in lines), ""])
+    return f"**{table.title}**\n\n{common_tables.markdown(head, [cells(row, table, root) for row in table.rows])}\n"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Train a task and learn its hyperparameters on the way: ``python scripts/train.py --help``."""
+"""Train a task and learn its hyperparameters meanwhile: ``python scripts/train.py --help``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ schema.register()
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float:
-    """Run one job; a sweep calls this for each of its jobs, and goes on after one that fails, whose loss is infinite."""
+    """Run one job. A sweep calls this for each of its jobs, and goes on after a job that fails, with an infinite loss."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume and (finished := finished_result(cfg, folder)):
         log.info("%s is finished: nothing is run again", folder)
@@ -43,13 +43,13 @@ def main(cfg: DictConfig) -> float:
     try:
         schema.check(cfg)
         if cfg.plots:
-            import tasks.plots  # noqa: F401 (so that a missing matplotlib is reported before any training)
+            import tasks.plots  # noqa: F401 (reports a missing matplotlib before any training)
         for label, own in baselines(cfg).items():
             train(own, folder / "baselines" / label)
         return cross_validate(cfg, folder) if cfg.folds else train(cfg, folder)
     except BaseException as error:
         if isinstance(error, ResumeError):
-            raise  # the folder's result is of a run that is finished
+            raise  # the folder keeps the result of the run that is in it
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         failure = {"status": "failed", "name": cfg.name, "seed": cfg.seed, "error": f"{type(cause).__name__}: {cause}"}
         with suppress(OSError):  # the error may be a full disk
@@ -62,11 +62,11 @@ def main(cfg: DictConfig) -> float:
 
 
 def baselines(cfg: DictConfig) -> dict[str, DictConfig]:
-    """The config of each plain training that the picture of the losses shows beside this one."""
+    """The config of each plain training that the picture of the losses shows beside this run."""
     found = {}
     for label, changes in cfg.baselines.items() if cfg.plots else ():
         own = cfg.copy()
-        with open_dict(own):  # a baseline may have recipes that the experiment has not
+        with open_dict(own):  # a baseline may have recipes that the experiment does not have
             own.merge_with(
                 {"learn": False, "retrain": False}, changes, {"name": label, "plots": False, "hyperparameters": None}
             )
@@ -76,7 +76,7 @@ def baselines(cfg: DictConfig) -> dict[str, DictConfig]:
 
 
 def finished_result(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
-    """The result in the folder, if it is that of this very config, finished."""
+    """The result in the folder, if it is finished and of this very config."""
     try:
         result, config = json.loads((folder / "result.json").read_text()), (folder / "config.yaml").read_text()
     except (OSError, json.JSONDecodeError):
@@ -124,7 +124,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
 
 
 def finish(run: Run, folder: Path, rows: list[dict[str, Any]], boards: list[Board]) -> float:
-    """Write result, hyperparameters and pictures. The result holds no times, so that a resumed run writes the same."""
+    """Write result, hyperparameters and pictures. The result has no times in it, so that a resumed run writes the same."""
     cfg, problem = run.cfg, run.problem
     measured = measure(run.task, problem.model, problem.hparams, run.parts)
     if cfg.retrain:
@@ -160,6 +160,6 @@ def progress_bar(visible: bool) -> Progress:
 
 
 if __name__ == "__main__":
-    # A sweep's jobs may be processes that submitit starts: they have to find what lies beside this file.
+    # The jobs of a sweep may be processes that submitit starts; they have to find the modules beside this file.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     main()

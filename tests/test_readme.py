@@ -165,7 +165,9 @@ def test_the_website_is_whole(tmp_path):
     assert [name for name in names if f'href="{name}.html"' not in menu and name not in UNLISTED] == []
 
 
-@pytest.mark.parametrize("name", ["benchmarks.reads", "tasks.processes"])
+@pytest.mark.parametrize(
+    "name", ["benchmarks.reads", "common.batches", "common.means", "common.records", "common.tables", "tasks.processes"]
+)
 def test_the_doctests_of_the_scripts(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted

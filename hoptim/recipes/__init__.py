@@ -1,7 +1,7 @@
-"""Recipes: hyperparameters that come ready for use, with the losses' terms that they are for.
+"""Recipes: hyperparameters that are ready for use, each with its part of the training loss.
 
-A recipe is a :class:`HyperParameters`, or another module, with a method for the training loss. It goes where ``hparams``
-goes, alone or in an ``nn.ModuleDict`` beside others:
+A recipe is a :class:`HyperParameters` or another module, with a method for the training loss. Use it as ``hparams``, alone
+or in an ``nn.ModuleDict`` beside others:
 
 >>> import torch
 >>> from torch import nn
@@ -31,15 +31,16 @@ goes, alone or in an ``nn.ModuleDict`` beside others:
 | one of several options | `Categorical(options)`, `.mix(found)`, `.harden()` | K − 1 | simplex |
 | which features or units to keep | `Gate(n)`, `.values()`, `.harden()` | n | unit interval |
 
-*How many.* A few numbers can be learned from a small validation set; `hoptim.CrossValidated` does it without giving data up.
-As many as there are examples or weights can fit a validation set as weights fit a training set: keep it large, and judge by
-a test set that took no part.
+*How many.* A few hyperparameters can be learned from a small validation set; `hoptim.CrossValidated` does so without giving
+up training data. As many as there are examples or weights can overfit a validation set, as weights overfit a training set:
+keep it large, and judge by a test set that took no part.
 
 # Settings for each
 
-The rate is that of an outer Adam, the warm-up a share of all steps. Where nothing else is said, learn on a part and validate
-on another, then train on both with `hoptim.retrain`. Each family has an experiment in conf/experiment/recipes, such as
-`python scripts/train.py experiment=recipes/dropout`; scripts/README.md, "Recipes at work", has what they found.
+The rate is that of an outer Adam, the warm-up a share of all steps. Where nothing else is said, learn on one part of the
+data and validate on another, then train on both with `hoptim.retrain`. Each family has an experiment in
+conf/experiment/recipes, such as `python scripts/train.py experiment=recipes/dropout`; scripts/README.md, "Recipes at work",
+has the results.
 
 | recipe | outer rate | warm-up | validation |
 |---|---|---|---|
@@ -60,18 +61,19 @@ on another, then train on both with `hoptim.retrain`. Each family has an experim
 | `Gate` | 0.3 | a fifth | folds or a part, with a small price for each in its loss |
 
 *The outer optimizer* is `hparams.optimizer()`, Adam with a rate for each constraint: 0.05 for `positive`, where a step is
-about 5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. What is `real` takes a rate that is small beside its size,
-and a momentum less than 0.3, which took one to 0.999. For recipes in an `nn.ModuleDict`, give Adam the groups of each,
-`[group for one in hparams.values() for group in one.optimizer().param_groups]`; `hoptim.CrossValidated` does so by itself.
+about 5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. For a `real` hyperparameter the rate should be small
+compared to its size; for a learned momentum it should be below 0.3, which took one to 0.999. For recipes in an
+`nn.ModuleDict`, give Adam the groups of each (`hoptim.CrossValidated` does so by itself):
+`[group for one in hparams.values() for group in one.optimizer().param_groups]`.
 
-*Warm-up.* For what acts on a trained model, as decays and noise do, a quarter of the steps; on twelve tasks none at all did
+*Warm-up.* A quarter of the steps for what acts on a trained model, as decays and noise do; on twelve tasks none at all did
 about as well. A schedule learned by `Replay` needs none, since it differentiates through the whole training.
 
 *Colours.* `Augmentation` changes no hue or saturation. kornia's `adjust_hue` and `adjust_saturation` are differentiable and
 go into a training loss as they are, but for images from 0 to 1: on standardised ones a factor of 1 changes saturation too.
 
-*Evaluation.* The validation loss is without noise, smoothing, decay and weights. Call the plain model in it, in `eval()`;
-`Gate` and `Categorical` belong to the model, so it has them with `training=False`.
+*Evaluation.* The validation loss has no noise, smoothing, decay or weights in it: it calls the plain model in `eval()`.
+`Gate` and `Categorical` belong to the model, so the validation loss has them with `training=False`.
 """
 
 from hoptim.recipes.augmentation import Augmentation, AugmentationNet

@@ -1,4 +1,4 @@
-"""Augmentation: learned magnitudes of random changes of images; AugmentationNet: a network that makes the changes."""
+"""Augmentation: learned magnitudes of random changes of images; AugmentationNet: a learned network that changes images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between
-from hoptim.validation import is_whole
+from hoptim.recipes.start import check_between, check_count
 
 Change = Literal["rotation", "shift", "scale", "shear", "brightness", "contrast", "noise"]
 AFFINE = ("rotation", "shift", "scale", "shear")
@@ -23,22 +22,22 @@ class Augmentation(HyperParameters):
 
     With u uniform on (−1, 1) for each image and change, and ξ normal for each pixel:
 
-    - ``"rotation"``: by m·u radians; ``"shift"``: by m·u of half the width and of half the height, each with a u of its own;
+    - ``"rotation"``: by m·u radians; ``"shift"``: by m·u of half the width and of half the height, each with its own u;
     - ``"scale"``: by exp(m·u); ``"shear"``: by m·u along the rows;
     - ``"brightness"``: x + m·u; ``"contrast"``: x̄ + exp(m·u)·(x − x̄), with the image's mean x̄; ``"noise"``: x + m·ξ.
 
-    The first four move pixels, with bilinear interpolation and zeros from outside. A magnitude that hurts goes towards 0,
-    where nothing is changed; which of them help is so learned from the validation loss, in which images stay as they are.
+    The first four move pixels, with bilinear interpolation and zeros from outside. The validation loss sees images as they
+    are, so that it learns which changes help: a magnitude that hurts goes towards 0, where nothing is changed.
 
     Args:
-        changes: their names, each once; default all of them.
+        changes: the names of the changes, each once; default: all of them.
         start: m of each at the start, default 0.1.
 
     Raises:
-        ValueError: a change is none of these or there twice, there is none, or ``start`` is not positive; when called, the
+        ValueError: a change is none of these or given twice, there is none, or ``start`` is not positive; when called, the
             images are not of shape (B, C, H, W).
 
-    Source: Benton et al. 2020, Learning invariances in neural networks (arXiv 2010.11882), where the training loss moves m.
+    Source: Benton et al. 2020, Learning invariances in neural networks (arXiv 2010.11882), who learn m by the training loss.
 
     >>> _ = torch.manual_seed(0)
     >>> hparams = Augmentation(["rotation", "noise"], start=0.2)
@@ -74,7 +73,7 @@ class Augmentation(HyperParameters):
         return x
 
     def _drawn(self, change: str, x: Tensor) -> Tensor:
-        """m·u for each image, 0 where there is no such change."""
+        """m·u for each image; 0 without this change."""
         if change not in self:
             return x.new_zeros(len(x))
         return self[change].to(x.dtype) * (2 * torch.rand(len(x), dtype=x.dtype, device=x.device) - 1)
@@ -83,18 +82,18 @@ class Augmentation(HyperParameters):
         """The affine map of each image, shape (B, 2, 3), from places in the new image to places in the old one."""
         angle, size, shear = self._drawn("rotation", x), self._drawn("scale", x).exp(), self._drawn("shear", x)
         cos, sin, right, down = angle.cos(), angle.sin(), self._drawn("shift", x), self._drawn("shift", x)
-        tall = x.shape[2] / x.shape[3]  # the map is of places from −1 to 1 along each axis, whatever its length
+        tall = x.shape[2] / x.shape[3]  # the map has places from −1 to 1 along each axis, whatever its length
         first = torch.stack([size * cos, tall * size * (shear * cos - sin), right], dim=1)
         second = torch.stack([size * sin / tall, size * (shear * sin + cos), down], dim=1)
         return torch.stack([first, second], dim=1)
 
 
 class AugmentationNet(nn.Module):
-    """A small convolutional network x ↦ x + f(x, ξ) from an image and noise to a changed image; its weights are learned.
+    """A small convolutional network x ↦ x + f(x, ξ) from an image and noise to a changed image, whose weights are learned.
 
-    Its last layer is 0 at the start, so that it begins with the image as it is. It is itself ``hparams``: the training loss
-    has ``model(hparams(x))``, the validation loss ``model(x)``. It has thousands of degrees of freedom: keep the validation
-    set large.
+    Its last layer starts at 0, so that at first it leaves images as they are. The network itself is ``hparams``: the
+    training loss has ``model(hparams(x))``, the validation loss ``model(x)``. It has thousands of degrees of freedom, so
+    keep the validation set large.
 
     Args:
         channels: C of the images, shape (B, C, H, W).
@@ -111,9 +110,8 @@ class AugmentationNet(nn.Module):
     """
 
     def __init__(self, channels: int, hidden: int = 16) -> None:
-        for name, count in {"channels": channels, "hidden": hidden}.items():
-            if not (is_whole(count) and count >= 1):
-                raise ValueError(f"{name} is {count!r}: give a whole number of at least 1")
+        check_count("channels", channels)
+        check_count("hidden", hidden)
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(2 * channels, hidden, 3, padding=1), nn.ReLU(),
@@ -128,7 +126,7 @@ class AugmentationNet(nn.Module):
         return x + self.layers(torch.cat([x, torch.randn_like(x)], dim=1))
 
     def optimizer(self, lr: float = 0.01) -> torch.optim.Adam:
-        """The outer optimizer that suits it: Adam on its weights."""
+        """The outer optimizer for it: Adam on its weights."""
         return torch.optim.Adam(self.parameters(), lr=lr)
 
     @property

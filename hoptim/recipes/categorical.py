@@ -1,4 +1,4 @@
-"""Categorical: a choice between some options, learned by a relaxation."""
+"""Categorical: a learned choice between options, by a relaxation."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Relaxation = Literal["softmax", "gumbel"]
 
 
 class Categorical(HyperParameters):
-    """A learned choice between K options, such as activations or data sources, as probabilities p and a relaxation of them.
+    """A learned choice between K options, such as activations or data sources, with the probabilities p.
 
-    The mixture Σ_k a_k·f_k of what the options give has the weights
+    The results f_k of the options are mixed, Σ_k a_k·f_k, with weights by one of two relaxations:
 
-    - ``"softmax"``: a = p, each option by its probability;
-    - ``"gumbel"``: a = onehot(k) with k drawn from p, and the derivative of softmax((log p + Gumbel noise)/τ) in place of
-      its own, which is 0. A single option is tried at a time, as in the model that is wanted; give many hypersteps.
+    - ``"softmax"``: a = p, each option weighted by its probability;
+    - ``"gumbel"``: a = onehot(k) with k drawn from p; its derivative, which would be 0, is replaced by that of
+      softmax((log p + Gumbel noise)/τ). It tries one option at a time, as the final model does, so give many hypersteps.
 
     Evaluation has no noise: ``training=False`` gives a = p for both. ``hparams["probability"]`` is p, of shape (K,).
 
     Args:
-        options: their names, two or more; K − 1 degrees of freedom.
-        relaxation: one of these, default ``"softmax"``.
-        temperature: τ of the second, default 1; an attribute, which a loop may lower.
+        options: the names of the options, two or more; K − 1 degrees of freedom.
+        relaxation: one of these two, default ``"softmax"``.
+        temperature: τ of ``"gumbel"``, default 1; an attribute, which a loop may lower.
 
     Raises:
         TypeError: ``options`` is no list of names.
-        ValueError: there are fewer than two options, one is there twice, ``relaxation`` is none of these or ``temperature``
-            not positive; when called, what one of the options gives is missing.
+        ValueError: there are fewer than two options, one is given twice, ``relaxation`` is none of these or ``temperature``
+            is not positive; when called, the result of an option is missing.
 
     Source: Liu, Simonyan and Yang 2019, DARTS (arXiv 1806.09055); Jang, Gu and Poole 2017 (arXiv 1611.01144).
 
@@ -64,7 +64,7 @@ class Categorical(HyperParameters):
         return nn.functional.gumbel_softmax(p.log(), tau=self.temperature, hard=True)
 
     def mix(self, found: Mapping[str, Tensor], training: bool = True) -> Tensor:
-        """Σ_k a_k·f_k of what the options give, by name, all of one shape."""
+        """Σ_k a_k·f_k of the options' results by name, all of the same shape."""
         if set(found) != set(self.options):
             raise ValueError(f"found has {sorted(found)}: give what each of {sorted(self.options)} gives")
         a = self.weights(training)
@@ -72,7 +72,7 @@ class Categorical(HyperParameters):
         return torch.stack(parts).sum(0)
 
     def harden(self) -> tuple[str, float]:
-        """The most probable option, and how far the relaxed choice is from it: the probability of all others."""
+        """The most probable option, and the probability of all others: how far the relaxed choice is from it."""
         p = self["probability"].detach()
         best = int(p.argmax())
         return self.options[best], float(1 - p[best])

@@ -1,4 +1,4 @@
-"""DistilledData: a few learned training examples that stand for many."""
+"""DistilledData: a few learned training examples that replace many real ones."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ import torch
 from torch import Tensor
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between
+from hoptim.recipes.start import check_between, check_count
 from hoptim.validation import is_whole
 
 
 class DistilledData(HyperParameters):
-    """Learned inputs, some for each class, on which alone a model is trained, so that it does well on the real data.
+    """Learned inputs, a few for each class, such that a model trained on them alone does well on the real data.
 
-    The training loss is that of the model on ``hparams.examples()``, with some decay, so that it has a minimum; the
-    validation loss is that on the real training data. An outer rate of 0.03, that of :meth:`optimizer`, served for digits.
+    The training loss is the model's loss on ``hparams.examples()``, with some decay, so that it has a minimum; the
+    validation loss is its loss on the real training data. An outer rate of 0.03, that of :meth:`optimizer`, worked for
+    digits.
 
     Args:
         classes: the number of classes K.
-        shape: that of one input, such as (1, 28, 28).
+        shape: the shape of one input, such as (1, 28, 28).
         per_class: inputs for each class, default 1.
         size: the standard deviation of the random numbers that the inputs start from, default 0.1.
 
     Raises:
-        ValueError: ``classes`` or ``per_class`` is no positive whole number, ``shape`` is empty or not of such, or ``size``
-            is not positive.
+        ValueError: ``classes`` or ``per_class`` is no positive whole number, ``shape`` is empty or has a length that is
+        none,
+            or ``size`` is not positive.
 
     Source: Wang et al. 2018, Dataset distillation (arXiv 1811.10959); Lorraine, Vicol and Duvenaud 2019, section 5.2.
 
@@ -39,9 +41,8 @@ class DistilledData(HyperParameters):
     labels: Tensor
 
     def __init__(self, classes: int, shape: Sequence[int], per_class: int = 1, *, size: float = 0.1) -> None:
-        for name, count in {"classes": classes, "per_class": per_class}.items():
-            if not (is_whole(count) and count >= 1):
-                raise ValueError(f"{name} is {count!r}: give a whole number of at least 1")
+        check_count("classes", classes)
+        check_count("per_class", per_class)
         if not len(shape) or not all(is_whole(length) and length >= 1 for length in shape):
             raise ValueError(f"shape is {shape!r}: give that of one input, such as (1, 28, 28)")
         check_between("size", size, 0)
@@ -53,5 +54,5 @@ class DistilledData(HyperParameters):
         return self["input"], self.labels
 
     def optimizer(self, lr: float | None = 0.03) -> torch.optim.Adam:
-        """The outer optimizer that suits it: Adam on the inputs, at a third of their size at the start."""
+        """The outer optimizer for it: Adam on the inputs, at a third of the size that they start from."""
         return super().optimizer(lr)

@@ -16,13 +16,13 @@ from hoptim.validation import describe_type, is_finite
 class DomainWeights(HyperParameters):
     """A learned mixture p of K data sources, p_d > 0 and Σ_d p_d = 1, and its loss Σ_d p_d·(mean loss on source d).
 
-    In a batch of B examples, which come from the sources as the data set does, that is estimated by
+    A batch of B examples, drawn from the whole data set, estimates this loss by
 
         (1/B) Σ_i p_{d_i}/q_{d_i} · ℓ_i,
 
     where ℓ_i is the loss of example i, d_i its source, and q_d the share of source d in the data. At the start p = q, so
-    that it is the plain mean. ``hparams["mixture"]`` is p, of shape (K,), in the order of the names. For a later training
-    one can draw from the sources by p instead.
+    that it is the plain mean. ``hparams["mixture"]`` is p, of shape (K,), in the order of the names. A later training can
+    draw from the sources by p instead.
 
     Args:
         sizes: how many examples each source has, or its share, by name; two sources or more, K − 1 degrees of freedom.
@@ -31,7 +31,7 @@ class DomainWeights(HyperParameters):
         TypeError: ``sizes`` is no dict.
         ValueError: there are fewer than two sources, or a size is not positive; when called, shapes differ.
 
-    Source: Xie et al. 2023, DoReMi (arXiv 2305.10429), where another rule moves p.
+    Source: Xie et al. 2023, DoReMi (arXiv 2305.10429), who move p by another rule.
 
     >>> hparams = DomainWeights({"web": 900, "books": 100})
     >>> hparams["mixture"].detach()
@@ -61,7 +61,7 @@ class DomainWeights(HyperParameters):
 
         Args:
             losses: the loss of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
-            source: where each is from, shape (B,), whole numbers in the order of the names.
+            source: the source of each example, shape (B,), as its number in the order of the names.
         """
         if losses.ndim != 1 or losses.shape != source.shape or not len(losses):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""ExampleWeights: a learned weight for each training example, beside examples that are known to be right."""
+"""ExampleWeights: a learned weight for each training example, and a fixed weight for examples known to be right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.validation import describe_type, is_finite, is_whole
+from hoptim.recipes.start import check_between, check_count
+from hoptim.validation import describe_type
 
 NAME = "example_weight"
 Trusted = Tensor | Sequence[int] | Sequence[bool]
@@ -18,23 +19,23 @@ Trusted = Tensor | Sequence[int] | Sequence[bool]
 class ExampleWeights(HyperParameters):
     """Learned weights w_i in (0, 1) of n training examples, and the weighted mean (1/B) Σ_i w_i ℓ_i of a batch's losses.
 
-    Each weight's leaf is its logit. An example that is known to be right has the fixed weight 1. So one data set can hold
-    both those with doubtful labels, on which the weights are learned, and those with right ones, which serve as validation
+    The leaf of a weight is its logit. An example that is known to be right has the fixed weight 1. So one data set can have
+    both examples with doubtful labels, whose weights are learned, and examples with right ones, which are the validation
     data meanwhile; ``hoptim.retrain`` then trains on all of them, with the same loss.
 
-    ``hparams["example_weight"]``, of shape (n,), is the weight of every example, 1 where it is fixed. The mean is over the
-    batch's B examples, not over the sum of their weights: low weights make small steps. A hyperstep moves the weights of the
-    examples in its training batch, so give ``BilevelOptimizer`` large ``train_batches`` where n is large.
+    ``hparams["example_weight"]``, of shape (n,), has the weight of every example, 1 where it is fixed. The mean divides by
+    the number B of examples in the batch, not by the sum of their weights: low weights make small steps. A hyperstep moves
+    only the weights of examples in its training batch, so give ``BilevelOptimizer`` large ``train_batches`` if n is large.
 
     Args:
         n: how many examples there are.
         start: the weight of each at the start, default 0.5.
-        trusted: the examples of fixed weight 1, as indices or as a mask of n ``bool``; default none.
+        trusted: the examples of fixed weight 1, as indices or as a mask of n ``bool``; default: none.
 
     Raises:
         TypeError: ``trusted`` is neither.
-        ValueError: ``n`` is no positive whole number, ``start`` is not between 0 and 1, ``trusted`` names examples that are
-            not there, or all.
+        ValueError: ``n`` is no positive whole number, ``start`` is not between 0 and 1, ``trusted`` has an index that is out
+            of range, or all examples.
 
     Source: Ren et al. 2018, Learning to reweight examples for robust deep learning (arXiv 1803.09050).
 
@@ -68,10 +69,8 @@ class ExampleWeights(HyperParameters):
     def __init__(
         self, n: int, *, start: float = 0.5, trusted: Tensor | Sequence[int] | Sequence[bool] | None = None
     ) -> None:
-        if not (is_whole(n) and n >= 1):
-            raise ValueError(f"n is {n!r}: give the number of examples, a whole number of at least 1")
-        if not (is_finite(start) and 0 < start < 1):
-            raise ValueError(f"start is {start!r}: give a number between 0 and 1")
+        check_count("n", n, "the number of examples")
+        check_between("start", start, 0, 1)
         super().__init__({NAME: torch.full((n,), float(start))}, {NAME: constraints.unit_interval})
         self.register_buffer("trusted", _mask(n, trusted))
 
@@ -80,7 +79,7 @@ class ExampleWeights(HyperParameters):
         return value.masked_fill(self.trusted, 1.0) if name == NAME else value
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        """Set the weights; those that are fixed stay 1."""
+        """Set the weights; fixed ones stay 1."""
         own = isinstance(value, Tensor) and name == NAME and value.shape == self.trusted.shape
         super().__setitem__(name, value.masked_fill(self.trusted.to(value.device), 0.5) if own else value)
 
@@ -89,7 +88,7 @@ class ExampleWeights(HyperParameters):
 
         Args:
             losses: the loss ℓ_i of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
-            index: which examples these are, shape (B,), whole numbers below n.
+            index: the indices of these examples, shape (B,), whole numbers below n.
 
         Raises:
             TypeError: ``index`` is no tensor of whole numbers.
@@ -107,7 +106,7 @@ class ExampleWeights(HyperParameters):
 
     @property
     def degrees_of_freedom(self) -> int:
-        """How many weights are learned: those that are not fixed."""
+        """How many weights are learned, without the fixed ones."""
         return int((~self.trusted).sum())
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Gate: learned gates that are open, closed or in between, for the selection of features, units or layers."""
+"""Gate: learned gates, open, closed or in between, that select features, units or layers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between
-from hoptim.validation import is_whole
+from hoptim.recipes.start import check_between, check_count
 
 LOW, HIGH, SHARPNESS = -0.1, 1.1, 2 / 3  # γ, ζ and β of the source
 
 
 class Gate(HyperParameters):
-    """n learned gates z in [0, 1], by which features, units or layers are multiplied, in the hard concrete relaxation.
+    """n learned gates z in [0, 1] that multiply features, units or layers, in the hard concrete relaxation.
 
         z = clamp(s·(ζ − γ) + γ, 0, 1),    s = sigmoid((logit u + log α)/β) while training, sigmoid(log α) else,
 
     with u uniform on (0, 1), γ = −0.1, ζ = 1.1, β = 2/3. So a gate is exactly 0 or 1 with some probability, and has a
-    derivative in between. To :meth:`count`, the expected number of open gates, the validation loss may give a small price.
+    derivative in between. The validation loss may charge a small price for :meth:`count`, the expected number of open gates.
     There are n degrees of freedom; ``hparams["openness"]`` = sigmoid(log α).
 
     Args:
@@ -40,13 +39,12 @@ class Gate(HyperParameters):
     """
 
     def __init__(self, n: int, *, start: float = 0.8) -> None:
-        if not (is_whole(n) and n >= 1):
-            raise ValueError(f"n is {n!r}: give the number of gates, a whole number of at least 1")
+        check_count("n", n, "the number of gates")
         check_between("start", start, 0, 1)
         super().__init__({"openness": torch.full((n,), float(start))}, {"openness": constraints.unit_interval})
 
     def values(self, training: bool = True) -> Tensor:
-        """z, of shape (n,); while training they are drawn anew at each call."""
+        """z, of shape (n,); while training it is drawn anew at each call."""
         s = self["openness"]
         if training:
             u = torch.rand_like(s).clamp(min=torch.finfo(s.dtype).tiny)
@@ -59,6 +57,6 @@ class Gate(HyperParameters):
         return torch.sigmoid(torch.logit(self["openness"]) - closed).sum()
 
     def harden(self) -> tuple[Tensor, float]:
-        """Which gates are more than half open, and how far the farthest is from the nearer of 0 and 1."""
+        """Which gates are more than half open, and the largest distance of a gate from the nearer of 0 and 1."""
         z = self.values(training=False).detach()
         return z > 0.5, float((z - (z > 0.5).to(z.dtype)).abs().max())

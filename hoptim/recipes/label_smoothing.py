@@ -1,4 +1,4 @@
-"""LabelSmoothing: one learned number, and the cross-entropy with it."""
+"""LabelSmoothing: a learned label smoothing, and the cross-entropy with it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hoptim.recipes.start import check_between
 class LabelSmoothing(HyperParameters):
     """A learned label smoothing ε in (0, 1), and its cross-entropy (1 − ε)·(−log p_y) + ε/K · Σ_k (−log p_k).
 
-    It is ``torch.nn.functional.cross_entropy(..., label_smoothing=ε)``, which takes ε as a number, in which there is no
-    derivative.
+    It equals ``torch.nn.functional.cross_entropy(..., label_smoothing=ε)``, which takes ε as a plain number and so has no
+    derivative in it.
 
     Args:
         start: ε at the start.
@@ -37,7 +37,7 @@ class LabelSmoothing(HyperParameters):
     def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         """The loss of logits z, of shape (N, K, …) with classes as ``target``, of shape (N, …); ``reduction`` as torch's."""
         own = nn.functional.cross_entropy(z, target, reduction=reduction)
-        known = target != -100  # what torch leaves out
+        known = target != -100  # torch ignores this class
         others = torch.where(known, -z.log_softmax(1).mean(1), 0)
         if reduction != "none":
             others = others.sum() / (known.sum() if reduction == "mean" else 1)

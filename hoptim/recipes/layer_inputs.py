@@ -1,4 +1,4 @@
-"""LayerInputs: hyperparameters that change what goes into the layers of a model, whose code stays as it is."""
+"""LayerInputs: hyperparameters that change the inputs of a model's layers, without changes to the model's code."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.wrappers import uncompiled, unwrap
 from hoptim.validation import describe_type
 
-# What is no layer with an input of its own: attention uses the weight of its last layer and does not call that.
+# Not taken by default. The last is the output layer of attention, which uses its weight without calling the layer.
 _OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, NonDynamicallyQuantizableLinear)
 
 
 class LayerInputs(HyperParameters, ABC):
-    """Hyperparameters of which each belongs to one layer, and changes that layer's input while it is in training mode."""
+    """Hyperparameters that each belong to a layer and change its input while the layer is in training mode."""
 
     layers: tuple[str, ...]
 
     def call(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """``model(*args, **kwargs)``, with changed inputs of its layers where they are in training mode."""
+        """``model(*args, **kwargs)``, with changed inputs of the layers that are in training mode."""
         parts = dict(unwrap(model).named_modules())
         if missing := [name for name in self.layers if name not in parts]:
             own = type(self).__name__
@@ -42,7 +42,7 @@ class LayerInputs(HyperParameters, ABC):
 
     @abstractmethod
     def changed(self, name: str, x: Tensor) -> Tensor:
-        """What goes into the layer of this name in place of ``x``."""
+        """The input of the layer of this name, which replaces ``x``."""
 
     def _change(self, name: str, begun: tuple[bool, Any], layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
         if not layer.training:
@@ -60,11 +60,11 @@ class LayerInputs(HyperParameters, ABC):
 
 
 def find_layers(model: object, layers: Sequence[str] | None) -> dict[str, nn.Module]:
-    """The layers by name; by default each that has a weight of at least two axes and is no embedding.
+    """The layers by name; by default all that have a weight of at least two axes and are no embedding.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a layer is not there, or none is left.
+        ValueError: a layer does not exist, or there is none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {describe_type(model)}: give an nn.Module")
@@ -79,7 +79,7 @@ def find_layers(model: object, layers: Sequence[str] | None) -> dict[str, nn.Mod
 
 
 def first_weight(model: nn.Module) -> Tensor:
-    """A tensor on the model's device, of its precision."""
+    """A tensor with the model's device and precision."""
     return next(unwrap(model).parameters(), torch.zeros(()))
 
 
@@ -89,5 +89,5 @@ def _is_matrix(part: nn.Module) -> bool:
 
 
 def _way_of_saving() -> tuple[bool, Any]:
-    """Whether a graph is made, and by which hooks its tensors are saved: activation checkpointing changes one of them."""
+    """Whether a graph is recorded, and the hooks that save its tensors: activation checkpointing changes one of the two."""
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)

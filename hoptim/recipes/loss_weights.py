@@ -1,4 +1,4 @@
-"""LossWeights: learned weights of the losses of several tasks."""
+"""LossWeights: learned weights for the losses of several tasks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hoptim.recipes.start import checked_names
 
 
 class LossWeights(HyperParameters):
-    """Learned weights w_k of the losses of K tasks, and their sum Σ_k w_k L_k, where w_k > 0 and Σ_k w_k = K.
+    """Learned weights w_k of the losses of K tasks, and the weighted sum Σ_k w_k L_k, where w_k > 0 and Σ_k w_k = K.
 
-    So all are 1 at the start, and the size of the whole, which is a matter of the learning rate, stays. Their natural value
-    is ``hparams["share"]`` = w/K, of shape (K,), in the order of the names. Let the validation loss be what counts in the
-    end: the loss of the one task that matters, or a sum with weights that are fixed.
+    All weights are 1 at the start. Their sum is fixed, since the size of the whole loss is a matter of the learning rate.
+    Their natural value is ``hparams["share"]`` = w/K, of shape (K,), in the order of the names. The validation loss should
+    be what counts in the end: the loss of the one task that matters, or a sum with fixed weights.
 
     Args:
-        names: of the tasks, two or more; there are K − 1 degrees of freedom.
+        names: the names of the tasks, two or more; there are K − 1 degrees of freedom.
 
     Raises:
         TypeError: ``names`` is no list of names.
-        ValueError: there are fewer than two, or one is there twice; when called, a loss is missing or too many.
+        ValueError: there are fewer than two, or one is given twice; when called, a loss is missing or there is one more.
 
     Source: Caruana 1997, Multitask learning; weights by implicit differentiation: Navon et al. 2021 (arXiv 2007.02693).
 
@@ -40,7 +40,7 @@ class LossWeights(HyperParameters):
         super().__init__({"share": even}, {"share": constraints.simplex})
 
     def sum(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Σ_k w_k L_k of the losses by name, of any one shape."""
+        """Σ_k w_k L_k of the losses by name, which all have the same shape."""
         if set(losses) != set(self.names):
             raise ValueError(f"losses has {sorted(losses)}: give one loss for each of {sorted(self.names)}")
         weights = len(self.names) * self["share"]

@@ -1,4 +1,4 @@
-"""NoiseWidth: learned noise before the layers of a model, whose code stays as it is."""
+"""NoiseWidth: learned noise before the layers of a model, without changes to the model's code."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from hoptim.recipes.start import check_between, full
 
 
 class NoiseWidth(LayerInputs):
-    """Learned widths σ in (0, 1) of Gaussian noise that is added to the input of layers while they train: x + σ·ξ.
+    """Learned widths σ in (0, 1) of Gaussian noise that is added to the input of layers in training mode: x + σ·ξ.
 
-    No line of the model changes: its layers are found by name, and get their noise while :meth:`call` runs the model. A
+    The model's code does not change: layers are found by name, and get their noise while :meth:`call` runs the model. A
     layer in evaluation mode gets none.
 
     Args:
         model: the model, before or after it is wrapped.
-        layers: the names of the layers, such as ``"blocks.0.mlp"``; ``None``, the default, for each that has a weight of
-            at least two axes and is no embedding.
-        start: σ at the start.
+        layers: the names of the layers, such as ``"blocks.0.mlp"``; ``None``, the default: all that have a weight of at
+            least two axes and are no embedding.
+        start: σ at the start, default 0.1.
 
     Raises:
         TypeError: ``model`` is no module; when called, the input of a layer is no tensor of real numbers.
-        ValueError: a layer is not there, none is left, or ``start`` is not between 0 and 1.
+        ValueError: a layer does not exist, there is none, or ``start`` is not between 0 and 1.
 
     Source: Bishop 1995, Training with noise is equivalent to Tikhonov regularization.
 

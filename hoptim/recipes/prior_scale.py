@@ -7,22 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hoptim.recipes.start import check_between
+from hoptim.recipes.start import check_between, check_count
 from hoptim.recipes.weight_decay import Per, WeightDecay
-from hoptim.validation import is_whole
 
 
 class PriorScale(WeightDecay):
     """Learned scales σ_k of priors w_k ~ N(0, σ_k²), and their negative log density for each example, Σ_k ‖w_k‖²/(2σ_k²·n).
 
-    With the mean of −log p(y|x, w) over the n training examples that is the negative log posterior over n. It is a
-    :class:`WeightDecay` with λ_k = 1/(n·σ_k²), and learned by the leaves log λ_k: a step of Adam at 0.05 changes σ_k by
-    about 2.5 %. The decay scales with the data, so σ_k carries over to a set of another size.
+    Added to the mean of −log p(y|x, w) over the n training examples, it gives the negative log posterior divided by n. It is
+    a :class:`WeightDecay` with λ_k = 1/(n·σ_k²) and the leaves log λ_k: a step of Adam at 0.05 changes σ_k by about 2.5 %.
+    The decay scales with the size of the data, so the same σ_k suits a data set of another size.
 
     Args:
-        model: as in :class:`WeightDecay`, as ``per`` and ``include`` are.
+        model: as in :class:`WeightDecay`, like ``per`` and ``include``.
         examples: n, how many training examples there are.
-        per: what has a σ of its own.
+        per: what has its own σ.
         start: σ at the start, default 1.
         include: which weights have a prior.
 
@@ -48,13 +47,12 @@ class PriorScale(WeightDecay):
         start: float = 1.0,
         include: Callable[[str, nn.Parameter], bool] | None = None,
     ) -> None:
-        if not (is_whole(examples) and examples >= 1):
-            raise ValueError(f"examples is {examples!r}: give how many training examples there are")
+        check_count("examples", examples, "how many training examples there are")
         check_between("start", start, 0)
         super().__init__(model, per=per, start=1 / (examples * start**2), include=include)
         self.examples = examples
 
     def scale(self, weight: str = "") -> Tensor:
-        """σ of the weight of this name; of all where ``per`` is ``"global"``."""
+        """σ of the weight of this name; that of all weights if ``per`` is ``"global"``."""
         name: Any = "decay" if self.per == "global" else f"decay.{weight}"
         return (self.examples * self[name]).rsqrt()

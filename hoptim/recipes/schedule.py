@@ -1,4 +1,4 @@
-"""Schedule: a learned curve over the steps of a training, such as that of a learning rate."""
+"""Schedule: a learned curve over the steps of a training, for a learning rate for example."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between
+from hoptim.recipes.start import check_between, check_count
 from hoptim.validation import is_whole
 
 
 class Schedule(HyperParameters):
-    """A learned positive number for each step of a training: values at some knots, on a log scale straight in between.
+    """A learned positive number for each step of a training: values at knots, interpolated linearly on a log scale.
 
-    Its first knot is step 0, its last the last step. It is learned by :class:`hoptim.Replay` over the whole training, and
-    followed by any training through torch's own ``LambdaLR`` on an optimizer whose rate is 1.
+    The first knot is step 0, the last one the last step. :class:`hoptim.Replay` learns it over the whole training; any
+    training can then follow it through torch's ``LambdaLR`` on an optimizer whose rate is 1.
 
     Args:
         steps: how many steps the training has, 2 or more.
-        knots: how many knots there are, from 2 to ``steps``, default 5; with ``steps`` each step has its own value.
+        knots: how many knots there are, from 2 to ``steps``, default 5; with ``steps`` knots each step has its own value.
         start: the value of each knot at the start, default 0.1.
 
     Raises:
-        ValueError: ``steps`` or ``knots`` is out of range, ``start`` is not positive; when called, a step is none of these.
+        ValueError: ``steps`` or ``knots`` is out of range, ``start`` is not positive; when called, a step is negative.
 
     Source: piecewise linear schedules learned by gradient: Engstrom et al. 2025 (arXiv 2503.13751), section 5.
 
@@ -43,8 +43,7 @@ class Schedule(HyperParameters):
     """
 
     def __init__(self, steps: int, knots: int = 5, *, start: float = 0.1) -> None:
-        if not (is_whole(steps) and steps >= 2):
-            raise ValueError(f"steps is {steps!r}: give how many the training has, 2 or more")
+        check_count("steps", steps, "how many steps the training has", least=2)
         if not (is_whole(knots) and 2 <= knots <= steps):
             raise ValueError(f"knots is {knots!r}: give a whole number from 2 to steps={steps}")
         check_between("start", start, 0)
@@ -52,7 +51,7 @@ class Schedule(HyperParameters):
         self.steps, self.knots = steps, knots
 
     def at(self, step: int) -> Tensor:
-        """The value at step 0, 1, …, ``steps`` − 1, as a tensor of one number; after the end it is the last one."""
+        """The value at step 0, 1, …, ``steps`` − 1, as a tensor of one number; later steps have the last value."""
         if step < 0:
             raise ValueError(f"step is {step}: give one from 0 to {self.steps - 1}")
         place = min(step, self.steps - 1) * (self.knots - 1) / (self.steps - 1)

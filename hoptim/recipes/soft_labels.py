@@ -14,13 +14,13 @@ from hoptim.validation import describe_type, is_whole
 class SoftLabels(HyperParameters):
     """Learned label distributions q_i over K classes of n examples, and the cross-entropy −Σ_k q_ik log p_k with them.
 
-    Where a label is wrong the right one can be found, not only the wrong one left out, as by a weight. For that there are
-    n·(K − 1) degrees of freedom: many hypersteps and a trustworthy validation set are needed. ``hparams["label"]`` is q, of
-    shape (n, K).
+    A wrong label can be replaced by the right one, while an example weight can only leave it out. The price is n·(K − 1)
+    degrees of freedom, which need many hypersteps and a trustworthy validation set. ``hparams["label"]`` is q, of shape
+    (n, K).
 
     Args:
         labels: the given classes, shape (n,), whole numbers.
-        classes: K; default: one more than the largest label.
+        classes: K, default: one more than the largest label.
         start: the probability of the given class at the start, default 0.9; the others share the rest.
 
     Raises:
@@ -54,7 +54,7 @@ class SoftLabels(HyperParameters):
 
         Args:
             z: logits, shape (B, K).
-            index: which examples these are, shape (B,).
-            reduction: as torch's.
+            index: the indices of these examples, shape (B,).
+            reduction: as in torch.
         """
         return nn.functional.cross_entropy(z, self["label"][index].to(z.dtype), reduction=reduction)

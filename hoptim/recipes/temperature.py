@@ -1,4 +1,4 @@
-"""Temperature: a learned temperature of logits."""
+"""Temperature: a learned temperature that divides logits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hoptim.recipes.start import check_between
 
 
 class Temperature(HyperParameters):
-    """A learned temperature T > 0 by which logits are divided, z/T, and the cross-entropy of these.
+    """A learned temperature T > 0, the logits z/T, and their cross-entropy.
 
-    In the training loss T sets how far apart the classes are pushed; in the validation loss alone it calibrates the
-    probabilities, and its hypergradient is the direct one. One degree of freedom, on a log scale.
+    In the training loss, T sets how far apart the classes are pushed. In the validation loss alone, it calibrates the
+    probabilities, and its hypergradient is only the direct one. It has one degree of freedom, on a log scale.
 
     Args:
         start: T at the start, default 1.
@@ -40,5 +40,5 @@ class Temperature(HyperParameters):
         return z / self["temperature"].to(z.dtype)
 
     def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        """That of z/T, with arguments as ``torch.nn.functional.cross_entropy`` has them."""
+        """The cross-entropy of z/T, with arguments as in ``torch.nn.functional.cross_entropy``."""
         return nn.functional.cross_entropy(self.scaled(z), target, reduction=reduction)

@@ -1,4 +1,4 @@
-"""WeightDecay: a decay for all weights, each tensor, channel or weight, learned on a log scale."""
+"""WeightDecay: learned decays, one for all weights or one for each tensor, channel or weight."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ Per = Literal["global", "tensor", "channel", "weight"]
 class WeightDecay(HyperParameters):
     """Learned weight decays, and their penalty ½ Σ_k λ_k ‖w_k‖², whose gradient is λ_k w_k.
 
-    Each λ_k is positive and its leaf is log λ_k, so that Adam at a rate of 0.05, which is :meth:`optimizer`, changes it by
-    about 5 % a step. Set the inner optimizer's own ``weight_decay`` to 0.
+    Each λ_k is positive and its leaf is log λ_k, so that a step of :meth:`optimizer`, Adam at a rate of 0.05, changes it by
+    about 5 %. Set the inner optimizer's own ``weight_decay`` to 0.
 
-    The decayed weights are those that require a gradient and have at least two axes. So biases and norms are left out, also
-    a ``LayerNorm`` or ``RMSNorm`` over several axes; embeddings are decayed. A tied weight counts once. A weight that is
-    unfrozen later has no decay, which a warning tells once. Names are those of the model inside its wrappers: the decay of
-    the weight ``"0.weight"`` is ``hparams["decay.0.weight"]``, a global one ``hparams["decay"]``. Decays have their weight's
-    device, and float32 or more.
+    The decayed weights are those that require a gradient and have at least two axes. Biases and norms are left out, also a
+    ``LayerNorm`` or ``RMSNorm`` over several axes; embeddings are decayed. A tied weight counts once. A weight that is
+    unfrozen later has no decay; a warning says so once. Names are those of the model inside its wrappers: the decay of the
+    weight ``"0.weight"`` is ``hparams["decay.0.weight"]``, a global decay is ``hparams["decay"]``. A decay is on the device
+    of its weight, in float32 or more.
 
     Args:
         model: the model, before or after it is wrapped. Move it to its device first.
-        per: what has a λ of its own: all weights together (``"global"``, shape ()), each tensor (shape ()), each output
-            channel of a tensor, which is its first axis (shape (n,)), or each weight (the tensor's shape).
+        per: what has its own λ: all weights together (``"global"``, shape ()), each tensor (shape ()), each output channel
+            of a tensor, which is its first axis (shape (n,)), or each weight (the tensor's shape).
         start: λ at the start, positive. Adam divides the penalty's gradient by its own size, so that even a small λ pulls
             weights in: in a short fine-tuning 1e-4 kept a model from fitting, and 1e-6 did not.
         norm: 2 for ½ Σ λ_k ‖w_k‖²; 1 for Σ λ_k |w_k|, which has no curvature of its own.
-        include: ``include(name, weight) -> bool`` says which weights that require a gradient are decayed, in place of the
-            rule above.
+        include: ``include(name, weight) -> bool`` says which of the weights that require a gradient are decayed, instead of
+            the rule above.
 
     Raises:
         TypeError: ``model`` is no module, or a weight is complex.
-        ValueError: ``per``, ``start`` or ``norm`` is none of these, no weight is left to decay, or one has no values yet.
+        ValueError: ``per``, ``start`` or ``norm`` is none of these, there is no weight to decay, or one has no values yet.
 
     Source: Krogh and Hertz 1991, A simple weight decay can improve generalization.
 
@@ -102,13 +102,13 @@ class WeightDecay(HyperParameters):
         super().__init__(values, dict.fromkeys(values, constraints.positive))
         self.per, self.norm = per, norm
         self._shapes = {name: p.shape for name, p in weights.items()}
-        self._frozen = [name for name in usable if name not in weights]  # emptied when one of them has been told of
+        self._frozen = [name for name in usable if name not in weights]  # emptied after the warning
 
     def penalty(self, model: Any) -> Tensor:
         """½ Σ_k λ_k ‖w_k‖², or Σ_k λ_k |w_k|, of the model's weights as they are now: a scalar for the training loss.
 
         Args:
-            model: the model that the loss is given.
+            model: the model that the training loss gets.
 
         Raises:
             ValueError: a decayed weight is missing in ``model``, or has another shape.
@@ -156,7 +156,7 @@ class WeightDecay(HyperParameters):
 
 
 def _usual(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
-    """The rule that leaves out biases and norms. The other norms' weights have one axis."""
+    """The rule that leaves out biases and norms. Weights of other norms than these two have one axis."""
     norms = [module for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.RMSNorm))]
     scales = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
     return lambda _, p: p.ndim >= 2 and id(p) not in scales

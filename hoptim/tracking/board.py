@@ -1,4 +1,4 @@
-"""What the trackers have in common: a board shows runs, and these functions say what a row of figures looks like on one."""
+"""What W&B, TensorBoard and MLflow have in common: the interface of a board, and the names of the figures on it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ B = TypeVar("B", bound="Board")
 
 
 class Board(ABC):
-    """A tracker whose runs are seen in a service or a program: it is started, gets rows, and is finished.
+    """A tracker that shows its runs in a service or a program. A run is started, gets rows, and is finished.
 
     A board is a frozen dataclass with the options of its run. As a hook it starts the run at the first record.
     """
@@ -44,7 +44,7 @@ class Board(ABC):
             self.log(record.row(), record.hyperparameters)
 
     def filled(self: B, **defaults: Any) -> B:
-        """This board with each of the given options that it has and that is ``None``.
+        """This board, with the given options in place of its options that are ``None``.
 
         >>> from hoptim.tracking import WandB
         >>> WandB(name="mine").filled(name="iris/seed=0", group="iris", unknown=1)
@@ -56,7 +56,7 @@ class Board(ABC):
 
     @property
     def run_id(self) -> str | None:
-        """The id under which the run can be continued; ``None`` where there is none."""
+        """The id by which the run can be continued, or ``None``."""
         return None
 
     @abstractmethod
@@ -74,21 +74,21 @@ class Board(ABC):
         images: Mapping[str, Path] | None = None,
         artifacts: Mapping[str, Sequence[Path]] | None = None,
     ) -> None:
-        """Log pictures, artifacts (a name, and its files) and a summary; close the run."""
+        """Log pictures, artifacts (files by the artifact's name) and a summary; close the run."""
 
     @abstractmethod
     def abandon(self) -> None:
-        """Close the run, if it is open, as failed."""
+        """Close the run as failed, if it is open."""
 
 
 def figures(row: Mapping[str, Any]) -> dict[str, float | str]:
-    """The figures of a row, each once, under the section of a dashboard that it belongs to.
+    """The figures of a row, each under its section of a dashboard.
 
     The sections are ``hypergradient`` (how its solve went), ``cost`` (seconds and products) and ``metrics`` (losses and all
-    else). ``hypergradient/status_level`` is 0 for ok, 1 for a remark, 2 for failed, so that a chart can show it.
+    others). ``hypergradient/status_level`` is 0 for ok, 1 for a remark, 2 for failed, so that a chart can show it.
 
     Args:
-        row: as of ``Record.row()``, with further figures.
+        row: as ``Record.row()`` gives it, perhaps with further figures.
 
     >>> figures({"inner_step": 10, "val_loss": 0.5, "status": "CONVERGED", "products": 4, "step_size": None})
     {'metrics/val_loss': 0.5, 'hypergradient/status': 'CONVERGED', 'hypergradient/status_level': 0, 'cost/products': 4}
@@ -111,7 +111,7 @@ def section(key: str) -> str:
 
 
 def steps(row: Mapping[str, Any]) -> dict[str, int]:
-    """Where a row stands: at which inner and which outer step. A hyperstep is an outer step."""
+    """The inner and the outer step of a row. Rows of hypersteps count these as outer steps."""
     found = {"outer_step": row.get("outer_step", row.get("hyper_step")), "inner_step": row["inner_step"]}
     return {name: step for name, step in found.items() if step is not None}
 
@@ -123,7 +123,7 @@ def finite_values(value: Tensor) -> np.ndarray[Any, Any]:
 
 
 def quantiles(name: str, value: Tensor) -> dict[str, float]:
-    """Five quantiles of a hyperparameter's entries, as figures: by them runs can be compared, which histograms do not allow.
+    """Five quantiles of a hyperparameter's entries, as figures. Unlike histograms, they let runs be compared.
 
     >>> import torch
     >>> quantiles("decay", torch.tensor([1.0, 2.0, 3.0]))["hyperparameters/decay/median"]
@@ -135,7 +135,7 @@ def quantiles(name: str, value: Tensor) -> dict[str, float]:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as one level of dotted names, as Hydra writes them.
+    """A nested config as one level of dotted names, such as Hydra's.
 
     >>> flat({"task": {"hidden": 16}, "seed": 0})
     {'task.hidden': 16, 'seed': 0}
@@ -147,14 +147,14 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def require(package: str, extra: str) -> None:
-    """Raise ImportError with the remedy where a package is missing, before any work is done."""
+    """Raise ImportError with the remedy if a package is missing, before any work is done."""
     if importlib.util.find_spec(package) is None:
         raise ImportError(f"{package} is not installed: pip install 'hoptim[{extra}]'")
 
 
 @contextmanager
 def warn_of_failures(name: str, errors: type[BaseException] | tuple[type[BaseException], ...] = Exception) -> Iterator[None]:
-    """Turn an error into a warning: a board may fail, as its server or its disk may, and the training goes on without it."""
+    """Turn an error of a board, whose server or disk may fail, into a warning: the training goes on without it."""
     try:
         yield
     except errors as error:

@@ -1,4 +1,4 @@
-"""A file of JSON lines, one a hyperstep."""
+"""A file of JSON lines, one for each hyperstep."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hoptim.training.record import Record
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines:
-    r"""One JSON object a hyperstep, appended to a file: the figures of ``Record.row()``.
+    r"""A line of JSON for each hyperstep, appended to a file: the figures of ``Record.row()``.
 
     Args:
-        path: the file; its folder is made if need be.
+        path: the file; its folder is made if necessary.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -32,7 +32,7 @@ class JsonLines:
     path: str | os.PathLike[str]
 
     def __call__(self, record: Record) -> None:
-        """Append the record's row; a disk that fails warns and does not stop the training."""
+        """Append the record's row. A disk that fails only makes a warning and does not stop the training."""
         try:
             if is_first():
                 self.log(record.row())
@@ -40,7 +40,7 @@ class JsonLines:
             warnings.warn(f"a row was not written: {error}; training goes on without it", stacklevel=2)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row, or raise OSError and leave the file as it was: whole rows only."""
+        """Append one row, or raise OSError and leave the file as it was, so that it has only whole rows."""
         path, line = Path(self.path), json.dumps(dict(row)) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size if path.exists() else 0

@@ -1,4 +1,4 @@
-"""MLflow."""
+"""A tracker that logs to MLflow."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from typing import Any
 from hoptim.linalg.vectors import Tree
 from hoptim.tracking.board import Board, figures, flat, quantiles, require, steps, warn_of_failures
 
-PARAMETERS, METRICS = 100, 1000  # how many MLflow takes at once
-LENGTH = 500  # of a parameter's value, the least that a version of MLflow allows
+PARAMETERS, METRICS = 100, 1000  # how many MLflow takes in one call
+LENGTH = 500  # how long a parameter's value may be, the smallest limit of any version of MLflow
 
 
 @dataclass(kw_only=True)
 class _Session:
-    """A run that is being written: its client, its id, and the last inner step that it had when it was opened."""
+    """A run that is being written: its client, its id, and its last inner step when it was opened."""
 
     client: Any
     run_id: str
     last: int = -1
 
 
-_open: dict[MLflow, _Session | None] = {}  # None: the run has failed, and the training goes on without it
+_open: dict[MLflow, _Session | None] = {}  # None for a run that has failed; the training goes on without it
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLflow(Board):
     """MLflow: the figures of each hyperstep against inner steps, and quantiles of each hyperparameter; it has no histograms.
 
-    It logs to the run that the user has started by ``mlflow.start_run()``, or opens one. A run that is continued keeps the
-    rows that it has. After a failure it is left alone: a server that is gone would hold up each row for minutes.
+    It logs to the run that was started by ``mlflow.start_run()``, or opens one. A run that is continued keeps its rows.
+    After a failure nothing more is sent, since a server that does not answer would delay each row by minutes.
 
     Args:
         uri: where MLflow keeps its runs; ``None``: ``MLFLOW_TRACKING_URI``, else MLflow's own default, ``sqlite:///mlflow.db``.
         project: the MLflow experiment, default ``hoptim``.
         name: the run's name; ``None`` lets MLflow choose.
-        group: the group of runs that it belongs to, such as a sweep: the tag ``group``.
-        job_type: which of the group's kinds of runs it is: the tag ``job_type``.
-        tags: further tags, each with the value ``true``, or with what follows its ``=``; default none.
+        group: the group of the run, such as a sweep, as the tag ``group``.
+        job_type: the kind of run within its group, as the tag ``job_type``.
+        tags: further tags, ``"key=value"``, or ``"key"`` for the value ``true``; default: none.
         id: the id of a run to continue; ``None`` for a new one.
         histograms: log five quantiles of every hyperparameter tensor, default true.
 
@@ -64,7 +64,7 @@ class MLflow(Board):
 
     @property
     def run_id(self) -> str | None:
-        """The id of the open run; ``None`` where it has failed."""
+        """The id of the open run; ``None`` if it has failed."""
         session = self.start()
         return session.run_id if session else None
 
@@ -113,14 +113,14 @@ class MLflow(Board):
             session.client.set_terminated(session.run_id, "FINISHED")
 
     def abandon(self) -> None:
-        """Close the run, if it is open, as failed."""
+        """Close the run as failed, if it is open."""
         session = _open.pop(self, None)
         if session is not None:
             with warn_of_failures("MLflow"):
                 session.client.set_terminated(session.run_id, "FAILED")
 
     def _session(self) -> _Session:
-        """A session with the run to continue, the user's own, or a new one."""
+        """A session with the run to continue, the run that the user has started, or a new run."""
         import mlflow
         from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
@@ -140,7 +140,7 @@ class MLflow(Board):
 
 
 def _experiment(client: Any, name: str) -> str:
-    """The id of the experiment with this name, which another process may be making at this moment."""
+    """The id of the experiment with this name, which another process may create at the same time."""
     from mlflow.exceptions import MlflowException
 
     for _ in range(2):
@@ -155,13 +155,13 @@ def _experiment(client: Any, name: str) -> str:
 
 
 def _last_step(client: Any, run_id: str) -> int:
-    """The last inner step of which the run has a row."""
+    """The inner step of the run's last row."""
     history = client.get_metric_history(run_id, "inner_step")
     return max((metric.step for metric in history), default=-1)
 
 
 def _log_parameters(session: _Session, config: Mapping[str, Any]) -> None:
-    """The config, one level of names. What a continued run has already stays, as MLflow changes no parameter."""
+    """Log the config with dotted names. Parameters of a continued run stay, since MLflow does not let them change."""
     from mlflow.entities import Param
 
     known = session.client.get_run(session.run_id).data.params
@@ -175,7 +175,7 @@ def _log_metrics(session: _Session, values: Mapping[str, float], step: int) -> N
 
     now = int(time.time() * 1000)
     found = [Metric(_name(key), value, now, step) for key, value in values.items()]
-    for part in _parts(found, METRICS):  # inner_step comes last: a row that has it is whole
+    for part in _parts(found, METRICS):  # inner_step comes last, so a row that has it is whole
         session.client.log_batch(session.run_id, metrics=part)
 
 
@@ -184,5 +184,5 @@ def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _name(key: str) -> str:
-    """A name that MLflow allows: letters, digits and ``_-./ ``."""
+    """The key as a name that MLflow allows: letters, digits and ``_-./ ``."""
     return re.sub(r"[^\w\-./ ]", "_", key)[:250]

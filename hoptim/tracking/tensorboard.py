@@ -1,4 +1,4 @@
-"""TensorBoard, by torch's own writer."""
+"""A tracker that logs to TensorBoard, by torch's own writer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hoptim.tracking.board import Board, figures, finite_values, flat, require, 
 
 @dataclass(kw_only=True)
 class _Session:
-    """An event file that is being written, and what its end needs."""
+    """An event file that is being written, and what is needed to finish it."""
 
     config: dict[str, Any] = field(default_factory=dict)
     writer: Any = None
@@ -29,12 +29,12 @@ _open: dict[Path, _Session] = {}
 class TensorBoard(Board):
     """TensorBoard: the figures and histograms of each hyperstep against inner steps, in an event file.
 
-    ``tensorboard --logdir runs`` shows the runs in a folder, and its tab HPARAMS compares their configs and last metrics. A
-    run that goes on in the same folder hides the rows that it writes again. TensorBoard has no artifacts: it shows pictures,
+    ``tensorboard --logdir runs`` shows the runs in a folder; its tab HPARAMS compares their configs and last metrics. A run
+    that goes on in the same folder hides old rows that it writes again. TensorBoard has no artifacts: it shows the pictures,
     and other files stay where they are.
 
     Args:
-        directory: the run's folder, in which the event files get a folder ``tensorboard``; ``None``: the current folder.
+        directory: the run's folder, whose subfolder ``tensorboard`` gets the event files; ``None``: the current folder.
         histograms: log a histogram of every hyperparameter tensor, default true.
 
     Raises:
@@ -53,7 +53,7 @@ class TensorBoard(Board):
         return Path(self.directory or ".", "tensorboard").resolve()
 
     def start(self, config: Mapping[str, Any] | None = None) -> _Session:
-        """The session that is open in this folder, or a new one; its file is opened at the first row."""
+        """The open session of this folder, or a new one. Its file is opened at the first row."""
         return _open.setdefault(self.folder, _Session(config=dict(config or {})))
 
     def log(self, row: Mapping[str, Any], hyperparameters: Tree | None = None) -> None:
@@ -72,7 +72,7 @@ class TensorBoard(Board):
             for name, tensor in (hyperparameters or {}).items() if self.histograms else ():
                 if len(values := finite_values(tensor)):
                     session.writer.add_histogram(f"hyperparameters/{name}", values, session.step)
-            session.writer.flush()  # so that a run that is killed has its rows
+            session.writer.flush()  # so that a killed run has its rows
 
     def finish(
         self,
@@ -80,7 +80,7 @@ class TensorBoard(Board):
         images: Mapping[str, Path] | None = None,
         artifacts: Mapping[str, Sequence[Path]] | None = None,
     ) -> None:
-        """Log pictures, the config for the comparison of runs, and the summary as text; close the file."""
+        """Log pictures, the config, which lets runs be compared, and the summary as text; close the file."""
         session = _open.pop(self.folder, _Session())
         with warn_of_failures("TensorBoard"):
             writer = session.writer or self._writer(session.step)
@@ -102,7 +102,7 @@ class TensorBoard(Board):
     def _writer(self, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder), purge_step=step)  # hides rows from here on that a killed run had written
+        return SummaryWriter(str(self.folder), purge_step=step)  # hides the rows from this step on that a killed run wrote
 
 
 def _pixels(path: Path) -> Any:
@@ -114,7 +114,7 @@ def _pixels(path: Path) -> Any:
 
 
 def _log_config(writer: Any, session: _Session) -> None:
-    """The config and the names of the metrics, for the tab HPARAMS; ``add_hparams`` would log the metrics a second time."""
+    """Write the config and the names of the metrics for the tab HPARAMS; ``add_hparams`` would log the metrics twice."""
     from torch.utils.tensorboard.summary import hparams
 
     config = {

@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""A tracker that logs to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class WandB(Board):
     """Weights & Biases: the figures of each hyperstep, a histogram and quantiles of each hyperparameter.
 
     It logs to the open run, or opens one: offline unless ``mode`` or ``WANDB_MODE`` says otherwise. Without an account or a
-    network it warns and goes on offline; it never stops a training. Each figure is there once, as ``metrics/…``,
-    ``hypergradient/…`` or ``cost/…``; the axis of its chart, inner or outer steps, is defined with the run, and both can be
-    chosen in each chart.
+    network it warns and goes on offline; it never stops a training. Each figure is logged once, as ``metrics/…``,
+    ``hypergradient/…`` or ``cost/…``. The run says whether a chart has inner or outer steps on its axis; each chart lets you
+    choose the other.
 
     Args:
         project: the W&B project, default ``hoptim``.
         name: the run's name; ``None`` lets W&B choose.
-        group: the group of runs that it belongs to, such as a sweep.
-        job_type: which of the group's kinds of runs it is: its settings without the seed, say.
-        tags: words by which W&B finds the run; default none.
+        group: the group of the run, such as a sweep.
+        job_type: the kind of run within its group, such as its settings without the seed.
+        tags: words by which W&B finds the run; default: none.
         id: the id of a run to continue; ``None`` for a new one.
-        directory: where W&B keeps its files; ``None`` for its own default.
+        directory: where W&B keeps its files; ``None`` for W&B's own default.
         mode: ``online``, ``offline``, ``disabled`` or ``shared``; ``None``: ``WANDB_MODE``, else ``offline``.
         histograms: log a histogram and five quantiles of every hyperparameter tensor, default true.
 
@@ -107,20 +107,20 @@ class WandB(Board):
                 run.log_artifact(_artifact(run, kind, paths))
             run.summary.update(dict(summary or {}))
             run.finish()
-        with suppress(OSError, AttributeError):  # W&B's own log alone tells of records that could not be written
+        with suppress(OSError, AttributeError):  # only W&B's log file says that records could not be written
             path = Path(run.settings.log_internal)
             if lost := path.read_text(errors="replace").count("failed to save record"):
                 warnings.warn(f"W&B could not write {lost} records, a full disk perhaps: see {path}", stacklevel=2)
 
     def abandon(self) -> None:
-        """Close the open run, if any, as failed: after an error, so that no later training logs into it."""
+        """Close the open run as failed, if there is one, so that no later training logs into it."""
         if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
             with _warn_of_failures():
                 wandb.run.finish(exit_code=1)
 
 
 def _artifact(run: Any, kind: str, paths: Sequence[Path]) -> Any:
-    """An artifact of copies in the run's own folder: without these W&B makes its copies in the home folder."""
+    """An artifact of copies in the run's folder; without them W&B would make its copies in the home folder."""
     import wandb
 
     folder = Path(run.dir).parent / "artifacts" / kind
@@ -142,7 +142,7 @@ _runs_with_axes: WeakSet[Any] = WeakSet()
 
 
 def _with_axes(run: Any) -> Any:
-    """The run, whoever opened it, with its axes defined once."""
+    """The run with its axes, which are defined once, whoever opened the run."""
     if run not in _runs_with_axes:
         _runs_with_axes.add(run)
         for axis in ("inner_step", "outer_step"):
@@ -153,7 +153,7 @@ def _with_axes(run: Any) -> Any:
 
 
 def _open_run(settings: dict[str, Any], mode: Any) -> Any:
-    """A new run; offline where it can't be had in this mode, and disabled where even that fails."""
+    """A new run; offline if it cannot start in this mode, and disabled if even that fails."""
     import wandb
 
     for attempt in dict.fromkeys((mode, "offline", "disabled")):

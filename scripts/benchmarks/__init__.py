@@ -1,1 +1,1 @@
-"""What scripts/benchmark.py is made of: the problems, how things are measured, and the sections."""
+"""The parts of scripts/benchmark.py: the problems, how time and memory are measured, and the sections."""

@@ -18,14 +18,14 @@ from benchmarks.measure import Calls, Row, in_turn, ratio
 from benchmarks.sections import solvers
 
 GOALS = {"residual 1e-2": "residual", "cosine 0.99": "cosine"}
-STEPS = (1.0, 1.5, 1.8, 1.9, 1.95, 1.99)  # over the largest eigenvalue
-MOST = 400  # terms to try, of every solver except Neumann with a fixed step
-BEHIND = 20  # give a Neumann series up once it has used this many times the products of the best solver
+STEPS = (1.0, 1.5, 1.8, 1.9, 1.95, 1.99)  # step sizes to try, times the inverse of the largest eigenvalue
+MOST = 400  # the most terms to try, except for Neumann with a fixed step
+BEHIND = 20  # a Neumann series is given up after this many times the products of the best solver
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capture(hoptim.Solver):
-    """Not really a solver: it keeps the operator and the right-hand side that ``hoptim.Implicit`` has built."""
+    """Not a real solver: it keeps the operator and the right-hand side that ``hoptim.Implicit`` has built."""
 
     box: list[Any]
 
@@ -36,7 +36,7 @@ class Capture(hoptim.Solver):
 
 @dataclass(frozen=True)
 class System:
-    """The system A x = g of one case, with its exact solution, computed in float64."""
+    """The system A x = g of a case, with its exact solution, computed in float64."""
 
     case: Case
     method: Callable[[hoptim.Solver], hoptim.Implicit]
@@ -71,7 +71,7 @@ def capture(case: Case, method: Callable[[hoptim.Solver], hoptim.Implicit]) -> t
 
 
 def system(case: Case) -> System:
-    """The exact Hessian's system if 300 products of MINRES meet no negative curvature, else damped Gauss-Newton's."""
+    """The system of the exact Hessian, or of damped Gauss-Newton if 300 products of MINRES meet negative curvature."""
     wide = case.in_float64()
 
     def exact(solver: hoptim.Solver) -> hoptim.Implicit:
@@ -85,14 +85,14 @@ def system(case: Case) -> System:
     method, matrix = (damped, "Gauss-Newton + 1e-3") if indefinite else (exact, "Hessian")
     A, g = capture(wide, method)
     x = hoptim.CG(terms=20_000, tolerance=1e-9).solve(A, g).value
-    left = norm(g - A @ x) / norm(g)  # computed, not taken from the solver
+    left = norm(g - A @ x) / norm(g)  # computed here, not taken from the solver
     if not left < 1e-7:
         raise RuntimeError(f"{case.name}: the exact solution has a residual of {left:.1e}")
     return System(case, method, matrix, *capture(case, method), x)
 
 
 def least(solver: Callable[[int], hoptim.Solver], to: System, goal: str, state: Any = None) -> int | None:
-    """The fewest terms that reach the goal, found by doubling and then bisection; ``None`` if 400 do not."""
+    """The smallest number of terms that reaches the goal, by doubling and then bisection; ``None`` if 400 do not."""
 
     def reaches(terms: int) -> bool:
         solution = solver(terms).solve(to.A, to.g, state)
@@ -116,14 +116,14 @@ def warm(terms: int) -> hoptim.Solver:
 
 
 def carried(to: System, goal: str) -> dict[str, Tensor]:
-    """The state that a warm start would carry on from here: a solution that reaches the goal."""
+    """The state that a warm start would have from this system: a solution that reaches the goal."""
     return dict(warm(least(warm, to, goal) or MOST).solve(to.A, to.g).state)
 
 
 def best_fixed_step(to: System, goal: str, at_most: int) -> tuple[float, int, bool]:
-    """The step of the grid whose Neumann series reaches the goal first, its number of terms, and whether it got there.
+    """The step size whose Neumann series reaches the goal first, its number of terms, and whether it reached the goal.
 
-    The series is written out here, so that no check of hoptim's stops it early. Only the winner is timed, not the search.
+    The series is written out here, so that no check of hoptim stops it early. Only the winner is timed, not the search.
     """
     largest = 1.0 / hoptim.Neumann(terms=0).solve(to.A, to.g).step_size
     racing = {share / largest: (to.g, to.g) for share in STEPS}
@@ -131,24 +131,24 @@ def best_fixed_step(to: System, goal: str, at_most: int) -> tuple[float, int, bo
         for step, (vector, total) in racing.items():
             vector = vector - step * (to.A @ vector)
             racing[step] = vector, total + vector
-        there = [step for step, (vector, total) in racing.items() if _there(to, goal, vector, total)]
+        there = [step for step, (vector, total) in racing.items() if _reaches(to, goal, vector, total)]
         if there:
             return there[0], terms, True
     alive = {step: norm(vector) for step, (vector, _) in racing.items() if norm(vector) <= norm(to.g)}
     return min(alive, key=alive.__getitem__), at_most, False
 
 
-def _there(to: System, goal: str, vector: Tensor, total: Tensor) -> bool:
-    """Whether the sum reaches the goal. Its residual is the next vector of the series, at most as long as this one."""
+def _reaches(to: System, goal: str, vector: Tensor, total: Tensor) -> bool:
+    """Whether the sum reaches the goal. Its residual is the next vector of the series, which is at most as long as this."""
     return norm(vector) <= 1e-2 * norm(to.g) if goal == "residual" else to.cosine(total) >= 0.99
 
 
 def accuracy(rounds: int) -> list[Row]:
-    """CPU seconds of a whole hypergradient with the fewest terms that reach the goal, and over those of the fastest solver.
+    """CPU seconds of a whole hypergradient with the fewest terms that reach the goal, also relative to the fastest solver.
 
-    "Neumann, best step": the one of six fixed steps that gets there first; ">": it was given up there, so a lower bound.
-    "best cold": the fastest eager solver that starts from zero. "CG, warm": started from an equally good solution ten
-    training steps earlier, on the same batch. "compiled": with a compiled curvature, compilation not counted.
+    "Neumann, best step": the best of six fixed step sizes; ">": it was given up there, so this is a lower bound. "best
+    cold": the fastest eager solver that starts from zero. "CG, warm": started from an equally good solution ten training
+    steps earlier, on the same batch. "compiled": with a compiled curvature; compilation is not counted.
     """
     rows = []
     for name in PROBLEMS:
@@ -207,7 +207,7 @@ def _to_goal(to: System, label: str, goal: str, state: dict[str, Tensor], rounds
 
 
 def sides(rounds: int) -> list[Row]:
-    """Eight Hessian products at once, over eight one by one: in chunks of 1 to 8 by vmap, and by hoptim's operator."""
+    """Eight Hessian products at once over eight one by one: in chunks of 1 to 8 by vmap, and by hoptim's operator."""
     rows = []
     for name in PROBLEMS:
         case = make(name, dropout=0.0)

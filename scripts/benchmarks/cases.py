@@ -1,4 +1,4 @@
-"""The five problems of the benchmark, with the hand-written hypergradients that hoptim is compared with."""
+"""The five problems of the benchmark, with the hypergradients written by hand that hoptim is compared with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEED = 1
 class Case:
     """A problem with its batches. The random seed is set before each call, so that dropout masks are always the same.
 
-    ``unfused`` is the context that hand-written code needs: fused attention has no second derivative.
+    ``unfused`` is the context that code written by hand needs, since fused attention has no second derivative.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Case:
     unfused: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def gradient(self) -> tuple[Tensor, ...]:
-        """One training gradient: the unit in which times and peaks are given."""
+        """A training gradient, the unit of times and peaks."""
         torch.default_generator.manual_seed(SEED)
         return torch.autograd.grad(self.problem.loss(self.batch), list(self.problem.weights().values()))
 
     def implicit(self, method: hoptim.Implicit, state: Any = None) -> hoptim.Hypergradient:
-        """By hoptim. A failed solve may be cheap because it stopped early, so it is an error."""
+        """The hypergradient by hoptim. A failed solve is an error, since it may be cheap only because it stopped early."""
         torch.default_generator.manual_seed(SEED)
         result = method(self.problem, self.batch, self.val_batch, state)
         if not result.solution.status.ok:
@@ -51,7 +51,7 @@ class Case:
         return result
 
     def by_hand(self, terms: int, step: float) -> list[Tensor]:
-        """The same hypergradient as written for a single experiment: no checks, no norms, no status."""
+        """The same hypergradient, as one would write it for a single experiment: no checks, no norms, no status."""
         torch.default_generator.manual_seed(SEED)
         model, hparams = self.problem.model, self.problem.hparams
         weights, leaves = list(model.parameters()), list(hparams.parameters())
@@ -71,7 +71,7 @@ class Case:
         return [-step * m if d is None else d - step * m for d, m in zip(direct, mixed, strict=True)]
 
     def unrolled(self, steps: int, step: float) -> list[Tensor]:
-        """Differentiate through ``steps`` steps of gradient descent from the present weights, by hand."""
+        """Differentiate by hand through ``steps`` steps of gradient descent from the current weights."""
         weights = tuple(self.problem.model.parameters())
         leaves = tuple(self.problem.hparams.parameters())
         train, validate = self.function("train_loss"), self.function("val_loss")
@@ -96,7 +96,7 @@ class Case:
         return call
 
     def composite(self) -> Case:
-        """The same problem with a ``CompositeLoss`` of the same value, which Gauss-Newton needs."""
+        """The same problem with its loss as a ``CompositeLoss``, which Gauss-Newton needs."""
         parts = self.problem
         loss = hoptim.CompositeLoss(predict, parts.train_loss.keywords["criterion"], parts.train_loss.keywords["penalty"])
         return replace(self, problem=hoptim.Problem(parts.model, parts.hparams, loss, parts.val_loss))
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
 
 
 def network(name: str, dropout: float) -> tuple[nn.Module, int, tuple[int, ...], int]:
-    """A model, its batch size, its input shape and its number of classes."""
+    """A model, its batch size, its input shape, and its number of classes."""
     if name == "Iris MLP":
         drop = [nn.Dropout(dropout)] if dropout else []
         layers = [nn.Linear(4, 128, bias=False), nn.ReLU(), *drop, nn.Linear(128, 128, bias=False), nn.ReLU(), *drop]
@@ -175,8 +175,8 @@ def mlp(*sizes: int) -> nn.Module:
 def make(name: str, each: str = "weight", *, dropout: float = 0.5, steps: int = 100) -> Case:
     """Classification of clusters with a fifth of the labels wrong, after ``steps`` steps of SGD (ten times that for Iris).
 
-    The hyperparameters are one decay, kept positive by exp, for each weight or each layer; for "logistic" one weight for
-    each of 5,000 examples, with a fixed decay. Only the Iris MLP has dropout.
+    The hyperparameters are a decay for each weight or each tensor, kept positive by exp; for "logistic" a weight for each
+    of 5,000 examples, with a fixed decay. Only the Iris MLP has dropout.
     """
     model, size, shape, classes = network(name, dropout)
     return make_case(name, model, size, shape, classes, each, steps)
@@ -218,7 +218,7 @@ def training(optimizer: torch.optim.Optimizer, loss: Callable[[Any], Tensor], ba
 
 
 def difference(ours: list[Tensor], theirs: list[Tensor], who: str, at_most: float = 1e-4) -> float:
-    """Relative distance of two answers. Above ``at_most`` it is an error: comparing their times would be meaningless."""
+    """The relative distance of two answers. Above ``at_most`` it is an error: comparing times would make no sense."""
     a, b = (torch.cat([value.flatten() for value in values]) for values in (ours, theirs))
     error = float((a - b).norm() / b.norm())
     if not error <= at_most:

@@ -1,4 +1,4 @@
-"""How the benchmark measures time and memory: CPU seconds, calls taken in turn, and the peak of the live tensors."""
+"""How the benchmark measures time and memory: CPU seconds of calls made in turn, and the peak of the live tensors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Calls = dict[str, Callable[[], Any]]
+SAMPLE = 0.02  # CPU seconds that a measurement takes at least
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class Row:
 
     Attributes:
         case: the problem.
-        labels: what else the line is about, by column.
+        labels: further labels of the line, by column.
         figures: the measured values by column; a string is a note.
         at_most: targets by column: the largest value allowed.
-        at_least: the smallest value allowed.
+        at_least: targets by column: the smallest value allowed.
     """
 
     case: str
@@ -36,12 +37,12 @@ class Row:
     at_least: dict[str, float] = field(default_factory=dict)
 
 
-def in_turn(calls: Calls, rounds: int, at_least: float = 0.02) -> dict[str, list[float]]:
-    """CPU seconds of each call in each round. A sample repeats the call until it takes ``at_least`` seconds."""
+def in_turn(calls: Calls, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each call in each round. A short call is repeated, so that a measurement takes long enough."""
     repeats = {}
     for name, call in calls.items():
-        call()  # warm
-        repeats[name] = max(1, round(at_least / max(seconds(call, 1), 1e-6)))
+        call()  # warm up
+        repeats[name] = max(1, round(SAMPLE / max(seconds(call), 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
@@ -63,10 +64,10 @@ def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of live tensor storages that were created inside: the current number and the peak.
+    """Counts the bytes of the live tensor storages that were created inside this context: now, and at the peak.
 
-    It sees every operator, those of a backward pass too. Unlike resident memory the numbers are exact and repeatable. It
-    does not see scratch space inside an operator, nor Python objects.
+    It sees every operator, those of a backward pass too. Unlike resident memory, the numbers are exact and repeatable. It
+    does not see the scratch memory of an operator, nor Python objects.
     """
 
     now = most = 0
@@ -87,7 +88,7 @@ class Held(TorchDispatchMode):
 
 
 def peak(call: Callable[[], Any], warm: bool = True) -> tuple[float, float]:
-    """The peak of ``call`` in MB, and the MB still held once its result is dropped, before garbage is collected."""
+    """The peak of ``call`` in MB, and the MB still held after its result is dropped, before garbage collection."""
     if warm:
         with Held():  # do not count what is imported or cached at first use
             call()

@@ -19,7 +19,7 @@ from benchmarks.cases import PROBLEMS, Case, difference, make
 from benchmarks.measure import Calls, Row, in_turn, ratio
 from benchmarks.sections import neumann
 
-TERMS, SHARE = 20, 0.2  # the step is this share of 1 / ‖A‖, large enough for a wrong product to show in the answer
+TERMS, SHARE = 20, 0.2  # the step size is this share of 1 / ‖A‖, large enough to show a wrong product in the answer
 Call = Callable[[], list[Any]]
 
 
@@ -29,7 +29,7 @@ def by_hoptim(case: Case, terms: int, step: float, *, compile: bool = False) -> 
 
 
 def by_betty(case: Case, terms: int, step: float) -> Call:
-    """Its backward pass of the upper problem alone, without the steps that its engine takes before and after."""
+    """betty's backward pass of the upper problem alone, without the steps that its engine takes before and after."""
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine
     from betty.problems import ImplicitProblem
@@ -90,7 +90,7 @@ def by_torchopt(case: Case, terms: int, step: float) -> Call:
 
 
 def by_higher(case: Case, terms: int, step: float) -> Call:
-    """Unrolling the same number of steps from the present weights, compared with unrolling by hand."""
+    """Unrolls the same number of steps from the current weights; it is compared with unrolling by hand."""
     import higher
 
     problem, leaves = case.problem, list(case.problem.hparams.parameters())
@@ -107,7 +107,7 @@ def by_higher(case: Case, terms: int, step: float) -> Call:
 
 
 def by_jaxopt(case: Case, terms: int, step: float) -> Call:
-    """Under jit, on one thread, with weights and batches converted beforehand."""
+    """jaxopt under jit, on one thread, with weights and batches converted beforehand."""
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     import jax
     from jax import numpy as jnp
@@ -207,7 +207,7 @@ FUSED = ("jaxopt", "hoptim, compiled")  # they fuse operations into one graph
 
 
 def peers(rounds: int) -> list[Row]:
-    """Hypergradients with K = 20 and a step of 0.2 / ‖A‖, over the loop by hand; "higher" unrolls as many steps.
+    """Hypergradients with K = 20 and a step size of 0.2 / ‖A‖, relative to the loop by hand; "higher" unrolls 20 steps.
 
     The target of "hoptim, compiled" is jaxopt's figure, since both fuse operations.
     """
@@ -250,7 +250,7 @@ def peers(rounds: int) -> list[Row]:
 
 
 def release(peer: str) -> str:
-    """The installed version, if there is one."""
+    """The installed version of a library, or nothing."""
     try:
         return version(peer)
     except PackageNotFoundError:

@@ -14,16 +14,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-ELSEWHERE = torch.device("meta")  # what CPU tensors report as their device, so that reading them is not taken to be free
+ELSEWHERE = torch.device("meta")  # CPU tensors report this device, so that reading them does not look free
 
 
 @dataclass
 class Counter:
-    """How often the host waited for the device, and the tensors on the host, which are free to read."""
+    """How often the host has waited for the device, and the tensors on the host, which are free to read."""
 
     reads: int = 0
     hosted: dict[int, Tensor] = field(default_factory=dict)
-    working: bool = False  # inside an operation on host tensors only
+    working: bool = False  # inside an operation that has only host tensors
 
     def keep(self, tensors: Any) -> None:
         self.hosted |= {t.untyped_storage()._cdata: t for t in tree_leaves(tensors) if isinstance(t, Tensor)}
@@ -36,7 +36,7 @@ class Counter:
 
 
 class _Pretence(TorchFunctionMode):
-    """Makes tensors report another device while they stay where they are, and counts whole copies to the host."""
+    """Makes tensors report another device, while they stay on the CPU, and counts copies of whole tensors to the host."""
 
     def __init__(self, counter: Counter) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def _back(value: Any) -> Any:
 
 
 class _Reads(TorchDispatchMode):
-    """Counts the operators that bring a value to the host, which has to wait for the device there."""
+    """Counts the operators that bring a value to the host, which has to wait for the device."""
 
     host = tuple(getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "nonzero", "equal", "masked_select"))
     indexing = tuple(getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_"))
@@ -87,10 +87,10 @@ class _Reads(TorchDispatchMode):
 
 @contextmanager
 def elsewhere() -> Iterator[Counter]:
-    """Count how often the host waits for a device, on a machine that has none.
+    """Count how often the host would wait for a device, on a machine that has none.
 
-    Inside, ``tensor.device.type`` is not "cpu", so that code that reads more often on a CPU, where reading is free,
-    behaves as on an accelerator. Counted are item, bool, float, int, tolist, numpy, cpu, nonzero, boolean masks and equal.
+    Inside, ``tensor.device.type`` is not "cpu", so that code which reads more often on a CPU, where reading is free, behaves
+    as on an accelerator. It counts item, bool, float, int, tolist, numpy, cpu, nonzero, boolean masks and equal.
 
     >>> with elsewhere() as counter:
     ...     value = float(torch.ones(3).sum())

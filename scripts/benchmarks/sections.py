@@ -1,4 +1,4 @@
-"""The sections on what hoptim costs: time, memory, growth, reads by the host, the wrapper. Each maps rounds to rows."""
+"""The sections on what hoptim costs. Each is a function from the number of rounds to the rows of its table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = (5, 20, 100, 1000)
 
 
 def neumann(case: Case, terms: int) -> tuple[hoptim.Implicit, hoptim.Implicit, Any]:
-    """The Neumann series on the exact Hessian with its step chosen, with that step given, and the first solution."""
+    """Neumann on the exact Hessian with a step size that it chooses, with that step size given, and the first solution."""
     chosen = hoptim.Implicit(hoptim.Neumann(terms=terms), curvature=hoptim.Exact())
     first = case.implicit(chosen).solution
     given = hoptim.Neumann(terms=terms, step_size=first.step_size)
@@ -34,13 +34,13 @@ def neumann(case: Case, terms: int) -> tuple[hoptim.Implicit, hoptim.Implicit, A
 
 
 def answers_differ(case: Case, method: hoptim.Implicit, terms: int, step: float) -> float:
-    """Relative distance of hoptim's answer to the hand-written one, with the same dropout masks."""
+    """The relative distance of hoptim's answer to that of the loop by hand, with the same dropout masks."""
     ours = list(case.implicit(method).grads.values())
     return difference(ours, case.by_hand(terms, step), f"{case.name}, hoptim and the loop by hand")
 
 
 def cost(rounds: int) -> list[Row]:
-    """The cost of a hypergradient in training gradients. "By hand": the same terms, step and answer in plain torch."""
+    """The cost of a hypergradient in training gradients. "By hand": the same terms, step size and answer in plain torch."""
     rows = []
     for case in (*(make(name) for name in PROBLEMS), make("784 MLP", "layer")):
         for terms in TERMS:
@@ -65,7 +65,7 @@ COMPILED = {"Iris MLP": 0.5, "784 MLP": 0.8, "small CNN": 0.75, "logistic": 0.95
 
 
 def compiled(rounds: int) -> list[Row]:
-    """Compiled curvatures over eager ones, K = 20, step given. "First": wall-clock seconds of the call that compiles."""
+    """Compiled over eager curvatures, K = 20, step size given. "First": wall-clock seconds of the call that compiles."""
     rows = []
     for kind in (hoptim.Exact, hoptim.GaussNewton):
         try:
@@ -91,13 +91,13 @@ def compiled(rounds: int) -> list[Row]:
 
 
 def apart(case: Case, *methods: hoptim.Implicit) -> float:
-    """Relative distance of two methods' answers, in float64: in float32 rounding may flip a ReLU near zero."""
+    """The relative distance of two methods' answers, in float64, since in float32 rounding may flip a ReLU near zero."""
     found = [list(case.implicit(method).grads.values()) for method in methods]
     return difference(*found, f"{case.name}, compiled and eager", at_most=1e-8)
 
 
 def memory(_: int) -> list[Row]:
-    """Peak of the tensors that a call creates, in MB. "Left": still held after it, until garbage is collected."""
+    """The peak of the tensors that a call creates, in MB. "Left": still held after it, until garbage collection."""
     rows = []
     for name in PROBLEMS:
         case = make(name)
@@ -115,7 +115,7 @@ def memory(_: int) -> list[Row]:
 
 
 def unrolling(_: int) -> list[Row]:
-    """Peak in MB with K terms, which should not grow with K, and of differentiation through K + 1 steps by hand."""
+    """The peak in MB with K terms, which should not grow with K, and that of unrolling K + 1 steps by hand."""
     case, step, rows = make("784 MLP"), 0.01, []
     for steps in STEPS:
         method = hoptim.Implicit(hoptim.Neumann(terms=steps, step_size=step), curvature=hoptim.Exact())
@@ -128,10 +128,10 @@ def unrolling(_: int) -> list[Row]:
 
 
 def growth(rounds: int) -> list[Row]:
-    """Time with n hyperparameters on one model, which should not grow with n (K = 20, step given).
+    """The time with n hyperparameters on one model, which should not grow with n (K = 20, step size given).
 
-    An MLP of 10⁷ weights with up to one decay for each of them, and an MLP of 270,000 weights with n example weights, of
-    which a batch uses 128. There 10⁷ hyperparameters outnumber the weights, and writing their gradient takes a while.
+    An MLP of 10⁷ weights with up to one decay for each of them, and an MLP of 270,000 weights with n example weights, 128
+    of which are in a batch. There 10⁷ hyperparameters outnumber the weights, and writing their gradient takes a while.
     """
     model = mlp(784, 2790, 2790, 10)
     base = make_case("MLP", model, 128, (784,), 10, steps=3)
@@ -172,7 +172,7 @@ def decays(base: Case, each: str | None) -> Case:
 
 
 def examples(base: Case, n: int) -> Case:
-    """n example weights, of which a batch uses as many as it has examples."""
+    """n example weights; a batch uses as many of them as it has examples."""
 
     def gathered(model: Any, hparams: Any, batch: Any) -> torch.Tensor:
         weight = hparams["example"]
@@ -209,7 +209,7 @@ def size(rounds: int) -> list[Row]:
 
 
 def solvers(terms: int) -> dict[str, hoptim.Solver]:
-    """Every solver with ``terms`` products, or of that rank."""
+    """Every solver with this many terms, or of this rank."""
     found = {
         "Identity": lambda: hoptim.Identity(),
         "Neumann, step given": lambda: hoptim.Neumann(terms=terms, step_size=1e-3),
@@ -224,7 +224,7 @@ def solvers(terms: int) -> dict[str, hoptim.Solver]:
 
 
 def reads(_: int) -> list[Row]:
-    """How often the host would wait for a device in a hypergradient of 32 terms; allowed: products / 16 + 2."""
+    """How often the host would wait for a device in a hypergradient of 32 terms; at most products / 16 + 2 are allowed."""
     case, rows = make("Iris MLP").composite(), []
     for name, solver in solvers(32).items():
         method = hoptim.Implicit(solver, curvature=hoptim.GaussNewton(), damping=1e-2)
@@ -237,7 +237,7 @@ def reads(_: int) -> list[Row]:
 
 
 def wrapper(rounds: int) -> list[Row]:
-    """What BilevelOptimizer adds to a training step when no hyperstep is due, in % of the inner optimizer's own step.
+    """What BilevelOptimizer adds to a training step when no hyperstep is due, in % of a step without it.
 
     "Same loss": the plain loop reads HyperParameters too. "Constants": it reads their values from plain tensors.
     """

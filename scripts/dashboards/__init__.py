@@ -1,1 +1,1 @@
-"""What scripts/dashboard is made of: the panels, the page of HTML that shows them, and the same ones for W&B."""
+"""The parts of scripts/dashboard: the panels, the page of HTML that shows them, and the same panels on W&B."""

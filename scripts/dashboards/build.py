@@ -1,13 +1,13 @@
-"""Make a dashboard of a run or a sweep: a page of HTML that needs no service, or a workspace or report of W&B's.
+"""Make a dashboard of a run or a sweep: a page of HTML that needs no service, or a workspace or report on W&B.
 
     scripts/dashboard runs/iris/seed=0                       a page about a run: dashboard.html in its folder
     scripts/dashboard runs/study                             a page about a sweep
-    scripts/dashboard --wandb ENTITY/PROJECT                 a workspace of W&B's, for runs of any kind
-    scripts/dashboard runs/study --wandb ENTITY/PROJECT      the same for what the runs in a folder have logged
-    scripts/dashboard --wandb ENTITY/PROJECT --report        a report of W&B's
+    scripts/dashboard --wandb ENTITY/PROJECT                 a workspace on W&B, for runs of any kind
+    scripts/dashboard runs/study --wandb ENTITY/PROJECT      the same, for what the runs in a folder have logged
+    scripts/dashboard --wandb ENTITY/PROJECT --report        a report on W&B
     scripts/dashboard --wandb ENTITY/PROJECT --dry-run       print what would be sent; needs no account
 
-Runs reach W&B by WANDB_MODE=online, or afterwards by `wandb sync RUN/wandb/offline-run-*`.
+Runs get to W&B by WANDB_MODE=online, or afterwards by `wandb sync RUN/wandb/offline-run-*`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ UNCOMPARED = ("seed", "name", "resume", "plots", "root", "threads", "checkpoint_
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options of the command line, checked."""
+    """Parse and check the command line."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="scripts/dashboard", description=__doc__, formatter_class=style)
-    parser.add_argument("folder", type=Path, nargs="?", help="of a run or a sweep")
-    parser.add_argument("--output", type=Path, help="the page; default: dashboard.html in the folder")
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a workspace of this project in place of the page")
-    parser.add_argument("--report", action="store_true", help="make a report in place of a workspace")
-    parser.add_argument("--group", help="show the runs of this group alone, such as a sweep: the name of its folder")
+    parser.add_argument("folder", type=Path, nargs="?", help="the folder of a run or a sweep")
+    parser.add_argument("--output", type=Path, help="the file of the page; default: dashboard.html in the folder")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a workspace of this W&B project instead of the page")
+    parser.add_argument("--report", action="store_true", help="make a report instead of a workspace")
+    parser.add_argument("--group", help="show only the runs of this group; a sweep's group is the name of its folder")
     parser.add_argument("--dry-run", action="store_true", help="print the definition that would be sent to W&B")
     options = parser.parse_args(arguments)
     if options.wandb is None and (options.report or options.dry_run or options.group):
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_page(folder: Path, output: Path) -> None:
-    """Write the page about the run or the sweep in the folder."""
+    """Write the page of the run or the sweep in the folder."""
     from dashboards import page
 
     if not is_run(folder) and not any(runs(folder)):
@@ -89,11 +89,11 @@ def to_wandb(options: argparse.Namespace) -> None:
         wandb.Api()
     except wandb.errors.UsageError as error:
         sys.exit(f"{error} Or give --dry-run to see what would be sent.")
-    made.save()  # which says where it is
+    made.save()  # prints where it is
 
 
 def planned(options: argparse.Namespace) -> Board:
-    """The dashboard for what the runs in the folder have logged, or for runs of any kind."""
+    """The dashboard on W&B, for what the runs in the folder have logged, or for runs of any kind."""
     from dashboards.workspace import Board
 
     entity, project = options.wandb.split("/")
@@ -113,13 +113,13 @@ def planned(options: argparse.Namespace) -> Board:
 
 
 def runs(folder: Path) -> Iterator[Path]:
-    """The folders of all runs in a folder, but for the plain trainings beside each."""
+    """The folders of all runs in a folder, without the plain trainings beside each."""
     found = sorted({path.parent for name in ("metrics.jsonl", "result.json") for path in folder.rglob(name)})
     return (path for path in found if path.parent.name != "baselines")
 
 
 def different(configs: list[str]) -> list[str]:
-    """The settings in which these configs differ, other than their seed and name.
+    """The settings in which these configs differ, without the seed, the name and others that are not compared.
 
     >>> different(["outer: {lr: 0.1}", "outer: {lr: 0.2}"])
     ['outer.lr']

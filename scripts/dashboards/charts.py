@@ -9,22 +9,21 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dashboards.panels import AXES, STATUS, Panel
-from dashboards.panels import PARTS as LABELS
+from dashboards.panels import AXES, STATUS, Panel, in_words
 from hoptim import Status
 
 INK, GRID, GREY = "#1f2933", "#e6e9ee", "#9aa5b1"
 PARTS = {"train": "#8a94a3", "validation": "#2563ab", "test": "#d1651a"}
 COLOURS = ("#2563ab", "#d1651a", "#2f855a", "#7b4ea3", "#b7791f", "#0e7490", "#c2417c", "#5f6b7a")
 DASHES = ("solid", "dash", "dot")
-FEW = 6  # groups: for more there is no room for a legend in each chart, and the table of the page is the legend
+FEW = 6  # more groups have no legend in each chart, for lack of room: the page's table is their legend
 KINDS = {"ok": ("#2f855a", "circle"), "remark": ("#c9860a", "diamond"), "failed": ("#c53030", "x")}
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the rows that scripts/train.py writes
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # those in the rows that scripts/train.py writes
 Rows = Sequence[Mapping[str, Any]]
 
 
 def figure(chart: go.Figure, *, x: str, y: str, log: tuple[float, float] | None = None, legend: bool = True) -> go.Figure:
-    """The look that all charts share; ``log`` gives the lowest and the highest value of a logarithmic vertical axis."""
+    """Set the look that all charts share. ``log`` has the lowest and the highest value, for a logarithmic vertical axis."""
     chart.update_layout(
         template="plotly_white",
         height=300,
@@ -45,7 +44,7 @@ def figure(chart: go.Figure, *, x: str, y: str, log: tuple[float, float] | None 
 
 
 def lines(panel: Panel, rows: Rows) -> go.Figure:
-    """The chart of a panel for one run, ``rows`` being under their logged names."""
+    """The chart of a panel for one run, whose rows have their figures under the logged names."""
     if panel.lines == {"status": STATUS}:
         return statuses(rows)
     chart = go.Figure()
@@ -75,13 +74,13 @@ def lines(panel: Panel, rows: Rows) -> go.Figure:
 
 
 def begin_at_zero(chart: go.Figure, values: Sequence[float]) -> None:
-    """Let a vertical axis without negative values begin at zero, and leave room above the largest one."""
+    """Let the vertical axis begin at zero if there are no negative values, and leave room above the largest one."""
     if values and min(values) >= 0 and max(values) > 0:
         chart.update_yaxes(range=[0, 1.08 * max(values)])
 
 
 def statuses(rows: Rows) -> go.Figure:
-    """How each solve ended: one row a status, in the colour and with the mark of its kind."""
+    """How each solve ended: a row for each status, in the colour and with the marker of its kind."""
     chart, seen = go.Figure(), [row for row in rows if "hypergradient/status" in row]
     order = [status.name for status in Status if any(row["hypergradient/status"] == status.name for row in seen)]
     for name in order:
@@ -118,18 +117,8 @@ def beside_baselines(rows: Rows, baselines: Mapping[str, Rows], name: str, title
     return figure(chart, x=AXES["inner_step"], y=in_words(name))
 
 
-def in_words(name: str) -> str:
-    """The name of a figure for people.
-
-    >>> in_words("metrics/val_loss")
-    'validation loss'
-    """
-    part, _, rest = name.rpartition("/")[2].partition("_")
-    return f"{LABELS.get(part, part)} {rest}".replace("_", " ").strip()
-
-
 def spread(rows: Rows, name: str, final: np.ndarray | None) -> go.Figure:
-    """A hyperparameter over time, as quantiles of its entries, and the histogram of its final values where known."""
+    """A hyperparameter over time, as quantiles of its entries, and the histogram of its final values if they are known."""
     bands = np.array([row["hyperparameters"][name]["quantiles"] for row in rows]).T
     several, ended = bool((bands[0] < bands[-1]).any()), final is not None and final.size > 1
     steps, middle = [row["outer_step"] for row in rows], len(bands) // 2
@@ -167,7 +156,7 @@ def spread(rows: Rows, name: str, final: np.ndarray | None) -> go.Figure:
 
 
 def histogram(values: np.ndarray, log: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and edges of forty bins, of equal ratios on a logarithmic axis."""
+    """Counts and edges of forty bins, equally wide on the axis."""
     low, high = float(values.min()), float(values.max())
     if not log or low <= 0 or low == high:
         return np.histogram(values, bins=40)
@@ -175,7 +164,7 @@ def histogram(values: np.ndarray, log: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compared(groups: Mapping[str, Sequence[Rows]], name: str, axis: str) -> go.Figure:
-    """One figure of several groups of runs: the mean of each group, with a band of one standard error."""
+    """A figure of several groups of runs: the mean of each group, with a band of one standard error."""
     chart, everything, ends = go.Figure(), [], []
     for place, (label, runs) in enumerate(groups.items()):
         found = [{row[axis]: row[name] for row in rows if name in row and axis in row} for rows in runs]
@@ -199,22 +188,20 @@ def compared(groups: Mapping[str, Sequence[Rows]], name: str, axis: str) -> go.F
     log = (low, high) if not loss and high > 20 * low > 0 else None
     figure(chart, x=AXES[axis], y=in_words(name), log=log, legend=len(groups) <= FEW)
     if loss and ends and high > 3 * np.median(ends) > 0:
-        chart.update_yaxes(
-            range=[0, 3 * np.median(ends)]
-        )  # so that a beginning, or one that overfits, does not flatten the others
+        chart.update_yaxes(range=[0, 3 * np.median(ends)])  # so that a high start or overfitting does not flatten the rest
     elif not log and not name.endswith("accuracy"):
         begin_at_zero(chart, everything)
     return chart
 
 
 def faint(colour: str) -> str:
-    """The colour of a band around a line of that colour."""
+    """The colour of the band around a line of this colour."""
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.14)"
 
 
 def dots(groups: Mapping[str, Sequence[float]], unit: str) -> go.Figure:
-    """Each run's figure as a dot, and mean and standard error of each group beside them."""
+    """A dot for each run, and the mean and standard error of each group."""
     chart = go.Figure()
     for place, (label, values) in enumerate(groups.items()):
         colour = COLOURS[place % len(COLOURS)]
@@ -243,7 +230,7 @@ def dots(groups: Mapping[str, Sequence[float]], unit: str) -> go.Figure:
 
 
 def costs(groups: Mapping[str, tuple[Sequence[float], Sequence[float]]], unit: str) -> go.Figure:
-    """What each run costs, in plain trainings, against what it reaches."""
+    """What each run reaches against its cost in plain trainings."""
     chart = go.Figure()
     for place, (label, (cost, reached)) in enumerate(groups.items()):
         chart.add_scatter(

@@ -1,4 +1,4 @@
-"""One page of HTML about a run or a sweep. It holds all that it needs and asks nothing of a network."""
+"""A page of HTML about a run or a sweep. It has all that it needs in it and loads nothing."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CHART = {
     "responsive": True,
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
 }
-MANY = 12  # hyperparameters shown: a net has hundreds of tensors
+MANY = 12  # the most hyperparameters to show, since a net has hundreds of tensors
 STATES = {"finished": "ok", "running": "remark", "failed": "failed"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A chart with its title, and a sentence on how to read it."""
+    """A chart with its title and a note on how to read it."""
 
     title: str
     chart: go.Figure
@@ -54,15 +54,15 @@ def of_run(run: RunFiles) -> str:
         sections.setdefault("Losses", []).append(
             Card(title=f"{panels.PARTS[part].capitalize()} loss beside plain trainings", chart=chart)
         )
-    sections["Hyperparameters over time"] = hyperparameters(run)  # in place of their medians
+    sections["Hyperparameters over time"] = hyperparameters(run)  # instead of their medians
     body = [tiles(run), problem(result), *(grid(title, cards) for title, cards in sections.items())]
-    body += [advice(Counter(row["status"] for row in run.rows if "status" in row)), pictures_and_config(run)]
+    body += [advice(Counter(row["status"] for row in run.rows if "status" in row)), config(run)]
     seed = f"seed {result['seed']}" if "seed" in result else ""
     return page(f"{name} {seed}".strip(), str(run.folder), result["status"], body)
 
 
 def hyperparameters(run: RunFiles) -> list[Card]:
-    """A card for each hyperparameter, of the first ones where there are many."""
+    """A card for each hyperparameter; only for the first ones if there are many."""
     file = run.folder / "hyperparameters.safetensors"
     final = {name: value.double().flatten().numpy() for name, value in load_file(file).items()} if file.exists() else {}
     names = panels.hyperparameters(run.rows)
@@ -76,7 +76,7 @@ def hyperparameters(run: RunFiles) -> list[Card]:
 
 
 def tiles(run: RunFiles) -> str:
-    """The run in a few figures."""
+    """The most important figures of the run."""
     rows, result = run.rows, run.result
     if not rows:
         return '<p class="quiet">There is no row of figures yet.</p>'
@@ -118,13 +118,13 @@ def advice(counts: Mapping[str, int]) -> str:
     return f'<h2>How the solves ended</h2><div class="card wide"><table>{head}{"".join(rows)}</table></div>'
 
 
-def pictures_and_config(run: RunFiles) -> str:
-    """The config of the run, folded."""
+def config(run: RunFiles) -> str:
+    """The config of the run, which unfolds."""
     return f"<details><summary>Config</summary><pre>{escape(run.config)}</pre></details>" if run.config else ""
 
 
 def of_sweep(root: Path) -> str:
-    """The page of all runs below a folder, in groups of those that differ only in the seed."""
+    """The page of all runs below a folder. Runs that differ only in the seed are a group."""
     runs = compare.read(root)
     groups: dict[str, list[compare.Run]] = defaultdict(list)
     for run in runs:
@@ -144,7 +144,7 @@ def of_sweep(root: Path) -> str:
 
 
 def curves(rows: Mapping[str, Sequence[charts.Rows]]) -> dict[str, list[Card]]:
-    """For each section a card for each figure, unless it is zero in every run."""
+    """The cards by section, one for each figure that is not zero in every run."""
     every = [row for runs in rows.values() for own in runs for row in own]
     names = {name for row in every for name, value in row.items() if value} - {panels.STATUS}
     sections: dict[str, list[Card]] = {}
@@ -164,7 +164,7 @@ def curves(rows: Mapping[str, Sequence[charts.Rows]]) -> dict[str, list[Card]]:
 
 
 def final(done: Mapping[str, Sequence[compare.Run]]) -> list[Card]:
-    """The ends of all runs: losses, costs, and how the solves ended."""
+    """How all runs ended: their losses, costs and statuses."""
     cards = []
     for part in ("test", "val"):
         key = f"{part}_loss"
@@ -187,14 +187,14 @@ def final(done: Mapping[str, Sequence[compare.Run]]) -> list[Card]:
 
 
 def summary_table(groups: Mapping[str, Sequence[compare.Run]], labels: Mapping[str, str]) -> str:
-    """Mean and standard error of each figure, the best loss of each column in bold."""
+    """A table of mean and standard error of each figure, with the best value of each column in bold."""
     entries = {label: compare.summary(groups[group]) for group, label in labels.items()}
     finished = [label for label, entry in entries.items() if entry["runs"]]
     colours = {label: charts.COLOURS[place % len(charts.COLOURS)] for place, label in enumerate(finished)}
     columns = list(dict.fromkeys(key for entry in entries.values() for key in entry if key in compare.FIGURES))
     means = {key: [entry[key][0] for entry in entries.values() if key in entry] for key in columns}
     best = {key: (min if key.endswith("loss") else max)(values) for key, values in means.items()}
-    head = "".join(f"<th>{escape(charts.in_words(key))}</th>" for key in columns)
+    head = "".join(f"<th>{escape(panels.in_words(key))}</th>" for key in columns)
     lines = [f"<tr><th>setting</th><th>runs</th>{head}<th>cost in trainings</th><th>moved</th></tr>"]
     for label, entry in entries.items():
         failed = f' <span class="chip failed">{entry["failed"]} failed</span>' if entry["failed"] else ""
@@ -213,7 +213,7 @@ def summary_table(groups: Mapping[str, Sequence[compare.Run]], labels: Mapping[s
 
 
 def run_table(groups: Mapping[str, Sequence[compare.Run]], labels: Mapping[str, str]) -> str:
-    """Each run, its state and its error."""
+    """A table of all runs with their states and errors."""
     lines = ["<tr><th>setting</th><th>seed</th><th>state</th><th>test loss, or error</th></tr>"]
     for group, runs in groups.items():
         for run in runs:
@@ -227,7 +227,7 @@ def run_table(groups: Mapping[str, Sequence[compare.Run]], labels: Mapping[str, 
 
 
 def short_names(groups: Sequence[str]) -> dict[str, str]:
-    """For each group a name without what all have in common.
+    """A short name for each group: its name without the parts that all of them have in common.
 
     >>> short_names(["iris/outer_steps=40", "iris_blog/outer_steps=40"])
     {'iris/outer_steps=40': 'iris', 'iris_blog/outer_steps=40': 'iris_blog'}
@@ -238,7 +238,7 @@ def short_names(groups: Sequence[str]) -> dict[str, str]:
 
 
 def grid(title: str, cards: Sequence[Card]) -> str:
-    """A section with its charts."""
+    """A section with the charts of its cards."""
     shown = []
     for card in cards:
         note = f'<p class="quiet">{escape(card.note)}</p>' if card.note else ""
@@ -248,7 +248,7 @@ def grid(title: str, cards: Sequence[Card]) -> str:
 
 
 def page(title: str, where: str, state: str, body: Sequence[str]) -> str:
-    """The whole page, with plotly's own script in it."""
+    """The whole page, which includes plotly's script."""
     chip = f'<span class="chip {STATES.get(state, "remark")}">{escape(state)}</span>'
     words = {"title": escape(title), "where": escape(where), "chip": chip, "body": "\n".join(body)}
     return Template(TEMPLATE.read_text()).substitute(words, plotly=offline.get_plotlyjs())

@@ -1,4 +1,4 @@
-"""The panels of a dashboard, by the names under which hoptim.tracking logs their figures: for the page and for W&B."""
+"""The panels of a dashboard, for the page and for W&B, with the names under which hoptim.tracking logs their figures."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Panel:
 
     Args:
         title: what it shows.
-        lines: the name of each line in the legend, and the name under which its figures are logged.
-        unit: what stands beside the vertical axis.
+        lines: for each line, its name in the legend and the name under which its figures are logged.
+        unit: the label of the vertical axis.
         axis: the horizontal axis, ``inner_step`` or ``outer_step``.
-        log: a logarithmic vertical axis.
-        limits: of the vertical axis, where they are known.
+        log: whether the vertical axis is logarithmic.
+        limits: of the vertical axis, if they are known.
         stacked: whether the lines are parts of a whole.
         from_zero: whether a vertical axis that is not logarithmic begins at zero.
         note: what to look for, in a sentence.
@@ -57,7 +57,7 @@ HYPERGRADIENT = (
         note="Far below 1 the linear system is solved. A few terms, as by default, leave it near 0.1 to 0.5.",
     ),
     Panel(
-        title="Cosine to the hypergradient before",
+        title="Cosine to the last hypergradient",
         lines={"cosine": "hypergradient/cosine_to_last"},
         unit="cosine",
         limits=(-1.0, 1.0),
@@ -94,7 +94,7 @@ COST = (
 
 
 def metrics(names: Iterable[str]) -> list[Panel]:
-    """A panel for each kind of metric among the logged names: losses first, then accuracies and what else there is."""
+    """A panel for each kind of metric among the logged names: losses first, then accuracies, then all others."""
     kinds: dict[str, dict[str, str]] = {}
     for name in names:
         section, _, key = name.partition("/")
@@ -128,8 +128,8 @@ def sections(names: Iterable[str] | None = None) -> dict[str, list[Panel]]:
     """The sections of a dashboard and their panels.
 
     Args:
-        names: under which figures are logged in the runs that it is for, so that a panel without any is left out; ``None``:
-            those of a usual run.
+        names: the names under which the runs have logged figures; panels without any of them are left out. ``None``: the
+            names of a usual run.
     """
     known = set(USUAL if names is None else names)
     found = {"Losses": metrics(known), "Hypergradients": list(HYPERGRADIENT)}
@@ -141,7 +141,7 @@ def sections(names: Iterable[str] | None = None) -> dict[str, list[Panel]]:
 
 
 def logged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each row of ``metrics.jsonl`` under the names of its figures, with its steps and the medians of hyperparameters."""
+    """The rows of ``metrics.jsonl`` with their figures under the logged names, steps, and medians of hyperparameters."""
     return [{**figures(row), **medians(row), **steps(row)} for row in rows]
 
 
@@ -154,6 +154,16 @@ def medians(row: Mapping[str, Any]) -> dict[str, float]:
 def median(name: str) -> str:
     """The name under which the median of a hyperparameter is logged."""
     return f"hyperparameters/{name}/median"
+
+
+def in_words(name: str) -> str:
+    """The name of a figure for people.
+
+    >>> in_words("metrics/val_loss")
+    'validation loss'
+    """
+    part, _, rest = name.rpartition("/")[2].partition("_")
+    return f"{PARTS.get(part, part)} {rest}".replace("_", " ").strip()
 
 
 def hyperparameters(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What scripts/train.py has written into the folder of a run, also of one that goes on or has failed."""
+"""Read what scripts/train.py has written into the folder of a run, which may still go on or may have failed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.records import read_json_lines
+
 Rows = list[dict[str, Any]]
 
 
@@ -16,11 +18,11 @@ class RunFiles:
     """The files of one run.
 
     Attributes:
-        folder: where they are.
-        rows: of ``metrics.jsonl``.
-        result: of ``result.json``; ``{"status": "running"}`` where there is none yet.
+        folder: the folder that they are in.
+        rows: the rows of ``metrics.jsonl``.
+        result: the content of ``result.json``; ``{"status": "running"}`` if there is none yet.
         config: the text of ``config.yaml``.
-        baselines: the rows of each plain training beside it.
+        baselines: the rows of each plain training beside the run.
     """
 
     folder: Path
@@ -31,7 +33,7 @@ class RunFiles:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder is that of one run, and not of a sweep."""
+    """Whether this is the folder of one run, not of a sweep."""
     return any((folder / name).exists() for name in ("metrics.jsonl", "result.json"))
 
 
@@ -41,14 +43,8 @@ def read_run(folder: Path) -> RunFiles:
     plain = sorted((folder / "baselines").glob("*/metrics.jsonl"))
     return RunFiles(
         folder=folder,
-        rows=read_rows(folder / "metrics.jsonl"),
+        rows=read_json_lines(folder / "metrics.jsonl"),
         result=json.loads(result.read_text()) if result.exists() else {"status": "running"},
         config=config.read_text() if config.exists() else "",
-        baselines={path.parent.name: read_rows(path) for path in plain},
+        baselines={path.parent.name: read_json_lines(path) for path in plain},
     )
-
-
-def read_rows(path: Path) -> Rows:
-    """The whole lines of a file of JSON lines; one that is being written is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""The same panels as a workspace or a report of Weights & Biases, by W&B's own library."""
+"""The panels as a workspace or a report on Weights & Biases, made by W&B's own library."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import wandb_workspaces.workspaces as ws
 
 from dashboards import panels
 
-MANY = 24  # hyperparameters shown
-GROUPED = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}  # of runs that the list of runs groups
+MANY = 24  # the most hyperparameters to show
+GROUPED = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}  # how the runs of a group are drawn
 REACHED = ("metrics/test_loss", "metrics/val_loss")
 
 
@@ -23,11 +23,11 @@ class Board:
 
     Args:
         entity: the user or team.
-        project: its project, in which the runs are.
-        names: under which figures are logged; ``None``: those of a usual run, with all hyperparameters that there are.
-        hyperparameters: their names, for their histograms.
-        settings: the settings of the config that differ among the runs, in dotted names, to compare runs by.
-        group: show the runs of this group alone, such as those of one sweep.
+        project: the project that the runs are in.
+        names: the names under which the runs have logged figures; ``None``: those of a usual run and of any hyperparameter.
+        hyperparameters: the names of the hyperparameters, for their histograms.
+        settings: dotted names of settings that differ between the runs, to compare the runs by.
+        group: show only the runs of this group, such as those of one sweep.
     """
 
     entity: str
@@ -52,7 +52,7 @@ class Board:
         )
 
     def report(self) -> wr.Report:
-        """A page of the project, with words between the panels."""
+        """A page of the project, with headings between the panels."""
         runs = wr.Runset(name=self.group or "all runs", filters=self.only, groupby=["run.group", "run.jobType"])
         blocks: list[Any] = [wr.TableOfContents()]
         for name, shown in self.sections().items():
@@ -62,7 +62,7 @@ class Board:
 
     @property
     def only(self) -> str:
-        """The filter of runs, in the words of W&B's own library."""
+        """The filter of runs, in the syntax of W&B's library."""
         return f"Metric('Group') = '{self.group}'" if self.group else ""
 
     @property
@@ -70,7 +70,7 @@ class Board:
         return f"hoptim: {self.group}" if self.group else "hoptim"
 
     def sections(self) -> dict[str, list[Any]]:
-        """The panels by section: those of the page, histograms and pictures, and the comparison of a sweep."""
+        """The panels by section: those of the page, histograms, pictures, and the comparison of a sweep."""
         found = {name: [line_plot(panel) for panel in shown] for name, shown in panels.sections(self.names).items()}
         medians = found.pop("Hyperparameters over time", [])[:MANY]
         found["Hyperparameters over time"] = [*(medians or [every_median()]), *map(histograms, self.hyperparameters[:MANY])]
@@ -81,10 +81,10 @@ class Board:
         return found
 
     def comparison(self) -> list[Any]:
-        """What each setting of a sweep reaches, with its standard error over seeds, and all of them beside one another."""
+        """The panels that compare the settings of a sweep: what each reaches, with its standard error over seeds."""
         known = {name for shown in panels.sections(self.names).values() for panel in shown for name in panel.lines.values()}
         reached = [name for name in REACHED if name in known]
-        bars = [wr.BarPlot(title=f"Final {in_words(name)}", metrics=[name], **GROUPED) for name in reached]
+        bars = [wr.BarPlot(title=f"Final {panels.in_words(name)}", metrics=[name], **GROUPED) for name in reached]
         columns = [wr.Config(setting) for setting in self.settings] + [wr.SummaryMetric(name) for name in reached]
         parallel = wr.ParallelCoordinatesPlot(
             columns=[wr.ParallelCoordinatesPlotColumn(metric=column) for column in columns]
@@ -96,13 +96,8 @@ class Board:
         return found
 
 
-def in_words(name: str) -> str:
-    """``metrics/test_loss`` as test loss."""
-    return name.partition("/")[2].replace("_", " ").replace("val ", "validation ")
-
-
 def line_plot(panel: panels.Panel) -> wr.LinePlot:
-    """A panel in W&B's terms; runs of a group are drawn as their mean, with a band of a standard error."""
+    """A panel as W&B's line plot. The runs of a group are drawn as their mean, with a band of one standard error."""
     return wr.LinePlot(
         title=panel.title,
         x=panel.axis,
@@ -117,14 +112,14 @@ def line_plot(panel: panels.Panel) -> wr.LinePlot:
 
 
 def every_median() -> wr.LinePlot:
-    """The medians of all hyperparameters in one panel, where their names are not known."""
+    """The medians of all hyperparameters in one panel, for runs whose hyperparameters are not known."""
     return wr.LinePlot(
         title="Medians", x="outer_step", metric_regex="hyperparameters/.*/median", title_x="outer steps", log_y=True
     )
 
 
 def histograms(name: str) -> wr.LinePlot:
-    """The histograms of a hyperparameter over time; W&B draws them where a single run is shown."""
+    """The histograms of a hyperparameter over time; W&B draws them only while a single run is shown."""
     return wr.LinePlot(title=f"Histograms of {name}", x="outer_step", y=[f"hyperparameters/{name}"], title_x="outer steps")
 
 

@@ -1,1 +1,1 @@
-"""What scripts/docs is made of: the builder, and a theme for pdoc."""
+"""The parts of scripts/docs: the builder, and a theme for pdoc."""

@@ -1,4 +1,4 @@
-"""Build the documentation website from the docstrings, with README.md as its front page, and with search.
+"""Build the documentation website from the docstrings, with README.md as its front page and with a search.
 
     scripts/docs                    # writes site/: open site/index.html in a browser
     scripts/docs --serve 8000       # writes it and serves it on http://localhost:8000
@@ -32,7 +32,7 @@ FRONT = {  # pages that are Markdown files
     "public": "scripts/examples/public/README.md",
 }
 NAME = re.compile(rf"(?<![\[`])`({'|'.join(hoptim.__all__)})(\([^`]*\))?`(?!`)")  # such as `CG(terms=20)`
-ROLE = re.compile(r":(?:class|meth|func|mod|attr):(?=`)")  # Sphinx's, as in :class:`CG`; pdoc finds the name by itself
+ROLE = re.compile(r":(?:class|meth|func|mod|attr):(?=`)")  # Sphinx's roles, as in :class:`CG`, which pdoc does not need
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:)(?P<path>[^)#]+)(?P<anchor>#[^)]*)?\)")
 
 
@@ -47,12 +47,12 @@ def page_of(path: Path) -> str | None:
 
 
 def with_names(text: str, page: str) -> str:
-    """The text with links from hoptim's public names to their documentation, which pdoc finds only on the package's page."""
+    """The text with links from hoptim's public names to their documentation; pdoc links them only on the package's page."""
     return NAME.sub(rf"[\g<0>]({'../' * page.count('/')}hoptim.html#\1)", text)
 
 
 def with_links(text: str, folder: Path, page: str, out: Path) -> str:
-    """The text with its links to files turned into links to pages; a file that is not a page is copied to the website.
+    """The text, with its links to files changed to links to pages. A file that is not a page is copied to the website.
 
     Args:
         text: Markdown, with links relative to ``folder``.
@@ -78,7 +78,7 @@ def with_links(text: str, folder: Path, page: str, out: Path) -> str:
 
 @jinja2.pass_context
 def to_markdown(context: jinja2.runtime.Context, docstring: str) -> str:
-    """pdoc's own, without Sphinx's roles, and without what each ``__init__`` of a module inherits from torch."""
+    """pdoc's filter, without Sphinx's roles and without the docstring that the ``__init__`` of a module has from torch."""
     text = "" if docstring.startswith("Initialize internal Module state") else ROLE.sub("", docstring)
     return pdoc.render_helpers.to_markdown_with_context(context, text)
 

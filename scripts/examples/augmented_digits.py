@@ -1,10 +1,11 @@
-"""Which changes of an image help, and how large they may be: learned magnitudes, on five splits of the digits.
+"""Learn which changes of images help, and how large they should be: seven magnitudes, on five splits of the digits.
 
     python scripts/examples/augmented_digits.py [--seeds 10 11 ...]
 
-200 digits train while 200 validate the seven magnitudes; then a new net is trained on all 400 with what was learned. Beside
-it: nets trained on all 400 without changes, and with all changes at one magnitude. 1,397 digits test. A CNN of two layers is
-trained for 1,200 steps of momentum SGD on batches of 50. Settings were chosen on seeds 0 and 1.
+The magnitudes are learned with 200 training and 200 validation digits; then a new net is trained on all 400 with them.
+Beside it are nets trained on all 400 without changes, and with all changes at the same magnitude. The test set has 1,397
+digits. A CNN of two layers is trained for 1,200 steps of SGD with momentum on batches of 50. Settings were chosen on seeds
+0 and 1.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def rows(seed):
     def val_loss(model, hparams, batch):
         return F.cross_entropy(model(x[batch]), y[batch])
 
-    # In its parts, for Gauss-Newton: on the exact Hessian five terms had the wrong sign.
+    # The loss shows its parts, for Gauss-Newton: on the exact Hessian the hypergradient had the wrong sign at five terms.
     train_loss = hoptim.CompositeLoss(
         lambda model, hparams, batch: model(hparams.augment(x[batch])),
         lambda z, _, batch: F.cross_entropy(z, y[batch]),

@@ -1,21 +1,20 @@
-"""What CrossValidated is good for: test losses and costs beside fixed decays, and a decay chosen by the same three folds.
+"""What CrossValidated is good for: its test loss and cost beside fixed decays and a decay chosen on the same three folds.
 
     python scripts/examples/cross_validated_study.py [digits diabetes wine boston fashion] [--splits 10 11 12 ...]
 
-On each split 200 examples of digits (220 of diabetes, 120 of wine, 300 of Boston housing, 1,000 of Fashion-MNIST) are there
-to learn from, the others test; of Fashion-MNIST 5,000. An MLP of 64, or a CNN of two layers for Fashion-MNIST, is trained
-for 1,500 steps of momentum SGD on batches of 50. The rows:
+Each split has 200 examples of digits to learn from (diabetes 220, wine 120, Boston housing 300, Fashion-MNIST 1,000). The
+others are the test set, except that Fashion-MNIST has 5,000. An MLP with 64 hidden units, or a CNN of two layers for
+Fashion-MNIST, is trained for 1,500 steps of SGD with momentum on batches of 50. The rows:
 
-- fixed D: a decay of D on all of them, the best simple thing that needs no choice;
-- grid: that of five fixed decays whose mean loss on the three folds is lowest, then trained on all of them;
+- fixed D: trained on all examples with a decay of D;
+- grid: the best of five fixed decays by its mean loss on the three folds, then trained on all examples;
 - learned: CrossValidated with a decay for each layer, noise before each layer, and label smoothing where there are classes.
 
-The start and the outer rate of the last were chosen on splits 0 to 2 of digits and diabetes. Costs are in plain trainings,
-by processor time. Fashion-MNIST comes from torchvision, which downloads it; Boston housing is a file, boston/boston.csv.
+Start and outer rate of the last were chosen on splits 0 to 2 of digits and diabetes. Costs are in plain trainings, by
+processor time. torchvision downloads Fashion-MNIST; Boston housing is the file boston/boston.csv.
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from common.means import mean_and_error
 from fidelity_problems import boston
 
 import hoptim
@@ -45,9 +45,9 @@ def of_sklearn(load):
     return lambda _: tuple(map(torch.tensor, load(return_X_y=True)))
 
 
-SETS = {  # how it is read, how many there are to learn from, and the number by which its features are divided
+SETS = {  # how to read it, how many examples there are to learn from, and what its features are divided by
     "digits": (of_sklearn(load_digits), 200, 16),
-    "diabetes": (of_sklearn(load_diabetes), 220, None),  # by the deviation of each
+    "diabetes": (of_sklearn(load_diabetes), 220, None),  # None: each feature is standardised
     "wine": (of_sklearn(load_wine), 120, None),
     "boston": (boston.read, 300, None),
     "fashion": (load_fashion, 1000, 1),
@@ -57,7 +57,7 @@ STEPS, BATCH, START, RATE = 1500, 50, 1e-2, 0.1
 
 
 class Split:
-    """A data set in two parts, scaled by the first, and how a model of it is trained."""
+    """A data set, split into the first n examples to learn from and the test set, and how its model is trained."""
 
     def __init__(self, name, number, root):
         load, self.n, scale = SETS[name]
@@ -101,7 +101,7 @@ class Split:
                 steps += 1
 
     def fixed(self, decay, examples, held_out):
-        """The loss on what is held out of a model that is trained with this decay, by a bare optimizer."""
+        """Train with this decay and without hoptim's optimizer; return the loss on ``held_out``."""
         torch.manual_seed(self.number)
         model = self.make()
         penalty, optimizer = WeightDecay(model, start=decay).requires_grad_(False), self.inner(model)
@@ -110,6 +110,7 @@ class Split:
         return self.val_loss(model, None, held_out).item()
 
     def learned(self, test):
+        """Learn by ``CrossValidated``; return the test loss."""
         torch.manual_seed(self.number)
         model = self.make()
         parts = {"decay": WeightDecay(model, start=START), "noise": NoiseWidth(model, start=0.05)}
@@ -138,14 +139,9 @@ def rows(name, number, root):
     return found
 
 
-def mean_and_error(values):
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):8.4f} ± {error:.4f}"
-
-
 def study(name, splits, root):
     everything = torch.arange(SETS[name][1])
-    Split(name, 0, root).fixed(START, everything, everything)  # what torch loads at first is no cost
+    Split(name, 0, root).fixed(START, everything, everything)  # so that no row pays for what torch loads at first
     found = [rows(name, number, root) for number in splits]
     unit = statistics.mean(one[f"fixed {decay:g}"][1] for one in found for decay in DECAYS)
     print(f"{name}, splits {', '.join(map(str, splits))}: test loss, learned minus it (paired), cost in plain trainings")
@@ -153,9 +149,8 @@ def study(name, splits, root):
         losses, costs = ([one[row][part] for one in found] for part in (0, 1))
         ahead = [one["learned"][0] - one[row][0] for one in found]
         wins = f"{sum(d < 0 for d in ahead)} of {len(ahead)}"
-        print(
-            f"  {row:12} {mean_and_error(losses)}  {mean_and_error(ahead)} {wins:>9}  {statistics.mean(costs) / unit:5.1f}"
-        )
+        loss, difference = (f"{mean_and_error(values, '.4f'):>17}" for values in (losses, ahead))
+        print(f"  {row:12} {loss}  {difference} {wins:>9}  {statistics.mean(costs) / unit:5.1f}")
 
 
 if __name__ == "__main__":

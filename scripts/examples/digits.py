@@ -1,4 +1,4 @@
-"""Shared by the examples: digits with 40 % wrong training labels, and a learned weight for each of them."""
+"""Shared by the frameworks' examples: digits with 40 % wrong training labels, and a learned weight for each of them."""
 
 import torch
 from sklearn.datasets import load_digits

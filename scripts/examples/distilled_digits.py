@@ -1,10 +1,10 @@
-"""Ten learned images, one a class, on which alone a linear model learns to read digits; with a picture of them.
+"""Learn ten images, one for each class, so that a linear model trained on them alone reads digits; with a picture of them.
 
     python scripts/examples/distilled_digits.py [--out runs/distilled.png]
 
-The ten images are hyperparameters: the model is trained on them, the validation loss is that on 1,000 real digits, and 797
-test. Beside it: the same training on ten real digits (mean of 20 draws), on the means of the classes, and on all 1,000. The
-weight decay was chosen on another split.
+The ten images are hyperparameters: the model is trained on them, and the validation loss is its loss on 1,000 real digits.
+The test set has 797. Beside it: the same training on ten real digits (mean of 20 draws), on the means of the classes, and on
+all 1,000 digits. The weight decay was chosen on another split.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def val_loss(model, hparams, batch):
 
 
 def distilled(hypersteps):
-    """The learned images, and how many steps of training it took."""
+    """The learned images, and how many training steps it took to learn them."""
     model, hparams = make(), DistilledData(10, (64,))
     outer = torch.optim.Adam(hparams.parameters(), lr=0.03)
     problem = hoptim.Problem(model, hparams, train_loss, val_loss)
@@ -69,7 +69,7 @@ def distilled(hypersteps):
 
 
 def accuracy(x, y):
-    """On the test set, of a fresh model that is trained on these alone."""
+    """The test accuracy of a new model that is trained on these examples alone."""
     torch.manual_seed(1)
     model = make()
     optimizer = inner(model)

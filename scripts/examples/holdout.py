@@ -1,18 +1,17 @@
-"""How much data to hold out: logistic regression on 1,000 images of MNIST, one learned decay or one a weight.
+"""How much data to hold out? Logistic regression on 1,000 images of MNIST, with one learned decay or one for each weight.
 
-    python scripts/examples/holdout.py --root data          # what is missing in runs/holdout, then the table and the picture
+    python scripts/examples/holdout.py --root data          # run what runs/holdout lacks, then the table and the picture
     python scripts/examples/holdout.py --saved              # the table of scripts/holdout.json; nothing runs
-    python scripts/examples/holdout.py --save               # everything; writes that file and scripts/holdout.png
+    python scripts/examples/holdout.py --save               # run all, write that file and scripts/holdout.png
 
-The training is that of conf/experiment/paper/holdout.yaml, and the last training on everything is its `retrain`. Beside it:
-`CrossValidated` on the same 1,000, and fixed decays, trained on all of them. Settings were chosen on seed 100.
+The training is conf/experiment/paper/holdout.yaml; its `retrain` is the last training on all 1,000 images. Beside it are
+`CrossValidated` on the same 1,000, and trainings on all of them with fixed decays. Settings were chosen on seed 100.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -21,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for what scripts/train.py is made of
-from tasks import schema
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the modules of scripts/ are found
+from common.means import mean_and_error, standard_error
+from common.records import five_digits, read_json_lines, write_whole
+from common.tables import markdown
 from tasks.folds import cross_validate
+from tasks.schema import composed
 from train import train
 
 HERE = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ Jobs = dict[str, tuple[dict[str, Any], list[str]]]
 
 
 def jobs(folds: Sequence[int]) -> Jobs:
-    """By name: what says where a job belongs, and its overrides."""
+    """The jobs by name: the place of each in the table, and its overrides."""
     found: Jobs = {}
     for per in KINDS:
         own = [f"hoptim.recipe.weight_decay.per={per}"]
@@ -55,11 +56,8 @@ def jobs(folds: Sequence[int]) -> Jobs:
 
 
 def measured(root: str, seed: int, overrides: Sequence[str], folder: Path) -> dict[str, float]:
-    """Run one job; what it found on the test set, and its CPU seconds."""
-    schema.register()
-    words = ["experiment=paper/holdout", "hoptim/tracker=[]", "plots=false", f"task.root={root}", f"seed={seed}", *overrides]
-    with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
-        cfg = compose("train", words)
+    """Run a job; return its losses and accuracies, and its CPU seconds."""
+    cfg = composed("paper/holdout", root, seed, *overrides)
     begun = time.process_time()
     (cross_validate if cfg.folds else train)(cfg, folder)
     seconds = time.process_time() - begun
@@ -69,15 +67,15 @@ def measured(root: str, seed: int, overrides: Sequence[str], folder: Path) -> di
 
 
 def _costs(folder: Path) -> dict[str, float]:
-    """Wall-clock seconds of the inner steps and of the hypersteps of a run that is no cross-validation."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Wall-clock seconds of the inner steps and of the hypersteps; nothing for a fit by folds."""
+    rows = read_json_lines(folder / "metrics.jsonl")
     if "inner_seconds" not in rows[0]:
         return {}
     return {f"{kind}_seconds": sum(row[f"{kind}_seconds"] for row in rows) for kind in ("inner", "hyper")}
 
 
 def studied(out: Path, root: str, seeds: Sequence[int], folds: Sequence[int]) -> list[dict[str, Any]]:
-    """Run what is not in the file of records yet; it is written after each job."""
+    """Run the jobs that the file of records lacks; it is written after each of them."""
     path = out / "records.json"
     out.mkdir(parents=True, exist_ok=True)
     records = json.loads(path.read_text()) if path.is_file() else []
@@ -92,61 +90,45 @@ def studied(out: Path, root: str, seeds: Sequence[int], folds: Sequence[int]) ->
 
 
 def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """A record a line, with five digits."""
-    short = [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.items()} for record in records]
-    path.write_text("[\n" + ",\n".join(json.dumps(record) for record in short) + "\n]\n")
+    """Write the records with five digits, one on each line."""
+    write_whole(path, "[\n" + ",\n".join(map(json.dumps, five_digits(records))) + "\n]\n")
 
 
 def figures(records: Sequence[dict[str, Any]], job: str, name: str) -> list[float]:
-    """A figure of a job, seed by seed."""
+    """A figure of a job for each seed."""
     return [record[name] for record in records if record["job"] == job]
 
 
-def mean_error(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def written(values: Sequence[float]) -> str:
-    return "{:.3f} ± {:.3f}".format(*mean_error(values))
-
-
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Test loss and accuracy of every job, without and with the last training, and the CPU seconds of all of it."""
+    """Test loss and accuracy of every job, without and with the last training, and the CPU seconds of the whole job."""
     heads = ["", "held out", "test loss", "accuracy", "retrained: test loss", "accuracy", "seconds"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     for job in dict.fromkeys(record["job"] for record in records):
         place = next(record for record in records if record["job"] == job)
         label = KINDS.get(place.get("per", ""), f"fixed {place.get('fixed')}, all of it")
-        loss, accuracy = (figures(records, job, f"test_{name}") for name in ("loss", "accuracy"))
-        if "share" in place:
-            again = [written(figures(records, job, f"retrained_test_{name}")) for name in ("loss", "accuracy")]
-            cells = [f"{place['share']:.0%}", written(loss), written(accuracy), *again]
-        elif "folds" in place:
-            cells = [f"{place['folds']} folds", "", "", written(loss), written(accuracy)]
+        first = [mean_and_error(figures(records, job, f"test_{name}")) for name in ("loss", "accuracy")]
+        if "folds" in place:  # its last training is its only one
+            cells = [f"{place['folds']} folds", "", "", *first]
         else:
-            cells = ["", "", "", *(written(figures(records, job, f"retrained_test_{n}")) for n in ("loss", "accuracy"))]
-        cells.append(f"{statistics.mean(figures(records, job, 'seconds')):.1f}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            again = [mean_and_error(figures(records, job, f"retrained_test_{name}")) for name in ("loss", "accuracy")]
+            cells = [f"{place['share']:.0%}", *first, *again] if "share" in place else ["", "", "", *again]
+        lines.append([label, *cells, f"{statistics.mean(figures(records, job, 'seconds')):.1f}"])
+    return markdown(heads, lines)
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Test accuracy and loss against the share that is held out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from common.pictures import plt, save
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, name in zip(axes, ("accuracy", "loss"), strict=True):
         for number, (per, label) in enumerate(KINDS.items()):
             for prefix, style in (("", ":"), ("retrained_", "-")):
                 points = [figures(records, f"{per} {share}", f"{prefix}test_{name}") for share in SHARES]
-                mean, error = zip(*map(mean_error, points), strict=True)
+                mean, error = map(statistics.mean, points), map(standard_error, points)
                 words = f"{label}{', retrained on all' if prefix else ''}"
-                axis.errorbar(
-                    SHARES, mean, error, color=f"C{number}", linestyle=style, marker="o", markersize=3, label=words
-                )
+                style = {"linestyle": style, "marker": "o", "markersize": 3}
+                axis.errorbar(SHARES, list(mean), list(error), color=f"C{number}", label=words, **style)
             for job in dict.fromkeys(r["job"] for r in records if r["job"].startswith(f"{per} folds")):
                 value, words = statistics.mean(figures(records, job, f"test_{name}")), f"{label}, {job.split()[-1]} folds"
                 axis.axhline(value, color=f"C{number}", linestyle="--", linewidth=1, label=words)
@@ -156,8 +138,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set(xlabel="share that is held out", ylabel=f"test {name}", xticks=SHARES)
         axis.grid(alpha=0.2)
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path, dpi=90)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -166,8 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/holdout"), help="the folder of the results")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folds", nargs="+", type=int, default=[3], help="numbers of folds for CrossValidated")
-    parser.add_argument("--saved", action="store_true", help="print the table of the saved records")
-    parser.add_argument("--save", action="store_true", help="save the records and the picture")
+    parser.add_argument("--saved", action="store_true", help="run nothing: print the table of scripts/holdout.json")
+    parser.add_argument("--save", action="store_true", help="write scripts/holdout.json and scripts/holdout.png")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.saved:

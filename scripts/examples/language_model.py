@@ -1,51 +1,52 @@
-"""Seven regularisers of an LSTM: fixed, searched at random, by Optuna, and learned by gradient; with tables and a picture.
+"""Seven regularisers of an LSTM: fixed, searched at random, searched by Optuna, and learned; with a table and a picture.
 
-    python scripts/examples/language_model.py --root data/text        # what is missing in runs/language.json, then the table
+    python scripts/examples/language_model.py --root data/text        # run what runs/language.json lacks, then the table
     python scripts/examples/language_model.py --saved                 # the table of scripts/language.json; nothing runs
-    python scripts/examples/language_model.py --save                  # everything; writes that file and scripts/language.png
+    python scripts/examples/language_model.py --save                  # run all, write that file and scripts/language.png
 
-The training is that of conf/experiment/paper/language.yaml. Both searches begin at the values that learning starts from, and
-go on for five trainings. Each way has early stopping: a figure is that of the model with the lowest validation perplexity so
-far. Time is that of the training steps, hypersteps included; a training of learning is measured in plain steps of its own
-warm-up. Settings were chosen on seed 100.
+The training is conf/experiment/paper/language.yaml. Both searches begin at the values that learning starts from, and go on
+for five trainings. Every way stops early: its figures are those of the model with the lowest validation perplexity so far.
+Time is that of the training steps with their hypersteps. The unit for the cost of learning is a training at the speed of its
+own steps before the first hyperstep. Settings were chosen on seed 100.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for what scripts/train.py is made of
-from tasks import schema
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the modules of scripts/ are found
+from common.means import mean_and_error
+from common.records import five_digits, read_records, write_records
+from common.search import check_optuna, tpe_study
+from common.tables import markdown
 from tasks.language import PENALTIES, RATES
 from tasks.run import Run
+from tasks.schema import composed
 from tasks.task import measure
 
 HERE = Path(__file__).parents[1]
 SAVED = HERE / "language.json"
 BUDGET = 5  # trainings of a search
-RANGES = {**dict.fromkeys(RATES, (0.02, 0.8, False)), **dict.fromkeys(PENALTIES, (0.01, 10.0, True))}  # log-uniform: True
+# lowest value, highest value, and whether it is drawn on a log scale
+RANGES = {**dict.fromkeys(RATES, (0.02, 0.8, False)), **dict.fromkeys(PENALTIES, (0.01, 10.0, True))}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known after some training steps of one way, since its beginning."""
+    """The state of one way after some training steps; ``seconds`` and ``trainings`` count from its beginning."""
 
     way: str
     seed: int
@@ -58,15 +59,12 @@ class Row:
 
 
 def config(root: str, seed: int, *overrides: str) -> DictConfig:
-    """The experiment's config, read from its file."""
-    schema.register()
-    with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
-        words = ("experiment=paper/language", "hoptim/tracker=[]", "plots=false", f"task.root={root}", f"seed={seed}")
-        return compose("train", [*words, *overrides])
+    """The experiment's config."""
+    return composed("paper/language", root, seed, *overrides)
 
 
 def training(cfg: DictConfig) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """Train; after each row of steps: their number so far, their CPU seconds, and the perplexities."""
+    """Train; after each row of figures, yield the number of steps so far, the row's CPU seconds, and the perplexities."""
     run = Run.of(cfg)
     parts = {name: part for name, part in run.parts.items() if name != "train"}
     for row in range(run.outer_steps):
@@ -77,11 +75,11 @@ def training(cfg: DictConfig) -> Iterator[tuple[int, float, dict[str, float]]]:
 
 
 def learned(cfg: DictConfig, way: str) -> Iterator[Row]:
-    """One training in which the hyperparameters move, or, without learning, stay."""
+    """The rows of one training, in which the hyperparameters move or, with ``learn=false``, stay."""
     rows, total = [], cfg.outer_steps * cfg.inner_steps
     for step, seconds, found in training(cfg):
         rows.append((step, seconds, found))
-    # the first row also checks the losses, and a hyperstep comes with the last step of the warm-up
+    # not the first row, which also checks the losses, nor the last row of the warm-up, which ends with a hyperstep
     first = [seconds for step, seconds, _ in rows[1:] if step < cfg.warmup or not cfg.learn]
     plain, spent = statistics.mean(first) / cfg.inner_steps * total, 0.0
     for step, seconds, found in rows:
@@ -90,12 +88,12 @@ def learned(cfg: DictConfig, way: str) -> Iterator[Row]:
         yield Row(way, cfg.seed, 0, step, spent, trainings, found["val_perplexity"], found["test_perplexity"])
 
 
-Report = Callable[[float], bool]  # told of a validation loss: whether to stop the trial
-Trial = tuple[Mapping[str, float] | None, Report, Callable[[float, bool], None]]  # the last is told of its best loss
+Report = Callable[[float], bool]  # takes a validation loss and says whether to stop the trial
+Trial = tuple[Mapping[str, float] | None, Report, Callable[[float, bool], None]]  # the last takes the trial's best loss
 
 
 def searched(cfg: DictConfig, way: str, trials: Callable[[int], Iterator[Trial]]) -> Iterator[Row]:
-    """Trainings at fixed hyperparameters, until as many steps are taken as the budget has."""
+    """The rows of trainings with fixed hyperparameters, until the budget is spent."""
     total = cfg.outer_steps * cfg.inner_steps
     spent, steps = 0.0, 0
     for number, (values, stop, tell) in enumerate(trials(cfg.seed)):
@@ -114,7 +112,7 @@ def searched(cfg: DictConfig, way: str, trials: Callable[[int], Iterator[Trial]]
 
 
 def at_random(seed: int) -> Iterator[Trial]:
-    """The start, then independent draws."""
+    """The starting values, then independent draws."""
     generator = np.random.default_rng(seed)
     yield None, lambda _: False, lambda *_: None
     while True:
@@ -127,15 +125,12 @@ def _stretched(u: float, low: float, high: float, log: bool) -> float:
 
 
 def by_optuna(seed: int) -> Iterator[Trial]:
-    """The start, then what multivariate TPE suggests; the median pruner stops trials."""
+    """The starting values, then what multivariate TPE suggests; the median pruner stops trials."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that multivariate is experimental
-        sampler = optuna.samplers.TPESampler(multivariate=True, n_startup_trials=4, seed=seed)
-    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=3))
-    study.enqueue_trial({name: float(value) for name, value in config("", seed).task.start.items()})
+    start = {name: float(value) for name, value in config("", seed).task.start.items()}
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=3)
+    study = tpe_study(start, seed, pruner=pruner, n_startup_trials=4)
     while True:
         trial = study.ask()
         values = {name: trial.suggest_float(name, low, high, log=log) for name, (low, high, log) in RANGES.items()}
@@ -181,11 +176,11 @@ WAYS = ("fixed", "fixed, Merity et al.", "random search", "Optuna", "learned, 7"
 
 
 def studied(path: Path, root: str, seeds: Sequence[int], ways: Sequence[str]) -> list[Row]:
-    """Run what is not in the file yet; it is written after each way."""
+    """Run what the file lacks; it is written after each way."""
     rows = read(path) if path.is_file() else []
     done = {(row.way, row.seed) for row in rows}
-    if "Optuna" in ways and find_spec("optuna") is None:
-        raise SystemExit("Optuna is missing: pip install 'hoptim[tuners]', or leave it out of --ways")
+    if "Optuna" in ways:
+        check_optuna("--ways without Optuna")
     for seed in seeds:
         for way in ways:
             if (way, seed) not in done:
@@ -196,32 +191,20 @@ def studied(path: Path, root: str, seeds: Sequence[int], ways: Sequence[str]) ->
 
 
 def read(path: Path) -> list[Row]:
-    return [Row(*values) for values in json.loads(path.read_text())["records"]]
+    return [Row(**record) for record in read_records(path)]
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """The rows with five digits, a line each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records = [[float(f"{v:.5g}") if isinstance(v, float) else v for v in asdict(row).values()] for row in rows]
-    head = f'{{"torch": {json.dumps(torch.__version__)}, "columns": {json.dumps(list(Row.__annotations__))}, "records": [\n'
-    partial = path.with_suffix(".partial")
-    partial.write_text(head + ",\n".join(map(json.dumps, records)) + "\n]}\n")
-    partial.rename(path)
+    """Write the rows with five digits."""
+    write_records(path, five_digits(map(asdict, rows)), torch=torch.__version__)
 
 
 Figure = Callable[[Row], float]
 
 
 def best_until(rows: Sequence[Row], time_of: Figure, limit: float) -> Row | None:
-    """The row with the lowest validation perplexity until then."""
+    """The row with the lowest validation perplexity up to this time."""
     return min((row for row in rows if time_of(row) <= limit), key=lambda row: row.val, default=None)
-
-
-def mean_error(values: Sequence[float], digits: int = 1) -> str:
-    if not values:
-        return ""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
 def runs_of(rows: Sequence[Row], way: str) -> dict[int, list[Row]]:
@@ -230,7 +213,7 @@ def runs_of(rows: Sequence[Row], way: str) -> dict[int, list[Row]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each way: perplexities, cost, and what it has at the cost of learning."""
+    """A line for each way: perplexities, cost, and the test perplexity that it has reached at the cost of learning."""
     own = {way: by_seed for way in WAYS if all((by_seed := runs_of(rows, way)).values())}
     limits = {seed: runs[-1].trainings for seed, runs in own.get("learned, 7", {}).items()}
     reference = {seed: min(runs, key=lambda row: row.val).test for seed, runs in own.get("learned, 7", {}).items()}
@@ -244,21 +227,21 @@ def table(rows: Sequence[Row]) -> str:
         "trainings",
         "CPU s",
     ]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     for way, by_seed in own.items():
         ends = {seed: min(runs, key=lambda row: row.val) for seed, runs in by_seed.items()}
         equal = [best_until(runs, lambda row: row.trainings, limits.get(s, math.inf)) for s, runs in by_seed.items()]
-        cells = [PAPER.get(way, ""), *(mean_error([getattr(r, part) for r in ends.values()]) for part in ("val", "test"))]
-        cells.append(mean_error([row.test - reference[seed] for seed, row in ends.items() if seed in reference]))
-        cells.append(mean_error([row.test for row in equal if row is not None]))
-        cells.append(f"{statistics.mean(runs[-1].trainings for runs in by_seed.values()):.1f}")
-        cells.append(f"{statistics.mean(runs[-1].seconds for runs in by_seed.values()):.0f}")
-        lines.append(f"| {way} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        values = [[getattr(row, part) for row in ends.values()] for part in ("val", "test")]
+        values.append([row.test - reference[seed] for seed, row in ends.items() if seed in reference])
+        values.append([row.test for row in equal if row is not None])
+        trainings = f"{statistics.mean(runs[-1].trainings for runs in by_seed.values()):.1f}"
+        seconds = f"{statistics.mean(runs[-1].seconds for runs in by_seed.values()):.0f}"
+        lines.append([way, PAPER.get(way, ""), *(mean_and_error(one, ".1f") for one in values), trainings, seconds])
+    return markdown(heads, lines)
 
 
 def curve(runs: Sequence[Sequence[Row]], clock: Figure, figure: Figure) -> tuple[Any, Any]:
-    """Times, and the mean over runs of a figure of the best model so far."""
+    """Times, and a figure of the best model so far, averaged over the runs."""
     times = np.geomspace(max(clock(run[0]) for run in runs), max(clock(run[-1]) for run in runs), 300)
     found = [[figure(best) for t in times if (best := best_until(run, clock, t + 1e-9))] for run in runs]
     return times, np.mean(found, axis=0)
@@ -266,10 +249,7 @@ def curve(runs: Sequence[Sequence[Row]], clock: Figure, figure: Figure) -> tuple
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """The perplexity of the best model so far, mean over seeds: validation against trainings, test against CPU seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from common.pictures import plt, save
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharey="row", sharex="col", layout="constrained")
     clocks = (("trainings", "plain trainings", (0.5, 1, 2, 5)), ("seconds", "CPU seconds", (2, 5, 10, 20, 50)))
@@ -292,9 +272,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 axis.set_ylabel(f"{'validation' if part == 'val' else 'test'} perplexity")
         axes[1][across].set_xlabel(title)
     axes[0][1].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path, dpi=90)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -303,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/language.json"), help="the file of the rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--saved", action="store_true", help="print the table of the saved rows")
-    parser.add_argument("--save", action="store_true", help="save the rows and draw the picture")
+    parser.add_argument("--saved", action="store_true", help="run nothing: print the table of scripts/language.json")
+    parser.add_argument("--save", action="store_true", help="write scripts/language.json and scripts/language.png")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = read(SAVED) if options.saved else studied(options.out, options.root, options.seeds, options.ways)

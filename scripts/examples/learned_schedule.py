@@ -1,11 +1,11 @@
-"""A learning-rate schedule learned through whole trainings, beside fixed rates and cosine schedules; with a picture.
+"""Learn a learning-rate schedule through whole trainings, beside fixed rates and cosine schedules; with a picture.
 
     python scripts/examples/learned_schedule.py [--out runs/schedule.png] [--seeds 3 4 5]
 
-600 digits train, 200 are for validation, 997 test; an MLP of 64, 200 steps of momentum SGD on batches of 100. The schedule
-has five knots and starts at a rate of 0.01, ten times too low. Each of its 15 moves differentiates through a whole training
-(`Replay`). Beside it: the rate of six that is best by the validation loss, fixed or with a cosine schedule. Seeds are those
-of split, weights and batches; settings were chosen on seeds 0 and 1.
+An MLP with 64 hidden units is trained for 200 steps of SGD with momentum on batches of 100; there are 600 training, 200
+validation and 997 test digits. The schedule has five knots and starts at a rate of 0.01, ten times too low. Each of its 15
+moves differentiates through a whole training (`Replay`). Beside it is the best of six rates by the validation loss, fixed or
+with a cosine schedule. A seed sets the split, the weights and the batches; settings were chosen on seeds 0 and 1.
 """
 
 import argparse
@@ -32,7 +32,7 @@ STEPS, MOVES, RATES = 200, 15, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 class Task:
-    """A split of the digits, a model's first weights, and the batches of a training."""
+    """A split of the digits, the model's first weights, and the batches of a training."""
 
     def __init__(self, seed):
         torch.manual_seed(seed)
@@ -47,7 +47,7 @@ class Task:
         return F.cross_entropy(model(self.x[batch]), self.y[batch])
 
     def trained(self, rate):
-        """The validation and the test loss after a training with ``rate(t)``."""
+        """The validation and the test loss after a training with the learning rate ``rate(t)`` at step t."""
         model = copy.deepcopy(self.model)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
         scheduler = LambdaLR(optimizer, rate)
@@ -79,7 +79,7 @@ def cosine(rate):
 
 
 def rows(seed):
-    """The test loss and the cost of each way, and the learned curve."""
+    """The test loss and the cost of each way, and the learned schedule."""
     task, found = Task(seed), {}
     begun = time.process_time()
     fixed = {rate: task.trained(lambda _, rate=rate: rate) for rate in RATES}

@@ -1,19 +1,20 @@
-"""What hoptim was good for in five public scripts, told anew.
-
-Two are here: pytorch/examples mnist and Lightning's backbone classifier. Three are in retold.py: torchvision's reference,
-pytorch/examples imagenet on two ranks, and Accelerate's nlp_example. Each seed draws 2,000 training and 200 validation
-digits of MNIST, or garments of FashionMNIST, or 240 and 60 passages of text. Four runs share them, and the first weights:
-
-- joined: the script alone, on training and validation digits together, the best simple use of the latter;
-- training: the script alone, on the training digits;
-- stopped: the same, with the weights of the epoch whose validation loss was lowest (in the first two alone);
-- hoptim: on the training digits, hyperparameters learned on the validation digits, every 10 steps after a quarter of them.
+"""What hoptim was good for in five public scripts, rewritten here for small data.
 
     python scripts/examples/outcomes.py DATA [mnist backbone wrong torchvision imagenet accelerate] [--seeds 5]
 
-DATA is a folder that torchvision.datasets.MNIST and FashionMNIST can read; accelerate wants `text/sotu.txt` in it, an
-address on each line, and the model in `minilm/`. `wrong` is the backbone classifier where 40 % of the training labels are
-drawn at random, and a weight for each training example is learned in place of decays.
+Two of the scripts are in this file: pytorch/examples mnist and Lightning's backbone classifier. Three are in retold.py:
+torchvision's reference, pytorch/examples imagenet on two ranks, and Accelerate's nlp_example. Each seed draws 2,000 training
+and 200 validation digits of MNIST, or garments of FashionMNIST, or 240 and 60 passages of text. Four runs share these data
+and the first weights:
+
+- joined: the script alone, trained on training and validation data together, the best simple use of the latter;
+- training: the script alone, on the training data;
+- stopped: the same, with the weights of the epoch that has the lowest validation loss (only the scripts in this file);
+- hoptim: on the training data, with hyperparameters learned on the validation data every 10 steps, after a quarter of them.
+
+DATA is a folder that torchvision.datasets.MNIST and FashionMNIST can read; accelerate needs `text/sotu.txt` in it, with an
+address on each line, and the model in `minilm/`. `wrong` is the backbone classifier with 40 % of the training labels drawn
+at random; it learns a weight for each training example instead of decays.
 """
 
 import argparse
@@ -21,9 +22,11 @@ import contextlib
 import copy
 import math
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import distributed, nn
@@ -33,9 +36,12 @@ from torchvision.datasets import MNIST
 
 import hoptim
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the modules of scripts/ are found
+from common.means import mean_and_error
+
 TRAIN, VAL = 2000, 200
 RETOLD = ("torchvision", "imagenet", "accelerate")
-RANKS = 2  # of imagenet
+RANKS = 2  # processes of imagenet
 ARMS = ("joined", "training", "stopped", "hoptim")
 
 
@@ -47,21 +53,21 @@ class Case:
     optimizer: object
     batch_size: int
     epochs: int
-    gamma: float = 1.0  # of the learning rate, each epoch
+    gamma: float = 1.0  # the learning rate is multiplied by it after each epoch
     mean: float = 0.0  # subtracted from the images, which are then divided by std
     std: float = 1.0
-    wrong: float = 0.0  # share of the training labels that are drawn at random; then example weights are learned
+    wrong: float = 0.0  # the share of training labels that are drawn at random; above 0, example weights are learned
 
 
 def convolutions():
-    """The network of pytorch/examples mnist, a quarter as wide. It returns logits, as its own log_softmax is in the loss."""
+    """The network of pytorch/examples mnist, a quarter as wide. It returns logits; the loss has the log_softmax."""
     first, second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3)
     seen = (first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25), nn.Flatten())
     return nn.Sequential(*seen, nn.Linear(2304, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10))
 
 
 def backbone():
-    """Lightning's, with the ReLU behind its logits."""
+    """Lightning's network, which has a ReLU behind its logits."""
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10), nn.ReLU())
 
 
@@ -113,7 +119,7 @@ def drop_in(case, model, inner, val, steps):
 
 
 def run(case, arm, train, val, seed):
-    """The trained model, the seconds that it took, and the optimizer."""
+    """Train; return the model, the CPU seconds that it took, and the optimizer."""
     torch.manual_seed(seed)
     model = case.network()
     optimizer = inner = case.optimizer(model.parameters())
@@ -144,18 +150,13 @@ def run(case, arm, train, val, seed):
 
 @torch.no_grad()
 def figures(model, test):
-    """Test loss, and test accuracy in per cent."""
+    """The test loss, and the test accuracy in per cent."""
     z = torch.cat([getattr(found := model.eval()(x), "logits", found) for x in test[0].split(500)])
     return F.cross_entropy(z, test[1]).item(), 100 * (z.argmax(1) == test[1]).float().mean().item()
 
 
-def mean_and_error(values):
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.4f} ± {error:.4f}"
-
-
 def runs(name, root, seed):
-    """What each arm came to with this seed: its name, its figures, its seconds, and hoptim's last record."""
+    """For each arm with this seed: its name, its figures, its seconds, and hoptim's last record."""
     case = CASES[name]
     torch.manual_seed(1000 + seed)
     train, val, test = draw(case, root)
@@ -165,8 +166,8 @@ def runs(name, root, seed):
 
 
 def retold_runs(name, root, seed):
-    """The same of a script of retold.py, where training begins with what is drawn once for all arms."""
-    import retold  # here, as the others need none of its frameworks
+    """The same for a script of retold.py."""
+    import retold  # not at the top, since the other scripts need none of its frameworks
 
     torch.manual_seed(1000 + seed)
     if name == "accelerate":
@@ -198,17 +199,16 @@ def study(name, root, seeds):
     others = [arm for arm in ARMS[:-1] if found[arm]]
     for column, what in enumerate(("test loss", "test accuracy, %")):
         by_arm = {arm: [row[column] for row in found[arm]] for arm in (*others, "hoptim")}
-        print(name, what, *(f"{arm} {mean_and_error(values)}" for arm, values in by_arm.items()), sep="  ")
+        print(name, what, *(f"{arm} {mean_and_error(values, '.4f')}" for arm, values in by_arm.items()), sep="  ")
         for other in others:
-            print(
-                "   hoptim -", other, mean_and_error([a - b for a, b in zip(by_arm["hoptim"], by_arm[other], strict=True)])
-            )
+            ahead = [a - b for a, b in zip(by_arm["hoptim"], by_arm[other], strict=True)]
+            print("   hoptim -", other, mean_and_error(ahead, ".4f"))
     ratios = [a / b for a, b in zip(seconds["hoptim"], seconds["training"], strict=True)]
     print(f"   cost in plain trainings {statistics.median(ratios):.2f}, of {statistics.median(seconds['training']):.1f} s")
 
 
 def on_ranks(work, *arguments):
-    """``work(*arguments)`` in several processes on the CPU, of which the first may print."""
+    """Call ``work(*arguments)`` in several processes on the CPU; only the first one prints."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_ranked, (f"{folder}/meeting", work, arguments), nprocs=RANKS)
 
@@ -222,12 +222,12 @@ def _ranked(rank, meeting, work, arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data")
-    parser.add_argument("cases", nargs="*", default=[*CASES, *RETOLD])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="the folder of the data sets")
+    parser.add_argument("cases", nargs="*", default=[*CASES, *RETOLD], help="the scripts; default: all")
+    parser.add_argument("--seeds", type=int, default=5, help="how many; default: 5")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for one in options.cases:
-        go = (study, one, options.data, options.seeds)
-        on_ranks(*go) if one == "imagenet" else go[0](*go[1:])
+        arguments = (one, options.data, options.seeds)
+        on_ranks(study, *arguments) if one == "imagenet" else study(*arguments)

@@ -1,13 +1,14 @@
-"""A hundred random learning rates, momenta and weight decays, kept or learned from there: the final test losses.
+"""Final test losses from a hundred random learning rates, momenta and weight decays: kept as drawn, or learned.
 
     python scripts/examples/random_starts.py [--starts 100] [--out runs/random_starts.png]
 
-This is the picture of Clarke, Oldewage and Hernández-Lobato 2022 (arXiv 2110.10461, figure 1), on another set: 265 patients
-(diabetes) train an MLP of 50 for 1,000 steps of momentum SGD on batches of 64, 88 validate and 89 test. The learning rate is
-drawn from 1e-5 to 0.3 and the decay from 1e-6 to 0.1, both on a log scale, the momentum from 0.05 to 0.95. Learned, all
-three move every 10 steps, by differentiation through the last 10. Each start has the same weights and batches in both.
+This is figure 1 of Clarke, Oldewage and Hernández-Lobato 2022 (arXiv 2110.10461) on another data set, diabetes: 265 patients
+for training, 88 for validation, 89 for testing. An MLP with 50 hidden units is trained for 1,000 steps of SGD with momentum
+on batches of 64. The learning rate is drawn from 1e-5 to 0.3 and the decay from 1e-6 to 0.1, both on a log scale, the
+momentum from 0.05 to 0.95. When they are learned, all three move every 10 steps, by differentiation through the last 10.
+Each start has the same weights and batches in both cases.
 
-It prints quartiles, and the test loss of the best of n starts by the validation loss, for equal cost too.
+It prints quartiles, and the test loss of the best of n starts by the validation loss; the picture has it against cost, too.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def loss(model, hparams, batch):
 
 
 def trained(start, seed, learn):
-    """The validation and the test loss, and the processor time, of a training from these hyperparameters."""
+    """The validation loss, test loss and processor time of a training that starts from these hyperparameters."""
     torch.manual_seed(seed)
     begun, model = time.process_time(), nn.Sequential(nn.Linear(10, 50), nn.ReLU(), nn.Linear(50, 1))
     inner = optimizer = torch.optim.SGD(model.parameters(), **start)
@@ -69,7 +70,7 @@ def trained(start, seed, learn):
 
 
 def best_of(found, n, draws=2000):
-    """The mean test loss of the start of n that has the lowest validation loss, over random draws of n."""
+    """The mean test loss of the best of n starts by the validation loss, over random draws of n starts."""
     val, test = (np.nan_to_num(np.array([one[part] for one in found]), nan=1e9) for part in (0, 1))
     picks = np.random.default_rng(0).integers(len(found), size=(draws, n))
     return float(np.mean(test[picks[np.arange(draws), val[picks].argmin(1)]]))

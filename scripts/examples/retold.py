@@ -1,7 +1,7 @@
-"""Three public scripts told anew for small data: torchvision's reference, pytorch/examples imagenet, Accelerate's example.
+"""Three public scripts, rewritten for small data: torchvision's reference, pytorch/examples imagenet, Accelerate's example.
 
-Each loop trains once and returns the model that its script would evaluate, and its optimizer. `arm` is "hoptim", or anything
-else for the script alone, with its own weight decay. See outcomes.py, which compares the two.
+Each trains once and returns the model that its script would evaluate, and its optimizer. `arm` is "hoptim", or anything else
+for the script alone, with its own weight decay. outcomes.py compares the two.
 """
 
 import sys
@@ -25,11 +25,11 @@ import hoptim
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import minilm
 
-DECAY = 1e-4  # of both image scripts, and what the learned decays start from
+DECAY = 1e-4  # the weight decay of both image scripts, and the start of the learned decays
 
 
 def drop_in(inner, model, fit, val_loss, val_batches, steps, **options):
-    """The script's optimizer with hoptim around it, with the settings of outcomes.py."""
+    """The script's optimizer with hoptim around it, at the settings of outcomes.py."""
     hparams = hoptim.recipes.WeightDecay(model, start=DECAY)
     problem = hoptim.Problem(model, hparams, fit, val_loss, **options)
     outer = hparams.optimizer(lr=0.1)
@@ -40,7 +40,7 @@ def drop_in(inner, model, fit, val_loss, val_batches, steps, **options):
 
 
 class Block(nn.Module):
-    """Two convolutions with norms, around which the input goes by a third."""
+    """Two convolutions with norms, and a third one on the shortcut around them."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 def residual():
-    """A small residual network for grey pictures of 28 by 28."""
+    """A small residual network for grey images of 28×28 pixels."""
     stem = (nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     return nn.Sequential(*stem, Block(8, 8, 1), Block(8, 16, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
@@ -71,7 +71,7 @@ def plain_cross_entropy(model, hparams, batch):
 
 
 def decayed(criterion):
-    """The criterion of a model's logits, and the learned decays' penalty."""
+    """The training loss: the criterion of the logits, plus the penalty with the learned decays."""
 
     def predict(model, hparams, batch):
         return model(batch[0])
@@ -86,7 +86,7 @@ def decayed(criterion):
 
 
 def garments(root, train_size, val_size):
-    """Training, validation and test garments as (x, y)."""
+    """Training, validation and test images of FashionMNIST, each as (x, y)."""
     sets = [FashionMNIST(root, train=train) for train in (True, False)]
     (x, y), test = (((one.data[:, None] / 255 - 0.286) / 0.353, one.targets) for one in sets)
     order = torch.randperm(len(x))[: train_size + val_size]
@@ -96,13 +96,13 @@ def garments(root, train_size, val_size):
 
 @dataclass(frozen=True)
 class Torchvision:
-    """references/classification: mixup, label smoothing, clipping, an average of the weights, a cosine after a warm-up."""
+    """references/classification: mixup, label smoothing, clipping, averaged weights, a cosine schedule after a warm-up."""
 
     epochs: int = 16
-    rise: int = 2  # epochs in which the learning rate rises
+    rise: int = 2  # epochs of the warm-up
     batch_size: int = 32
     lr: float = 0.05
-    decay: float = DECAY  # of the script alone
+    decay: float = DECAY  # without hoptim
 
     def train(self, arm, train, val):
         model, criterion = residual(), nn.CrossEntropyLoss(label_smoothing=0.1)
@@ -117,7 +117,7 @@ class Torchvision:
         parts = [LinearLR(optimizer, 0.01, total_iters=self.rise), CosineAnnealingLR(optimizer, self.epochs - self.rise)]
         schedule = SequentialLR(optimizer, parts, [self.rise])
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=True)
-        seen = []  # the accuracies for the log
+        seen = []  # accuracies, which the script logs
         for epoch in range(self.epochs):
             model.train()
             for i, (x, y) in enumerate(loader):
@@ -134,7 +134,7 @@ class Torchvision:
                 if i % 4 == 0:
                     average.update_parameters(model)
                     if epoch < self.rise:
-                        average.n_averaged.zero_()  # copies, until the learning rate is up
+                        average.n_averaged.zero_()  # during the warm-up the average is a copy of the weights
                 seen.append((output.argmax(1) == target.argmax(1)).float().mean())
             schedule.step()
         return average, optimizer
@@ -142,10 +142,10 @@ class Torchvision:
 
 @dataclass(frozen=True)
 class ImageNet:
-    """pytorch/examples imagenet on all ranks there are: DistributedDataParallel, samplers that divide, rates in steps."""
+    """pytorch/examples imagenet on all ranks: DistributedDataParallel, distributed samplers, a step schedule."""
 
     epochs: int = 12
-    batch_size: int = 64  # of all ranks together
+    batch_size: int = 64  # summed over the ranks
     lr: float = 0.1
     decay: float = DECAY
 
@@ -181,12 +181,12 @@ class ImageNet:
 
 
 def passages(root, train_size, val_size, test_size=600, length=32):
-    """Passages of the first and the last 40 years of minilm.py, which draws them for the present seed, and 0 or 1."""
+    """For training, validation and test: passages from the first and the last era of minilm.py, and their labels 0 or 1."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     eras = minilm.passages(f"{root}/text/sotu.txt", AutoTokenizer.from_pretrained(f"{root}/minilm"), length)
     sizes = {"train": train_size, "val": val_size, "test": test_size}
-    per_era = {part: size // 2 * len(eras) for part, size in sizes.items()}  # it draws as many from each era
+    per_era = {part: size // 2 * len(eras) for part, size in sizes.items()}  # split draws as many from each era
     for tokens, era in minilm.split(eras, per_era, torch.initial_seed()).values():
         ends = (era == 0) | (era == len(eras) - 1)
         yield tokens[ends], era[ends].clamp(max=1)
@@ -194,12 +194,12 @@ def passages(root, train_size, val_size, test_size=600, length=32):
 
 @dataclass(frozen=True)
 class Accelerated:
-    """Accelerate's nlp_example: everything prepared, accumulation by hand, a linear schedule with a warm-up."""
+    """Accelerate's nlp_example: everything goes through prepare(), gradients are accumulated by hand, a linear schedule."""
 
     root: str
     epochs: int = 3
     batch_size: int = 8
-    accumulated: int = 2  # batches of a step
+    accumulated: int = 2  # batches in a step
     lr: float = 3e-4
     decay: float = 0.01
 

@@ -1,4 +1,4 @@
-"""Short synthetic reviews, in which a single word decides the label, and a tokenizer for their few words."""
+"""Short synthetic reviews in which one word decides the label, and a tokenizer for their few words."""
 
 import random
 
@@ -17,7 +17,7 @@ def tokenizer():
 
 
 def reviews(tokenizer, count, wrong, seed):
-    """Reviews of eight to twelve words, a share ``wrong`` of them with the wrong label."""
+    """Reviews of eight to twelve words; a share ``wrong`` of them has the wrong label."""
     draw, found = random.Random(seed), []
     for _ in range(count):
         label = draw.randrange(2)

@@ -1,10 +1,10 @@
-"""Which of 65 features to keep: gates learned over three folds, against the lasso, on ten splits of diabetes.
+"""Which of 65 features to keep? Gates learned over three folds, beside the lasso, on ten splits of diabetes.
 
     python scripts/examples/select_features.py [--splits 10 11 ...]
 
-The ten measurements of 442 patients, their squares and their products; 220 patients are there to learn from, 222 test. Each
-method chooses features, and least squares on these are tested; the lasso itself is tested as well, as are all features.
-The price of a gate was chosen on splits 0 to 4.
+The features are the ten measurements of 442 patients, their squares and their products; 220 patients are there to learn
+from, 222 are the test set. Each method chooses features, and least squares on these features is tested; so are the lasso
+itself and least squares on all features. The price of a gate was chosen on splits 0 to 4.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def split(number):
 
 
 def chosen_by_gates(x, y, seed, price=PRICE):
-    """Which gates are open after cross-validation."""
+    """Which gates are open after cross-validation, and its cost in plain trainings."""
     torch.manual_seed(seed)
     x, y, count = torch.tensor(x).float(), torch.tensor(y).float(), x.shape[1]
 
@@ -60,7 +60,7 @@ def chosen_by_gates(x, y, seed, price=PRICE):
 
 
 def rows(number, price=PRICE):
-    """The test error and the number of features of each row."""
+    """The test error and the number of features of each row, and the cost of the gates."""
     x, y, x_test, y_test = split(number)
 
     def error(model):

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a tiny BERT classifies short reviews, with a learned decay for each parameter tensor."""
+"""Hugging Face Trainer: a tiny BERT that classifies short reviews, with a learned decay for each of its tensors."""
 
 import torch
 from reviews import WORDS, reviews, tokenizer
@@ -23,7 +23,7 @@ class BilevelTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer has to divide it when it accumulates
+        self.model_accepts_loss_kwargs = False  # our loss is a mean, so the Trainer has to divide it when it accumulates
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:  # evaluation

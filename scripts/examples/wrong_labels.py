@@ -1,21 +1,23 @@
-"""What to do with wrong labels: nine ways, on 5,000 images of which half have a wrong label, and 1,000 with right ones.
+"""Nine ways to train on wrong labels: half of 5,000 images have a wrong label, and 1,000 more have right ones.
 
     python scripts/examples/wrong_labels.py [linear mlp cnn] [--noise class-dependent symmetric] [--seeds 2 3 4 5 6]
     python scripts/examples/wrong_labels.py --tune 0 1        # choose the settings again
-    python scripts/examples/wrong_labels.py --seeds           # print and draw what is stored
+    python scripts/examples/wrong_labels.py --seeds           # print and draw what is stored; nothing runs
 
-The images are Fashion-MNIST's. A wrong label is any other class (symmetric), or the next class (class-dependent). The ways:
+The images are from Fashion-MNIST. A wrong label is any other class (symmetric) or the next class (class-dependent). The
+ways:
 
-- all: cross-entropy on the 5,000; all, stopped: the same, with the weights of the step whose loss on the 1,000 was lowest;
+- all: cross-entropy on the 5,000; all, stopped: the same, with the weights of the step that has the lowest loss on the
+  1,000;
 - clean: on the 1,000 alone; all + clean: on all 6,000;
-- GCE: the loss (1 − p^q)/q of Zhang and Sabuncu 2018 (arXiv 1805.07836) in the place of cross-entropy, on all 6,000;
-- filter: a model of the 1,000 throws out those of the 5,000 whose label it finds unlikely, and one is trained on the rest;
-- hoptim, the run: a weight for each of the 5,000, learned in the run, with the 1,000 as validation data;
-- hoptim, retrained: hoptim.retrain on all 6,000 with the learned weights, and 1 for each of the 1,000;
-- oracle: on those of the 6,000 whose label is right.
+- GCE: the loss (1 − p^q)/q of Zhang and Sabuncu 2018 (arXiv 1805.07836) instead of cross-entropy, on all 6,000;
+- filter: a model trained on the 1,000 removes those of the 5,000 whose label it finds unlikely; then train on the rest;
+- hoptim, the run: on the 5,000, while a weight for each of them is learned with the 1,000 as validation data;
+- hoptim, retrained: hoptim.retrain on all 6,000 with the learned weights; the 1,000 have the weight 1;
+- oracle: on those of the 6,000 that have the right label.
 
 Each training takes the same number of steps. Weight decay, q and the filter's threshold are chosen for each way and metric,
-on other seeds and on 10,000 training images that these do not draw; scores are on the test set. Both are stored in
+on other seeds and on 10,000 training images that these seeds do not draw; scores are on the test set. Both are stored in
 scripts/wrong_labels.json. Costs are in trainings on all 6,000, by processor time.
 """
 
@@ -27,6 +29,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -37,12 +40,16 @@ from torchvision.datasets import FashionMNIST
 
 import hoptim
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the modules of scripts/ are found
+from common.means import mean_and_error, standard_error
+from common.tables import markdown
+
 NOISY, CLEAN, BATCH, STEPS = 5000, 1000, 100, 800
-EVERY, DRAWN, OUTER = 10, 1000, 0.3  # steps between hypersteps, training examples in one, and Adam's rate in it
+EVERY, DRAWN, OUTER = 10, 1000, 0.3  # steps between hypersteps, training examples of a hyperstep, and Adam's outer rate
 NOISES = ("class-dependent", "symmetric")
 METRICS = {"accuracy": max, "cross-entropy": min}
 DECAYS = (1e-3, 1e-2, 3e-2, 1e-1)
-OWN = {"GCE": (0.5, 0.7, 0.9), "filter": (0.03, 0.1, 0.3, 0.5)}  # q, and the lowest probability of a label that stays
+OWN = {"GCE": (0.5, 0.7, 0.9), "filter": (0.03, 0.1, 0.3, 0.5)}  # q, and the lowest probability of a label that is kept
 WAYS = ("all", "all, stopped", "clean", "all + clean", "GCE", "filter", "hoptim, the run", "hoptim, retrained", "oracle")
 STORED = Path(__file__).parents[1] / "wrong_labels.json"
 
@@ -64,7 +71,7 @@ MODELS = {"linear": (linear, 0.05), "mlp": (mlp, 0.05), "cnn": (cnn, 0.1)}  # an
 
 
 class Labels:
-    """One drawing of the images and their wrong labels, and what is trained on it."""
+    """The images and wrong labels that a seed draws, and the trainings on them."""
 
     def __init__(self, root, noise, model, seed, tuning=False):
         draw = torch.Generator().manual_seed(seed)
@@ -79,7 +86,8 @@ class Labels:
         shift = torch.randint(1, 10, (NOISY,), generator=draw) if noise == "symmetric" else 1
         self.y[:NOISY] = (self.y[:NOISY] + self.wrong * shift) % 10
         self.seed, (self.make, self.rate) = seed, MODELS[model]
-        self.problem = self.likely = None  # what was learned, and how likely a model of the clean finds the noisy labels
+        self.problem = None  # what was learned, after :meth:`learn`
+        self.likely = None  # the probabilities of the noisy labels by a model of the clean examples, after :meth:`judge`
 
     def inner(self, decay):
         return lambda model: torch.optim.SGD(model.parameters(), lr=self.rate, momentum=0.9, weight_decay=decay)
@@ -95,7 +103,7 @@ class Labels:
                 steps += 1
 
     def plain(self, decay, examples, loss=F.cross_entropy, stop=False):
-        """A model that is trained by this loss of logits and labels."""
+        """Train with this loss of logits and labels; with ``stop`` return the best weights instead of the last."""
         torch.manual_seed(self.seed)
         model = self.make()
         optimizer = self.inner(decay)(model)
@@ -112,7 +120,7 @@ class Labels:
         return F.cross_entropy(model(self.x[batch]), self.y[batch])
 
     def learn(self, decay):
-        """A model that is trained on the noisy examples, while their weights are learned."""
+        """Train on the noisy examples while their weights are learned."""
         torch.manual_seed(self.seed)
         model, hparams = self.make(), hoptim.recipes.ExampleWeights(NOISY + CLEAN, trusted=self.clean)
         loss = hoptim.CompositeLoss(
@@ -128,12 +136,12 @@ class Labels:
         return model
 
     def retrain(self, decay):
-        """A model that is trained on everything with the weights that were learned last."""
+        """Train a new model on everything with the weights that were learned last."""
         torch.manual_seed(self.seed)
         return hoptim.retrain(self.problem, self.make, self.train, self.everything, inner=self.inner(decay))
 
     def judge(self, decay):
-        """Let a model of the clean examples say how likely it finds the noisy labels."""
+        """Train a model on the clean examples, and keep the probabilities that it gives the noisy labels."""
         model = self.plain(decay, self.clean)
         with torch.no_grad():
             self.likely = model(self.x[self.noisy]).softmax(1)[self.noisy, self.y[self.noisy]]
@@ -160,7 +168,7 @@ class Labels:
         return {"accuracy": (z.argmax(1) == y).double().mean().item(), "cross-entropy": F.cross_entropy(z, y).item()}
 
     def f1(self, way, own):
-        """The F1 of finding the wrong labels, of the ways that say which are wrong."""
+        """The F1 score of finding the wrong labels, for the ways that find some; else ``None``."""
         if way == "filter":
             flagged = self.likely < own
         elif way.startswith("hoptim"):
@@ -175,7 +183,7 @@ def gce(z, y, q):
 
 
 class Best:
-    """After each 20th step, a copy of the weights if their loss is the lowest so far."""
+    """A hook after each step: every 20 steps it copies the weights if their loss is the lowest so far."""
 
     def __init__(self, model, loss):
         self.model, self.loss, self.steps, self.lowest, self.weights = model, loss, 0, math.inf, {}
@@ -188,7 +196,7 @@ class Best:
 
 
 def tune(root, noise, model, seeds):
-    """For each way and metric the setting, (decay, its own), that is best on average over these seeds."""
+    """For each way and metric, the setting (decay, the way's own option) that is best on average over these seeds."""
     drawn, chosen = [Labels(root, noise, model, seed, tuning=True) for seed in seeds], {}
     for way in WAYS:
         for labels in drawn:
@@ -204,7 +212,7 @@ def tune(root, noise, model, seeds):
 
 
 def prepare(labels, way, chosen):
-    """What a way builds on, trained with the setting that was chosen for that by cross-entropy."""
+    """Train what a way builds on, at the setting that was chosen for it by cross-entropy."""
     if way == "filter":
         labels.judge(chosen["clean"]["cross-entropy"][0])
     if way == "hoptim, retrained":
@@ -212,7 +220,7 @@ def prepare(labels, way, chosen):
 
 
 def score(root, noise, model, seed, chosen):
-    """For each way: accuracy and cross-entropy, each with the setting that was chosen for it, F1, and processor time."""
+    """For each way: accuracy and cross-entropy, each at the setting chosen for it, F1, and processor time."""
     labels, found = Labels(root, noise, model, seed), {}
     for way in WAYS:
         begun = time.process_time()
@@ -228,50 +236,31 @@ def score(root, noise, model, seed, chosen):
     return found
 
 
-def mean_and_error(values, sign=""):
-    mean = statistics.mean(values)
-    return f"{mean:{sign}.3f}" + (f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else "")
-
-
-def row(*cells):
-    return f"| {' | '.join(cells)} |"
-
-
 def tables(runs):
-    """Two tables in Markdown: the scores; and those of the retrained model minus each other way's, paired by seed.
+    """Two tables in Markdown: the scores, and those of the retrained model minus each other way's, paired by seed.
 
     Args:
         runs: by the name of the model, what :func:`score` found for each seed.
     """
-    columns = [f"{model}: {metric}" for model in runs for metric in METRICS]
-    yield row("", *columns, "F1", "cost")
-    yield row(*["---"] * (len(columns) + 3))
+    columns = [(model, metric) for model in runs for metric in METRICS]
+    heads = [f"{model}: {metric}" for model, metric in columns]
+    rows, differences = [], []
     for way in WAYS:
-        cells = [mean_and_error([one[way][metric] for one in seeds]) for seeds in runs.values() for metric in METRICS]
+        cells = [mean_and_error([one[way][metric] for one in runs[model]]) for model, metric in columns]
         f1 = [statistics.mean(one[way]["F1"] for one in seeds) for seeds in runs.values() if seeds[0][way]["F1"] is not None]
         costs = [
             statistics.mean(one[way]["seconds"] / one["all + clean"]["seconds"] for one in seeds) for seeds in runs.values()
         ]
-        yield row(way, *cells, *(", ".join(f"{one:{form}}" for one in many) for many, form in ((f1, ".3f"), (costs, ".1f"))))
-    yield ""
-    yield row("retrained minus it", *columns)
-    yield row(*["---"] * (len(columns) + 1))
-    for way in WAYS:
+        rows.append([way, *cells, ", ".join(f"{one:.3f}" for one in f1), ", ".join(f"{one:.1f}" for one in costs)])
+        gains = [[one["hoptim, retrained"][metric] - one[way][metric] for one in runs[model]] for model, metric in columns]
         if way != "hoptim, retrained":
-            gains = [
-                [one["hoptim, retrained"][metric] - one[way][metric] for one in seeds]
-                for seeds in runs.values()
-                for metric in METRICS
-            ]
-            yield row(way, *(mean_and_error(gain, "+") for gain in gains))
+            differences.append([way, *(mean_and_error(gain, "+.3f") for gain in gains)])
+    return f"{markdown(['', *heads, 'F1', 'cost'], rows)}\n\n{markdown(['retrained minus it', *heads], differences)}"
 
 
 def draw(stored, path):
     """Accuracy and cross-entropy of each way, mean and standard error over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from common.pictures import plt, save
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey=True, layout="constrained")
     for row, noise in zip(axes, NOISES, strict=True):
@@ -279,23 +268,23 @@ def draw(stored, path):
             for number, model in enumerate(MODELS):
                 seeds = list(stored.get(f"{noise}, {model}", {}).get("scores", {}).values())
                 values = [[one[way][metric] for one in seeds] for way in WAYS] if len(seeds) > 1 else []
-                errors = [statistics.stdev(one) / math.sqrt(len(seeds)) for one in values]
+                errors = [standard_error(one) for one in values]
                 places = [place + (number - 1) / 5 for place in range(len(values))]
                 ax.errorbar([statistics.mean(one) for one in values], places, xerr=errors, fmt="os^"[number], label=model)
             ax.set(title=f"{noise} noise", xlabel=f"test {metric}", yticks=range(len(WAYS)), yticklabels=WAYS)
             ax.grid(axis="x", alpha=0.3)
     axes[0, 0].invert_yaxis()
     axes[0, 0].legend()
-    figure.savefig(path, dpi=100)
+    save(figure, path, dpi=100)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(MODELS))
-    parser.add_argument("--noise", nargs="+", choices=NOISES, default=NOISES)
-    parser.add_argument("--seeds", nargs="*", type=int, default=range(2, 7))
-    parser.add_argument("--tune", nargs="+", type=int, metavar="SEED", help="choose the settings on these seeds")
-    parser.add_argument("--data", default="data", help="a folder for torchvision's data sets")
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=f"some of {', '.join(MODELS)}; default: all")
+    parser.add_argument("--noise", nargs="+", choices=NOISES, default=NOISES, help="default: both")
+    parser.add_argument("--seeds", nargs="*", type=int, default=range(2, 7), help="default: 2 to 6; none: run nothing")
+    parser.add_argument("--tune", nargs="+", type=int, metavar="SEED", help="choose the settings on these seeds instead")
+    parser.add_argument("--data", default="data", help="the folder of torchvision's data sets; default: data")
     given = parser.parse_args()
     torch.set_num_threads(1)  # more are slower for so small nets
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
@@ -311,7 +300,7 @@ def main():
         runs = {model: list(stored.get(f"{noise}, {model}", {"scores": {}})["scores"].values()) for model in MODELS}
         if runs := {model: seeds for model, seeds in runs.items() if seeds}:
             print(f"\n{noise} noise, {', '.join(f'{len(seeds)} seeds of {model}' for model, seeds in runs.items())}")
-            print(*tables(runs), sep="\n")
+            print(tables(runs))
     draw(stored, STORED.with_suffix(".png"))
 
 

@@ -1,1 +1,1 @@
-"""What scripts/fidelity.py is made of: the problems with their truth, the table of methods, the figure of the paper."""
+"""The parts of scripts/fidelity.py: the problems and their true hypergradients, the methods, rankings and pictures."""

@@ -1,4 +1,4 @@
-"""The paper's comparison: linear regression on Boston housing, 14 log decays, Neumann and CG against the exact inverse."""
+"""The paper's comparison on Boston housing: linear regression, 14 log decays, Neumann and CG against the exact inverse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import hoptim
 from fidelity_problems.problems import Batch, decayed, decays, predict
 
-LR = 0.1  # of the inner steps, and the step of the series, as in the paper
+LR = 0.1  # the learning rate of the inner steps, and the step size of the series, as in the paper
 APPROXIMATIONS = {
     **{f"Neumann {terms}": hoptim.Neumann(terms=terms, step_size=LR) for terms in (0, 1, 5, 20)},
     **{f"CG {terms}": hoptim.CG(terms=terms) for terms in (5, 20)},
@@ -23,14 +23,14 @@ APPROXIMATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Regression:
-    """A linear model on standardised features with a bias, squared error, and a log decay for each weight."""
+    """A linear model with a bias on standardised features, with squared error and a log decay for each weight."""
 
     problem: hoptim.Problem
     train: Batch
     val: Batch
 
     def exact(self) -> Tensor:
-        """dL_V/d log λ = −λ ∘ w ∘ x with (XᵀX/n + diag λ) x = ∂L_V/∂w at the present weights, by a dense solve."""
+        """dL_V/d log λ = −λ ∘ w ∘ x with (XᵀX/n + diag λ) x = ∂L_V/∂w at the current weights, by a dense solve."""
         (w,), (decay,) = self.problem.weights().values(), (self.problem.hparams[name] for name in self.problem.hparams)
         w, decay = w.detach()[0], decay.detach()[0]
         (x, _), (x_val, y_val) = self.train, self.val
@@ -46,7 +46,7 @@ class Regression:
 
 
 def read(root: Path) -> tuple[Tensor, Tensor]:
-    """The 13 features and the median house value of 506 tracts."""
+    """The 13 features of 506 tracts, and their median house values."""
     path = root / "boston" / "boston.csv"
     if not path.is_file():
         raise SystemExit(
@@ -58,7 +58,7 @@ def read(root: Path) -> tuple[Tensor, Tensor]:
 
 
 def regression(x: Tensor, y: Tensor, seed: int, decay: float = 1e-2) -> Regression:
-    """A problem with half of the rows for training, half for validation."""
+    """The problem with half of the rows for training and half for validation."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)[order]
@@ -79,7 +79,7 @@ def regression(x: Tensor, y: Tensor, seed: int, decay: float = 1e-2) -> Regressi
 
 
 def compared(case: Regression, outer_steps: int = 100, inner_steps: int = 20, rate: float = 0.03) -> list[dict[str, Any]]:
-    """Cosine and L2 distance of each approximation to the exact one, while weights and decays are trained alternately."""
+    """Cosine and L2 distance of each approximation to the exact hypergradient, while weights and decays train in turn."""
     inner = torch.optim.SGD(case.problem.model.parameters(), lr=LR)
     outer = torch.optim.Adam(case.problem.hparams.parameters(), lr=rate)
     (leaf,) = case.problem.hparams.parameters()
@@ -102,7 +102,7 @@ def compared(case: Regression, outer_steps: int = 100, inner_steps: int = 20, ra
 
 
 def summary(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Medians over runs and outer steps: the cosine, and the distance relative to the exact length."""
+    """Over runs and outer steps: the median and worst cosine, and the median distance relative to the exact length."""
     flat = [row for run in runs for row in run]
     return {
         name: {

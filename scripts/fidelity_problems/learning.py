@@ -1,6 +1,6 @@
 """How well a method learns: digits with 40 % wrong labels, a weight for each example, small batches.
 
-A cosine ignores lengths, but a single answer that is fifty times too long upsets the outer optimizer for many steps.
+A cosine ignores lengths, but a single hypergradient that is fifty times too long upsets the outer optimizer for many steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRAIN, VAL, EPOCHS = 600, 200, 200
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """Means over seeds; ``uneven`` is the longest hypergradient over the median one, for the worst seed."""
+    """Means over seeds; ``uneven`` is the length of the longest hypergradient over the median length, on the worst seed."""
 
     method: str
     loss: float
@@ -34,7 +34,7 @@ class Learned:
 
 
 def learned(name: str, method: Any, seeds: int) -> Learned:
-    """Train with the method on each seed, and test."""
+    """Train with the method on each seed, and test; without learning if it is ``None``."""
     begun = time.process_time()
     runs = [_run(method, seed) for seed in range(seeds)]
     losses, accuracies, uneven, skipped = zip(*runs, strict=True)

@@ -1,4 +1,4 @@
-"""Measure one method on one problem: cosine and length against the truth, cost in training gradients."""
+"""Measure a method on a problem: cosine and length against the true hypergradient, cost in training gradients."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fidelity_problems.truth import Trained, Tree
 from hoptim.methods.method import TrainingContext
 from hoptim.methods.trajectory import Recorder, Trajectory
 
-AT_LEAST = 2e-3  # seconds of training gradients in one sample of the unit of cost
+AT_LEAST = 2e-3  # seconds of training gradients that one measurement of the unit of cost takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The result of a method on a problem with one seed. A failed solve moves nothing, so its cosine and length are 0."""
+    """The result of a method on a problem and a seed. A failed solve moves nothing, so its cosine and length are 0."""
 
     problem: str
     method: str
@@ -40,7 +40,7 @@ class Row:
 
 
 class Case:
-    """A trained problem in float32, with its true hypergradient from float64."""
+    """A trained problem in float32, with its true hypergradient computed in float64."""
 
     def __init__(
         self, name: str, spec: Spec, seed: int, root: Path, found: Trained, dtype: torch.dtype = torch.float32
@@ -82,9 +82,9 @@ class Case:
                 self.inner.state[p]["momentum_buffer"] = velocity[name].to(p.dtype, copy=True)
 
     def before(self, entry: Entry) -> Any:
-        """Prepare what the method has from before this hyperstep: the state of the last one, or the last inner steps.
+        """Make what the method needs from before this hyperstep: the state of the last hyperstep, or the last inner steps.
 
-        Those steps are taken again from the earlier weights, so that the model ends at its trained weights.
+        These steps are taken again from the earlier weights, so that the model ends at its trained weights.
         """
         self._trajectory, state = None, None
         kept_steps = entry.method.keeps_steps
@@ -112,7 +112,8 @@ class Case:
     def measured(self, entry: Entry, method: str, repeats: int = 1) -> Row:
         """Run the method with the state that it would have in a training.
 
-        Its cost is CPU time over that of a training gradient, measured just before and after; the median of ``repeats``.
+        Its cost is its CPU time over that of a training gradient, measured just before and after it: the median of
+        ``repeats`` measurements.
         """
         state = self.before(entry)
         ratios, results = [], []
@@ -144,7 +145,7 @@ def compared(found: Tree, truth: Tree) -> tuple[float, float]:
 
 
 def seconds(call: Callable[[], Any], at_least: float) -> float:
-    """CPU seconds of one call, the mean of as many as take ``at_least`` seconds."""
+    """CPU seconds of a call: the mean of as many calls as take ``at_least`` seconds."""
     begun, count = time.process_time(), 0
     while not count or time.process_time() - begun < at_least:
         call()
@@ -153,7 +154,7 @@ def seconds(call: Callable[[], Any], at_least: float) -> float:
 
 
 def kept(name: str, spec: Spec, seed: int, root: Path, folder: Path) -> Trained:
-    """The trained state and its truth, read from ``folder`` if it has them."""
+    """The trained weights and the true hypergradient, read from ``folder`` or computed and written there."""
     path, key = folder / f"{name}-{seed}.pt", f"{spec.training} {spec.lag} {spec.version}"
     if path.is_file():
         held = torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""The table of methods: a name, the curve that it belongs to, its number of terms and the method."""
+"""The methods of the study by name, each with the curve that it is a point of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hoptim
 from hoptim.methods.method import Method
 
 TERMS = (5, 10, 20, 50)
-KRYLOV_TERMS = (5, 7, 10, 20, 50)  # one term more or less makes a difference there
+KRYLOV_TERMS = (5, 7, 10, 20, 50)  # 7 too, since for few terms each one makes a difference
 FEW = (2, 5, 10)
 CURVATURES = {"exact": hoptim.Exact(), "GN": hoptim.GaussNewton()}
 DAMPINGS = {
@@ -26,7 +26,7 @@ class Entry:
 
     Attributes:
         family: the name of its curve: the solver, then the curvature.
-        terms: its place on the curve.
+        terms: the number of terms, which orders the points of a curve.
         method: the method itself.
         curvature: ``exact`` or ``GN``, which needs a ``CompositeLoss``.
         shown: whether to draw its curve.
@@ -40,7 +40,7 @@ class Entry:
 
     @property
     def carries(self) -> bool:
-        """Whether it starts from the result of the hyperstep before: a step size, or a solution."""
+        """Whether it starts from a step size or a solution of the last hyperstep."""
         solver = getattr(self.method, "solver", None)
         chooses = isinstance(solver, hoptim.Neumann) and solver.step_size is None
         return chooses or isinstance(solver, (hoptim.Chebyshev, hoptim.WarmStart))
@@ -80,7 +80,7 @@ def _on_each(
     shown: bool = False,
     **options: object,
 ) -> Iterator[Entry]:
-    """A solver on each curvature and damping."""
+    """A solver on each curvature, with each damping."""
     for label, curvature in CURVATURES.items():
         for damping in dampings:
             family = f"{solver}, {label}" + (f", +{damping:g}" if damping else "")

@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from common.pictures import plt, save
 from matplotlib import ticker
 
 from fidelity_problems.methods import METHODS
@@ -20,7 +17,7 @@ from fidelity_problems.problems import PROBLEMS
 
 
 def curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One curve for each family that is shown, a point for each number of terms: medians over seeds, with quartiles.
+    """A curve for each family that is shown, with a point for each number of terms: medians over seeds, and quartiles.
 
     Each solver has a colour; lines are solid on the exact curvature and dashed on Gauss-Newton.
     """
@@ -57,7 +54,7 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set_ylabel("cosine to the truth")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
-    _save(figure, path)
+    save(figure, path, dpi=85)
 
 
 def _families(records: Sequence[Mapping[str, Any]], problem: str) -> dict[str, list[Mapping[str, Any]]]:
@@ -69,7 +66,7 @@ def _families(records: Sequence[Mapping[str, Any]], problem: str) -> dict[str, l
 
 
 def approximations(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str], path: Path) -> None:
-    """Cosine and relative L2 distance to the exact inverse against outer steps: means over splits, and standard errors."""
+    """Cosine and relative L2 distance to the exact inverse over the outer steps: means over splits, and standard errors."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     steps = [row["outer_step"] for row in runs[0]]
     for axis, key, label in zip(axes, ("cosine", "distance"), ("cosine", "relative L2 distance"), strict=True):
@@ -77,19 +74,15 @@ def approximations(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[
             values = np.array(
                 [[row[name][key] / (row["length"] if key == "distance" else 1) for row in run] for run in runs]
             )
-            mean, error = values.mean(0), values.std(0) / math.sqrt(len(runs))
+            mean = values.mean(0)
+            error = values.std(0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.zeros_like(mean)
             style = {"linestyle": "--" if name.startswith("CG") else "-", "color": f"C{colour}", "linewidth": 1.6}
             axis.plot(steps, mean, label=name, **style)
             axis.fill_between(steps, mean - error, mean + error, color=f"C{colour}", alpha=0.12, linewidth=0)
         axis.set(xlabel="outer step", ylabel=f"{label} to the exact inverse")
         axis.grid(alpha=0.25)
     axes[1].set_yscale("log")
-    axes[1].set_ylim(bottom=max(1e-3, axes[1].get_ylim()[0]))  # below that nothing can be seen
+    axes[1].set_ylim(bottom=max(1e-3, axes[1].get_ylim()[0]))  # smaller distances would squeeze the rest
     axes[0].legend(frameon=False)
     figure.suptitle("Boston housing, linear regression, 14 log decays")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=85)
-    plt.close(figure)
+    save(figure, path, dpi=85)

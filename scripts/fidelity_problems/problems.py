@@ -25,7 +25,7 @@ TRUNCATE = (5, 10, 20, 50, 100, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A problem with its data; ``closed`` computes the truth in closed form, if there is one."""
+    """A problem with its data; ``closed`` computes the true hypergradient in closed form, if there is one."""
 
     problem: hoptim.Problem
     train: Batch
@@ -35,20 +35,20 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One problem of the study: how to make it from (seed, dtype, data root), and how to train it."""
+    """A problem of the study: how to make it from (seed, dtype, data root), and how to train it."""
 
     title: str
     make: Callable[[int, torch.dtype, Path], Setup]
     training: Training
-    version: int = 1  # of ``make``: raise it when that changes, so that a stored truth is computed again
+    version: int = 1  # raise it when ``make`` changes, so that stored results are computed again
 
     @property
     def lag(self) -> int:
-        """Training steps between this hyperstep and the one before it."""
+        """Training steps since the last hyperstep."""
         return min(LAG, self.training.steps // 2)
 
     def batches(self, setup: Setup, seed: int) -> Callable[[int], Batch]:
-        """The batch of each step: the whole training set, or shuffled batches, the same in every call."""
+        """A function from a step to its batch: the whole training set, or shuffled batches that depend on the seed alone."""
         size, count = self.training.size, len(setup.train[0])
         if size is None:
             return lambda _: setup.train
@@ -59,7 +59,7 @@ class Spec:
         return lambda step: tuple(part[order[step]] for part in setup.train)
 
     def trained(self, seed: int, root: Path) -> Trained:
-        """Train in float64 and differentiate through the run, or take the closed form."""
+        """Train in float64, and compute the true hypergradient through the run or in closed form."""
         setup = self.make(seed, torch.float64, root)
         batches = self.batches(setup, seed)
         options = {"closed": setup.closed, "lag": self.lag, "truncate": TRUNCATE}
@@ -67,13 +67,13 @@ class Spec:
 
 
 def decays(model: nn.Module, value: float, dtype: torch.dtype) -> hoptim.HyperParameters:
-    """One positive decay for each weight."""
+    """A positive decay for each weight."""
     values = {name: torch.full_like(p, value, dtype=dtype) for name, p in model.named_parameters()}
     return hoptim.HyperParameters(values, dict.fromkeys(values, constraints.positive))
 
 
 def example_weights(count: int, dtype: torch.dtype) -> hoptim.HyperParameters:
-    """One weight in (0, 1) for each training example, initially ½."""
+    """A weight in (0, 1) for each training example, initially ½."""
     half = torch.full((count,), 0.5, dtype=dtype)
     return hoptim.HyperParameters({"example": half}, {"example": constraints.unit_interval})
 
@@ -97,7 +97,7 @@ def plain_criterion(z: Tensor, hparams: Any, batch: Batch) -> Tensor:
 
 
 def weighted_criterion(z: Tensor, hparams: Any, batch: Batch) -> Tensor:
-    """The mean of each example's loss times its weight; the third part of a batch numbers the examples."""
+    """The mean of the examples' losses times their weights; the third part of a batch has the indices of the examples."""
     return (hparams["example"][batch[2]] * cross_entropy(z, batch[1], reduction="none")).mean()
 
 
@@ -111,7 +111,7 @@ def classification(model: nn.Module, hparams: nn.Module, criterion: Any, penalty
 
 
 def seeded(make: Callable[[], nn.Module], seed: int, dtype: torch.dtype) -> nn.Module:
-    """The model, initialised in float32 and then converted, so that float32 and float64 start at the same weights."""
+    """The model, initialised in float32 and then converted, so that it starts at the same weights in float32 and float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -131,7 +131,7 @@ def mislabelled(y: Tensor, share: float, classes: int, seed: int) -> Tensor:
 
 
 def ridge(seed: int, dtype: torch.dtype, root: Path, *, features: int = 30, count: int = 60) -> Setup:
-    """Linear regression with a log decay for each feature, on features of decreasing scale: w* = (XᵀX/n + Λ)⁻¹ Xᵀy/n."""
+    """Linear regression on features of decreasing scale, with a log decay for each: w* = (XᵀX/n + Λ)⁻¹ Xᵀy/n."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(0, -1.5, features, dtype=torch.float64)
     x = torch.randn(2 * count, features, generator=generator, dtype=torch.float64) * scale
@@ -157,7 +157,7 @@ def ridge(seed: int, dtype: torch.dtype, root: Path, *, features: int = 30, coun
     return Setup(problem=problem, train=train, val=val, closed=closed)
 
 
-def iris(activation: type[nn.Module], *, wrong: float = 0.0, hidden: int = 128, decay: float = 0.01) -> Any:
+def iris(activation: type[nn.Module], *, wrong: float = 0.0, hidden: int = 128) -> Any:
     """The MLP of the Iris experiment without dropout, with a log decay for each weight."""
 
     def make(seed: int, dtype: torch.dtype, root: Path) -> Setup:
@@ -170,16 +170,17 @@ def iris(activation: type[nn.Module], *, wrong: float = 0.0, hidden: int = 128, 
             return nn.Sequential(first, activation(), second, activation(), last)
 
         model = seeded(layers, seed, dtype)
-        problem = classification(model, decays(model, decay, dtype), plain_criterion, decayed)
+        problem = classification(model, decays(model, 0.01, dtype), plain_criterion, decayed)
         return Setup(problem=problem, train=(x, mislabelled(y, wrong, 3, seed) if wrong else y), val=parts["val"])
 
     return make
 
 
-def digits(hidden: int | None, *, count: int = 200, wrong: float = 0.4) -> Any:
+def digits(hidden: int | None, *, count: int = 200) -> Any:
     """Digits, 40 % of them with a wrong label, and a weight for each training example.
 
-    Logistic regression with a fixed decay and so a unique minimum, or one hidden layer without decay, stopped early.
+    The model is logistic regression with a fixed decay, which has a unique minimum, or an MLP with one hidden layer and
+    without decay, which is stopped early.
     """
 
     def make(seed: int, dtype: torch.dtype, root: Path) -> Setup:
@@ -196,14 +197,14 @@ def digits(hidden: int | None, *, count: int = 200, wrong: float = 0.4) -> Any:
         model = seeded(layers, seed, dtype)
         penalty = constant_decay(1e-2) if hidden is None else None
         problem = classification(model, example_weights(count, dtype), weighted_criterion, penalty)
-        labels = mislabelled(y[train], wrong, 10, seed)
+        labels = mislabelled(y[train], 0.4, 10, seed)
         return Setup(problem=problem, train=(x[train], labels, torch.arange(count)), val=(x[val], y[val]))
 
     return make
 
 
-def cnn(*, count: int = 200, decay: float = 3e-3, images: Callable[[Path], Batch] | None = None) -> Any:
-    """A few hundred images of Fashion-MNIST, averaged to 14×14; two convolutions, 4,002 weights, a log decay for each."""
+def cnn(*, count: int = 200, images: Callable[[Path], Batch] | None = None) -> Any:
+    """Two convolutions on a few hundred images of Fashion-MNIST, averaged to 14×14; 4,002 weights, a log decay for each."""
 
     def make(seed: int, dtype: torch.dtype, root: Path) -> Setup:
         x, y = (images or fashion_mnist)(root)
@@ -216,14 +217,14 @@ def cnn(*, count: int = 200, decay: float = 3e-3, images: Callable[[Path], Batch
             return nn.Sequential(*body, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(216, 10))
 
         model = seeded(layers, seed, dtype)
-        problem = classification(model, decays(model, decay, dtype), plain_criterion, decayed)
+        problem = classification(model, decays(model, 3e-3, dtype), plain_criterion, decayed)
         return Setup(problem=problem, train=(x[:count], y[:count]), val=(x[count:], y[count:]))
 
     return make
 
 
 def fashion_mnist(root: Path) -> Batch:
-    """The training images and their labels; torchvision downloads them to ``root`` if they are not there."""
+    """The training images of Fashion-MNIST and their labels; torchvision downloads them to ``root`` if necessary."""
     try:
         from torchvision.datasets import FashionMNIST
     except ImportError as error:

@@ -1,10 +1,10 @@
-"""Summaries of the rows: medians over seeds, and a ranking of the methods within a budget."""
+"""Summaries of the rows: medians over seeds, and rankings of the methods within a budget."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 from fidelity_problems.measure import Row
 
 Figures = dict[str, Any]
+SAMPLES = 1000  # of the bootstrap
+CHANGED = 0.01  # smaller changes of a cosine are not listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class Rank:
     Attributes:
         method: its name.
         median: the median over problems of the median cosine over seeds.
-        mean: the mean of the same.
+        mean: the mean over problems of the same.
         low: the fifth percentile of ``mean`` over bootstrap samples of the seeds.
         high: the 95th.
         first: the share of bootstrap samples in which no method within the budget has a higher mean.
@@ -30,10 +32,10 @@ class Rank:
         worst: the lowest median cosine of any problem.
         worst_problem: which problem that is.
         worst_seed: the lowest cosine of all.
-        longest: the largest length relative to the truth: how much too long a step of the hyperparameters may be.
+        longest: the largest length over the true length: how many times too long a step of the hyperparameters may be.
         failed: the share of solves that failed.
         cost: the median over problems of the median cost, in training gradients.
-        dearest: the highest.
+        dearest: the highest median cost of any problem.
     """
 
     method: str
@@ -68,10 +70,11 @@ def summed_up(rows: Iterable[Row]) -> list[Figures]:
     return found
 
 
-def ranked(rows: Sequence[Row], budget: float, eligible: Callable[[str], bool] = bool, samples: int = 1000) -> list[Rank]:
-    """The methods whose median cost over problems is at most ``budget``, by mean over problems of the median cosine.
+def ranked(rows: Sequence[Row], budget: float, eligible: Callable[[str], bool] = bool) -> list[Rank]:
+    """The methods whose median cost over problems is at most ``budget``, ordered by their mean of median cosines.
 
-    Only methods that ran on every problem are compared. The bootstrap draws seeds of each problem, the same for all methods.
+    Only methods that ran on every problem are compared. The bootstrap resamples the seeds of each problem, in the same way
+    for all methods.
     """
     table: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -83,7 +86,7 @@ def ranked(rows: Sequence[Row], budget: float, eligible: Callable[[str], bool] =
     seeds = {p: sorted(set.intersection(*(set(table[m][p]) for m in names))) for p in problems}
     cosines = {p: np.array([[table[m][p][s].cosine for s in seeds[p]] for m in names]) for p in problems}
     medians = np.stack([np.median(cosines[p], axis=1) for p in problems], axis=1)
-    means = _resampled(cosines, samples)
+    means = _resampled(cosines)
     first = (means >= means.max(0)).mean(1)
     ranks = _ranks(medians)
     low, high = np.percentile(means, (5, 95), axis=1)
@@ -117,11 +120,11 @@ def _cost(group: Mapping[str, Mapping[int, Row]]) -> tuple[float, float]:
     return median(costs), max(costs)
 
 
-def _resampled(cosines: Mapping[str, np.ndarray], samples: int) -> np.ndarray:
-    """The mean over problems of the median over resampled seeds: one row a method, one column a sample."""
+def _resampled(cosines: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The mean over problems of the median over resampled seeds: a row for each method, a column for each sample."""
     generator, total = np.random.default_rng(0), 0.0
     for values in cosines.values():
-        drawn = generator.integers(values.shape[1], size=(samples, values.shape[1]))
+        drawn = generator.integers(values.shape[1], size=(SAMPLES, values.shape[1]))
         total = total + np.median(values[:, drawn], axis=2)
     return np.asarray(total) / len(cosines)
 
@@ -133,13 +136,13 @@ def _ranks(medians: np.ndarray) -> np.ndarray:
     return above + (equal + 1) / 2
 
 
-def differences(now: Sequence[Figures], before: Sequence[Figures], least: float = 0.01) -> list[Figures]:
-    """The records whose median cosine or number of failures differs from a saved table, largest change first."""
+def differences(now: Sequence[Figures], before: Sequence[Figures]) -> list[Figures]:
+    """The records whose median cosine or number of failures differs from those saved before, largest change first."""
     old = {(one["problem"], one["method"]): one for one in before}
     changed = []
     for one in now:
         was = old.get((one["problem"], one["method"]))
-        if was is not None and (abs(one["cosine"] - was["cosine"]) >= least or one["failed"] != was["failed"]):
+        if was is not None and (abs(one["cosine"] - was["cosine"]) >= CHANGED or one["failed"] != was["failed"]):
             changed.append({**one, "before": was["cosine"], "change": one["cosine"] - was["cosine"]})
     return sorted(changed, key=lambda one: -abs(one["change"]))
 
@@ -148,11 +151,3 @@ def merged(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
     """The new rows, and the old rows that none of them replaces."""
     fresh = {(row.problem, row.method, row.seed) for row in new}
     return [*(row for row in old if (row.problem, row.method, row.seed) not in fresh), *new]
-
-
-def as_rows(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    return [Row(**record) for record in records]
-
-
-def as_records(rows: Iterable[Row]) -> list[Figures]:
-    return [asdict(row) for row in rows]

@@ -1,4 +1,4 @@
-"""The true hypergradient of a training run, differentiated through every step of SGD with momentum."""
+"""The true hypergradient of a training, by differentiation through every step of SGD with momentum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Training:
     """SGD with momentum, v ← μv + ∇L_T, w ← w − lr·v, from v = 0.
 
     Args:
-        steps: their number N.
+        steps: the number of steps, N.
         lr: the learning rate.
         momentum: μ in [0, 1).
         size: examples in a batch; ``None`` trains on the whole set.
@@ -39,7 +39,7 @@ class Trained:
     Attributes:
         weights: w_N.
         velocity: v_N, the momentum at the end.
-        earlier: the weights at the hyperstep before, some steps earlier.
+        earlier: the weights at the last hyperstep, some steps earlier.
         earlier_velocity: the momentum there.
         truth: dL_V(w_N(λ), λ)/dλ through all N steps.
         truncated: the same through the last K steps only, by K.
@@ -63,16 +63,16 @@ def trained(
     lag: int = 100,
     truncate: Sequence[int] = (),
 ) -> Trained:
-    """Train the live model of ``problem``, with its validation loss differentiated through the whole run.
+    """Train the model of ``problem``, and differentiate its validation loss through the whole training.
 
     Args:
         problem: the bilevel problem, best in float64; its model is left at w_N.
         batch_at: the batch of step t = 0, 1, ...
         val_batch: the batch of the validation loss.
         training: how to train.
-        closed: computes the truth in closed form, instead of by :class:`hoptim.Replay`.
+        closed: computes the true hypergradient in closed form, instead of by :class:`hoptim.Replay`.
         lag: ``earlier`` is taken this many steps before the end.
-        truncate: the K of ``truncated``.
+        truncate: the values of K for ``truncated``.
     """
     live = problem.weights()
     inner = torch.optim.SGD(live.values(), lr=training.lr, momentum=training.momentum)
@@ -98,11 +98,11 @@ def trained(
 
 
 def _through(problem: hoptim.Problem, batches: Sequence[Any], val_batch: Any, inner: torch.optim.SGD) -> Tree:
-    """dL_V/dλ through steps on these batches, each of which is taken twice without a graph and once with one."""
+    """dL_V/dλ through the steps on these batches. Each step is taken twice without a graph and once with one."""
     method = hoptim.Replay(batches, segments=math.isqrt(len(batches)) + 2)
     result = hoptim.hypergradient(problem, None, val_batch, method, inner=inner)
     if not result.solution.status.ok:
-        raise RuntimeError(f"the truth is not known: {result.solution.status.name}, {result.solution.detail}")
+        raise RuntimeError(f"no true hypergradient: {result.solution.status.name}, {result.solution.detail}")
     return dict(result.grads)
 
 

@@ -1,1 +1,1 @@
-"""What defaults.py is made of: the learning tasks, the settings, the training, the scores and the picture."""
+"""The parts of scripts/defaults.py: the learning tasks, settings, trainings, scores, tables and the picture."""

@@ -51,23 +51,23 @@ def diabetes() -> tuple[Tensor, Tensor]:
 
 @cache
 def boston(root: Path) -> tuple[Tensor, Tensor]:
-    """506 tracts, 13 features, and a number to predict, of shape (N, 1)."""
+    """506 tracts of Boston, 13 features, and the house value to predict, of shape (N, 1)."""
     x, y = housing.read(root)
     return x.float(), y.float()[:, None]
 
 
 @cache
-def fashion(root: Path, count: int = 6000) -> tuple[Tensor, Tensor]:
-    """The first training images of Fashion-MNIST, averaged to 14×14 pixels, of shape (N, 1, 14, 14)."""
+def fashion(root: Path) -> tuple[Tensor, Tensor]:
+    """The first 6,000 training images of Fashion-MNIST, averaged to 14×14 pixels, of shape (N, 1, 14, 14)."""
     from torchvision.datasets import FashionMNIST
 
     found = FashionMNIST(root, download=True)
-    return F.avg_pool2d(found.data[:count, None].float() / 255, 2), found.targets[:count]
+    return F.avg_pool2d(found.data[:6000, None].float() / 255, 2), found.targets[:6000]
 
 
 @cache
 def novel(root: Path) -> Tensor:
-    """Moby-Dick as numbers of lower-case letters; all that lies between words is one space."""
+    """Moby-Dick as numbers of lower-case letters; whatever stands between two words becomes one space."""
     path = root / "text" / "moby_dick.txt"
     if not path.is_file():
         raise SystemExit(f"{path} is missing: write the novel there as plain text, for example from Project Gutenberg")
@@ -76,5 +76,5 @@ def novel(root: Path) -> Tensor:
 
 
 def split(total: int, *sizes: int) -> list[Tensor]:
-    """Indices in random order: parts of the given sizes, and the rest."""
+    """Indices from 0 in random order, split into parts of the given sizes and the rest."""
     return list(torch.randperm(total).split([*sizes, total - sum(sizes)]))

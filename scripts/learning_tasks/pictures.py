@@ -6,10 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from common.pictures import plt, save
 from matplotlib import ticker
 
 from learning_tasks.scores import CHOSEN_ON, Results, half_of
@@ -21,12 +18,11 @@ LEFT, RIGHT = -60, 60
 
 
 def draw(results: Results, path: Path) -> None:
-    """Both panels. Log ratios are shown in per cent."""
+    """Draw both panels, with log ratios in per cent."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 7.5), layout="constrained", width_ratios=(1.25, 1))
     _settings(results, left)
     _rates(results, right)
-    figure.savefig(path, dpi=85)
-    plt.close(figure)
+    save(figure, path, dpi=85)
 
 
 def _settings(results: Results, axis: Any) -> None:

@@ -1,36 +1,38 @@
-"""How good a setting is: its test loss against the default's, in a measure that is fair to tasks of any scale."""
+"""How good a setting is: log ratios of its test loss to the default's, so that tasks of any scale count alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import mean, median, stdev
+from statistics import mean, median
+
+from common.means import standard_error
 
 from learning_tasks.settings import DEFAULT, JOINT, SETTINGS
 from learning_tasks.tasks import HALVES, TASKS
 from learning_tasks.training import FIXED, PLAIN, Row
 
-MUCH_WORSE = 0.05  # on a single task
-MOST = 1.0  # a log ratio counts as no more than this: a run that came to nothing must not hide the others
-CHOSEN_ON = (0, 1, 2)  # seeds; what was chosen is scored on more of them
+MUCH_WORSE = 0.05  # a log ratio above this on a single task rules a setting out
+MOST = 1.0  # log ratios are cut off here, so that one run that failed does not hide all the others
+CHOSEN_ON = (0, 1, 2)  # the seeds on which settings are chosen; what was chosen is scored on others
 FACTORS = ("solver", "curvature", "warm-up", "outer", "average")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A setting over some tasks. Each task counts by its mean over seeds of log(test loss / the default's, same seed).
+    """The score of a setting on some tasks. A task counts with the mean over seeds of log(test loss / the default's).
 
     Attributes:
         setting: its name.
-        mean: the mean over tasks: −0.05 is a test loss lower by 5 %.
-        error: its standard error, from how the tasks differ.
+        mean: the mean over tasks; −0.05 is a test loss that is lower by 5 %.
+        error: the standard error of the mean, over tasks.
         median: the median over tasks.
-        worst: the highest of a task.
-        worst_task: which one that is.
-        wins: tasks on which it is below zero.
-        tasks: how many there are.
-        seeds: how many seeds there are of each task, at least.
+        worst: the highest value of a task.
+        worst_task: the task that has it.
+        wins: how many tasks are below zero.
+        tasks: how many tasks there are.
+        seeds: how many seeds each task has at least.
         skipped: the share of hypersteps that moved nothing.
         cost: processor time over the default's, the median over tasks.
     """
@@ -49,7 +51,7 @@ class Score:
 
     @property
     def wins_clearly(self) -> bool:
-        """Better by two standard errors, and on no task worse by more than 5 %."""
+        """Whether it is better by two standard errors, and on no task worse by more than 5 %."""
         return self.mean + 2 * self.error < 0 and self.worst < MUCH_WORSE
 
 
@@ -61,22 +63,22 @@ class Results:
         self.tasks = [name for name in TASKS if any(row.task == name for row in self.rows.values())]
 
     def row(self, task: str, setting: str, seed: int) -> Row | None:
-        """That of the default where the setting is the default in this task."""
+        """The row of a run; where the setting is no change in this task, the default's row."""
         own = SETTINGS.get(setting)
         return self.rows.get((task, setting if own is None or own.differs(TASKS[task]) else DEFAULT, seed))
 
     def pairs(self, task: str, setting: str, seeds: Collection[int] | None = None) -> list[tuple[Row, Row]]:
-        """The rows of the setting and of the default on each seed that both have."""
+        """The rows of the setting and of the default, for each seed that both have."""
         own = sorted(seed for (name, what, seed) in self.rows if (name, what) == (task, DEFAULT))
         found = [(self.row(task, setting, s), self.row(task, DEFAULT, s)) for s in own if seeds is None or s in seeds]
         return [(one, default) for one, default in found if one is not None and default is not None]
 
     def ratios(self, task: str, setting: str, seeds: Collection[int] | None = None) -> list[float]:
-        """log(test loss / the default's), a seed each."""
+        """log(test loss / the default's) for each seed."""
         return [log_ratio(one.test, default.test) for one, default in self.pairs(task, setting, seeds)]
 
     def score(self, setting: str, tasks: Sequence[str], seeds: Collection[int] | None = None) -> Score | None:
-        """The setting's score on these tasks; ``None`` where it did not run on all of them."""
+        """The setting's score on these tasks; ``None`` if it did not run on all of them."""
         pairs = {task: self.pairs(task, setting, seeds) for task in tasks}
         if not tasks or not all(pairs.values()):
             return None
@@ -86,7 +88,7 @@ class Results:
         return Score(
             setting=setting,
             mean=mean(by_task.values()),
-            error=stdev(by_task.values()) / math.sqrt(len(by_task)) if len(by_task) > 1 else math.nan,
+            error=standard_error(by_task.values()),
             median=median(by_task.values()),
             worst=by_task[worst],
             worst_task=worst,
@@ -98,14 +100,14 @@ class Results:
         )
 
     def scores(self, factor: str, tasks: Sequence[str], seeds: Collection[int] | None = None) -> list[Score]:
-        """All settings of a factor that ran on these tasks, in the order of the list."""
+        """The scores of all settings of a factor that ran on these tasks."""
         found = [self.score(name, tasks, seeds) for name, one in SETTINGS.items() if one.factor == factor]
         return [score for score in found if score is not None]
 
     def chosen(self, half: str) -> list[str]:
-        """For each factor the setting with the lowest mean on a half, where that is lower than the default's zero.
+        """The setting of each factor that has the lowest mean on a half, if it is better than the default there.
 
-        Only settings count that ran on all seeds, and are on no task of the half worse by more than 5 %.
+        Settings count only if they ran on all seeds and are on no task of the half worse by more than 5 %.
         """
         found = []
         for factor in FACTORS:
@@ -117,7 +119,7 @@ class Results:
         return found
 
     def rates(self, half: str) -> dict[str, str]:
-        """For each kind of constraint, the rate of Adam with the lowest mean on the half's tasks of that kind."""
+        """The rate of Adam that has the lowest mean on the half's tasks, for each kind of constraint."""
         found = {}
         for kind in dict.fromkeys(TASKS[name].constraint for name in self.tasks):
             tasks = [name for name in half_of(half, self.tasks) if TASKS[name].constraint == kind]
@@ -127,17 +129,17 @@ class Results:
         return found
 
     def combination(self, half: str) -> str:
-        """The name of what a half chooses, of all factors together."""
+        """The name of the setting that combines all that a half chooses."""
         return JOINT.join(self.chosen(half)) or DEFAULT
 
     def best_fixed(self, task: str, seed: int) -> Row | None:
-        """Of the plain training and those with other fixed values the one with the lowest validation loss."""
+        """The training with fixed hyperparameters that has the lowest validation loss; ``None`` if only one ran."""
         fixed = [r for (t, s, n), r in self.rows.items() if (t, n) == (task, seed) and (s == PLAIN or s.startswith(FIXED))]
         return min(fixed, key=lambda row: row.val) if len(fixed) > 1 else None
 
 
 def log_ratio(a: float, b: float) -> float:
-    """log(a / b), within ±1; what is not finite is the worst.
+    """log(a / b), cut off at ±1; a loss that is not finite counts as the worst.
 
     >>> round(log_ratio(0.9, 1.0), 3), log_ratio(float("inf"), 1.0), log_ratio(float("nan"), 1.0)
     (-0.105, 1.0, 1.0)
@@ -148,5 +150,5 @@ def log_ratio(a: float, b: float) -> float:
 
 
 def half_of(half: str, tasks: Iterable[str]) -> list[str]:
-    """The tasks of a half; all for any other name."""
+    """The tasks of a half; all of them if ``half`` is neither A nor B."""
     return [task for task in tasks if HALVES[task] == half or half not in HALVES.values()]

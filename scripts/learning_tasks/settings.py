@@ -1,4 +1,4 @@
-"""The settings that are compared: one factor at a time about the default, and the solver that stops at the noise of g."""
+"""The settings that are compared, each changing one factor of the default, and a solver that stops at the noise of g."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JOINT = " & "
 
 
 def on_leaves(hparams: nn.Module, *, kind: Any = torch.optim.Adam, lr: float = 0.05) -> torch.optim.Optimizer:
-    """An outer optimizer with the same rate for all."""
+    """An outer optimizer with one rate for all hyperparameters."""
     return kind(hparams.parameters(), lr=lr)
 
 
@@ -35,13 +35,14 @@ def _always(task: Task) -> bool:
 
 @dataclass(frozen=True)
 class ToNoise(Method):
-    """MINRES until the relative residual is that of the noise in g: its standard error over chunks of the validation batch.
+    """MINRES that stops when the relative residual falls to the noise in g; solving further would fit that noise.
 
-    tolerance = √(Σ_c ‖g_c − ḡ‖² / (C(C − 1))) / ‖ḡ‖, with C chunks; to solve further is to fit that noise.
+    The noise is the standard error of g over C chunks of the validation batch:
+    tolerance = √(Σ_c ‖g_c − ḡ‖² / (C(C − 1))) / ‖ḡ‖.
 
     Args:
-        chunks: C, how many parts the validation batch, a tensor of indices, is cut into.
-        terms: the most products.
+        chunks: C, the number of chunks of the validation batch, which is a tensor of indices.
+        terms: the largest number of products.
         curvature: as in ``Implicit``.
     """
 
@@ -64,7 +65,7 @@ class ToNoise(Method):
 
 
 def relative_noise(problem: hoptim.Problem, chunks: Iterable[Tensor]) -> float:
-    """The standard error of the mean of the chunks' validation gradients, over its length."""
+    """The standard error of the chunks' mean validation gradient, relative to the length of that mean."""
     model, rows = problem.model, []
     training = model.training
     weights = [w for w in model.parameters() if w.requires_grad]
@@ -82,14 +83,14 @@ class Setting:
     """How hyperparameters are learned.
 
     Attributes:
-        factor: what it is a choice of.
-        solver: the hypergradient, whose curvature is left open.
-        curvature: that of the hypergradient; ``None`` for what hoptim takes by itself.
+        factor: which factor of the default it changes.
+        solver: the hypergradient, without its curvature.
+        curvature: the curvature of the hypergradient; ``None`` for hoptim's default.
         warmup: the share of the steps before the first hyperstep.
         outer: makes the outer optimizer.
         average: whether ``CrossValidated`` averages the leaves.
-        shows_parts: whether hoptim sees the parts of the training loss; ``None`` for as the task has it.
-        differs: whether it is anything else than the default in a task; where not, it is not run.
+        shows_parts: whether hoptim sees the parts of the training loss; ``None`` leaves that to the task.
+        differs: whether it changes anything in a task; where it does not, it is not run.
     """
 
     factor: str
@@ -145,7 +146,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 def setting_of(name: str) -> Setting:
-    """The setting of that name; of several names with `` & `` between them the one that has of each what is its own."""
+    """The setting of that name; several names joined by `` & `` give the setting that has the changes of all of them."""
     if name in SETTINGS:
         return SETTINGS[name]
     found = SETTINGS[DEFAULT]

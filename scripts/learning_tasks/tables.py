@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from statistics import mean, stdev
+from statistics import mean
 
+from common.means import standard_error
+from common.tables import table
 from rich.table import Table
 
-from learning_tasks.scores import CHOSEN_ON, Results, Score, half_of, log_ratio
+from learning_tasks.scores import CHOSEN_ON, Results, half_of, log_ratio
 from learning_tasks.settings import DEFAULT, SETTINGS
 from learning_tasks.tasks import HALVES, TASKS
 from learning_tasks.training import JOINED, PLAIN, Row
@@ -25,26 +27,20 @@ def percent(log: float) -> str:
     return "?" if math.isnan(log) else f"{100 * math.expm1(log):.1f}".replace("-", "−")
 
 
-def percent_and_error(score: Score) -> str:
-    return f"{percent(score.mean)} ± {100 * score.error:.1f}"
+def percent_and_error(log: float, error: float) -> str:
+    """A mean log ratio and its standard error in per cent; without the error if it is NaN."""
+    return percent(log) + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
 
 
-def table(title: str, *columns: str) -> Table:
-    found = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        found.add_column(column, justify="right" if number else "left")
-    return found
+def of_ratios(ratios: Sequence[float]) -> str:
+    """The mean of log ratios and its standard error in per cent."""
+    return percent_and_error(mean(ratios), standard_error(ratios)) if ratios else ""
 
 
-def of_settings(
-    results: Results,
-    names: Sequence[str],
-    seeds: Collection[int] | None,
-    title: str = "change of the test loss, %",
-) -> Table:
-    """One line a setting: on each half and on both, then the median, the worst task, wins, skipped hypersteps and cost."""
+def of_settings(results: Results, names: Sequence[str], seeds: Collection[int] | None) -> Table:
+    """A line for each setting: on each half and on both, then median, worst task, wins, skipped hypersteps and cost."""
     columns = (*HALF_NAMES, "median", "worst task", "wins", "skipped", "cost", "seeds")
-    found = table(title, "setting", *columns)
+    found = table("change of the test loss, %", "setting", *columns)
     for name in names:
         by_half = [results.score(name, half_of(half, results.tasks), seeds) for half in HALF_NAMES]
         everywhere = by_half[-1]
@@ -52,7 +48,7 @@ def of_settings(
             continue
         found.add_row(
             name,
-            *(percent_and_error(one) if one else "" for one in by_half),
+            *(percent_and_error(one.mean, one.error) if one else "" for one in by_half),
             percent(everywhere.median),
             f"{percent(everywhere.worst)} {everywhere.worst_task}",
             f"{everywhere.wins} of {everywhere.tasks}",
@@ -75,17 +71,18 @@ def held_out(results: Results) -> Table:
             if own is None or seen is None:
                 continue
             worst = f"{percent(seen.worst)} {seen.worst_task}"
-            shown = (percent_and_error(own), percent_and_error(seen) + (" *" if seen.wins_clearly else ""))
+            shown = [percent_and_error(one.mean, one.error) for one in (own, seen)]
+            shown[1] += " *" if seen.wins_clearly else ""
             found.add_row(half, name, *shown, worst, f"{seen.wins} of {seen.tasks}")
     return found
 
 
-def by_constraint(results: Results, factor: str = "outer") -> Table:
-    """The settings of a factor, for each kind of constraint: change of the test loss against the default, in per cent."""
+def by_constraint(results: Results) -> Table:
+    """The outer optimizers and rates for each kind of constraint: the change of the test loss against the default's."""
     kinds = list(dict.fromkeys(TASKS[name].constraint for name in results.tasks))
     found = table("outer optimizer and rate, by constraint", "setting", *kinds)
     for name, one in SETTINGS.items():
-        if one.factor != factor:
+        if one.factor != "outer":
             continue
         cells = []
         for kind in kinds:
@@ -98,7 +95,7 @@ def by_constraint(results: Results, factor: str = "outer") -> Table:
 
 
 def of_rates(results: Results) -> Table:
-    """The rate of Adam that a half chooses for each kind of constraint, on its own tasks of that kind and on the other's."""
+    """The rate of Adam that each half chooses for each kind of constraint, scored on its own and on the other's tasks."""
     found = table("chosen for each constraint", "half", "constraint", "setting", "there", "on the other")
     for half, other in ("AB", "BA"):
         for kind, name in results.rates(half).items():
@@ -109,27 +106,25 @@ def of_rates(results: Results) -> Table:
         chosen = results.rates(half)
         ratios = [mean(results.ratios(task, chosen[TASKS[task].constraint], CHOSEN_ON)) for task in tasks]
         if len(ratios) > 1:
-            error = 100 * stdev(ratios) / math.sqrt(len(ratios))
-            found.add_row(half, "all tasks", "", "", f"{percent(mean(ratios))} ± {error:.1f}")
+            found.add_row(half, "all tasks", "", "", of_ratios(ratios))
     return found
 
 
 def fresh(results: Results, name: str, seeds: Collection[int]) -> Table:
-    """A setting on each task, on seeds on which nothing was chosen: mean over seeds and its standard error."""
+    """A setting on each task, on seeds that chose nothing: mean over seeds and standard error."""
     found = table(f"{name} on fresh seeds", "task", "constraint", "change of the test loss, %", "seeds")
     for task in results.tasks:
         if ratios := results.ratios(task, name, seeds):
-            error = 100 * stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
-            cells = (f"{percent(mean(ratios))} ± {error:.1f}", str(len(ratios)))
-            found.add_row(task, TASKS[task].constraint, *cells)
+            found.add_row(task, TASKS[task].constraint, of_ratios(ratios), str(len(ratios)))
     for half in HALF_NAMES:
         if score := results.score(name, half_of(half, results.tasks), seeds):
-            found.add_row(half, f"{score.wins} of {score.tasks} better", percent_and_error(score), str(score.seeds))
+            change = percent_and_error(score.mean, score.error)
+            found.add_row(half, f"{score.wins} of {score.tasks} better", change, str(score.seeds))
     return found
 
 
 def of_tasks(results: Results) -> Table:
-    """One line a task: the plain test loss, and those of the others in per cent less or more than it, paired by seed."""
+    """A line for each task: the plain test loss, and how the others differ from it in per cent, paired by seed."""
     columns: dict[str, Callable[[str, int], Row | None]] = {
         "joined": lambda task, seed: results.row(task, JOINED, seed),
         "best fixed": results.best_fixed,
@@ -143,7 +138,6 @@ def of_tasks(results: Results) -> Table:
         cells = []
         for row_of in columns.values():
             ratios = [log_ratio(one.test, plain[s].test) for s in plain if (one := row_of(task, s)) is not None]
-            error = f" ± {100 * stdev(ratios) / math.sqrt(len(ratios)):.1f}" if len(ratios) > 1 else ""
-            cells.append(percent(mean(ratios)) + error if ratios else "")
+            cells.append(of_ratios(ratios))
         found.add_row(task, HALVES[task], f"{mean(row.test for row in plain.values()):.3f}", *cells)
     return found

@@ -1,7 +1,6 @@
-"""The learning tasks: twelve, in pairs of one kind. Of each pair one belongs to half A, and one to half B.
+"""Twelve learning tasks in six pairs of one kind; ``PAIRS`` has the task of half A first and that of half B second.
 
-The first of each pair as it stands in ``PAIRS`` is in A, the second in B. This was written before the first run of the
-study. Decays start low, as they would where nothing is known.
+The halves were fixed before the study's first run. Decays start low, as they would if nothing were known about them.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ class Setup:
 
     Attributes:
         make: makes a new model.
-        hparams: makes the hyperparameters of a model, from a start.
+        hparams: ``hparams(model, start)`` makes the hyperparameters at their start.
         loss: the training loss, with its parts.
         val_loss: the loss of validation and test.
         inner: makes the optimizer of a model.
-        train: the examples to train on.
-        val: the examples of the validation loss.
-        test: those that take no part.
+        train: the training examples.
+        val: the validation examples.
+        test: the test examples.
     """
 
     make: Callable[[], nn.Module]
@@ -56,10 +55,10 @@ class Task:
 
     Attributes:
         title: what it is, in a few words.
-        constraint: that of its hyperparameters.
-        setup: makes it, of a seed (already set) and the folder of the data.
-        start: where the hyperparameters begin; "plain" is the training that keeps it.
-        grid: other fixed values, of which the best by validation loss is compared; empty where none is sensible.
+        constraint: the constraint of its hyperparameters.
+        setup: makes it from the folder of the data, after the seed has been set.
+        start: the value that the hyperparameters start from; the training "plain" keeps it.
+        grid: other fixed values, for the training "best fixed"; empty where none makes sense.
         shows_parts: whether hoptim sees the parts of the training loss, and so takes Gauss-Newton by default.
         steps: inner steps.
         every: inner steps between hypersteps.
@@ -107,7 +106,7 @@ def squares(y: Tensor) -> Criterion:
 
 
 def evaluated(x: Tensor, criterion: Criterion) -> Callable[[Any, Any, Tensor], Tensor]:
-    """The loss of validation and test: the criterion in evaluation mode."""
+    """The loss of validation and test: the criterion, with the model in evaluation mode."""
     return lambda model, hparams, batch: criterion(model.eval()(x[batch]), hparams, batch)
 
 
@@ -118,7 +117,7 @@ def one(value: Tensor, constraint: Any, name: str) -> nn.Module:
 def decayed(
     read: Callable[[], tuple[Tensor, Tensor]], count: int, network: Callable[[], nn.Module], per: str, root: Path
 ) -> Setup:
-    """Classes of a table, with learned decays; as many examples for validation as for training."""
+    """Classification of a table with learned decays; as many examples for validation as for training."""
     x, y = read()
     train, val, test = data.split(len(x), count, count)
     x = data.standardised(x, train)
@@ -165,7 +164,7 @@ class Reader(nn.Module):
 
 
 def reading(root: Path) -> Setup:
-    """Letters of a novel, a decay for each tensor. Training, validation and test follow each other in the text."""
+    """The letters of a novel, with a decay for each tensor. Training, validation and test follow each other in the text."""
     text, width = data.novel(root), 12
     begin = int(torch.randint(len(text) - 12_000, ()))
     places = torch.arange(width)
@@ -221,7 +220,7 @@ def folded(read: Callable[[], tuple[Tensor, Tensor]], count: int, hidden: int, l
 def weighted(
     x: Tensor, y: Tensor, sizes: tuple[int, int], labels: Callable[[Tensor], Tensor], make: Callable[[], nn.Module]
 ) -> Setup:
-    """A weight between 0 and 1 for each training example, of which some have wrong labels."""
+    """A weight between 0 and 1 for each training example, some of which have wrong labels."""
     train, val, test = (part[:1200] for part in data.split(len(x), *sizes))
     seen = y.clone()
     seen[train] = labels(y[train])
@@ -239,14 +238,14 @@ def weighted(
     )  # fmt: skip
 
 
-def drawn(y: Tensor, share: float = 0.4, classes: int = 10) -> Tensor:
-    """Labels of which a share is drawn at random."""
-    return torch.where(torch.rand(len(y)) < share, torch.randint(classes, (len(y),)), y)
+def drawn(y: Tensor, share: float = 0.4) -> Tensor:
+    """The labels, a share of them drawn at random."""
+    return torch.where(torch.rand(len(y)) < share, torch.randint(10, (len(y),)), y)
 
 
-def shifted(y: Tensor, share: float = 0.4, classes: int = 10) -> Tensor:
-    """Labels of which a share is that of the next class."""
-    return torch.where(torch.rand(len(y)) < share, (y + 1) % classes, y)
+def shifted(y: Tensor) -> Tensor:
+    """The labels, 40 % of them replaced by the next class."""
+    return torch.where(torch.rand(len(y)) < 0.4, (y + 1) % 10, y)
 
 
 def any_label_wrong(root: Path) -> Setup:
@@ -258,7 +257,7 @@ def next_label_wrong(root: Path) -> Setup:
 
 
 def mixed_sources(root: Path) -> Setup:
-    """Four sources of digits, more and more of whose labels are wrong: real numbers, whose softmax is a source's share."""
+    """Four sources of digits with more and more wrong labels. A real number for each; their softmax has the shares."""
     x, y = data.digits()
     train, val, test = data.split(len(x), 600, 150)
     source, seen = torch.arange(len(x)) % 4, y.clone()
@@ -281,7 +280,7 @@ def mixed_sources(root: Path) -> Setup:
 
 
 def rare_classes(root: Path) -> Setup:
-    """Digits of which some classes are rare in training, and none in validation: a shift of each logit in training.
+    """Digits whose higher classes are rare in training but not in validation, and a shift of each logit in training.
 
     Source: Li et al. 2021, AutoBalance (arXiv 2201.01212), who learn such shifts.
     """
@@ -304,7 +303,7 @@ def rare_classes(root: Path) -> Setup:
 
 
 def clamped(root: Path) -> Setup:
-    """House values, and a decay for each weight that is clamped at zero: the leaf is the decay itself."""
+    """House values, with a decay for each weight that is clamped at zero, so that its leaf is the decay itself."""
     x, y = data.boston(root)
     train, val, test = data.split(len(x), 120, 120)
     x, y = data.standardised(x, train), data.standardised(y, train)
@@ -327,7 +326,7 @@ def clamped(root: Path) -> Setup:
 
 
 def side_tasks(root: Path) -> Setup:
-    """Garments, with three further losses: the image in small, its brightness, and labels drawn at random."""
+    """Garments with three further losses: a smaller version of the image, its brightness, and labels drawn at random."""
     x, y = data.fashion(root)
     train, val, test = (part[:1200] for part in data.split(len(x), 200, 200))
     small, random = F.avg_pool2d(x, 2).flatten(1), drawn(y, 1.0)

@@ -1,4 +1,4 @@
-"""One training of a task with a setting, or without learning, and what came of it."""
+"""Train a task once, with a setting or without learning, and test it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.batches import shuffled
 from torch import Tensor, nn
 
 import hoptim
@@ -20,13 +21,13 @@ PLAIN, JOINED, FIXED = "plain", "joined", "fixed "
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What came of one run; the losses are infinite where it came to no number.
+    """The result of one run; its losses are infinite if they are not finite numbers.
 
     Attributes:
         test: the test loss.
         val: the validation loss of the last weights; with ``CrossValidated``, the last mean over the folds.
-        skipped: hypersteps that moved nothing.
-        hypersteps: all of them.
+        skipped: how many hypersteps moved nothing.
+        hypersteps: how many hypersteps there were.
         products: products with the curvature, over all hypersteps.
         seconds: processor time.
     """
@@ -43,13 +44,13 @@ class Row:
 
 
 def references(task: Task) -> list[str]:
-    """The runs without learning: with the starting values, on training and validation data, with other fixed values."""
+    """The names of the runs without learning: plain, joined (on validation data too) and with other fixed values."""
     joined = [] if task.folds else [JOINED]
     return [PLAIN, *joined, *(f"{FIXED}{value:g}" for value in task.grid if value != task.start)]
 
 
 def run(name: str, task: Task, setting: str, seed: int, root: Path) -> Row:
-    """Train and test. The split is the seed's, and so are the first weights and the order of the batches."""
+    """Train and test. The split, the first weights and the order of the batches depend on the seed alone."""
     torch.manual_seed(1000 + seed)
     setup = task.setup(root)
     rows: list[dict[str, Any]] = []
@@ -76,21 +77,16 @@ def _loss(setup: Setup, model: nn.Module, examples: Tensor) -> float:
 
 
 def _loop(task: Task, model: nn.Module, optimizer: Any, examples: Tensor) -> None:
-    """The ordinary loop: batches of shuffled examples, as many steps as the task has."""
-    batches: list[Tensor] = []
-    for _ in range(task.steps):
-        if not batches:
-            order = examples[torch.randperm(len(examples))]
-            size = task.size or len(order)
-            batches = [part for part in order.split(size) if len(part) == size]
+    """The training loop: shuffled batches, for as many steps as the task has."""
+    for batch in shuffled(examples, task.size or len(examples), task.steps):
         model.train()
         optimizer.zero_grad()
-        optimizer.loss(batches.pop()).backward()
+        optimizer.loss(batch).backward()
         optimizer.step()
 
 
 def _train_loss(setup: Setup, shows_parts: bool) -> Any:
-    """The loss as it is, or as a function that does not show its parts."""
+    """The loss with its parts, or as a function that hides them."""
     return setup.loss if shows_parts else lambda model, hparams, batch: setup.loss(model, hparams, batch)
 
 
@@ -118,7 +114,7 @@ def _learned(task: Task, setup: Setup, setting: Setting, rows: list[dict[str, An
 
 
 def _of(own: Tensor, loss: Any) -> Any:
-    """The same loss for batches that are numbers within ``own``."""
+    """The same loss, for batches that are indices into ``own``."""
     if isinstance(loss, hoptim.CompositeLoss):
         return hoptim.CompositeLoss(_of(own, loss.predict), _of(own, loss.criterion), loss.penalty)
     return lambda first, hparams, batch: loss(first, hparams, own[batch])

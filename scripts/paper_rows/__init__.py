@@ -1,4 +1,4 @@
-"""The results of Lorraine, Vicol and Duvenaud 2019, a module with a ``TABLE`` for each; scripts/paper.py reads them."""
+"""The results of Lorraine, Vicol and Duvenaud 2019. Each module has a ``TABLE``, which scripts/paper.py prints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Row:
     """One result, and the runs that reproduce it.
 
     Attributes:
-        label: what it is, the first cell.
-        paper: what the paper has.
-        runs: where its runs are, as a pattern of folders below the root, such as ``"paper_x/**/seed=*"``.
-        figures: which figure of result.json is in each column; default the table's.
-        plain: where the plain trainings are whose seconds are the unit of its cost; default its own inner steps.
+        label: the first cell.
+        paper: the paper's figure.
+        runs: a pattern for the folders of its runs below the root, such as ``"paper_x/**/seed=*"``.
+        figures: the figure of result.json in each column; default: the table's.
+        plain: a pattern for the plain trainings whose seconds are the unit of cost; default: the runs' own inner steps.
     """
 
     label: str
@@ -35,13 +35,13 @@ class Table:
     """The rows of one section of the paper.
 
     Attributes:
-        columns: the headings of the figures, each with the figure's name in result.json.
-        form: how a figure is written, such as ``"{:.1f}"``.
-        draw: ``draw(found, folder)`` draws the pictures, from the runs of each row by label.
+        columns: the heading of each figure, and the figure's name in result.json.
+        form: the format of a figure, such as ``".1f"``.
+        draw: ``draw(found, folder)`` draws the pictures; ``found`` has the runs of each row by label.
     """
 
     title: str
     columns: Mapping[str, str]
     rows: Sequence[Row]
-    form: str = "{:.1%}"
+    form: str = ".1%"
     draw: Callable[[Found, Path], None] | None = None

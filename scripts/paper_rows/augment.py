@@ -1,4 +1,4 @@
-"""Section 5.3: a learned network that changes the images of CIFAR-10."""
+"""Section 5.3 of the paper: a learned network that augments the images of CIFAR-10."""
 
 from __future__ import annotations
 

@@ -1,13 +1,10 @@
-"""Section 5.2: one learned image a class."""
+"""Section 5.2 of the paper: one learned image for each class."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from common.pictures import plt, save, show_image
 from safetensors.torch import load_file
 
 from paper_rows import Found, Row, Table
@@ -16,7 +13,7 @@ SETS = {"mnist": ("MNIST", "7,840"), "cifar10": ("CIFAR-10", "30,720")}
 
 
 def draw(found: Found, folder: Path) -> None:
-    """The learned images of each data set, each on a scale of its own, of which grey is zero."""
+    """The learned images, a row for each data set."""
     learned = {label: runs[0] for label, runs in found.items() if "learned" in label}
     if not learned:
         return
@@ -24,16 +21,13 @@ def draw(found: Found, folder: Path) -> None:
     for down, (label, run) in enumerate(learned.items()):
         path = folder / run.group / f"seed={run.seed}" / "hyperparameters.safetensors"
         for axis, image in zip(axes[down], load_file(path)["distilled_data.input"], strict=True):
-            shown = (image / image.abs().max() / 2 + 0.5).movedim(0, -1)
-            axis.imshow(shown.expand(*shown.shape[:2], 3))
-            axis.set(xticks=[], yticks=[])
+            show_image(axis, image)
         axes[down][0].set_ylabel(label.partition(",")[0])
-    figure.savefig(folder / "paper_distill.png", dpi=66)
-    plt.close(figure)
+    save(figure, folder / "paper_distill.png", dpi=66)
 
 
 def rows(data: str, name: str, pixels: str) -> list[Row]:
-    """The learned images, and the two plain trainings beside them; the unit of cost is the training on all."""
+    """The learned images, and the two plain trainings beside them. The unit of cost is the training on all images."""
     run = f"paper_distill/**/task.data={data}/seed=*"
     everything, few = (f"{run}/baselines/{label}" for label in ("all_real_images", "one_real_image_a_class"))
     return [

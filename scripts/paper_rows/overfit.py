@@ -1,13 +1,10 @@
-"""Section 5.1: a decay for each weight overfits a small validation set."""
+"""Section 5.1 of the paper: a decay for each weight overfits a small validation set."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from common.pictures import plt, save
 
 from paper_rows import Found, Row, Table
 
@@ -37,8 +34,7 @@ def draw(found: Found, folder: Path) -> None:
         if own:
             axis.legend(frameon=False, loc="lower right")
     axes[0].set_ylabel("accuracy: validation, dotted train")
-    figure.savefig(folder / "paper_overfit.png", dpi=90)
-    plt.close(figure)
+    save(figure, folder / "paper_overfit.png", dpi=90)
 
 
 TABLE = Table(
@@ -54,6 +50,6 @@ TABLE = Table(
         for model, weights in MODELS.items()
         if data in weights
     ],
-    form="{:.0%}",
+    form=".0%",
     draw=draw,
 )

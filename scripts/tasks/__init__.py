@@ -1,1 +1,1 @@
-"""What scripts/train.py is made of: the tasks (data, model, losses, hyperparameters), checkpoints, processes and plots."""
+"""The parts of scripts/train.py: the tasks (data, models, losses, hyperparameters), runs, checkpoints, processes, plots."""

@@ -1,4 +1,4 @@
-"""The boards of a run of scripts/train.py: W&B, TensorBoard and MLflow, with the run's name and its place in a sweep."""
+"""Open and close a run of scripts/train.py on W&B, TensorBoard and MLflow, with its name and its place in a sweep."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _open: list[Board] = []
 
 
 def start(cfg: DictConfig, folder: Path, trackers: Sequence[Any], ids: Mapping[str, str | None]) -> list[Board]:
-    """Start a run on each board among the trackers, or continue the one with its id in ``ids``.
+    """Start a run on each board among the trackers; continue the board's run if ``ids`` has an id for it.
 
-    What the config leaves open is filled in: a name; the sweep as group, by the folder of its results; as type of job what
-    runs that differ only in the seed have in common; the experiment, the seed and each override as tags; the run's folder.
+    Options of a board that the config leaves open are filled in: the name; the group, which is the folder of the sweep's
+    results; the job type, which is the same for runs that differ only in the seed; the tags, which are the experiment, the
+    seed and each override; the run's folder.
     """
     if not any(isinstance(tracker, Board) for tracker in trackers):
         return []
@@ -33,7 +34,7 @@ def start(cfg: DictConfig, folder: Path, trackers: Sequence[Any], ids: Mapping[s
         "directory": folder,
     }
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    config.pop("baselines", None)  # other trainings, whose settings would be taken for this one's
+    config.pop("baselines", None)  # the settings of other trainings would look like this one's
     for tracker in trackers:
         if isinstance(tracker, Board):
             _open.append(tracker.filled(**filling, id=ids.get(type(tracker).__name__)))
@@ -42,7 +43,7 @@ def start(cfg: DictConfig, folder: Path, trackers: Sequence[Any], ids: Mapping[s
 
 
 def ids(boards: Sequence[Board]) -> dict[str, str | None]:
-    """For a checkpoint: the id of each board's run."""
+    """The id of each board's run, for a checkpoint."""
     return {type(board).__name__: board.run_id for board in boards}
 
 
@@ -55,7 +56,7 @@ def finish(boards: Sequence[Board], result: Mapping[str, Any], images: Mapping[s
 
 
 def abandon() -> None:
-    """After an error: close the runs as failed, so that no later training logs into them."""
+    """Close the runs as failed after an error, so that no later training logs into them."""
     for board in _open:
         board.abandon()
     _open.clear()

@@ -1,4 +1,4 @@
-"""Calibration: a temperature in the validation loss alone, so that the training itself stays as it is."""
+"""Calibration: a temperature in the validation loss alone, which leaves the training as it is."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tasks.classification import Classification
 
 @dataclass(kw_only=True)
 class Calibration(Classification):
-    """Classification whose logits are divided by the temperature where the model is used, not where it trains.
+    """Classification whose logits are divided by a learned temperature T in the validation loss, not in the training loss.
 
-    L_T = mean cross-entropy(z, y) + the penalties; L_V = mean cross-entropy(z/T, y). So the hypergradient of T is the
-    direct one, ∂L_V/∂T, and T follows the model.
+    L_T = mean cross-entropy(z, y) + the penalties; L_V = mean cross-entropy(z/T, y). So the hypergradient of T is only the
+    direct one, ∂L_V/∂T.
     """
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class Calibration(Classification):
         return hparams["temperature"].cross_entropy(model.eval()(self.x[batch]), self.y[batch])
 
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-        """Of the calibrated probabilities: the cross-entropy, and how far the mean confidence is from the accuracy."""
+        """The cross-entropy of the calibrated probabilities, the accuracy, and the mean confidence minus the accuracy."""
         z, y = hparams["temperature"].scaled(model(self.x[batch])), self.y[batch]
         accuracy, confidence = (z.argmax(1) == y).to(z.dtype).mean(), z.softmax(1).amax(1).mean()
         return {"loss": F.cross_entropy(z, y), "accuracy": accuracy, "overconfidence": confidence - accuracy}

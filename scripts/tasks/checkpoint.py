@@ -1,4 +1,4 @@
-"""The files of a run that has to survive a kill: checkpoint, rows of figures, and how they are written."""
+"""The files that let a run go on after a kill: the checkpoint, and the rows of figures up to it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.records import read_json_lines
 from omegaconf import DictConfig, OmegaConf
 
 from hoptim.tracking import Board, JsonLines
@@ -26,11 +27,11 @@ MUST_AGREE = (
 
 
 class ResumeError(ValueError):
-    """The run in the folder cannot be resumed. Nothing in the folder has been touched."""
+    """The run in the folder cannot be resumed. Nothing in the folder was changed."""
 
 
 def fingerprint(cfg: DictConfig, processes: int) -> str:
-    """Everything in which a run and its resumption must agree, as text."""
+    """All options that have to be the same when a run is resumed, as text."""
     chosen = {
         key: OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
         for key in MUST_AGREE
@@ -41,7 +42,7 @@ def fingerprint(cfg: DictConfig, processes: int) -> str:
 
 
 def save_checkpoint(path: Path, run: Run, outer_step: int, boards: list[Board]) -> None:
-    """Write everything that the rest of the run depends on, as tensors and plain values."""
+    """Write all that the rest of the run depends on, as tensors and plain values."""
     generators = run.processes.gather(torch.get_rng_state())
     batches = run.processes.gather(run.batches.state_dict())
     if not run.processes.is_main:
@@ -79,7 +80,7 @@ def load_checkpoint(path: Path, run: Run) -> Any:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, if it is whole and of a run."""
+    """Read a checkpoint; raise ``ResumeError`` if it is damaged or not one of scripts/train.py."""
     try:
         saved = files.read_whole(path)
         if "fingerprint" not in saved:
@@ -91,7 +92,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def keep_rows(metrics: JsonLines, last: int) -> list[dict[str, Any]]:
-    """Keep the rows up to outer step ``last``; a killed run may have written more, and half of a last one."""
+    """Keep the rows up to outer step ``last``. A killed run may have written more of them, the last one perhaps in part."""
     path, rows = Path(metrics.path), []
     if last and path.exists():
         lines = path.read_text().splitlines()[:last]
@@ -104,12 +105,12 @@ def keep_rows(metrics: JsonLines, last: int) -> list[dict[str, Any]]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of figures of the finished run in a folder."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The rows of figures of the run in a folder."""
+    return read_json_lines(folder / "metrics.jsonl")
 
 
 def written_config(cfg: DictConfig) -> str:
-    """The config as config.yaml has it, which does not say whether the run was resumed."""
+    """The config as text for config.yaml, the same whether or not the run was resumed."""
     return OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": False}), resolve=True)
 
 

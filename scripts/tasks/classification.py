@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import hoptim
 from tasks import data as sets
-from tasks.task import Task
+from tasks.task import Task, of_classes
 
 OF_LOGITS = ("label_smoothing", "temperature", "soft_labels")
 OF_LAYERS = ("noise_width", "dropout")
@@ -26,26 +26,26 @@ ONE_OF = (OF_LOGITS, OF_LAYERS, OF_EXAMPLES)
 
 @dataclass(kw_only=True)
 class Classification(Task):
-    """Cross-entropy of a classifier, with recipes of hoptim in their places in the training loss.
+    """A classifier trained by cross-entropy, with any of hoptim's recipes in its training loss.
 
     L_T = mean cross-entropy(model(changed x), y) + the penalties + ½·decay·Σ w²; L_V is the cross-entropy alone.
 
     Args:
         data: mnist, fashion_mnist, cifar10, digits, iris, wine or breast_cancer.
-        model_of: ``model_of(shape, classes)``, such as those of tasks/models.py.
-        train: how many examples train.
-        val: how many validate.
-        test: how many test; default all that are left.
+        model_of: ``model_of(shape, classes)`` makes a model, such as those of tasks/models.py.
+        train: how many training examples there are.
+        val: how many validation examples there are.
+        test: how many test examples there are; default: all that are left.
         root: the folder of torchvision's data sets.
-        balanced: whether as many of each class train.
-        recipes: by name, functions that make them; conf/hoptim/recipe has one for each. One that is null is left out, so
-            that a baseline can do without what the experiment has.
+        balanced: whether each class has the same number of training examples.
+        recipes: functions that make the recipes, by name; conf/hoptim/recipe has one for each. A recipe that is null is
+            left out, so that a baseline can do without a recipe of the experiment.
         decay: a fixed weight decay of all weights, beside the recipes.
-        gate_price: what an open gate costs in the validation loss.
-        wrong_labels: the share of wrong labels in the training part; a list deals that part into as many sources, each
-            with a share of its own, for domain_weights.
+        gate_price: the price of an open gate in the validation loss.
+        wrong_labels: the share of wrong labels in the training part. A list splits that part into as many sources, each
+            with its own share, for domain_weights.
         join: train on the training and the validation part together; validation figures then mean nothing.
-        device: where the data, the model and the recipes are, such as cuda.
+        device: the device of the data, the model and the recipes, such as cuda.
     """
 
     data: str
@@ -81,7 +81,7 @@ class Classification(Task):
                 raise ValueError(f"the recipes {both[0]} and {both[1]} have the same place in the loss: give one of them")
 
     def setup(self, seed: int) -> dict[str, Tensor]:
-        """Draw the examples, number them train, val, test, and standardise by the training part."""
+        """Draw the examples, number them in the order train, val, test, and standardise by the training part."""
         found = sets.read(self.data, self.root)
         drawn = sets.split(found, self.train, self.val, self.test, seed, self.balanced)
         numbers = torch.arange(sum(map(len, drawn.values()))).split([len(part) for part in drawn.values()])
@@ -106,7 +106,7 @@ class Classification(Task):
         return nn.ModuleDict({name: self.made(name, model) for name in self.recipes}).to(self.device)
 
     def made(self, name: str, model: nn.Module) -> nn.Module:
-        """A recipe, from what it needs of this task."""
+        """A recipe, made from the parts of this task that it needs."""
         make, val, shape = self.recipes[name], self.parts["val"], tuple(self.x.shape[1:])
         learning = self.train + self.val
         if name == "prior_scale":
@@ -153,7 +153,7 @@ class Classification(Task):
         return losses.mean()
 
     def mixed(self, losses: Tensor, mixture: Any, batch: Tensor) -> Tensor:
-        """The mean with the weights of the sources; validation examples, which a retraining adds, have the weight 1."""
+        """The mean weighted by source; validation examples, which a retraining adds, have the weight 1."""
         own = batch < self.train
         if not own.any():
             return losses.mean()
@@ -175,24 +175,23 @@ class Classification(Task):
         return learned + self.decay / 2 * sum(weight.square().sum() for weight in model.parameters())
 
     def val_loss(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
-        """Cross-entropy, without what the recipes change in training; gates belong to the model, and have their price."""
+        """Cross-entropy without the recipes that act in training. Gates belong to the model; open ones have a price."""
         loss = F.cross_entropy(model.eval()(self.gated(self.x[batch], hparams, training=False)), self.y[batch])
         return loss + self.gate_price * hparams["gate"].count() if self.gate_price else loss
 
     def gated(self, x: Tensor, hparams: Any, training: bool) -> Tensor:
-        """The inputs, each feature or channel times the value of its gate."""
+        """The inputs, with each feature or channel multiplied by its gate."""
         if "gate" not in self.recipes:
             return x
         return x * hparams["gate"].values(training).reshape(-1, *[1] * (x.ndim - 2))
 
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy and accuracy; how many gates are open."""
-        z, y = model(self.gated(self.x[batch], hparams, training=False)), self.y[batch]
-        found = {"loss": F.cross_entropy(z, y), "accuracy": (z.argmax(1) == y).double().mean()}
+        """Cross-entropy and accuracy, and how many gates are open."""
+        found = of_classes(model(self.gated(self.x[batch], hparams, training=False)), self.y[batch])
         return found | {"open": hparams["gate"].harden()[0].sum()} if "gate" in self.recipes else found
 
     def draw(self, problem: hoptim.Problem, folder: Path) -> list[Path]:
-        """The learned examples; images before and after the learned changes."""
+        """Pictures of the learned examples, of images before and after the learned changes, and of the gates."""
         from tasks import pictures
 
         return [

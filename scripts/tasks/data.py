@@ -1,4 +1,4 @@
-"""The data sets of the tasks: inputs, classes, and which of them may train, and which test."""
+"""The data sets of the tasks: how they are read, split, standardised and given wrong labels."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SMALL = ("digits", *TABLES)
 
 @dataclass(frozen=True)
 class Labelled:
-    """Examples and their classes; the first ``training`` of them may train and validate, the others test.
+    """Examples and their classes. The first ``training`` examples are for training and validation, the others for tests.
 
-    Images stay bytes, of which those that are used are divided by ``scale``: as numbers CIFAR-10 has 740 MB.
+    Images are kept as bytes, and only those that are used are divided by ``scale``: as floats CIFAR-10 would take 740 MB.
     """
 
     x: Tensor
@@ -30,9 +30,9 @@ class Labelled:
     scale: float = 1.0
 
 
-@lru_cache(maxsize=1)  # the jobs of a sweep read it once
+@lru_cache(maxsize=1)  # so that the jobs of a sweep read it once
 def read(name: str, root: str | Path) -> Labelled:
-    """A data set by name. What belongs to torchvision lies under ``root``, or is fetched to it."""
+    """A data set by name. Those of torchvision are in the folder ``root``, or are downloaded to it."""
     if name in IMAGES:
         parts = [_images(name, Path(root), train) for train in (True, False)]
         x, y = (torch.cat(both) for both in zip(*parts, strict=True))
@@ -47,20 +47,20 @@ def read(name: str, root: str | Path) -> Labelled:
 
 
 def _images(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Images of shape (N, C, H, W), of bytes, and their classes."""
+    """Images as bytes, of shape (N, C, H, W), and their classes."""
     from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 
     if name == "cifar10":
-        arrays = _cifar10_arrays(root, train) or (lambda found: (found.data, found.targets))(
-            CIFAR10(root, train, download=True)
-        )
+        if (arrays := _cifar10_arrays(root, train)) is None:
+            found = CIFAR10(root, train, download=True)
+            arrays = found.data, found.targets
         return torch.as_tensor(arrays[0]).movedim(3, 1), torch.as_tensor(arrays[1])
     found = {"mnist": MNIST, "fashion_mnist": FashionMNIST}[name](root, train, download=True)
     return found.data[:, None], found.targets
 
 
 def _cifar10_arrays(root: Path, train: bool) -> tuple[Any, Any] | None:
-    """CIFAR-10 from the file of arrays cifar10/cifar10.npz, for machines that cannot fetch the original."""
+    """CIFAR-10 from arrays in the file cifar10/cifar10.npz, for machines that cannot download the original."""
     path, part = root / "cifar10" / "cifar10.npz", "train" if train else "test"
     if not path.is_file():
         return None
@@ -69,9 +69,9 @@ def _cifar10_arrays(root: Path, train: bool) -> tuple[Any, Any] | None:
 
 
 def split(data: Labelled, train: int, val: int, test: int | None, seed: int, balanced: bool = False) -> dict[str, Tensor]:
-    """Numbers of examples, drawn at random: train and val of those that may train, test of the others.
+    """Indices of examples, drawn at random: train and val from the training part of the data, test from the other part.
 
-    A data set without a test set of its own is split in three. ``balanced``: as many of each class train.
+    A data set without a test part is split in three. ``balanced``: each class has the same number of training examples.
 
     >>> data = Labelled(torch.zeros(10, 1), torch.zeros(10), training=10)
     >>> [len(part) for part in split(data, 4, 3, None, seed=0).values()]
@@ -92,7 +92,7 @@ def split(data: Labelled, train: int, val: int, test: int | None, seed: int, bal
 
 
 def as_many_of_each_class_first(order: Tensor, y: Tensor, count: int) -> Tensor:
-    """The order, but that its first ``count`` examples are as many of each class.
+    """The order, changed so that its first ``count`` examples have the same number of each class.
 
     >>> as_many_of_each_class_first(torch.tensor([3, 1, 0, 2]), torch.tensor([0, 1, 0, 1]), 2)
     tensor([0, 3, 1, 2])
@@ -107,14 +107,14 @@ def as_many_of_each_class_first(order: Tensor, y: Tensor, count: int) -> Tensor:
 
 
 def standardised(x: Tensor, part: Tensor) -> Tensor:
-    """A column, or a channel of images, with mean 0 and deviation 1 in the given part."""
+    """x with mean 0 and standard deviation 1 in the given part, for each column of a table or each channel of images."""
     axes = [axis for axis in range(x.ndim) if axis != 1]
     mean, deviation = x[part].mean(axes, keepdim=True), x[part].std(axes, keepdim=True)
     return (x - mean) / deviation.clamp(min=1e-6)
 
 
 def with_wrong_labels(y: Tensor, examples: Tensor, share: float, classes: int, seed: int) -> Tensor:
-    """The labels, of which this share of the examples has another class, drawn evenly."""
+    """The labels, with this share of the given examples moved to another class, drawn uniformly."""
     generator = torch.Generator().manual_seed(seed)
     chosen = examples[torch.randperm(len(examples), generator=generator)[: round(share * len(examples))]]
     y = y.clone()

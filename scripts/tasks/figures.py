@@ -16,11 +16,11 @@ from hoptim.training.record import natural_values
 from tasks.run import Run
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-SAMPLE = 100_000  # of a tensor with more entries than this the quantiles are those of about so many
+SAMPLE = 100_000  # the quantiles of a larger tensor are those of about this many of its entries
 
 
 def figures_of(run: Run, seconds: float) -> dict[str, Any]:
-    """The hypersteps of one row together, the figures of the last one, and the distribution of each hyperparameter."""
+    """A row: sums over its hypersteps, the figures of the last one, and the distribution of each hyperparameter."""
     records = [record.row() for record in run.records]
     run.records.clear()
     row = dict(records[-1]) if records else {"inner_step": run.optimizer.inner_steps}
@@ -31,7 +31,7 @@ def figures_of(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def spreads(problem: hoptim.Problem) -> dict[str, dict[str, Any]]:
-    """Mean, extremes and quantiles of each hyperparameter."""
+    """Mean, minimum, maximum and quantiles of each hyperparameter."""
     found = {}
     for name, tensor in natural_values(problem).items():
         value = tensor.double().flatten()
@@ -43,7 +43,7 @@ def spreads(problem: hoptim.Problem) -> dict[str, dict[str, Any]]:
 
 
 def check_finite(row: Mapping[str, Any], measured: Mapping[str, float]) -> None:
-    """Raise FloatingPointError, with what to do, where a figure on the data is not finite."""
+    """Raise FloatingPointError with the remedy if a measured figure is not finite."""
     if all(map(math.isfinite, measured.values())):
         return
     largest = max((spread["max"] for spread in row["hyperparameters"].values()), default=math.nan)
@@ -56,7 +56,7 @@ def check_finite(row: Mapping[str, Any], measured: Mapping[str, float]) -> None:
 def result_of(
     cfg: DictConfig, problem: hoptim.Problem, rows: Sequence[Mapping[str, Any]], measured: Mapping[str, float]
 ) -> tuple[dict[str, Any], bytes]:
-    """What result.json holds, and the bytes of hyperparameters.safetensors."""
+    """The content of result.json, and the bytes of hyperparameters.safetensors."""
     statuses: Counter[str] = Counter()
     for row in rows:
         statuses.update(row["statuses"] if "statuses" in row else [row["status"]])

@@ -1,4 +1,4 @@
-"""Learning by cross-validation, ``folds=3``: the same training loop, on folds of train and val, then on both together."""
+"""Learning by cross-validation, ``folds=3``: the same training loop on folds of train and val, then on both together."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ log = logging.getLogger("hoptim.train")
 
 
 def cross_validate(cfg: DictConfig, folder: Path) -> float:
-    """Fit, write the result, the hyperparameters and a row for each hyperstep, and return the loss on what was held out.
+    """Fit, write the result, the hyperparameters and a row for each hyperstep, and return the loss on the held-out folds.
 
     With ``resume=true`` the fit goes on from fit.pt. Warm-up and hypersteps are those of :class:`hoptim.CrossValidated`;
-    ``every`` and ``warmup`` have no say.
+    the options ``every`` and ``warmup`` are ignored.
 
     Raises:
-        ValueError: an option that has no place in a fit by folds; several processes.
+        ValueError: an option that a fit by folds cannot have, or several processes.
         ResumeError: fit.pt is of a fit with other options.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
     hparams = task.hparams(task.model())
     trackers = [instantiate(options) for options in (cfg.hoptim.get("tracker") or {}).values()]
     plain = [tracker for tracker in trackers if not isinstance(tracker, Board)]
-    saved = begun_before(cfg, folder)
+    saved = saved_fit(cfg, folder)
     boards = running.start(cfg, folder, trackers, saved.get("boards", {}))
     this = {"fingerprint": fold_fingerprint(cfg), "boards": running.ids(boards)}
     write_atomically(folder / "fit.json", json.dumps(this).encode())
@@ -91,7 +91,7 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
 
 
 def check_folds(cfg: DictConfig, task: Task, processes: Processes) -> None:
-    """Raise where something is asked for that a fit by folds does not do."""
+    """Raise ValueError if the config or the task asks for something that a fit by folds does not do."""
     if processes.size > 1:
         raise ValueError(f"folds={cfg.folds} in {processes.size} processes: start scripts/train.py without torchrun")
     asked = {"learn=false": not cfg.learn, "epochs": cfg.epochs is not None, "hyperparameters": bool(cfg.hyperparameters)}
@@ -107,12 +107,12 @@ def check_folds(cfg: DictConfig, task: Task, processes: Processes) -> None:
 
 
 def fold_fingerprint(cfg: DictConfig) -> str:
-    """Everything in which a fit and its resumption must agree; its number of steps is one of them."""
+    """All options that have to be the same when a fit is resumed, the number of steps included."""
     return json.dumps([fingerprint(cfg, 1), cfg.outer_steps])
 
 
-def begun_before(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """What fit.json says of the fit to go on with; without ``resume`` the files of an earlier fit are removed."""
+def saved_fit(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """The content of fit.json for the fit to resume; without ``resume`` the files of an earlier fit are removed."""
     path = folder / "fit.json"
     if not cfg.resume:
         for name in ("fit.pt", "fit.json", "result.json", "metrics.jsonl", "hypersteps.jsonl"):

@@ -1,4 +1,4 @@
-"""Iris, with a weight decay for each weight: the experiment that hoptim started from."""
+"""Iris with a weight decay for each weight: the main experiment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 import hoptim
-from tasks.task import Task
+from tasks.task import Task, of_classes
 
 PARAMETERISATIONS = {"exp": constraints.positive, "clamp": constraints.nonnegative}
 
@@ -29,7 +29,7 @@ class Iris(Task):
         hidden: h; the model has 4h + h² + 3h weights: 17,280 at 128, 1,055,744 at 1024.
         dropout: probability of dropping a hidden unit.
         decay: initial value of every decay, ≥ 0.
-        per_weight: one decay for each weight, or a single one.
+        per_weight: whether each weight has its own decay, or all share one.
         parameterisation: ``exp`` (the leaf is log decay) or ``clamp`` (the leaf is the decay, clamped at zero).
         join: train on the training and the validation set together; validation figures then mean nothing.
     """
@@ -49,7 +49,7 @@ class Iris(Task):
             raise ValueError(f"decay={self.decay}: exp needs a positive start; parameterisation=clamp may start at 0")
 
     def setup(self, seed: int) -> dict[str, Tensor]:
-        """Split by class, and standardise by mean and standard deviation of the training part."""
+        """Split by class, and standardise by the mean and standard deviation of the training part."""
         x, y = load_iris(return_X_y=True)
         rest, test = train_test_split(np.arange(len(x)), test_size=30, stratify=y, random_state=seed)
         train, val = train_test_split(rest, test_size=60, stratify=y[rest], random_state=seed)
@@ -95,5 +95,4 @@ class Iris(Task):
 
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and accuracy, without dropout and penalty."""
-        z, y = model(self.x[batch]), self.y[batch]
-        return {"loss": F.cross_entropy(z, y), "accuracy": (z.argmax(1) == y).double().mean()}
+        return of_classes(model(self.x[batch]), self.y[batch])

@@ -27,23 +27,23 @@ PENALTIES = ("activation", "temporal")
 
 @dataclass(kw_only=True)
 class Language(Task):
-    """The next word of a text, by an LSTM of two layers. A batch is a vector of numbers of sequences.
+    """An LSTM of two layers that predicts the next word of a text. A batch is a vector with the indices of its sequences.
 
-    L_T = mean cross-entropy + α·mean(a²) + β·mean((h_t − h_{t−1})²), where h is the last layer's output and a what dropout
-    leaves of it; L_V is the mean cross-entropy without any of these. Perplexity is exp of the mean cross-entropy.
+    L_T = mean cross-entropy + α·mean(a²) + β·mean((h_t − h_{t−1})²), where h is the last layer's output before dropout and
+    a after it; L_V is the mean cross-entropy without penalties and dropout. Perplexity is exp of the mean cross-entropy.
 
     Args:
         root: the folder of train.txt, valid.txt and test.txt.
-        train: how many sequences train, drawn from train.txt.
-        val: how many validate, drawn from valid.txt.
-        test: how many test, drawn from test.txt.
-        length: words of a sequence.
-        vocabulary: how many words are known: the most frequent of train.txt, and one for all others.
+        train: how many training sequences are drawn from train.txt.
+        val: how many validation sequences are drawn from valid.txt.
+        test: how many test sequences are drawn from test.txt.
+        length: words in a sequence.
+        vocabulary: how many words are known: the most frequent ones of train.txt, and one word for all others.
         hidden: units of an embedding and of a layer.
         per: ``layer``, five rates; or ``unit``: a rate for each unit of the inputs, hidden states and outputs, for each word
             of the embedding, and for each hidden-to-hidden weight.
         start: the rates and penalties at their start, by name.
-        temperature: τ of the relaxed masks.
+        temperature: τ of the relaxed dropout masks.
 
     Source: Merity, Keskar and Socher 2018, Regularizing and optimizing LSTM language models (arXiv 1708.02182).
     """
@@ -69,7 +69,7 @@ class Language(Task):
             )
 
     def setup(self, seed: int) -> dict[str, Tensor]:
-        """Read the three files, and draw the sequences of each by the seed."""
+        """Read the three files, and draw sequences from each, by the seed."""
         self.words, texts = corpus(self.root, self.vocabulary)
         generator, drawn = torch.Generator().manual_seed(seed), []
         for part, text in texts.items():
@@ -93,13 +93,13 @@ class Language(Task):
         return hoptim.CompositeLoss(self.predict, self.criterion)
 
     def masks(self, hparams: Any, count: int) -> dict[str, Tensor]:
-        """What a training step multiplies with, drawn for so many sequences; the same for all words of a sequence."""
+        """The dropout masks of a training step on ``count`` sequences; they are the same for all words of a sequence."""
         H, V = self.hidden, len(self.words)
         shapes = dict.fromkeys(("input", "hidden", "output"), (count, 1, H)) | {"embedding": (V, 1), "weight": (2, 4 * H, H)}
         return {name: kept(hparams[f"rate.{name}"], shapes[name], self.temperature) for name in RATES}
 
     def predict(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
-        """Logits, what is left of the last layer's output and the output itself, side by side."""
+        """Logits, the last layer's output after dropout, and the output before it, side by side."""
         return torch.cat(model(self.tokens[batch, :-1], self.masks(hparams, len(batch))), dim=-1)
 
     def criterion(self, z: Tensor, hparams: Any, batch: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Language(Task):
         return self.cross_entropy(model(self.tokens[batch, :-1])[0], batch)
 
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy, and the share of words that are the likeliest."""
+        """Cross-entropy, and the share of words to which the model gives the highest probability."""
         logits = model(self.tokens[batch, :-1])[0]
         found = (logits.argmax(-1) == self.tokens[batch, 1:]).double().mean()
         return {"loss": self.cross_entropy(logits, batch), "accuracy": found}
@@ -149,7 +149,7 @@ class LanguageModel(nn.Module):
 
 
 def recurrent(cell: nn.LSTMCell, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The cell's outputs over time, with its hidden-to-hidden weights times the mask; it has second derivatives anywhere."""
+    """The cell's outputs over time, with its hidden-to-hidden weights times the mask; has second derivatives everywhere."""
     u = cell.weight_hh if mask is None else cell.weight_hh * mask
     state = x.new_zeros(2, len(x), cell.hidden_size).unbind()
     outputs = []
@@ -160,7 +160,7 @@ def recurrent(cell: nn.LSTMCell, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def kept(rate: Tensor, shape: tuple[int, ...], temperature: float) -> Tensor:
-    """Masks of dropout with a derivative in the rate p: (1 − s)/(1 − p), s = sigmoid((logit p + logit u)/τ), u uniform.
+    """Dropout masks that have a derivative in the rate p: (1 − s)/(1 − p), s = sigmoid((logit p + logit u)/τ), u uniform.
 
     Source: Gal, Hron and Kendall 2017, Concrete dropout (arXiv 1705.07832); the same relaxation as hoptim.recipes.Dropout.
     """
@@ -170,14 +170,14 @@ def kept(rate: Tensor, shape: tuple[int, ...], temperature: float) -> Tensor:
 
 @lru_cache(maxsize=1)
 def corpus(root: str, size: int) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """The vocabulary, and the numbers of the words of each part."""
+    """The vocabulary, and the text of each part as the numbers of its words."""
     words = {part: words_of(Path(root, name)) for part, name in FILES.items()}
     vocabulary = vocabulary_of(words["train"], size)
     return vocabulary, {part: torch.tensor([vocabulary.get(word, 0) for word in text]) for part, text in words.items()}
 
 
 def words_of(path: Path) -> list[str]:
-    """The words and signs of a text, in small letters.
+    """The words and punctuation marks of a text, in lower case.
 
     >>> words_of(Path("nowhere/train.txt"))
     Traceback (most recent call last):
@@ -192,7 +192,7 @@ def words_of(path: Path) -> list[str]:
 
 
 def vocabulary_of(words: list[str], size: int) -> dict[str, int]:
-    """The numbers of the most frequent words; 0 is any other.
+    """A number for each of the most frequent words; 0 is for all others.
 
     >>> vocabulary_of("a b a c a b".split(), 3)
     {'<unk>': 0, 'a': 1, 'b': 2}
@@ -202,7 +202,7 @@ def vocabulary_of(words: list[str], size: int) -> dict[str, int]:
 
 
 def draw(text: Tensor, count: int, length: int, generator: torch.Generator, part: str) -> Tensor:
-    """So many pieces of this length, which do not overlap, drawn at random."""
+    """Random pieces of the text, ``count`` of this length, which do not overlap."""
     pieces = text[: len(text) // length * length].view(-1, length)
     if not 1 <= count <= len(pieces):
         raise ValueError(f"task.{part}={count}: {FILES[part]} has {len(pieces)} sequences of {length} words")

@@ -1,4 +1,4 @@
-"""The models of the tasks, each a function of the shape of an input and the number of classes."""
+"""The models of the tasks; each is a function of the shape of an input and the number of classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shape = Sequence[int]
 
 
 def every_weight(name: str, weight: nn.Parameter) -> bool:
-    """What to ``include`` in a weight decay, so that biases and norms have one too."""
+    """For ``include`` of a weight decay: all weights, biases and norms too."""
     return True
 
 
@@ -22,14 +22,14 @@ def linear(shape: Shape, classes: int) -> nn.Module:
 
 
 def mlp(shape: Shape, classes: int, hidden: Sequence[int] | None = None) -> nn.Module:
-    """Hidden layers with ReLU; default one, as wide as the input: 623,290 weights on MNIST, 9,470,986 on CIFAR-10."""
+    """An MLP with ReLU; by default a hidden layer as wide as the input: 623,290 weights on MNIST, 9,470,986 on CIFAR-10."""
     widths = [prod(shape), *(hidden or [prod(shape)])]
     layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
 
 
 def cnn(shape: Shape, classes: int, channels: Sequence[int] = (16, 32)) -> nn.Module:
-    """3×3 convolutions with ReLU, each halving the size, and a linear layer."""
+    """3×3 convolutions with ReLU, each of which halves the size, and a linear layer."""
     widths, side = [shape[0], *channels], [shape[1], shape[2]]
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
@@ -84,7 +84,7 @@ def resnet18(shape: Shape, classes: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """relu(f(x) + shortcut(x)) with two convolutions; the shortcut has no weights: it strides and pads with zeros."""
+    """relu(f(x) + shortcut(x)); f has two convolutions. The shortcut has no weights: it strides and pads with zeros."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures of what some recipes have learned."""
+"""Pictures of what recipes have learned."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from common.pictures import plt, save, show_image
 from torch import Tensor
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def distilled(task: Any, recipe: Any, path: Path) -> Path:
-    """The learned examples, a column for each class, if they are images."""
+    """The learned examples, if they are images: a column for each class."""
     x, y = recipe.examples()
     rows = -(-len(y) // task.classes)
     return _grid(x.detach(), [f"{label}" for label in y.tolist()], rows, path) if x.ndim == 4 else path
 
 
 def changed(task: Any, recipe: Any, path: Path) -> Path:
-    """Ten images as they are, and three draws of each as the training sees it."""
+    """Ten images as they are, and three random changes of each, as the training sees them."""
     x = task.x[task.parts["train"][:10]]
     change = recipe.augment if hasattr(recipe, "augment") else recipe
     with torch.no_grad():
@@ -36,26 +33,17 @@ def gates(task: Any, recipe: Any, path: Path) -> Path:
     figure, axis = plt.subplots(figsize=(1.5 + 0.25 * len(values), 3), layout="constrained")
     axis.bar(range(len(values)), values)
     axis.set(xlabel="feature", ylabel="gate", ylim=(0, 1))
-    return _saved(figure, path)
+    return save(figure, path)
 
 
 def _grid(images: Tensor, titles: list[str], rows: int, path: Path) -> Path:
-    """Images, each on a scale of its own, of which grey is the same for negative and positive values."""
+    """Images in rows, each with its title."""
     across = len(images) // rows
     figure, axes = plt.subplots(rows, across, figsize=(across, 1.2 * rows), squeeze=False, layout="constrained")
     for axis, image, title in zip(axes.flat, images.cpu(), titles, strict=True):
-        limit = image.abs().max().clamp(min=1e-12)
-        shown = (image / limit / 2 + 0.5).movedim(0, -1)
-        axis.imshow(shown.expand(*shown.shape[:2], 3) if shown.shape[2] == 1 else shown)
-        axis.set(xticks=[], yticks=[])
+        show_image(axis, image)
         axis.set_title(title, fontsize=8)
-    return _saved(figure, path)
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 OF_RECIPES: dict[str, Callable[[Any, Any, Path], Path]] = {

@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from common.pictures import plt, save
 from matplotlib import ticker
 
 from tasks.checkpoint import read_rows
@@ -24,18 +21,18 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def of_run(run: Run, rows: Rows, folder: Path, retrained: float | None = None) -> list[Path]:
-    """The pictures of a finished run: its losses, its hyperparameters, and what its task draws.
+    """Draw the pictures of a finished run: its losses, its hyperparameters, and those of its task.
 
     Args:
         run: the run.
         rows: its rows of figures.
-        folder: where its files are.
+        folder: the folder of its files.
         retrained: the test loss of the retrained model, if there is one.
     """
     paths = [folder / "curves.png", folder / "hyperparameters.png"]
     plain = {label: read_rows(folder / "baselines" / label) for label in run.cfg.baselines}
     for label, changes in run.cfg.baselines.items():
-        if (changes.get("task") or {}).get("join"):  # it trains on the validation part, where its loss means nothing
+        if (changes.get("task") or {}).get("join"):  # it trains on the validation part, so its loss there means nothing
             plain[label] = [{**row, "val_loss": math.nan} for row in plain[label]]
     groups = {run.cfg.name: [rows]} | {label: [own] for label, own in plain.items()}
     compared(groups, paths[0], run.task.loss_name, retrained)
@@ -46,11 +43,10 @@ def of_run(run: Run, rows: Rows, folder: Path, retrained: float | None = None) -
 def compared(
     groups: Mapping[str, Sequence[Rows]], path: Path, loss_name: str = "loss", retrained: float | None = None
 ) -> None:
-    """The losses of several groups of runs on each part of the data: their mean, with a band of one standard error.
+    """The mean loss of each group of runs on each part of the data, with a band of one standard error.
 
-    The test loss of the first group's retrained model is a dashed line.
-
-    A panel is cut at three times its best final loss, so that a group that overfits does not flatten the others.
+    ``retrained``, the test loss of the first group's retrained model, is a dashed line. A panel is cut at three times its
+    best final loss, so that a group that overfits does not flatten the others.
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharex=True, layout="constrained")
     colours = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
@@ -87,16 +83,16 @@ def compared(
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     else:
         figure.suptitle(next(iter(groups)))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _short(label: str) -> str:
-    """A label for the legend: ``hoptim.solver.terms=5`` becomes ``terms=5``; ``outer.lr`` and ``inner.lr`` stay."""
+    """A label for the legend: ``hoptim.solver.terms=5`` becomes ``terms=5``; ``outer.lr=1`` stays as it is."""
     return re.sub(r"(?:hoptim\.\w+|task)\.(\w+=)", r"\1", label)
 
 
 def hyperparameters(rows: Rows, path: Path) -> None:
-    """The distribution of each hyperparameter over time: its median, and bands between quantiles; the first 20 at most."""
+    """The distribution of each hyperparameter over time, as its median and bands between quantiles; only the first 20."""
     names = list(rows[0]["hyperparameters"])[:20]
     across = min(len(names), 5)
     down = -(-len(names) // across)
@@ -120,9 +116,4 @@ def hyperparameters(rows: Rows, path: Path) -> None:
         axis.set_axis_off()
     axes[0][0].set_ylabel("value")
     axes[0][0].legend(frameon=False, loc="best")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)

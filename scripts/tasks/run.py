@@ -1,4 +1,4 @@
-"""One training, put together from its config: the task's problem, the optimizer, the batches, and the loop."""
+"""A training, built from its config: the task's problem, the optimizer, the batches, and the loop."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = logging.getLogger("hoptim.train")
 
 @dataclass(kw_only=True)
 class Run:
-    """What a training consists of; ``state_dict`` has all that the rest of it depends on, but for the generators.
+    """The parts of a training; ``state_dict`` has all that its rest depends on, except the random number generators.
 
     Attributes:
-        records: the hypersteps since they were last looked at.
+        records: the records of the hypersteps since the last row of figures.
     """
 
     cfg: DictConfig
@@ -45,13 +45,13 @@ class Run:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> Run:
-        """Put it together, in the order in which it draws random numbers."""
+        """Build it from a config. The order matters, since its parts draw random numbers."""
         torch.manual_seed(cfg.seed)
         task, processes = instantiate(cfg.task), Processes.join()
         parts = task.setup(cfg.seed)
         problem = processes.wrap(task.problem())
         if processes.rank:
-            torch.manual_seed(cfg.seed + 1_000_003 * processes.rank)  # each process has dropout masks of its own
+            torch.manual_seed(cfg.seed + 1_000_003 * processes.rank)  # so that each process has its own dropout masks
         if cfg.hyperparameters:
             set_hyperparameters(problem, load_file(cfg.hyperparameters))
         trackers = [instantiate(options) for options in (cfg.hoptim.get("tracker") or {}).values()]
@@ -75,17 +75,17 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """How many steps the training has: those of its rows, or as the epochs take."""
+        """How many steps the training has: ``outer_steps`` times ``inner_steps``, or the steps of its epochs."""
         cfg = self.cfg
         return cfg.outer_steps * cfg.inner_steps if cfg.epochs is None else max(1, round(cfg.epochs * len(self.batches)))
 
     @property
     def outer_steps(self) -> int:
-        """How many rows of figures the run has, of which the last may be of fewer steps."""
+        """How many rows of figures the run has. The last one may have fewer steps."""
         return -(-self.total_steps // self.cfg.inner_steps)
 
     def advance(self) -> float:
-        """The inner steps of one row; returns the seconds they took, hypersteps included."""
+        """Take the inner steps of one row; return the seconds that they took, hypersteps included."""
         done = self.optimizer.inner_steps
         self.task.progress(self.problem.hparams, done / self.total_steps)
         begun = time.perf_counter()
@@ -93,7 +93,7 @@ class Run:
         return time.perf_counter() - begun
 
     def retrained(self) -> nn.Module:
-        """A new model, trained for as long on the training and the validation data, with the hyperparameters as they are."""
+        """A new model, trained for as many steps on training and validation data, with the hyperparameters as they are."""
         cfg, joined = self.cfg, torch.cat([self.parts["train"], self.parts["val"]]).unique()
 
         def train(model: nn.Module, optimizer: hoptim.BilevelOptimizer, examples: Tensor) -> None:
@@ -133,7 +133,7 @@ def steps(optimizer: hoptim.BilevelOptimizer, batches: TrainingBatches, count: i
 
 
 def batches_for(cfg: DictConfig, examples: Tensor, processes: Processes) -> TrainingBatches:
-    """This process's share of the training batches, pass after pass."""
+    """This process's share of the training batches."""
     return TrainingBatches(processes.share(examples), processes.share_of(cfg.batch_size))
 
 
@@ -143,13 +143,13 @@ def scheduler_for(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> Any:
 
 
 def outer_of(cfg: DictConfig, hparams: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the hyperparameters, which chooses a rate for each constraint or is torch's own."""
+    """The outer optimizer: hoptim's Adam with a rate for each constraint, or one of torch's."""
     make = instantiate(cfg.outer)
     return make(hparams if make.func is outer_adam else hparams.parameters())
 
 
 def set_hyperparameters(problem: hoptim.Problem, values: Mapping[str, Tensor]) -> None:
-    """Start from the values that an earlier run has learned, and say which of this task's are not among them."""
+    """Start from the values that an earlier run has learned, and warn of hyperparameters that are not among them."""
     for name, value in values.items():
         set_hyperparameter(problem.hparams, name, value)
     if missing := sorted(natural_values(problem).keys() - values.keys()):
@@ -157,7 +157,7 @@ def set_hyperparameters(problem: hoptim.Problem, values: Mapping[str, Tensor]) -
 
 
 def set_hyperparameter(hparams: nn.Module, name: str, value: Tensor) -> None:
-    """Set a hyperparameter by the name that hyperparameters.safetensors has for it."""
+    """Set a hyperparameter, by its name in hyperparameters.safetensors."""
     for path, module in hparams.named_modules():
         own = name.removeprefix(f"{path}." if path else "")
         if isinstance(module, hoptim.HyperParameters) and own in module and name == f"{path}.{own}".lstrip("."):

@@ -1,17 +1,21 @@
-"""The types of the options in conf/train.yaml: what is of another type is named before anything starts."""
+"""The types of the options in conf/train.yaml, so that a wrong one is reported before anything starts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 @dataclass
 class TrainConfig:
-    """conf/train.yaml says what each is, and has its default."""
+    """The options of scripts/train.py; conf/train.yaml explains them and has their defaults."""
 
     task: Any = MISSING
     inner: Any = MISSING
@@ -41,7 +45,7 @@ class TrainConfig:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise ValueError for a number that no run can have, and for what would be ignored without a word."""
+    """Raise ValueError for a number that no run can have, and for recipes that the task would silently ignore."""
     least = {"batch_size": 1, "val_batch_size": 1, "inner_steps": 1, "outer_steps": 1, "folds": 2, "every": 1}
     for name, bound in least.items():
         if cfg[name] is not None and cfg[name] < bound:
@@ -57,3 +61,11 @@ def check(cfg: DictConfig) -> None:
 def register() -> None:
     """Make the types known to Hydra as the config ``schema``."""
     ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
+def composed(experiment: str, root: str, seed: int, *overrides: str) -> DictConfig:
+    """The config of an experiment, without trackers and plots, for a study that trains it by itself."""
+    register()
+    words = [f"experiment={experiment}", "hoptim/tracker=[]", "plots=false", f"task.root={root}", f"seed={seed}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*words, *overrides])

@@ -1,4 +1,4 @@
-"""Side losses: the weights of further losses that share the layers of a classifier, one of use perhaps, one of none."""
+"""Side losses: weights of two more losses on the layers of a classifier, one of which may be useful and one is not."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tasks.classification import Classification
+from tasks.task import of_classes
 
 NAMES = ("class", "rotation", "random")
-TURNS = 4  # the rotations: by 0, 90, 180 and 270 degrees
+TURNS = 4  # rotations, by 0, 90, 180 and 270 degrees
 KINDS = 10  # the classes of the random label
 
 
 @dataclass(kw_only=True)
 class SideLosses(Classification):
-    """Classification, with two more losses: which way an image is turned, and a label that was drawn at random.
+    """Classification with two more losses: how an image is rotated, and a label that was drawn at random.
 
-    L_T = Σ_k w_k·L_k + ½·decay·Σ w², where L_class and L_random are of the image as it is, and L_rotation of it turned
-    by 90° times the number of the example modulo 4. L_V is the cross-entropy of the class alone, so that a loss which is of
-    no use is best given no weight. The model has one output layer, of which each loss has its part.
+    L_T = Σ_k w_k·L_k + ½·decay·Σ w², where L_class and L_random see the image as it is, and L_rotation sees it rotated by
+    90° times the number of the example modulo 4. L_V is the cross-entropy of the class alone, so that a useless loss is
+    best given no weight. Each loss has its own part of the model's output layer.
 
     Args:
-        shares_at_start: w/3 of class, rotation and random at the start; default a third each.
+        shares_at_start: w/3 of class, rotation and random at the start; default: a third each.
     """
 
     shares_at_start: Sequence[float] | None = None
@@ -50,7 +51,7 @@ class SideLosses(Classification):
         return recipe
 
     def predict(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
-        """The outputs for the images as they are, and below them those for the turned ones."""
+        """The outputs for the images as they are, followed by those for the rotated images."""
         x, turns = self.x[batch], batch % TURNS
         turned = torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(x, turns, strict=True)])
         return model(torch.cat([x, turned]))
@@ -69,5 +70,4 @@ class SideLosses(Classification):
         return F.cross_entropy(model.eval()(self.x[batch])[:, : self.classes], self.y[batch])
 
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-        z, y = model(self.x[batch])[:, : self.classes], self.y[batch]
-        return {"loss": F.cross_entropy(z, y), "accuracy": (z.argmax(1) == y).double().mean()}
+        return of_classes(model(self.x[batch])[:, : self.classes], self.y[batch])

@@ -1,4 +1,4 @@
-"""A search over models: a net whose blocks are mixtures of operations, and the net of the operations it has chosen."""
+"""A search over models: a net whose blocks are mixtures of operations, and then the net with the chosen operations."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch.nn import functional as F
 
 import hoptim
 from tasks.classification import Classification
+from tasks.task import of_classes
 
 OPERATIONS = ("3x3", "5x5", "skip")
 ACTIVATIONS = {"relu": F.relu, "tanh": F.tanh, "gelu": F.gelu}
 OPTIONS = {"block_0": OPERATIONS, "block_1": OPERATIONS, "block_2": OPERATIONS, "activation": tuple(ACTIVATIONS)}
-COLDEST = 0.1  # the temperature of a Gumbel relaxation at the end, relative to its start
+COLDEST = 0.1  # the temperature of a Gumbel relaxation at the end, over that at the start
 
 
 class Supernet(nn.Module):
-    """A first layer, three blocks x ↦ Σ_k a_k·operation_k(x) with an activation behind each, and a linear layer.
+    """A first layer, three blocks x ↦ Σ_k a_k·operation_k(x), each followed by an activation, and a linear layer.
 
-    A choice that is fixed has only its own operation, and no weights for the others.
+    A block whose choice is fixed has only that operation, without weights for the others.
     """
 
     def __init__(self, channels: int, classes: int, width: int, fixed: Mapping[str, str]) -> None:
@@ -43,7 +44,7 @@ class Supernet(nn.Module):
         return self.last(x.mean((2, 3)))
 
     def mixed(self, name: str, found: Mapping[str, Tensor], choices: Any) -> Tensor:
-        """What the choice of this name makes of what its options give."""
+        """The results of the options, mixed by the choice of this name, or the result of its fixed option."""
         return found[self.fixed[name]] if name in self.fixed else choices[name].mix(found, self.training)
 
     def activated(self, x: Tensor, choices: Any) -> Tensor:
@@ -52,16 +53,16 @@ class Supernet(nn.Module):
 
 
 def operation(name: str, width: int) -> nn.Module:
-    """A convolution that keeps the shape, or none."""
+    """A convolution that keeps the shape; the identity for ``skip``."""
     return nn.Identity() if name == "skip" else nn.Conv2d(width, width, int(name[0]), padding="same")
 
 
 @dataclass(kw_only=True)
 class Search(Classification):
-    """Classification by a :class:`Supernet`, whose choices are learned; the final model has what they harden to.
+    """Classification by a :class:`Supernet` whose choices are learned. The final model has the most probable options.
 
-    L_T = cross-entropy(supernet(x), y) + ½·decay·Σ w², with a Gumbel relaxation's draws; L_V without them. The training
-    lowers a relaxation's temperature from its start to a tenth of it, by the same factor in each row of figures.
+    L_T = cross-entropy(supernet(x), y) + ½·decay·Σ w², with the random draws of a Gumbel relaxation; L_V has none. The
+    training lowers the temperature of a relaxation to a tenth of its start, by the same factor in each row of figures.
 
     Args:
         width: channels of each block.
@@ -84,7 +85,7 @@ class Search(Classification):
         return Supernet(self.x.shape[1], self.classes, self.width, self.fixed).to(self.device)
 
     def final_model(self, hparams: nn.Module) -> nn.Module:
-        """A new net of the most probable options alone."""
+        """A new net with the most probable options alone."""
         chosen = {name: choice.harden()[0] for name, choice in hparams["categorical"].items()}
         return Supernet(self.x.shape[1], self.classes, self.width, chosen | dict(self.fixed)).to(self.device)
 
@@ -103,5 +104,4 @@ class Search(Classification):
         return F.cross_entropy(model.eval()(self.x[batch], hparams["categorical"]), self.y[batch])
 
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-        z, y = model(self.x[batch], hparams["categorical"]), self.y[batch]
-        return {"loss": F.cross_entropy(z, y), "accuracy": (z.argmax(1) == y).double().mean()}
+        return of_classes(model(self.x[batch], hparams["categorical"]), self.y[batch])

@@ -1,4 +1,4 @@
-"""What scripts/train.py trains: the interface of a task, and how its figures are measured."""
+"""The interface of a task of scripts/train.py, its batches, and how its figures are measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import hoptim
 
@@ -20,17 +21,17 @@ WORDS: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
     "str": ((str,), "text"),
 }
-CHUNK = 1000  # examples that are measured at once
+CHUNK = 1000  # how many examples are measured at once
 
 
 class Task(ABC):
-    """Data, a model with its hyperparameters, two losses and what is measured.
+    """Data, a model with its hyperparameters, two losses, and the figures to measure.
 
-    A task is a dataclass of its options. A batch is a vector with the numbers of its examples, so that weights of examples,
-    folds and a retraining on everything need nothing of their own.
+    A task is a dataclass of its options. A batch is a vector with the indices of its examples, so that example weights,
+    folds and a retraining on everything need no code of their own.
     """
 
-    loss_name = "cross-entropy"  # as the pictures call it
+    loss_name = "cross-entropy"  # the name of the loss in the pictures
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -40,7 +41,7 @@ class Task(ABC):
 
     @abstractmethod
     def setup(self, seed: int) -> dict[str, Tensor]:
-        """Read the data, split it by the seed, and return the numbers of the examples in train, val and test."""
+        """Read the data, split it by the seed, and return the indices of the examples in train, val and test."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -52,29 +53,29 @@ class Task(ABC):
 
     @abstractmethod
     def train_loss(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
-        """What the training goes down: a method, or a :class:`hoptim.CompositeLoss`."""
+        """The training loss: a method, or a :class:`hoptim.CompositeLoss`."""
 
     @abstractmethod
     def val_loss(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
-        """What the hyperparameters go down."""
+        """The validation loss, which the hyperparameters minimise."""
 
     @abstractmethod
     def figures(self, model: nn.Module, hparams: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-        """Means over a batch: ``loss``, and what else is of interest. The model is in evaluation mode."""
+        """Means over a batch: ``loss``, and others that are of interest. The model is in evaluation mode."""
 
     def final_model(self, hparams: nn.Module) -> nn.Module:
-        """The model that is trained at the end with what was learned; a search over models builds here what it found."""
+        """The model that is trained at the end, with the learned hyperparameters. A search over models builds its result."""
         return self.model()
 
     def progress(self, hparams: nn.Module, share: float) -> None:  # noqa: B027 (a task may leave it as it is)
-        """Change what the training itself changes, when this share of its steps is done."""
+        """Change what depends on how far the training is, called when this share of its steps is done."""
 
     def of_means(self, means: Mapping[str, float]) -> dict[str, float]:
         """Figures that follow from the means over a whole part, such as a perplexity."""
         return {}
 
     def draw(self, problem: hoptim.Problem, folder: Path) -> list[Path]:
-        """Pictures of what was learned, beside those of every task."""
+        """Draw pictures of what was learned, beside those of every task, and return their paths."""
         return []
 
     def problem(self) -> hoptim.Problem:
@@ -83,9 +84,14 @@ class Task(ABC):
         return hoptim.Problem(model, self.hparams(model), self.train_loss, self.val_loss)
 
 
+def of_classes(z: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The figures of a classifier, from its logits and the classes: cross-entropy and accuracy."""
+    return {"loss": F.cross_entropy(z, y), "accuracy": (z.argmax(1) == y).double().mean()}
+
+
 @dataclass(frozen=True)
 class Shuffled:
-    """Batches of equal size in a new random order at each pass; what is left over is left out.
+    """Batches of equal size, in a new random order at each pass; a last batch that is smaller is left out.
 
     >>> [len(batch) for batch in Shuffled(torch.arange(7), 3)]
     [3, 3]
@@ -98,7 +104,7 @@ class Shuffled:
         return self.shuffled(None)
 
     def shuffled(self, generator: torch.Generator | None) -> Iterator[Tensor]:
-        """The batches of a pass, in an order of this generator."""
+        """The batches of a pass, in an order drawn by this generator."""
         order = self.examples[torch.randperm(len(self.examples), generator=generator)]
         return iter(order.split(self.size)[: len(self)])
 
@@ -107,16 +113,16 @@ class Shuffled:
 
 
 def batches_of(examples: Tensor, size: int | None) -> Shuffled | list[Tensor]:
-    """Batches of this size, or all examples as one batch where there is no size, or fewer examples than that."""
+    """Batches of this size, or one batch of all examples if ``size`` is ``None`` or not below their number."""
     return [examples] if size is None or size >= len(examples) else Shuffled(examples, size)
 
 
 class TrainingBatches:
-    """Batches pass after pass, each pass in a new random order of a generator of its own; a state resumes in its middle.
+    """Training batches without end, each pass in a new random order by its own generator. It can be resumed at any batch.
 
     Args:
-        examples: their numbers.
-        size: of a batch; ``None``, or fewer examples than that: all of them are the batch.
+        examples: their indices.
+        size: of a batch; ``None``, or a size not below the number of examples: all of them are the batch.
 
     >>> batches = TrainingBatches(torch.arange(7), 3)
     >>> first, second = batches.draw(), batches.draw()
@@ -146,11 +152,11 @@ class TrainingBatches:
         self.rest = self.passes.shuffled(self.generator)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were drawn, and the generator's state when the present pass began."""
+        """How many batches were drawn, and the generator's state when the current pass began."""
         return {"drawn": self.drawn, "state": self.state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin the saved pass again and walk to its position."""
+        """Begin the saved pass again and go to its position."""
         self.drawn = state["drawn"]
         self.generator.set_state(state["state"])
         if not isinstance(self.passes, list) and self.drawn:
@@ -161,7 +167,7 @@ class TrainingBatches:
 
 @torch.no_grad()
 def measure(task: Task, model: nn.Module, hparams: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """The task's figures on each part of the data: means over its examples, such as ``test_loss``, and what follows."""
+    """The task's figures on each part of the data, such as ``test_loss``: means over its examples, and what follows."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     measured = {}

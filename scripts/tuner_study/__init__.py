@@ -1,1 +1,1 @@
-"""What scripts/tuners.py is made of: problems, costs, the ways to tune, their curves and the picture."""
+"""The parts of scripts/tuners.py: the problems, costs, ways to tune, curves, tables and pictures."""

@@ -1,4 +1,4 @@
-"""What is fixed before the study, chosen on splits that are not scored: good fixed values, and hoptim's setting."""
+"""Choose what the study keeps fixed, on splits that it does not score: good fixed values, and hoptim's outer rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RATES = (None, 0.1)
 
 
 def good_values(name: str, count: int, root: Path) -> tuple[dict[str, float], float]:
-    """Of a grid the values with the lowest mean test loss on the seeds, and that loss."""
+    """The values of a grid that have the lowest mean test loss on the seeds, and that loss."""
     levels = LEVELS if count in (3, 10) else LEVELS[:1]
     grid = [{"decay": d, "noise": n, "dropout": p} for d, n, p in product(DECAYS, levels, levels)]
 
@@ -41,7 +41,7 @@ def good_values(name: str, count: int, root: Path) -> tuple[dict[str, float], fl
 
 
 def choose(names: Sequence[str], root: Path) -> None:
-    """Print everything: good fixed values, then the change of the test loss by each of hoptim's settings."""
+    """Print the good fixed values, and then how each of hoptim's settings changes the test loss."""
     for name in names:
         for count in COUNTS[:3]:
             values, loss = good_values(name, count, root)
@@ -55,4 +55,4 @@ def choose(names: Sequence[str], root: Path) -> None:
         shown = ", ".join(f"{100 * gain:.1f}" for gain in found)
         print(f"{name} {count}, rate {rate}: {shown} % at {BUDGETS}", flush=True)
     for rate, found in gains.items():
-        print(f"rate {rate}: {100 * mean(found):.2f} % in the mean")
+        print(f"rate {rate}: {100 * mean(found):.2f} % on average")

@@ -1,11 +1,13 @@
-"""From rows to curves: the test loss of what a method would hand out after a budget, and differences between methods."""
+"""Curves from the rows: the test loss that a method reaches within a budget, and the differences between methods."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import NamedTuple
+
+from common.means import standard_error
 
 from tuner_study.runs import Row
 
@@ -25,22 +27,22 @@ class Estimate(NamedTuple):
 
 
 def at_budget(row: Row, budget: float, unit: float | None = None) -> float:
-    """The test loss of the model that is handed out when this budget is spent: the last one within it.
+    """The test loss of the model that the method returns at this budget: its last result within the budget.
 
-    Before the first result of a method it is that of a training with the starting values.
+    Before its first result, it is the test loss of a training with the starting values.
 
     Args:
         row: a method on a problem and a seed.
         budget: in plain trainings.
-        unit: seconds of a plain training, for a budget in seconds; ``None`` for one in training gradients.
+        unit: the seconds of a plain training, for a budget in seconds; ``None`` for a budget in training gradients.
     """
     spent, left = (0, budget) if unit is None else (1, budget * unit)
     return next((point[3] for point in reversed(row.points[1:]) if point[spent] <= left + 1e-9), row.points[0][3])
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error; of a single value without one."""
-    return Estimate(mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
+    """Mean and standard error, NaN for a single value."""
+    return Estimate(mean(values), standard_error(values))
 
 
 class Curves:
@@ -57,7 +59,7 @@ class Curves:
         self._units = {cell: sorted(each)[len(each) // 2] for cell, each in seconds.items()}
 
     def seeds(self, name: str, count: int, *methods: str) -> list[int]:
-        """Those that all these methods ran on."""
+        """The seeds that all these methods ran on."""
         found = [self._seeds.get((name, count, method), set()) for method in methods]
         return sorted(set.intersection(*found)) if found else []
 
@@ -71,21 +73,15 @@ class Curves:
         seeds = self.seeds(name, count, method)
         return {seed: at_budget(self.rows[name, count, method, seed], budget, unit) for seed in seeds}
 
-    def curve(
-        self, name: str, count: int, method: str, budgets: Iterable[float], in_seconds: bool = False
-    ) -> list[Estimate]:
-        """Mean and standard error of the test loss after each budget."""
-        return [estimate(list(self.losses(name, count, method, b, in_seconds).values())) for b in budgets]
-
     def difference(
         self, name: str, count: int, first: str, second: str, budget: float, in_seconds: bool = False
     ) -> Estimate:
-        """log(test loss of the first / that of the second), paired by seed: below zero the first is better."""
+        """log(test loss of the first method / of the second), paired by seed; below zero the first is better."""
         a, b = (self.losses(name, count, method, budget, in_seconds) for method in (first, second))
         return estimate([math.log(a[seed] / b[seed]) for seed in sorted(a.keys() & b.keys())])
 
     def winners(self, name: str, count: int, first: str, second: str, in_seconds: bool = False) -> dict[int, str]:
-        """For each budget the one of two that is ahead by two standard errors, or neither, as an empty string."""
+        """For each budget the method that is ahead by two standard errors; an empty string where neither is."""
         found = {}
         for budget in self.budgets:
             difference = self.difference(name, count, first, second, budget, in_seconds)

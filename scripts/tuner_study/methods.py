@@ -1,7 +1,7 @@
-"""The ways to tune: fixed values, random search, Optuna and hoptim. Each yields what it would hand out, as it goes on.
+"""The ways to tune: fixed values, random search, Optuna and hoptim. Each is a generator of results.
 
 All begin at the same values, have the same training and validation examples, and are asked for the next result until their
-budget is spent. Each hands out that one of the models it has trained whose validation loss is the lowest.
+budget is spent. A result is the model with the lowest validation loss among those trained so far.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.search import tpe_study
 from torch import Tensor, nn
 
 import hoptim
 from tuner_study.costs import Meter, Pruned, loop, loss_of, trial
 from tuner_study.problems import RANGES, Problem, Range, entries, fill, from_groups, ranges_of
 
-HYPERSTEPS = 8  # in each of hoptim's trainings, roughly
-RATE: float | None = 0.1  # of its outer Adam, by choose.py; None for the rates of hparams.optimizer()
+HYPERSTEPS = 8  # roughly, in each of hoptim's trainings
+RATE: float | None = 0.1  # of hoptim's outer Adam, chosen by choose.py; None takes the rates of hparams.optimizer()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a method would hand out now.
+    """A result: what a method would return now.
 
     Attributes:
         model: the trained model.
-        trainings: what has been spent so far.
+        trainings: what has been spent so far, in plain trainings.
         val: the validation loss by which it was chosen.
-        dropped: 1 for a trial that was pruned; of hoptim, how many hypersteps failed.
+        dropped: 1 for a trial that was pruned; for hoptim, how many hypersteps failed.
     """
 
     model: nn.Module
@@ -42,7 +43,7 @@ class Found:
 
 
 FIXED = "fixed"
-GOOD: dict[tuple[str, int], dict[str, float]] = {  # by choose.py
+GOOD: dict[tuple[str, int], dict[str, float]] = {  # chosen by choose.py
     ("housing", 1): {"decay": 0.1},
     ("housing", 3): {"decay": 0.1},
     ("housing", 10): {"decay": 0.03},
@@ -58,12 +59,12 @@ Method = Callable[[Problem, Meter], Iterator[Found]]
 
 
 def fixed_values(problem: Problem) -> nn.ModuleDict:
-    """The hyperparameters at the values that were good on other splits, one for all of a kind."""
+    """The hyperparameters at the values that were good on other splits, the same value for all of a kind."""
     return at(problem, GOOD[problem.name, problem.count if problem.count <= 10 else 1])
 
 
 def at(problem: Problem, kinds: dict[str, float]) -> nn.ModuleDict:
-    """The hyperparameters of each kind at one value; others at their start."""
+    """The hyperparameters, all of a kind at the given value, and the other kinds at their start."""
     hparams = problem.hparams()
     for kind, recipe, name in entries(hparams):
         recipe[name] = torch.full_like(recipe[name].detach(), kinds.get(kind, RANGES[kind].start))
@@ -80,7 +81,7 @@ def drawn(ranges: list[Range], generator: np.random.Generator) -> Tensor:
 
 
 def random_search(problem: Problem, meter: Meter) -> Iterator[Found]:
-    """The starting values, then independent draws of all hyperparameters."""
+    """Try the starting values, then independent draws of all hyperparameters."""
     generator = np.random.default_rng(problem.seed)
     candidate = problem.hparams()
     ranges = ranges_of(candidate)
@@ -93,23 +94,18 @@ def random_search(problem: Problem, meter: Meter) -> Iterator[Found]:
 
 
 def tpe(problem: Problem, meter: Meter) -> Iterator[Found]:
-    """Optuna: multivariate TPE with the median pruner, after the starting values as its first trial.
+    """Optuna: multivariate TPE with the median pruner. Its first trial is the starting values.
 
-    Of 10,000 decays it searches one for each tensor.
+    In place of 10,000 decays it searches one for each tensor.
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     grouped = problem.count > 1000
     tensors = len(list(entries(problem.hparams())))
     ranges = [RANGES["decay"]] * tensors if grouped else ranges_of(problem.hparams())
     names = [f"h{number}" for number in range(len(ranges))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that multivariate is experimental
-        sampler = optuna.samplers.TPESampler(multivariate=True, seed=problem.seed)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
-    study = optuna.create_study(sampler=sampler, pruner=pruner)
-    study.enqueue_trial({name: one.start for name, one in zip(names, ranges, strict=True)})
+    start = {name: one.start for name, one in zip(names, ranges, strict=True)}
+    study = tpe_study(start, problem.seed, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2))
     best, lowest = problem.make_quietly(), math.inf
     while True:
         asked = study.ask()
@@ -129,7 +125,7 @@ def tpe(problem: Problem, meter: Meter) -> Iterator[Found]:
 
 
 def pruning(asked: Any) -> Callable[[int, float], None]:
-    """Tells Optuna's trial of a validation loss, and stops the training where its pruner says so."""
+    """A function that reports a validation loss to Optuna's trial, and stops the training if its pruner says so."""
 
     def report(part: int, val: float) -> None:
         asked.report(val, part)
@@ -140,13 +136,13 @@ def pruning(asked: Any) -> Callable[[int, float], None]:
 
 
 def learned(problem: Problem, meter: Meter, *, rate: float | None = RATE, hypersteps: int = HYPERSTEPS) -> Iterator[Found]:
-    """hoptim: trainings in which the hyperparameters move, each from where the last one left them."""
+    """hoptim: trainings in which the hyperparameters move. Each begins with the values that the last one ended with."""
     hparams = problem.hparams()
     outer, warmup = outer_of(hparams, rate), problem.steps // 4
     every = (problem.steps - warmup) // hypersteps
     best, lowest = problem.make_quietly(), math.inf
     while True:
-        torch.manual_seed(problem.seed)  # as in every trial of the others
+        torch.manual_seed(problem.seed)  # as in every trial of the other methods
         model, records = problem.make(), []
         stated = hoptim.Problem(model, hparams, problem.loss, problem.val_loss)
         optimizer = hoptim.BilevelOptimizer(
@@ -156,7 +152,7 @@ def learned(problem: Problem, meter: Meter, *, rate: float | None = RATE, hypers
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # failed solves are counted
             loop(problem, model, optimizer, problem.train, after=lambda _: meter.step())
-        for record in [records[0], *records]:  # the first loss makes one more hypergradient, a dry run
+        for record in [records[0], *records]:  # the first loss computes one more hypergradient, to check the losses
             meter.hyperstep(record.result.solution.products)
         val = loss_of(problem, model, problem.val, meter)
         if val < lowest:

@@ -1,4 +1,4 @@
-"""The picture: test loss against budget, a row for each data set, a column for each number of hyperparameters."""
+"""The picture of test loss against budget: a row for each data set, a column for each number of hyperparameters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from common.pictures import plt, save
 from matplotlib import ticker
 
 from tuner_study.curves import Curves, Estimate, estimate
@@ -32,11 +29,11 @@ TITLES = {
     100: "60 to 97, one a unit",
     10_000: "10,000, one a weight",
 }
-STEPS = 48  # along the axis of budgets
+STEPS = 48  # points along the axis of budgets
 
 
 def grid(curves: Curves) -> np.ndarray:
-    """Budgets at equal distances on the axis."""
+    """Budgets at equal distances on a logarithmic axis."""
     return np.geomspace(1, curves.budgets[-1], STEPS + 1)
 
 
@@ -51,7 +48,7 @@ def gains(curves: Curves, name: str, count: int, method: str, in_seconds: bool) 
 
 
 def draw(curves: Curves, path: Path, in_seconds: bool = False) -> None:
-    """Write the picture. The bar at the bottom has the colour of hoptim or Optuna, where one is ahead by two errors."""
+    """Write the picture. A bar at the bottom shows where hoptim or Optuna is ahead by two standard errors."""
     names = [name for name in SETS if any(curves.seeds(name, count, "hoptim") for count in COUNTS)]
     shape = {"nrows": max(1, len(names)), "ncols": len(COUNTS)}
     figure, axes = plt.subplots(
@@ -72,8 +69,7 @@ def draw(curves: Curves, path: Path, in_seconds: bool = False) -> None:
         fontsize=9.5,
     )
     figure.tight_layout(rect=(0, 0, 0.925, 1))
-    figure.savefig(path, dpi=85)
-    plt.close(figure)
+    save(figure, path, dpi=85)
 
 
 def _panel(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -> None:
@@ -106,7 +102,7 @@ def _shade(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -
 
 
 def _labels(axis: Any, right: float, ends: dict[str, float]) -> None:
-    """The methods' names at the ends of their curves, moved apart where they would overlap."""
+    """Write the methods' names at the ends of their curves, moved apart where they would overlap."""
     bottom, top = axis.get_ylim()
     names = sorted(ends, key=lambda method: ends[method])
     places = apart([ends[method] for method in names], gap=0.1 * (top - bottom))
@@ -117,12 +113,12 @@ def _labels(axis: Any, right: float, ends: dict[str, float]) -> None:
 
 
 def apart(places: list[float], gap: float) -> list[float]:
-    """Ascending places moved by as little as makes neighbours differ by the gap.
+    """Ascending places, moved as little as possible so that neighbours differ by at least the gap.
 
     >>> apart([0.0, 0.2, 5.0], gap=1.0)
     [-0.4, 0.6, 5.0]
     """
-    blocks: list[list[float]] = []  # places less their gaps, which must ascend: pooled where they do not
+    blocks: list[list[float]] = []  # places minus their gaps; they have to ascend, so those that do not are pooled
     for number, place in enumerate(places):
         blocks.append([place - number * gap])
         while len(blocks) > 1 and mean(blocks[-2]) > mean(blocks[-1]):

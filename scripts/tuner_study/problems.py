@@ -1,4 +1,4 @@
-"""The data sets, the model, and the hyperparameters with their ranges: about 1, 3, 10, 100 and 10,000 of them."""
+"""The data sets, the model, and about 1, 3, 10, 100 or 10,000 hyperparameters with their ranges."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTEXT = 8  # letters from which the next one is predicted
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Where the searches look for a kind of hyperparameter, and where every method begins."""
+    """The range of a kind of hyperparameter, in which the searches look, and the start of every method."""
 
     low: float
     high: float
@@ -42,16 +42,16 @@ RANGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """One data set: how it is read, how much of it there is to learn from, and the model's sizes.
+    """A data set: how it is read and split, and how its model is trained.
 
     Attributes:
         title: its name in the tables and the picture.
         read: reads x and y from the folder of the data.
         train: how many examples the model trains on.
-        val: how many the validation loss has, by which hyperparameters are tuned and models are chosen.
-        test: the most that take no part.
+        val: how many validation examples there are; hyperparameters are tuned and models are chosen by their loss.
+        test: how many test examples there are at most.
         hidden: the width of the hidden layer.
-        lr: the first rate of SGD with momentum 0.9, which falls to zero; the same for all methods.
+        lr: the first learning rate of SGD with momentum 0.9, which falls to zero; the same for all methods.
         steps: of one training.
         batch: examples in a step.
     """
@@ -85,7 +85,7 @@ def garments(root: Path) -> tuple[Tensor, Tensor]:
 
 @cache
 def letters(root: Path) -> tuple[Tensor, Tensor]:
-    """8 letters of Moby-Dick, one-hot, and the letter that follows: 12,000 places that do not overlap."""
+    """8 letters of Moby-Dick, one-hot, and the letter that follows, at 12,000 places that do not overlap."""
     text = data.novel(root)
     stride = CONTEXT + 1
     rows = text[: len(text) // stride * stride].reshape(-1, stride)
@@ -107,7 +107,7 @@ SETS = {
 
 
 class Through:
-    """A model whose layers get the inputs of one recipe, for another recipe to call."""
+    """A model with the changed inputs of one recipe, which another recipe can call."""
 
     def __init__(self, model: Any, inputs: Any) -> None:
         self.model, self.inputs = model, inputs
@@ -120,7 +120,7 @@ class Through:
 
 
 class Problem:
-    """One data set on one seed with one number of hyperparameters. A batch is a tensor of indices."""
+    """A data set, a number of hyperparameters and a seed. A batch is a tensor of indices."""
 
     def __init__(self, name: str, count: int, seed: int, root: Path) -> None:
         self.name, self.count, self.seed, self.set = name, count, seed, SETS[name]
@@ -136,7 +136,7 @@ class Problem:
         self.steps, self.batch = self.set.steps, self.set.batch
 
     def make(self) -> nn.Module:
-        """A new MLP with a hidden layer; the linear layers are "0" and "2"."""
+        """A new MLP with one hidden layer; its linear layers are named "0" and "2"."""
         width = self.set.hidden
         return nn.Sequential(nn.Linear(self.x.shape[1], width), nn.ReLU(), nn.Linear(width, self.outputs))
 
@@ -146,9 +146,11 @@ class Problem:
     def hparams(self) -> nn.ModuleDict:
         """New hyperparameters at their starts.
 
-        1 is a decay; 3 are a decay, noise at the input and dropout at the hidden layer; 10 are a decay for each tensor of
-        weights and of biases, noise and dropout for each layer, a lasso and, where there are classes, label smoothing; 100
-        are a decay for each unit and 10,000 one for each weight.
+        - 1: a decay;
+        - 3: a decay, noise at the input, dropout at the hidden layer;
+        - 10: a decay for each tensor, biases included, noise and dropout for each layer, a lasso and, for classes, label
+          smoothing;
+        - 100: a decay for each unit; 10,000: a decay for each weight.
         """
         model, count = self.make_quietly(), self.count
         start = {kind: one.start for kind, one in RANGES.items()}
@@ -165,7 +167,7 @@ class Problem:
         return nn.ModuleDict(parts)
 
     def make_quietly(self) -> nn.Module:
-        """A model that takes nothing from the stream of random numbers."""
+        """A new model, made without advancing the random number generator."""
         with torch.random.fork_rng():
             return self.make()
 
@@ -187,24 +189,24 @@ class Problem:
         return F.cross_entropy(z, self.y[batch]) if self.has_classes else F.mse_loss(z, self.y[batch])
 
     def val_loss(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
-        """The loss of validation and test: that of the model in evaluation mode."""
+        """The loss of validation and test, in evaluation mode."""
         return self._fit(model.eval()(self.x[batch]), batch)
 
 
 def entries(hparams: nn.ModuleDict) -> Iterator[tuple[str, Any, str]]:
-    """The kind, the recipe and the name in it of each tensor of hyperparameters."""
+    """For each tensor of hyperparameters: its kind, its recipe, and its name in the recipe."""
     for kind, recipe in hparams.items():
         for name in recipe:
             yield kind, recipe, name
 
 
 def ranges_of(hparams: nn.ModuleDict) -> list[Range]:
-    """The range of each entry of that vector."""
+    """The range of each single hyperparameter."""
     return [RANGES[kind] for kind, recipe, name in entries(hparams) for _ in range(recipe[name].numel())]
 
 
 def fill(hparams: nn.ModuleDict, values: Tensor) -> nn.ModuleDict:
-    """Set all natural values from a vector."""
+    """Set the natural values of all hyperparameters from a vector."""
     sizes = [recipe[name].numel() for _, recipe, name in entries(hparams)]
     for (_, recipe, name), part in zip(entries(hparams), values.split(sizes), strict=True):
         recipe[name] = part.reshape(recipe[name].shape)
@@ -212,6 +214,6 @@ def fill(hparams: nn.ModuleDict, values: Tensor) -> nn.ModuleDict:
 
 
 def from_groups(problem: Problem, groups: Tensor) -> Tensor:
-    """The decays of all weights from one for each tensor, for a search that cannot have them all."""
+    """The decays of all weights from one decay for each tensor, for a search that cannot handle them all."""
     shapes = [recipe[name].numel() for _, recipe, name in entries(problem.hparams())]
     return torch.cat([value.expand(size) for value, size in zip(groups, shapes, strict=True)])

@@ -1,15 +1,14 @@
-"""One method on one problem until its budget is spent, and the test losses of what it handed out on the way."""
+"""Run one method on one problem until its budget is spent, and test its results."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from fidelity import write
+from common.records import read_records, write_records
 
 from tuner_study.costs import Meter, loss_of, trial
 from tuner_study.methods import FIXED, METHODS, Found, Method, fixed_values
@@ -23,14 +22,14 @@ class Row:
     Attributes:
         set: the name of the data set.
         count: the number of hyperparameters, roughly.
-        method: its name.
+        method: the name of the method.
         seed: of the split, the weights, the batches and the search.
-        budget: the plain trainings that it had.
-        points: of each model that was handed out: plain trainings and seconds spent until then, its validation loss and its
-            test loss. The first is the training with the starting values, with which every budget begins.
-        spent: plain trainings and seconds when the last result within the budget came.
-        results: how many results there were, or trials.
-        dropped: how many of them were pruned, or hypersteps that failed.
+        budget: in plain trainings.
+        points: for each new best model: plain trainings and seconds spent until then, validation loss and test loss. The
+            first point is the training with the starting values, with which every budget begins.
+        spent: plain trainings and seconds at the last result within the budget.
+        results: how many results, or trials, there were.
+        dropped: how many trials were pruned, or how many hypersteps failed.
     """
 
     set: str
@@ -45,12 +44,12 @@ class Row:
 
     @property
     def key(self) -> tuple[str, int, str, int]:
-        """What it is a row of."""
+        """What identifies the row: data set, number of hyperparameters, method and seed."""
         return self.set, self.count, self.method, self.seed
 
 
 def within(results: Iterator[Found], most: float) -> tuple[list[Found], list[float]]:
-    """The results within the budget, and the processor time until each; not what comes later."""
+    """The results within the budget, and the processor time until each of them."""
     found, seconds, total = [], [], 0.0
     while True:
         begun = time.process_time()
@@ -63,7 +62,7 @@ def within(results: Iterator[Found], most: float) -> tuple[list[Found], list[flo
 
 
 def run(problem: Problem, name: str, most: int, method: Method | None = None) -> Row:
-    """All of one row. The test loss is known to nobody and charged to nobody."""
+    """Make one row. No method sees the test loss, and none is charged for it."""
     meter, begun = Meter(problem), time.process_time()
     first, val = trial(problem, fixed_values(problem) if name == FIXED else problem.hparams(), meter)
     unit, ignored = time.process_time() - begun, Meter(problem)
@@ -86,16 +85,10 @@ def run(problem: Problem, name: str, most: int, method: Method | None = None) ->
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, none where it is not there."""
-    if not path.is_file():
-        return []
-    saved = json.loads(path.read_text())
-    return [Row(**dict(zip(saved["columns"], values, strict=True))) for values in saved["records"]]
+    """The rows of a file; none if there is no such file."""
+    return [Row(**record) for record in read_records(path)]
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:
-    """Write all rows in one go, so that a kill leaves the old file or the new one."""
-    partial = path.with_suffix(".partial")
-    ordered = sorted(rows, key=lambda row: row.key)
-    write(partial, [asdict(row) for row in ordered], torch=torch.__version__)
-    partial.replace(path)
+    """Write all rows; a kill leaves the old file or the new one."""
+    write_records(path, [asdict(row) for row in sorted(rows, key=lambda row: row.key)], torch=torch.__version__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from common import tables
 from rich.table import Table
 
 from tuner_study.curves import Curves, Estimate, estimate
@@ -12,7 +13,7 @@ from tuner_study.problems import COUNTS, SETS
 
 
 def percent(found: Estimate) -> str:
-    """A mean log ratio and its error as changes in per cent; a star where it is two errors from zero.
+    """A mean log ratio and its standard error in per cent, with a star if it is two standard errors from zero.
 
     >>> percent(Estimate(-0.105, 0.02)), percent(Estimate(0.02, 0.03))
     ('−10.5 ± 2.0 *', '2.0 ± 3.0')
@@ -35,14 +36,11 @@ def of(curves: Curves) -> Iterator[Table]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    found = Table(title=title, title_justify="left")
-    for number, column in enumerate(("data set", "hyperparameters", *columns)):
-        found.add_column(column, justify="right" if number else "left")
-    return found
+    return tables.table(title, "data set", "hyperparameters", *columns)
 
 
 def cells(curves: Curves, *methods: str) -> list[tuple[str, int]]:
-    """The data sets and numbers of hyperparameters on which all these methods ran."""
+    """The data sets and numbers of hyperparameters for which all these methods ran."""
     return [(name, count) for name in SETS for count in COUNTS if curves.seeds(name, count, *methods)]
 
 
@@ -58,7 +56,7 @@ def losses(curves: Curves, budget: float) -> Table:
 
 
 def against(curves: Curves, first: str, second: str, *, in_seconds: bool) -> Table:
-    """How far the one is ahead of the other, in per cent of the test loss, at each budget."""
+    """How much lower or higher the first method's test loss is than the second's, in per cent, at each budget."""
     what = "processor seconds" if in_seconds else "training gradients"
     budgets = curves.budgets[1:]
     columns = [str(budget) for budget in budgets]
@@ -70,7 +68,7 @@ def against(curves: Curves, first: str, second: str, *, in_seconds: bool) -> Tab
 
 
 def counts(curves: Curves) -> Table:
-    """How many trainings, pruned trials and failed hypersteps there were, and seconds for a counted training."""
+    """How many results, pruned trials and failed hypersteps there were, and the seconds of a counted training."""
     methods = [m for m in ("random", "optuna", "hoptim") if cells(curves, m)]
     columns = [f"{method}: {what}" for method in methods for what in ("results", "dropped", "seconds/counted")]
     found = _table("results within the budget, those pruned or failed hypersteps, seconds over counted trainings", *columns)

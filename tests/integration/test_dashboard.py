@@ -55,7 +55,7 @@ def test_the_page_of_a_run_draws_the_figures_in_its_files(page, finished):
         ("Loss", "test", "inner_step"): "test_loss",
         ("Accuracy", "test", "inner_step"): "test_accuracy",
         ("Residual of the solve", "‖g − Aᵀx‖ / ‖g‖", "outer_step"): "residual",
-        ("Cosine to the hypergradient before", "cosine", "outer_step"): "cosine_to_last",
+        ("Cosine to the last hypergradient", "cosine", "outer_step"): "cosine_to_last",
         ("Norms of the hypergradient", "indirect", "outer_step"): "indirect_norm",
         ("Seconds of each outer step", "training", "outer_step"): "inner_seconds",
         ("Products of each hyperstep", "products with A", "outer_step"): "products",

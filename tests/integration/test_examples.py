@@ -46,13 +46,6 @@ def test_the_best_of_n_is_chosen_by_the_validation_loss() -> None:
     assert best_of(found, 200) == pytest.approx(5.0)  # of so many draws the first is always one
 
 
-@pytest.mark.parametrize("name", ["cross_validated_study.py", "outcomes.py"])
-def test_a_study_of_one_seed_has_a_mean_and_no_error(name: str) -> None:
-    mean_and_error = script(name)["mean_and_error"]
-    assert mean_and_error([0.25]).split() == ["0.2500", "±", "nan"]
-    assert mean_and_error([0.0, 1.0]).split() == ["0.5000", "±", "0.5000"]
-
-
 def test_features_are_chosen_on_the_training_part_alone() -> None:
     x, y, x_test, y_test = script("select_features.py")["split"](0)
     assert (x.shape, x_test.shape) == ((220, 65), (222, 65))

@@ -299,6 +299,6 @@ def test_learning_is_charged_for_its_hypersteps_and_the_best_model_is_that_of_va
     found["write"](tmp_path / "rows.json", some)
     assert found["read"](tmp_path / "rows.json") == some
     assert json.loads((tmp_path / "rows.json").read_text())["columns"][-1] == "test"
-    assert "| fixed | 75.72, 71.91 | 3.0 ± nan | 9.0 ± nan |  | 9.0 ± nan | 1.0 | 2 |" in found["table"](some)
+    assert "| fixed | 75.72, 71.91 | 3.0 | 9.0 |  | 9.0 | 1.0 | 2 |" in found["table"](some)
     found["draw"](some[1:], tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5_000

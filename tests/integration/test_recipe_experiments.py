@@ -467,7 +467,7 @@ def test_the_picture_has_the_retrained_loss_and_no_validation_loss_of_what_train
     task = SimpleNamespace(loss_name="loss", draw=lambda problem, folder: [])
     run: Any = SimpleNamespace(cfg=OmegaConf.create({"name": "own", "baselines": baselines}), task=task, problem=None)
     figures: dict[str, Any] = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.update({path.name: figure}))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path.name: figure}))
     plots.of_run(run, rows(0.5), tmp_path, 0.25)
     shown = [{line.get_label(): float(line.get_ydata()[-1]) for line in axis.lines} for axis in figures["curves.png"].axes]
     assert shown[0] == {"own": 0.5, "joined": 0.01, "plain": 0.9}

@@ -17,6 +17,7 @@ import outcomes
 import pytest
 import torch
 from cases import same
+from common.means import mean_and_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -356,4 +357,4 @@ def test_outcomes_are_told_as_means_of_paired_differences(noise: None, name: str
     for *others, ours, against_joined, against_training, against_stopped in (numbers[:7], numbers[7:]):
         expected = [ours - other for other in others]
         assert [against_joined, against_training, against_stopped] == pytest.approx(expected, abs=2e-4)
-    assert outcomes.mean_and_error([1.0, 2.0, 6.0]) == "3.0000 ± 1.5275"
+    assert mean_and_error([1.0, 2.0, 6.0], ".4f") == "3.0000 ± 1.5275"

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import tuners
+from common import search
 from learning_tasks import data
 from tuner_study import costs, curves, methods, pictures, problems, runs, tables
 from tuner_study.costs import Meter, Pruned, loss_of, trial
@@ -349,7 +350,7 @@ def test_letters_are_one_hot_and_followed_by_the_next(float64, monkeypatch, tmp_
 
 
 def test_a_missing_optuna_is_told_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuners.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(search, "find_spec", lambda name: None)
     monkeypatch.setattr(tuners, "run", None)
     with pytest.raises(SystemExit, match=r"pip install 'hoptim\[tuners\]'"):
         tuners.main(["--only", "fashion", "1", "--out", str(tmp_path / "none.json"), "--root", str(tmp_path)])

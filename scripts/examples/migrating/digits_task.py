@@ -1,9 +1,9 @@
-"""What every script of this folder learns: a weight for each of 500 digits, of which 40 % have a wrong label.
+"""The task of every script in this folder: learn a weight for each of 500 digits, 40 % of which have a wrong label.
 
-A linear model is trained on these digits by gradient descent on all of them, and every 20 steps the weights move down
-the loss of 200 digits with right labels. The model's start, the steps and Adam for the weights are the same everywhere,
-so two libraries that compute the same hypergradient end at the same model. The loss that is printed is that of the
-other 1,097 digits.
+A linear model is trained on these digits by full-batch gradient descent, and every 20 steps the weights move down the loss
+of 200 digits with right labels. All scripts have the same start of the model, the same steps and the same Adam for the
+weights, so two libraries that compute the same hypergradient end at the same model. The scripts print the loss on the other
+1,097 digits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 LR, OUTER_LR = 0.5, 0.3
 STEPS, WARMUP, EVERY = 600, 100, 20  # the first hyperstep follows step 100, the last one step 600
 
-torch.set_default_dtype(torch.float64)  # so that what two libraries compute can be compared to many digits
+torch.set_default_dtype(torch.float64)  # so that two libraries can be compared to many digits
 torch.set_num_threads(1)  # more are slower for so small a model
 torch.manual_seed(0)
 x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
@@ -41,13 +41,13 @@ def ridge(weights: Any) -> Tensor:
 
 @torch.no_grad()
 def test_loss(weights: list[Tensor]) -> float:
-    """The cross-entropy on digits that took no part."""
+    """The cross-entropy on the test digits."""
     weight, bias = weights
     return float(F.cross_entropy(F.linear(x[test], weight, bias), y[test]))
 
 
 def plain() -> list[Tensor]:
-    """The same training with nothing learned: each digit keeps the weight that it starts with."""
+    """The same training without learning: each digit keeps its first weight."""
     model = start()
     inner = torch.optim.SGD(model.parameters(), lr=LR)
     for _ in range(STEPS):

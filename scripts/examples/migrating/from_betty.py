@@ -70,5 +70,5 @@ ROWS = {
 }
 
 if __name__ == "__main__":
-    logging.disable(logging.INFO)  # its engine reports each start
+    logging.disable(logging.INFO)  # betty's engine logs each start
     compare("betty", ROWS)

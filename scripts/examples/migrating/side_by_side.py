@@ -15,11 +15,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from with_hoptim import METHODS, with_hoptim
 
 Train = Callable[[Any], list[Tensor]]
+REPEATS = 5  # how often each training is run; times are medians
 
 
 @contextlib.contextmanager
 def hypergradients() -> Iterator[list[Tensor]]:
-    """A list of the gradients that the outer optimizers, which alone are Adam here, are given in the meantime."""
+    """A list that collects the gradients which the outer optimizer gets; it is the only Adam in these scripts."""
     seen: list[Tensor] = []
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -35,7 +36,7 @@ def hypergradients() -> Iterator[list[Tensor]]:
 
 
 def difference(theirs: list[Tensor], ours: list[Tensor]) -> float:
-    """The largest ‖theirs − ours‖ / ‖ours‖ over all hypersteps of a run, NaN where hoptim refused some."""
+    """The largest ‖theirs − ours‖ / ‖ours‖ over all hypersteps of a run; NaN if hoptim skipped some."""
     if len(ours) < len(theirs):
         return float("nan")
     return max(float((a - b).norm() / b.norm()) for a, b in zip(theirs, ours, strict=True))
@@ -50,18 +51,17 @@ def run(train: Train, option: Any) -> tuple[list[Tensor], float, float]:
     return seen, test_loss(weights), seconds
 
 
-def compare(name: str, rows: dict[str, tuple[Train, Any]], repeats: int = 5) -> None:
+def compare(name: str, rows: dict[str, tuple[Train, Any]]) -> None:
     """Print a line for each row.
 
     Args:
-        name: the other library's.
-        rows: by the name of one of hoptim's ``METHODS``, the other library's function, and what it is called with for that.
-        repeats: how often each is run; times are medians.
+        name: the name of the other library.
+        rows: for names of hoptim's ``METHODS``, the other library's function and the option that it is called with.
     """
     print(f"{'':22} {'hypergradients':>15} {'test loss':^19} {'CPU seconds':^19}")
     print(f"{'':22} {'differ by':>15} {name:>10} {'hoptim':>8} {name:>10} {'hoptim':>8}")
     for label, (train, option) in rows.items():
-        runs = [(run(train, option), run(with_hoptim, METHODS[label])) for _ in range(repeats)]
+        runs = [(run(train, option), run(with_hoptim, METHODS[label])) for _ in range(REPEATS)]
         (their_grads, their_loss, _), (our_grads, our_loss, _) = runs[0]
         theirs, ours = (median(pair[side][2] for pair in runs) for side in (0, 1))
         apart = f"{difference(their_grads, our_grads):15.0e} {their_loss:10.6f} {our_loss:8.6f}"

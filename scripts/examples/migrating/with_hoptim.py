@@ -32,7 +32,7 @@ def with_hoptim(method):
     return list(model.parameters())
 
 
-METHODS = {  # what the other libraries do, in hoptim's words
+METHODS = {  # the methods of the other libraries, as hoptim's
     "darts": hoptim.Implicit(hoptim.Identity()),
     "Neumann, 20 terms, 0.5": hoptim.Implicit(hoptim.Neumann(terms=20, step_size=0.5), curvature=hoptim.Exact()),
     "Neumann, 20 terms, 4": hoptim.Implicit(hoptim.Neumann(terms=20, step_size=4.0), curvature=hoptim.Exact()),  # diverges

@@ -1,11 +1,11 @@
-"""Seven public scripts with hoptim in them: how many lines it took, and where to run them.
+"""Seven public scripts with hoptim in them: how many lines that takes, and how to run them.
 
     python scripts/examples/public/count.py                       # the table of added, changed and dropped lines
     python scripts/examples/public/count.py --originals DIR       # also writes hoptim_NAME.py beside each original
 
-Each .ed file here is the change to one script, as `diff -e` writes it: it holds no line of the original. A change of n lines
-into m counts min(n, m) as changed, and the rest as added or dropped. Imports, losses, blank lines and comments count as any
-other line.
+Each .ed file here is the change to one script, as `diff -e` writes it, which has no line of the original in it. Where n
+lines become m, min(n, m) count as changed and the rest as added or dropped. Imports, losses, blank lines and comments count
+like any other line.
 """
 
 import argparse
@@ -19,12 +19,12 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Script:
-    """A public script: where it comes from, and a short run of it."""
+    """A public script: where it comes from, and the arguments of a short run."""
 
     repository: str  # on github.com
     commit: str
     path: str
-    blob: str  # git's hash of the original, as `git hash-object` gives it
+    blob: str  # the hash of the original, as `git hash-object` prints it
     arguments: str
 
     @property
@@ -77,7 +77,7 @@ SCRIPTS = {
 
 
 def hunks(text):
-    """The changes of an ed script, the file's end first: (first, last, new lines), where last < first drops nothing."""
+    """The changes of an ed script from the end of the file on: (first, last, new lines); last < first drops nothing."""
     lines, found = iter(text.splitlines()), []
     for line in lines:
         first, last, command = re.fullmatch(r"(\d+)(?:,(\d+))?([acd])", line).groups()
@@ -96,7 +96,7 @@ def counts(text):
 def changed(original, text):
     """The original with the changes of an ed script."""
     lines = original.splitlines(keepends=True)
-    for first, last, new in hunks(text):  # from the end, so the numbers before stay right
+    for first, last, new in hunks(text):  # from the end on, so that the line numbers before stay right
         lines[first - 1 : last] = [line + "\n" for line in new]
     return "".join(lines)
 
@@ -107,12 +107,12 @@ def blob_hash(content):
 
 
 def apply(name, originals):
-    """Write the changed script beside its original, which must be that of the commit; return where it is."""
+    """Write the changed script beside its original, which has to be that of the commit; return its path."""
     script = SCRIPTS[name]
     path = Path(originals) / script.folder / script.path
     content = path.read_bytes()
     if blob_hash(content) != script.blob:
-        raise SystemExit(f"{path} is not that of commit {script.commit}: git checkout {script.commit}")
+        raise SystemExit(f"{path} is not the file of commit {script.commit}: git checkout {script.commit}")
     target = path.with_name(f"hoptim_{path.name}")
     target.write_text(changed(content.decode(), (HERE / f"{name}.ed").read_text()))
     return target

@@ -1,11 +1,11 @@
-"""Run one of the public scripts, changed or not, and say what hoptim did in it.
+"""Run one of the public scripts, changed or not, and report what hoptim did in it.
 
     python scripts/examples/public/run.py [--every N] [--warmup N] [--inert] SCRIPT [ARGUMENTS]
 
-At the end it prints a digest of the weights that were trained, and for a changed script how its hypersteps ended, how far
-the hyperparameters went, and what a hyperstep cost in training steps. `--every` and `--warmup` take the place of the
-script's own, so that a short run has hypersteps. With `--inert` there are none, and the penalty is zero: the digest is then
-that of the original. SCRIPT finds the modules beside it, as with `python SCRIPT`.
+At the end it prints a digest of the trained weights, and for a changed script how its hypersteps ended, how far the
+hyperparameters moved, and what a hyperstep cost in training steps. `--every` and `--warmup` replace the script's own values,
+so that a short run has hypersteps. With `--inert` there are no hypersteps and the penalty is zero: the digest is then that
+of the original. SCRIPT finds the modules beside it, as with `python SCRIPT`.
 """
 
 import argparse
@@ -25,13 +25,13 @@ import hoptim
 
 
 class Watch:
-    """What a run's optimizers did: when the trained one stepped, and the record of each hyperstep."""
+    """Notes when the script's own optimizer steps, and the record of each hyperstep."""
 
     def __init__(self):
         self.trained, self.times, self.records = None, [], []
 
     def stepped(self, optimizer, args, kwargs):
-        """Called after every step of every optimizer; the first that steps is the script's own."""
+        """Called after every step of every optimizer; the first one that steps is the script's own."""
         if self.trained is None:
             self.trained = optimizer
         if optimizer is self.trained:
@@ -42,7 +42,8 @@ class Watch:
         whole = b"".join(w.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for w in weights)
         return f"{hashlib.sha256(whole).hexdigest()[:16]} of {len(weights)} tensors after {len(self.times)} steps"
 
-    def told(self):
+    def report(self):
+        """What is printed at the end of the run."""
         if self.trained is None:
             return "no optimizer took a step"
         lines = [f"weights {self.digest()}"]
@@ -62,7 +63,7 @@ class Watch:
 
 
 def prepared(watch, options):
-    """hoptim as the script will find it: with other settings, and watched."""
+    """Change hoptim before the script imports it: other settings, and a hook that watches."""
     made = hoptim.BilevelOptimizer
 
     class Watched(made):
@@ -88,7 +89,7 @@ if __name__ == "__main__":
     watch = Watch()
     register_optimizer_step_post_hook(watch.stepped)
     prepared(watch, options)
-    atexit.register(lambda: print(watch.told(), flush=True))
+    atexit.register(lambda: print(watch.report(), flush=True))
     sys.argv = [options.script, *options.arguments]
     sys.path[0] = str(Path(options.script).resolve().parent)
     runpy.run_path(options.script, run_name="__main__")
