@@ -209,10 +209,15 @@ class CompareRuns(Callback):
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         root = Path(config.hydra.sweep.dir)
         compare(root)
-        print(f"wrote {root / 'compare.png'} and {root / 'compare.json'}")
-        written = [path for path in root.rglob("result.json") if path.stat().st_mtime >= self.begun]
-        if any(json.loads(path.read_text())["status"] == "failed" for path in written):
+        tables = [str(path) for path in (root / "compare.png", root / "compare.json") if self.is_new(path)]
+        print(f"wrote {' and '.join(tables)}")
+        results = [path for path in root.rglob("result.json") if self.is_new(path)]
+        if any(json.loads(path.read_text())["status"] == "failed" for path in results):
             sys.exit(1)
+
+    def is_new(self, path: Path) -> bool:
+        """Whether this sweep has written the file."""
+        return path.exists() and path.stat().st_mtime >= self.begun
 
 
 def main() -> None:

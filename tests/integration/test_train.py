@@ -156,6 +156,9 @@ def test_a_sweep_goes_on_after_a_job_that_fails_and_lists_it_with_its_reason(tmp
     counts = {label: (entry["runs"], entry["failed"]) for label, entry in table.items() if "best of" not in label}
     named = {decay: f"iris/{shared}/task.decay={decay}/task.hidden=16" for decay in ("0.01", "-1", "0.1")}
     assert counts == {named["0.01"]: (1, 0), named["-1"]: (0, 1), named["0.1"]: (1, 0)}
+    assert f"wrote {tmp_path / 'compare.png'} and {tmp_path / 'compare.json'}" in process.stdout
+    process = train("-m", f"root={tmp_path / 'none'}", *SHORT, *QUIET, "task.decay=-1", check=False)  # nothing to draw
+    assert f"wrote {tmp_path / 'none' / 'compare.json'}\n" in process.stdout
 
 
 def test_a_sweep_that_goes_on_runs_its_finished_jobs_no_more(tmp_path):
