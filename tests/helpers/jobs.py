@@ -4,6 +4,7 @@ import atexit
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -22,26 +23,29 @@ FORKS.set_forkserver_preload(
 )
 
 
-def train(*overrides, check=True, **environment):
+def train(*overrides, check=True, **options):
     """Run scripts/train.py; return the finished process."""
-    return run("train.py", *overrides, check=check, **environment)
+    return run("train.py", *overrides, check=check, **options)
 
 
-def run(script, *arguments, check=True, **environment):
+def run(script, *arguments, check=True, **options):
     """Run one of the scripts; return the finished process."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = start(script, *arguments, files=files, **environment)
+        process = start(script, *arguments, files=files, **options)
         process.join()
         finished = subprocess.CompletedProcess([script, *arguments], process.exitcode, *(path.read_text() for path in files))
     assert not check or finished.returncode == 0, finished.stdout + finished.stderr
     return finished
 
 
-def start(script, *arguments, files=(os.devnull, os.devnull), **environment):
-    """Begin one of the scripts, or another file, in a session of its own; its output and errors are added to the files."""
+def start(script, *arguments, files=(os.devnull, os.devnull), largest=None, **environment):
+    """Begin one of the scripts, or another file, in a session of its own; its output and errors are added to the files.
+
+    No file that it writes can have more than ``largest`` bytes.
+    """
     words = [str(Path("scripts", script)), *map(str, arguments)]
-    process = FORKS.Process(target=_run, args=(words, env(**environment), files))
+    process = FORKS.Process(target=_run, args=(words, env(**environment), files, largest))
     process.start()
     return process
 
@@ -67,8 +71,10 @@ def run_ranks(count, script, *arguments):
     return printed
 
 
-def _run(words, environment, files):
+def _run(words, environment, files, largest):
     os.setsid()
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     for descriptor, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(ROOT)
