@@ -450,8 +450,8 @@ def test_trainer_saves_a_model_that_is_loaded_from_its_folder(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "epochs", "fewer", "pattern", "good"),
     [
-        ("lightning_digits", "max_epochs=200", "max_epochs=50", r"test accuracy ([\d.]+)", lambda found: found > 0.9),
-        ("accelerate_digits", "range(200)", "range(50)", r"test accuracy ([\d.]+)", lambda found: found > 0.9),
+        ("lightning_digits", "max_epochs=200", "max_epochs=100", r"test accuracy ([\d.]+)", lambda found: found > 0.9),
+        ("accelerate_digits", "range(200)", "range(100)", r"test accuracy ([\d.]+)", lambda found: found > 0.9),
         ("trainer_text", "epochs=15", "epochs=15", r"'eval_loss': '?([\d.]+)", lambda found: found < 0.6),
     ],
     ids=["lightning", "accelerate", "trainer"],

@@ -19,7 +19,7 @@ from wandb_file import read
 
 from hoptim.training.files import read_whole
 
-OPTIONS = ("outer_steps=60", "inner_steps=10", "task.hidden=16", "checkpoint_every=2", "plots=false")
+OPTIONS = ("outer_steps=30", "inner_steps=10", "task.hidden=16", "checkpoint_every=2", "plots=false")
 KILLS_A_RUN = 5
 
 
@@ -145,12 +145,12 @@ def experiment(root, kills, seed, processes=1):
                 seconds = duration(folder)  # it ended before, so the machine has become faster
                 break
             counts["kills"] += 1
-            if (folder / "result.json").exists():  # the next start would have nothing to do
-                break
             before, at = at, check_disk(folder, lines)
             assert at >= before
             beginnings += not at
             counts[moment(folder, at)] += 1
+            if (folder / "result.json").exists():
+                break  # the next start would do nothing, so that its beginning would come after the end
         finish(folder, processes)
         check_end(folder, whole)
         counts["W&B rows lost"] += check_wandb(folder, whole, beginnings)
