@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
+from multiprocessing import connection
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -52,22 +55,41 @@ def start(script, *arguments, files=(os.devnull, os.devnull), largest=None, **en
 
 @contextmanager
 def torchrun(count, script, *arguments, **options):
-    """Begin so many processes that find each other as those of torchrun do, by a store of this process."""
+    """Begin so many processes that find each other as those of torchrun do, by a store of this process.
+
+    Those that have not ended when the block does are killed.
+    """
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} for rank in range(count)]
-    yield [start(script, *arguments, **meeting, **rank, **options) for rank in ranks]
-    del store  # which has to live until now
+    processes = [start(script, *arguments, **meeting, **rank, **options) for rank in ranks]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            if process.exitcode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        del store  # which has to live until now
+
+
+def wait_for(processes, seconds=400):
+    """Wait until all have ended, or one with an error, for which the others may wait in vain; return their exit codes."""
+    end = time.monotonic() + seconds
+    while (alive := [one.sentinel for one in processes if one.exitcode is None]) and time.monotonic() < end:
+        if any(one.exitcode for one in processes):
+            break
+        connection.wait(alive, timeout=1)
+    return [one.exitcode for one in processes]
 
 
 def run_ranks(count, script, *arguments):
     """Run so many processes of a script, and return what they printed."""
     with tempfile.NamedTemporaryFile("r") as output:
         with torchrun(count, script, *arguments, files=[output.name] * 2) as processes:
-            for process in processes:
-                process.join(400)
+            codes = wait_for(processes)
         printed = output.read()
-    assert [process.exitcode for process in processes] == [0] * count, printed[-4000:]
+    assert codes == [0] * count, printed[-4000:]
     return printed
 
 
@@ -89,7 +111,7 @@ def _run(words, environment, files, largest):
 
 
 def command(*overrides):
-    """The words with which a user starts scripts/train.py, for a test that kills it."""
+    """The words with which a user starts scripts/train.py."""
     return [sys.executable, "scripts/train.py", *map(str, overrides)]
 
 

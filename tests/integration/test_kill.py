@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import fit_job
 import pytest
 import torch
 from cases import same
-from jobs import result, rows, run, start, timeless, torchrun
+from jobs import ROOT, command, env, result, rows, run, start, timeless, torchrun, wait_for
 from tasks.checkpoint import read_checkpoint
 from wandb_file import read
 
@@ -41,9 +42,7 @@ def said(folder):
 
 def finish(folder, processes):
     with started(folder, processes) as ranks:
-        for rank in ranks:
-            rank.join()
-    assert [rank.exitcode for rank in ranks] == [0] * processes, said(folder)
+        assert wait_for(ranks) == [0] * processes, said(folder)
 
 
 def descendants(pid):
@@ -161,6 +160,15 @@ def experiment(root, kills, seed, processes=1):
 @pytest.mark.parametrize(("kills", "processes"), [(3, 1), (1, 2)])
 def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, kills, processes):
     assert experiment(tmp_path, kills, seed=time.time_ns(), processes=processes)["kills"] == kills
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_has_started_do_the_same(tmp_path):
+    options = command(f"hydra.run.dir={tmp_path / 'torchrun'}", *OPTIONS, "hoptim/tracker=[]")
+    options[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(options, cwd=ROOT, env=env(), check=True)
+    finish(tmp_path / "forked", 2)
+    check_end(tmp_path / "torchrun", tmp_path / "forked")
 
 
 @pytest.mark.slow
