@@ -234,12 +234,15 @@ def test_optunas_sweeper_chooses_among_hoptims_own_options(tmp_path):
     assert set(best.best_params) == {"hoptim.solver.terms", "outer.lr", "every"}
 
 
-def test_a_sweep_with_joblib_is_compared_at_its_end(tmp_path):
-    overrides = ("experiment=iris,iris_uniform", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    process = subprocess.run(
-        command("-m", f"root={tmp_path}", *SHORT, *QUIET, *overrides), cwd=ROOT, env=env(), capture_output=True, text=True
-    )  # joblib's own processes do not go well with those of multiprocessing
-    assert process.returncode == 0, process.stderr
+@pytest.mark.parametrize("n_jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_sweep_with_joblib_is_compared_at_its_end(tmp_path, n_jobs):
+    overrides = ("experiment=iris,iris_uniform", "seed=0,1", "hydra/launcher=joblib", f"hydra.launcher.n_jobs={n_jobs}")
+    sweep = ("-m", f"root={tmp_path}", *SHORT, *QUIET, *overrides)
+    if n_jobs == 1:
+        process = train(*sweep)
+    else:  # joblib's own processes do not go well with those of multiprocessing
+        process = subprocess.run(command(*sweep), cwd=ROOT, env=env(), capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
     table = json.loads((tmp_path / "compare.json").read_text())
     assert {entry["runs"] for entry in table.values()} == {2}
     for group, entry in table.items():
