@@ -4,9 +4,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
+import train
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from jobs import ROOT, result, train
+from jobs import ROOT, result
 from tasks import schema
 
 import hoptim
@@ -19,18 +21,11 @@ EXPERIMENTS = [path.stem for path in FILES if "MULTIRUN" not in path.read_text()
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_for_a_few_steps(tmp_path, experiment):
+    torch.set_default_dtype(torch.float32)
+    short = (f"root={tmp_path}", "outer_steps=2", "inner_steps=5", "hoptim/tracker=[]", "plots=false")
     if experiment == "iris_replay":  # it begins with the hyperparameters that another has learned
-        short = ("outer_steps=1", "inner_steps=5", "hoptim/tracker=[]", "plots=false")
-        train(f"root={tmp_path}", f"hydra.run.dir='{tmp_path}/iris/seed=0'", *short)
-    train(
-        f"experiment={experiment}",
-        f"root={tmp_path}",
-        f"hydra.run.dir={tmp_path}",
-        "outer_steps=2",
-        "inner_steps=5",
-        "hoptim/tracker=[]",
-        "plots=false",
-    )
+        train.train(made(*short), tmp_path / "iris" / "seed=0")
+    train.train(made(f"experiment={experiment}", *short), tmp_path)
     final = result(tmp_path)
     assert final["name"] == experiment
     assert final["inner_steps"] == 10

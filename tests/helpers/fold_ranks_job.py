@@ -1,4 +1,4 @@
-"""Started by torchrun, once on each rank: cross-validated fits whose models are wrapped; the answers go to a file."""
+"""Started once on each rank, as by torchrun: cross-validated fits whose models are wrapped; the answers go to a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hoptim import CrossValidated
 
-N, STEPS = 24, 20
+N, STEPS = 24, 10
 DRAW = torch.Generator().manual_seed(0)
 X, Y = (torch.randn(N, n, generator=DRAW, dtype=torch.float64) for n in (3, 1))
 UNEQUAL = [(list(range(8, 24)), list(range(8))), ([0, 1, 2, 3, 20, 21, 22, 23], list(range(4, 10)))]
@@ -113,7 +113,7 @@ def main(folder: Path) -> None:
         "joined": fitted(rank, size),
         "unequal": fitted(rank, size, folds=UNEQUAL, hypersteps=3),
         "whole": resumed(rank, size, folder, []),
-        "resumed": resumed(rank, size, folder, [30, 40]),
+        "resumed": resumed(rank, size, folder, [15, 20]),
         "other folds": refused(rank, size, folds=UNEQUAL if rank else UNEQUAL[::-1]),
         "own file": refused(rank, size, checkpoint=folder / f"only{0 if rank else 9}.pt"),
     }

@@ -1,4 +1,4 @@
-"""Started by torchrun, once on each rank: every case of tests/test_distributed.py in one go; the answers go to a file."""
+"""Started once on each rank, as by torchrun: every case of integration/test_distributed.py; the answers go to a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor
 from tiny import VAL, batch, tiny
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
@@ -179,15 +180,19 @@ def nan_on_one(rank: int, size: int) -> Answer:
     return {"statuses": found, "still": still}
 
 
-def training(rank: int, size: int) -> Answer:
-    """200 hypersteps, on batches of its own."""
+def training(rank: int, size: int, hypersteps: int = 20) -> Answer:
+    """So many hypersteps, on batches of its own."""
     problem = wrapped(tiny())
     optimizer = bilevel(problem, val_shard(rank), every=2, warmup=10)
-    for step in range(409):
+    for step in range(9 + 2 * hypersteps):
         optimizer.zero_grad()
         optimizer.loss(shard(rank, step % 7)).backward()
         optimizer.step()
     return end(optimizer)
+
+
+def long_training(rank: int, size: int) -> Answer:
+    return training(rank, size, hypersteps=200)
 
 
 def unrolled(rank: int, size: int) -> Answer:
@@ -230,7 +235,7 @@ def outputs(rank: int, size: int) -> Answer:
         model, train = DistributedDataParallel(plain.model), plain.train_loss if composite else loss
         problem = hoptim.Problem(model, plain.hparams, train, plain.val_loss, has_aux=has_aux)
         optimizer = bilevel(problem, val_shard(rank), every=3)
-        for step in range(24):
+        for step in range(12):
             found, expected = optimizer.loss(shard(rank, step)), plain.model(shard(rank, step)[0])
             if has_aux:
                 found, z = found
@@ -390,15 +395,18 @@ CASES = [
 ]
 
 
-def main(folder: str) -> None:
+def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    # The graphs run as they are: that inductor's code is right is seen in tests/curvature/test_compiled.py, in less time.
+    torch._inductor.compile = lambda graph, arguments, options: graph
     distributed.init_process_group("gloo")
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    answers = {case.__name__: case(rank, size) for case in CASES}
+    cases = [globals()[name] for name in names] or CASES
+    answers = {case.__name__: case(rank, size) for case in cases}
     torch.save(answers, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

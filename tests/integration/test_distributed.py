@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +11,21 @@ import pytest
 import ranks_job as job
 import torch
 from cases import same
+from jobs import run_ranks
 from tiny import VAL, joined, tiny
 from torch import Tensor
 from torch.testing import assert_close
 
 import hoptim
 
-HERE = Path(__file__).parents[1] / "helpers"
-
 
 @pytest.fixture(scope="module", params=[2, 3])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found in each case."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
-    process = subprocess.run(
-        [*run, str(HERE / "ranks_job.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=400,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    printed = run_ranks(request.param, job.__file__, folder)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
-    return [{**one, "rows": (folder / "rows.jsonl").read_text(), "printed": process.stdout} for one in found]
+    return [{**one, "rows": (folder / "rows.jsonl").read_text(), "printed": printed} for one in found]
 
 
 def train_of(size: int, step: int = 0) -> Any:
@@ -136,16 +124,27 @@ def test_nan_on_one_rank_is_the_same_status_on_all(world: list[dict[str, Any]]) 
     assert found == {"statuses": dict.fromkeys(("train", "val"), ("NON_FINITE_LOSS", False)), "still": True}
 
 
-def test_after_200_hypersteps_all_ranks_hold_the_same_bits_and_those_of_one_process(world: list[dict[str, Any]]) -> None:
-    found, size = equal_on_all_ranks(world, "training"), len(world)
-    problem = tiny()
-    optimizer = job.bilevel(problem, val_of(size), every=2, warmup=10)
-    for step in range(409):
+def check_training(world: list[dict[str, Any]], case: str, hypersteps: int) -> None:
+    found, size = equal_on_all_ranks(world, case), len(world)
+    optimizer = job.bilevel(tiny(), val_of(size), every=2, warmup=10)
+    for step in range(9 + 2 * hypersteps):
         optimizer.zero_grad()
         optimizer.loss(train_of(size, step % 7)).backward()
         optimizer.step()
-    assert found["hypersteps"] == 200
+    assert found["hypersteps"] == hypersteps
     assert_answer(found, job.end(optimizer), rtol=1e-6, atol=1e-9)
+
+
+def test_after_20_hypersteps_all_ranks_hold_the_same_bits_and_those_of_one_process(world: list[dict[str, Any]]) -> None:
+    check_training(world, "training", 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_and_after_200(size: int, tmp_path: Path) -> None:
+    run_ranks(size, job.__file__, tmp_path, "long_training")
+    world = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    check_training(world, "long_training", 200)
 
 
 def test_steps_that_were_taken_together_are_unrolled_together(world: list[dict[str, Any]]) -> None:
@@ -173,7 +172,7 @@ def test_accumulation_without_sync_sees_the_micro_batches_of_all_ranks(world: li
 @pytest.mark.parametrize("composite", [False, True])
 def test_outputs_beside_the_loss_change_no_bit(world: list[dict[str, Any]], composite: bool) -> None:
     found = equal_on_all_ranks(world, "outputs")
-    assert found[f"{composite}, True"]["hypersteps"] == 4
+    assert found[f"{composite}, True"]["hypersteps"] == 2
     assert same(found[f"{composite}, True"], found[f"{composite}, False"])
 
 

@@ -12,7 +12,6 @@ import math
 import os
 import random
 import resource
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,8 @@ import torch
 import train
 from cases import advance, noisy_run, same, snapshot
 from hydra import compose, initialize_config_dir
-from jobs import ROOT, command, env, result, rows, timeless
+from jobs import ROOT, result, rows, timeless
+from jobs import train as train_alone
 from tiny import BATCHES, VAL, tiny, val_loss
 from torch import Tensor, nn
 
@@ -311,11 +311,7 @@ def test_rows_that_a_full_disk_refuses_stop_no_training_and_leave_whole_rows(tmp
 
 def test_a_full_disk_under_wandb_stops_no_run_and_is_said_once(tmp_path: Path) -> None:
     options = ("outer_steps=30", "inner_steps=2", "task.hidden=16", "plots=false", "checkpoint_every=30")
-    process = subprocess.run(
-        command(f"hydra.run.dir={tmp_path}", *options), cwd=ROOT, env=env(), capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    process = train_alone(f"hydra.run.dir={tmp_path}", *options, largest=100_000)
     assert process.stderr.count("W&B could not write") == 1
     assert (result(tmp_path)["status"], len(rows(tmp_path))) == ("finished", 30)
 

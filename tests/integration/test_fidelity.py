@@ -307,6 +307,7 @@ def test_the_command_writes_its_table_and_pictures_and_merges_calls(tmp_path, mo
     monkeypatch.setattr(fidelity, "HERE", tmp_path / "kept")
     (tmp_path / "kept").mkdir()
     monkeypatch.setattr(boston, "read", lambda root: features())
+    monkeypatch.setattr(boston, "compared", partial(boston.compared, outer_steps=10))
     short = {name: SPECS[name] for name in ("iris", "digits")}
     for module in (fidelity, pictures):
         monkeypatch.setattr(module, "PROBLEMS", short)

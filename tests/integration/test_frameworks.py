@@ -446,21 +446,26 @@ def test_trainer_saves_a_model_that_is_loaded_from_its_folder(tmp_path: Path) ->
 # The examples as they are
 
 
+@pytest.mark.parametrize("shorter", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("name", "pattern", "good"),
+    ("name", "epochs", "fewer", "pattern", "good"),
     [
-        ("lightning_digits", r"test accuracy ([\d.]+)", lambda accuracy: accuracy > 0.9),  # 0.76 with equal weights
-        ("accelerate_digits", r"test accuracy ([\d.]+)", lambda accuracy: accuracy > 0.9),
-        ("trainer_text", r"'eval_loss': '?([\d.]+)", lambda loss: loss < 0.6),
+        ("lightning_digits", "max_epochs=200", "max_epochs=100", r"test accuracy ([\d.]+)", lambda found: found > 0.9),
+        ("accelerate_digits", "range(200)", "range(100)", r"test accuracy ([\d.]+)", lambda found: found > 0.9),
+        ("trainer_text", "epochs=15", "epochs=15", r"'eval_loss': '?([\d.]+)", lambda found: found < 0.6),
     ],
     ids=["lightning", "accelerate", "trainer"],
 )
-def test_examples_run_and_learn(name: str, pattern: str, good: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_examples_run_and_learn(
+    name: str, epochs: str, fewer: str, pattern: str, good: Any, shorter: bool, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     monkeypatch.undo()  # hypersteps as the example has them
     monkeypatch.chdir(tmp_path)
-    script = ROOT / "scripts" / "examples" / f"{name}.py"
-    assert len(script.read_text().splitlines()) < 60
-    runpy.run_path(str(script), run_name="__main__")
+    text = (ROOT / "scripts" / "examples" / f"{name}.py").read_text()
+    assert len(text.splitlines()) < 60
+    assert text.count(epochs) == 1
+    Path("example.py").write_text(text.replace(epochs, fewer) if shorter else text)
+    runpy.run_path("example.py", run_name="__main__")
     assert good(float(re.findall(pattern, capsys.readouterr().out)[-1]))
 
 

@@ -5,39 +5,44 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
+import fit_job
 import pytest
 import torch
 from cases import same
-from jobs import ROOT, command, env, result, rows, timeless
+from jobs import ROOT, command, env, result, rows, run, start, timeless, torchrun, wait_for
 from tasks.checkpoint import read_checkpoint
 from wandb_file import read
 
 from hoptim.training.files import read_whole
 
-OPTIONS = ("outer_steps=60", "inner_steps=10", "task.hidden=16", "checkpoint_every=2", "plots=false")
+OPTIONS = ("outer_steps=30", "inner_steps=10", "task.hidden=16", "checkpoint_every=2", "plots=false")
 KILLS_A_RUN = 5
 
 
-def start(folder, processes):
-    """The run in ``folder``, begun or gone on with, in one process or in several under torchrun."""
-    run = command(f"hydra.run.dir={folder}", *OPTIONS, "resume=true")
-    if processes > 1:
-        run[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    with open(said(folder), "ab") as output:
-        return subprocess.Popen(run, cwd=ROOT, env=env(OMP_NUM_THREADS="1"), stdout=output, stderr=output)
+@contextmanager
+def started(folder, processes):
+    """The run in ``folder``, begun or gone on with, in one process or in several that find each other as under torchrun."""
+    words = ("train.py", f"hydra.run.dir={folder}", *OPTIONS, "resume=true")
+    output = {"files": [folder.with_suffix(".out")] * 2}
+    if processes == 1:
+        yield [start(*words, **output)]
+    else:
+        with torchrun(processes, *words, **output) as ranks:
+            yield ranks
 
 
 def said(folder):
-    return folder.with_suffix(".out")
+    return folder.with_suffix(".out").read_text()
 
 
 def finish(folder, processes):
-    assert start(folder, processes).wait() == 0, said(folder).read_text()
+    with started(folder, processes) as ranks:
+        assert wait_for(ranks) == [0] * processes, said(folder)
 
 
 def descendants(pid):
@@ -70,18 +75,21 @@ def killed(folder, draw, seconds, processes):
 
     Sometimes all processes die, as when the machine is switched off, and sometimes only one, as when its memory is full.
     """
-    before, process = begun_at(folder), start(folder, processes)
-    while begun_at(folder) == before:
-        assert process.poll() is None, said(folder).read_text()
-        time.sleep(0.001)
-    time.sleep(draw.uniform(0, seconds))
-    everyone = descendants(process.pid)
-    for pid in everyone if processes > 1 or draw.random() < 0.5 else everyone[:1]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    return process.wait() == -signal.SIGKILL
+    before = begun_at(folder)
+    with started(folder, processes) as ranks:
+        while begun_at(folder) == before:
+            assert all(rank.exitcode is None for rank in ranks), said(folder)
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, seconds))
+        everyone = [pid for rank in ranks for pid in descendants(rank.pid)]
+        for pid in everyone if processes > 1 or draw.random() < 0.5 else everyone[:1]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        for rank in ranks:
+            rank.join()
+    return ranks[0].exitcode == -signal.SIGKILL
 
 
 def check_disk(folder, whole):
@@ -140,6 +148,8 @@ def experiment(root, kills, seed, processes=1):
             assert at >= before
             beginnings += not at
             counts[moment(folder, at)] += 1
+            if (folder / "result.json").exists():
+                break  # the next start would do nothing, so that its beginning would come after the end
         finish(folder, processes)
         check_end(folder, whole)
         counts["W&B rows lost"] += check_wandb(folder, whole, beginnings)
@@ -153,6 +163,15 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, kills, processes):
 
 
 @pytest.mark.slow
+def test_processes_that_torchrun_has_started_do_the_same(tmp_path):
+    options = command(f"hydra.run.dir={tmp_path / 'torchrun'}", *OPTIONS, "hoptim/tracker=[]")
+    options[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(options, cwd=ROOT, env=env(), check=True)
+    finish(tmp_path / "forked", 2)
+    check_end(tmp_path / "torchrun", tmp_path / "forked")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_fifty_kills(tmp_path, processes):
     counts = experiment(tmp_path, kills=50, seed=0, processes=processes)
@@ -161,22 +180,22 @@ def test_fifty_kills(tmp_path, processes):
 
 
 def test_a_cross_validated_fit_that_is_killed_in_each_phase_ends_in_the_same_bits(tmp_path):
-    run = [sys.executable, ROOT / "tests" / "helpers" / "fit_job.py"]
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     for each in (folder, whole):
         each.mkdir()
     for phase in ("folds", "last"):
-        process = subprocess.Popen([*run, folder], env=env())
+        process = start(fit_job.__file__, folder)
         while True:
-            assert process.poll() is None, "it ended before it was killed"
+            assert process.exitcode is None, "it ended before it was killed"
             saved = read_whole(folder / "fit.pt")["ranks"][0] if (folder / "fit.pt").exists() else {"phase": None}
             if saved["phase"] == phase and (len(saved["history"]) >= 3 if phase == "folds" else saved["last"]["mark"]):
                 break
             time.sleep(0.02)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     for each in (folder, whole):
-        subprocess.run([*run, each], env=env(), check=True)
+        run(fit_job.__file__, each)
     found, expected = (torch.load(each / "found.pt", weights_only=True) for each in (folder, whole))
     assert found["rows"] == expected["rows"]
     assert same(found, expected)

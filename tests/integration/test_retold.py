@@ -9,6 +9,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import retold
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from cases import same
-from torch import Tensor, distributed
+from torch import Tensor, distributed, multiprocessing
 from transformers import BertConfig, BertForSequenceClassification
 
 import hoptim
@@ -96,7 +97,9 @@ def two_ranks(folder: str) -> None:
     torch.save(found, f"{folder}/{distributed.get_rank()}.pt")
 
 
-def test_a_loop_as_imagenets_on_two_ranks(tmp_path: Path) -> None:
+def test_a_loop_as_imagenets_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked = partial(multiprocessing.start_processes, start_method="fork")  # all has been imported here
+    monkeypatch.setattr(multiprocessing, "spawn", forked)
     outcomes.on_ranks(two_ranks, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     check(first, steps=40, hypersteps=4)

@@ -324,6 +324,7 @@ def test_a_run_goes_on_where_it_stopped(made_up, tmp_path, monkeypatch):
         return runs.run(problem, method, most)
 
     monkeypatch.setattr(tuners, "run", counted)
+    monkeypatch.setattr(pictures, "draw", lambda *_, **options: None)
     words = ["--only", "fashion", "1", "fixed", "random", "--seeds", "2", "--budget", "2"]
     words = ["--out", str(path), "--root", str(tmp_path), *words]
     with pytest.raises(KeyboardInterrupt):

@@ -26,7 +26,7 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return SimpleNamespace(data=pictures, targets=torch.arange(len(pictures)) % 10)
 
     monkeypatch.setattr(wrong_labels, "FashionMNIST", images)
-    small = {"NOISY": 40, "CLEAN": 20, "BATCH": 10, "STEPS": 40, "EVERY": 2, "DRAWN": 20, "DECAYS": (1e-3, 1e-1)}
+    small = {"NOISY": 40, "CLEAN": 20, "BATCH": 10, "STEPS": 20, "EVERY": 2, "DRAWN": 20, "DECAYS": (1e-3, 1e-1)}
     for name, value in {**small, "STORED": tmp_path / "stored.json"}.items():
         monkeypatch.setattr(wrong_labels, name, value)
 
