@@ -162,7 +162,6 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, kills, processes):
     assert experiment(tmp_path, kills, seed=time.time_ns(), processes=processes)["kills"] == kills
 
 
-@pytest.mark.slow
 def test_processes_that_torchrun_has_started_do_the_same(tmp_path):
     options = command(f"hydra.run.dir={tmp_path / 'torchrun'}", *OPTIONS, "hoptim/tracker=[]")
     options[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
