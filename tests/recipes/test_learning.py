@@ -112,6 +112,8 @@ def train(problem: hoptim.Problem, batch: Tensor = TRAIN) -> None:
     optimizer.step(closure)
     for _ in range(4):
         gradient = flat(torch.autograd.grad(problem.loss(batch), weights, create_graph=True))
+        if gradient.norm() < 1e-12:
+            break
         rows = [flat(torch.autograd.grad(slope, weights, retain_graph=True)) for slope in gradient]
         step = torch.linalg.solve(torch.stack(rows), gradient.detach())
         nn.utils.vector_to_parameters(flat(weights).detach() - step, weights)
