@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from cases import Tree, flat, unflat
 from torch import Tensor, nn
-from torch.func import grad, hessian, jacrev
+from torch.func import grad, jacrev
 from torch.nn import functional as F
 
 import hoptim
@@ -96,7 +96,7 @@ def leaf_vector(tree: Tree, lead: tuple[int, ...] = ()) -> Tensor:
 
 
 def hess(problem: hoptim.Problem, b: Any) -> Tensor:
-    return hessian(train)(weights_of(problem), leaves_of(problem), b)
+    return jacrev(grad(train))(weights_of(problem), leaves_of(problem), b)
 
 
 def mixed(problem: hoptim.Problem, b: Any) -> Tensor:

@@ -365,7 +365,9 @@ def test_buffers_and_submodules_of_a_subclass_are_saved_and_loaded() -> None:
 
 
 def wrappers() -> dict[str, Callable[[nn.Module], nn.Module]]:
-    compiled = torch.compile
+    def compiled(model: nn.Module) -> nn.Module:
+        return torch.compile(model, backend="eager")
+
     return {"module": nn.DataParallel, "_orig_mod": compiled, "_orig_mod.module": lambda m: compiled(nn.DataParallel(m))}
 
 

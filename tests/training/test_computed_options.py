@@ -222,9 +222,12 @@ def test_a_loop_may_write_the_shape_itself() -> None:
     assert taken[6] == pytest.approx(0.02 * float(size) / start, rel=1e-12)
 
 
-@pytest.mark.parametrize("scheduler", [None, "LambdaLR", "CosineAnnealingLR", "OneCycleLR", "ReduceLROnPlateau"])
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [("sgd", each) for each in (None, "LambdaLR", "CosineAnnealingLR", "OneCycleLR", "ReduceLROnPlateau")]
+    + [("adam", None), ("adam", "OneCycleLR"), ("adamw", "LambdaLR"), ("adamw", "OneCycleLR")],
+)
 @pytest.mark.parametrize("method", [Unrolled(3), Implicit(Identity(), condition=Update())], ids=["unrolled", "update"])
-@pytest.mark.parametrize("name", ROWS)
 def test_a_resumed_run_has_the_same_bits(name: str, method: Any, scheduler: str | None) -> None:
     """Also where the second run is built with other values, and resumed in the middle of the steps that are unrolled."""
 
@@ -235,16 +238,17 @@ def test_a_resumed_run_has_the_same_bits(name: str, method: Any, scheduler: str 
     def go(run: tuple[BilevelOptimizer, Any], first: int, last: int) -> None:
         train(run[0], first, last, lambda i: ticked(run[1], i) if run[1] else None)
 
-    whole, first, second = made(), made(), made(shift=0.9)
-    go(whole, 0, 12)
-    go(first, 0, 7)
-    saved = through_disk([first[0].problem.model.state_dict(), first[0].state_dict()])
+    whole, second = made(), made(shift=0.9)
+    go(whole, 0, 7)
+    saved = through_disk([whole[0].problem.model.state_dict(), whole[0].state_dict()])
+    schedule = copy.deepcopy(whole[1].state_dict()) if scheduler else None
+    go(whole, 7, 11)
     second[0].problem.model.load_state_dict(saved[0])
     second[0].load_state_dict(saved[1])
     if scheduler:
-        second[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
-    go(second, 7, 12)
-    assert second[0].hyper_steps == 4
+        second[1].load_state_dict(schedule)
+    go(second, 7, 11)
+    assert second[0].hyper_steps == 3
     assert same(second[0].state_dict(), whole[0].state_dict())
     assert same(second[0].problem.model.state_dict(), whole[0].problem.model.state_dict())
 
@@ -427,11 +431,11 @@ def test_a_rate_that_starts_too_low_is_learned_up_on_digits_where_update_has_the
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         hparams = HyperParameters({"lr": torch.tensor(1e-4)}, {"lr": POSITIVE})
         inner = optim.Adam(model.parameters(), lr=hparams["lr"], foreach=False)
-        outer = optim.Adam(hparams.parameters(), lr=0.2)
+        outer = optim.Adam(hparams.parameters(), lr=0.4)
         problem = Problem(model, hparams, loss, loss)
         optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[val], every=every)
-        scheduler = lrs.CosineAnnealingLR(optimizer, T_max=300)
-        for i in range(50):
+        scheduler = lrs.CosineAnnealingLR(optimizer, T_max=96)
+        for i in range(16):
             for b in train_set[torch.randperm(600)].split(100):
                 optimizer.zero_grad()
                 optimizer.loss(b).backward()
@@ -444,7 +448,7 @@ def test_a_rate_that_starts_too_low_is_learned_up_on_digits_where_update_has_the
         return optimizer, loss(model, None, test).item()
 
     slopes: list[Tensor] = []
-    (_, without), (optimizer, learned) = run(None), run(10)
+    (_, without), (optimizer, learned) = run(None), run(4)
     assert slopes[0] > 0 > slopes[1]
     assert optimizer.record.hyperparameters["lr"] > 1e-3
     assert learned < without / 2

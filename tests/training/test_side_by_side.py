@@ -16,6 +16,8 @@ import hoptim
 from hoptim.recipes import WeightDecay
 from hoptim.training import side_by_side
 
+STEPS = 12
+SHORT = {"steps": STEPS, "hypersteps": 3}
 EVEN = [(range(3, 9), range(3)), ([0, 1, 2, 6, 7, 8], [3, 4, 5]), (range(6), range(6, 9))]
 
 
@@ -25,8 +27,8 @@ def both(train: Any = None, **changed: Any) -> tuple[list[Any], list[Any]]:
     for each, at_once in zip(records, (False, True), strict=True):
         torch.manual_seed(5)
         hparams = decays()
-        options = {"outer": Adam(hparams.parameters(), lr=0.1), "hooks": [each.append], **changed}
-        found.append(cross_validated(hparams, side_by_side=at_once, **options).fit(train or loop(40)))
+        options = {"outer": Adam(hparams.parameters(), lr=0.1), "hooks": [each.append], **SHORT, **changed}
+        found.append(cross_validated(hparams, side_by_side=at_once, **options).fit(train or loop(STEPS)))
     for name, value in found[0].hyperparameters.items():
         torch.testing.assert_close(found[1].hyperparameters[name], value, rtol=0, atol=1e-9)
     for model, expected in zip([found[1].model, *found[1].models], [found[0].model, *found[0].models], strict=True):
@@ -71,7 +73,7 @@ def partly_frozen() -> nn.Module:
 )
 def test_it_is_equal_to_in_turn_to_1e_9(changed, at_once):
     in_turn, together = both(**changed)
-    assert at_once == [True] * 5
+    assert at_once == [True] * 3
     for here, there in zip(together, in_turn, strict=True):
         for part in ("grads", "direct", "indirect", "val_loss", "train_loss", "gradient_norm"):
             expected = getattr(there.result, part)
@@ -92,7 +94,7 @@ def untouched_by_lambda(model: Any, hparams: Any, batch: Any) -> Any:
 
 def test_a_validation_loss_that_no_hyperparameter_touches(at_once):
     _, together = both(folds=EVEN, val_loss=untouched_by_lambda)
-    assert at_once == [True] * 5
+    assert at_once == [True] * 3
     assert together[-1].result.direct["decay"].abs().max() == 0
 
 
@@ -110,8 +112,8 @@ def test_a_recipe_in_float32(at_once):
     for together in (False, True):
         decay = WeightDecay(make_float(), start=0.05)
         settings = {"make": make_float, "train_loss": train_loss, "val_loss": val, "side_by_side": together}
-        found.append(cross_validated(decay, **settings).fit(loop(40)).hyperparameters)
-    assert at_once == [True] * 5
+        found.append(cross_validated(decay, **SHORT, **settings).fit(loop(STEPS)).hyperparameters)
+    assert at_once == [True] * 3
     assert found[0].keys() == {"decay.0.weight", "decay.2.weight"}
     for name, value in found[0].items():
         assert (value - 0.05).abs() > 1e-4
@@ -124,8 +126,8 @@ def test_it_is_one_solve(monkeypatch):
     monkeypatch.setattr(
         hoptim.MINRES, "solve", lambda self, A, g, state=None: calls.append(g.shape) or solve(self, A, g, state)
     )
-    cross_validated(side_by_side=True).fit(loop(40))
-    assert calls == [(21,)] * 3 + [(3, 21)] + [(21,)] * 3 + [(3, 21)] * 4  # dry runs; the first time both ways
+    cross_validated(side_by_side=True, **SHORT).fit(loop(STEPS))
+    assert calls == [(21,)] * 3 + [(3, 21)] + [(21,)] * 3 + [(3, 21)] * 2  # dry runs; the first time both ways
 
 
 def test_it_is_resumed_to_the_bit(tmp_path):
@@ -147,7 +149,7 @@ def test_it_is_resumed_to_the_bit(tmp_path):
         settings = {"folds": EVEN, "steps": lambda n: 3 * EPOCHS, "outer": Adam(hparams.parameters(), lr=0.1)}
         return outcome(cross_validated(hparams, side_by_side=True, **settings).fit(train, **more))
 
-    steps = [50]
+    steps = [25]
     with pytest.raises(KilledError):
         fit(checkpoint=tmp_path / "fit.pt", every_seconds=0)
     steps = [1000]
@@ -159,17 +161,17 @@ def test_it_is_resumed_to_the_bit(tmp_path):
 
 def test_where_a_fold_fails_it_is_named(at_once):
     def broken(model: Any, hparams: Any, batch: Any) -> Any:
-        return val_loss(model, hparams, batch) * torch.where((batch == 5).any() & (taken[0] > 70), torch.nan, 1.0)
+        return val_loss(model, hparams, batch) * torch.where((batch == 5).any() & (taken[0] > 20), torch.nan, 1.0)
 
     def train(model: Any, optimizer: Any, examples: Any) -> None:
         optimizer.register_step_post_hook(lambda *_: taken.__setitem__(0, taken[0] + 1))
-        loop(40)(model, optimizer, examples)
+        loop(STEPS)(model, optimizer, examples)
 
     taken = [0]
     with pytest.warns(UserWarning, match=r"NON_FINITE_LOSS: .*\(fold 2 of 3: the validation loss is nan\)"):
-        found = cross_validated(folds=EVEN, val_loss=broken, side_by_side=True).fit(train)
-    assert [row["moved"] for row in found.history] == [True, True, False, False, False]
-    assert at_once == [True, True, False, False, False]
+        found = cross_validated(folds=EVEN, val_loss=broken, side_by_side=True, **SHORT).fit(train)
+    assert [row["moved"] for row in found.history] == [True, False, False]
+    assert at_once == [True, False, False]
 
 
 def noisy(model: Any, hparams: Any, batch: Any) -> Any:
@@ -212,14 +214,14 @@ def large() -> nn.Module:
 
 
 def uneven(model: Any, optimizer: Any, examples: Any) -> None:
-    for _ in range(40):
+    for _ in range(STEPS):
         optimizer.zero_grad()
         optimizer.loss(examples).backward()
         optimizer.step()
 
 
 def accumulating(model: Any, optimizer: Any, examples: Any) -> None:
-    for _ in range(40):
+    for _ in range(STEPS):
         optimizer.zero_grad()
         for batch in examples[:4].split(2):
             optimizer.loss(batch).backward()
@@ -275,12 +277,12 @@ def test_it_leaves_no_trace(at_once):
         hparams = decays()
         outer = torch.optim.SGD(hparams.parameters(), lr=0.0)
         settings = {"outer": outer, "val_loss": val, "folds": EVEN, "side_by_side": together}
-        found.append(cross_validated(hparams, **settings).fit(loop(40)))
+        found.append(cross_validated(hparams, **SHORT, **settings).fit(loop(STEPS)))
         states.append(torch.get_rng_state())
         assert all(part.training for model in found[-1].models for part in model.modules())
         assert all(leaf.grad is None for leaf in hparams.parameters())
         torch.manual_seed(0)
-    assert at_once == [True] * 5
+    assert at_once == [True] * 3
     for model, expected in zip(found[1].models, found[0].models, strict=True):
         assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
     assert torch.equal(*states)
@@ -289,18 +291,18 @@ def test_it_leaves_no_trace(at_once):
 def test_under_autocast_the_folds_are_in_turn_where_it_holds(at_once):
     def train(model: Any, optimizer: Any, examples: Any) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loop(40)(model, optimizer, examples)
+            loop(STEPS)(model, optimizer, examples)
 
-    cross_validated(side_by_side=True).fit(train)
+    cross_validated(side_by_side=True, **SHORT).fit(train)
     assert at_once == []
 
 
 def test_a_layer_that_was_replaced_is_an_error(at_once):
     def train(model: Any, optimizer: Any, examples: Any) -> None:
-        loop(30)(model, optimizer, examples)
+        loop(8)(model, optimizer, examples)
         model[0] = nn.Linear(3, 4)
-        loop(10)(model, optimizer, examples)
+        loop(STEPS - 8)(model, optimizer, examples)
 
     with pytest.warns(UserWarning, match="the inner optimizer does not hold"):
-        cross_validated(side_by_side=True).fit(train)
-    assert at_once == [True] * 5
+        cross_validated(side_by_side=True, **SHORT).fit(train)
+    assert at_once == [True] * 3
