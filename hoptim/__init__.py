@@ -21,13 +21,13 @@ in it.
 | `hoptim.diagnostics`, `hoptim.tracking` | the audit; trackers for W&B, TensorBoard, MLflow, the terminal and files |
 | `hoptim.recipes` | hyperparameters with their part of the loss, such as `WeightDecay` and `ExampleWeights` |
 | `hoptim.training` | the only code that changes anything: `BilevelOptimizer`, `CrossValidated`, `retrain`, checkpoints |
-| `hoptim.methods` | ways to dL_V/dλ: implicit, unrolled, conditions, one inner step as a pure function |
+| `hoptim.methods` | ways to compute dL_V/dλ: implicit, unrolled, replay; conditions, one inner step as a function |
 | `hoptim.curvature` | F at a point, A and Bᵀ: exact, Gauss-Newton, differences, several batches, compiled |
 | `hoptim.solvers` | Aᵀx = g; a solver sees an operator and a vector, never a model |
 | `hoptim.problem` | a model and two losses as pure functions of weights, hyperparameters and a batch; several processes |
 | `hoptim.linalg` | vectors, operators, Lanczos; it imports torch and nothing else |
 
-`hoptim.validation` holds checks of arguments, and `hoptim.config` finds the YAML files of `conf/`, one for each choice.
+`hoptim.validation` holds checks of arguments. `hoptim.config` finds the YAML files of `conf/`, one for each choice.
 
 # The way of one hypergradient
 
@@ -47,16 +47,16 @@ in it.
   `Solution.state`.
 - A loss becomes a pure function with `torch.func.functional_call`, in one place. A hypergradient leaves weights, buffers,
   gradients, modes and random generators of the model as it found them.
-- Tensors stay on the device. The host reads them once for each 16 products and twice more.
-- An error names the value and the remedy. What fails silently elsewhere has a status here.
+- Tensors stay on the device. The host reads them once for each 16 products, and twice more in a hypergradient.
+- An error names the value and the remedy. A solve that fails says so in its status.
 
 # How to add something
 
 **A solver.** Derive from `Solver`, a frozen dataclass with the options, and write `solve(A, g, state=None)`. It gets an
 operator A, with `A @ v` for products, `A.T` for the transpose, `A.dot(u, v)` and `A.norm(v)`, and a right-hand side g:
 one vector of shape (n,), or R of them, (R, n). It returns a `Solution` with the answer, the status, the relative
-residuals and the number of products. Whatever it wants to see again at the next hyperstep goes into `state`. Any such
-object works at once as `Implicit(MySolver())`. To ship it with hoptim, add a file to `hoptim/solvers/`, its name here and
+residuals and the number of products. Put into `state` what the solver needs at the next hyperstep. Any such object works
+at once as `Implicit(MySolver())`. To ship it with hoptim, add a file to `hoptim/solvers/`, its name here and
 in the README, a YAML file in `conf/hoptim/solver/`, and a line in the table of `tests/solvers/test_solver_table.py`,
 which runs each solver on every problem. For example, two steps of Richardson's iteration:
 
@@ -80,9 +80,9 @@ problem, weights, leaves and a batch, and gives a `Linearization` as a context m
 the map x ↦ Bᵀx, for use inside.
 `hoptim.curvature.finite_difference` is the shortest example. Tests compare it with dense matrices in float64.
 
-**A recipe** is a `HyperParameters` with the losses' terms that it is for, as in `hoptim.recipes`; or, such as a search over
-starting points, ordinary code on top of `Problem` and `BilevelOptimizer`. It goes above `hoptim.training`, and nothing below
-may know it.
+**A recipe** is a `HyperParameters` with its terms of the losses, as in `hoptim.recipes`, or ordinary code on top of
+`Problem` and `BilevelOptimizer`, such as a search over starting points. It may import everything up to `hoptim.training`,
+and nothing there may import it.
 """
 
 from hoptim import recipes

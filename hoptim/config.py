@@ -10,14 +10,14 @@ defaults:
   - hoptim/method: implicit      # hydra.utils.instantiate(cfg.hoptim.method) is the Implicit(...)
 ```
 
-There are also `hoptim/condition`, `hoptim/preconditioner`, `hoptim/tracker` and `hoptim/method: unrolled`. List a
-condition or a preconditioner after the method, into which it writes itself. `hoptim/recipe: [weight_decay, label_smoothing]`
-names recipes: `instantiate(cfg.hoptim.recipe.weight_decay)` is a function that makes one from the model. hoptim's own
+There are also `hoptim/condition`, `hoptim/preconditioner`, `hoptim/tracker` and `hoptim/method: unrolled`. List a condition
+or a preconditioner after the method, since it adds itself to the method. `hoptim/recipe: [weight_decay, label_smoothing]`
+names recipes: `instantiate(cfg.hoptim.recipe.weight_decay)` is a function that makes the recipe from a model. hoptim's own
 experiments use the same files with [scripts/train.py](scripts/README.md#hoptims-experiments).
 
-This module is the search-path plugin behind it. A wheel holds it twice: here, and as ``hydra_plugins/hoptim_config.py``,
-where Hydra looks for plugins. Since every Hydra application of the environment imports it, it imports neither torch nor
-hoptim.
+This module is the search-path plugin that does this. A wheel holds it twice: here, and as
+``hydra_plugins/hoptim_config.py``, where Hydra looks for plugins. It imports neither torch nor hoptim, since every Hydra
+application in the environment imports it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 class HoptimSearchPath(SearchPathPlugin):
-    """Adds the folder that holds hoptim's groups, and nothing else, behind the application's own search path."""
+    """Adds the folder of hoptim's groups to the end of the application's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append the folder, so that the application's own files of the same name win."""

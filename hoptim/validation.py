@@ -10,7 +10,7 @@ _VOWEL_SOUND = re.compile("[aeio]|u(?!ni|[isu])", re.IGNORECASE)  # an Update, a
 
 
 def is_whole(value: object) -> bool:
-    """Whether ``value`` is a whole number, of Python or NumPy, and not a bool.
+    """Whether ``value`` is a whole number of Python or NumPy, but not a bool.
 
     >>> is_whole(3), is_whole(3.0), is_whole(True)
     (True, False, False)
@@ -19,7 +19,7 @@ def is_whole(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """Whether ``value`` is a finite real number, of Python or NumPy, and not a bool.
+    """Whether ``value`` is a finite real number of Python or NumPy, but not a bool.
 
     >>> is_finite(0.1), is_finite(float("nan")), is_finite("0.1")
     (True, False, False)
@@ -28,7 +28,7 @@ def is_finite(value: object) -> bool:
 
 
 def describe_type(value: object) -> str:
-    """What ``value`` is, for an error message; a class that is given where an instance should be is called a class.
+    """The type of ``value`` with its article, for an error message; or if it is a class itself, its name.
 
     >>> describe_type(0.5), describe_type(3), describe_type(int)
     ('a float', 'an int', 'the class int')

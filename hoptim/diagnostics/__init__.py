@@ -1,8 +1,8 @@
 """The audit: is this hypergradient right, on this model?
 
 A residual says how well a system was solved, not whether the answer is right: training may not have converged, the
-curvature may be negative, the validation batch too small. `hoptim.audit` measures all of these at the present weights,
-and leaves the model as it was.
+curvature may be negative, the validation batch may be too small. `hoptim.audit` measures all of these at the present
+weights, and does not change the model.
 
 >>> import torch
 >>> from torch import nn
@@ -29,16 +29,16 @@ and leaves the model as it was.
 `print(found)` shows everything that was measured:
 
 - how far the weights are from a stationary point, ‖∇L_T‖, and the ends of the curvature's spectrum;
-- the cosine to the answers of a much longer solve and of unrolled steps;
-- the slope of the validation loss along the hypergradient and along random directions, as *real retraining* with `inner`
-  measures it by finite differences;
-- the noise of the hypergradient over parts of the validation batch;
+- the cosine to the hypergradients of a much longer solve and of unrolled steps;
+- the slope of the validation loss along the hypergradient and along random directions, by finite differences of *real
+  retraining* with `inner`;
+- the standard error of the hypergradient over parts of the validation batch;
 - if the curvature is positive definite, a bound on the error of the solve.
 
 `found.advice` says what to change, `found.to_dict()` and `found.plot("audit.png")` keep the figures. Retraining takes
 most of the time: about 4·`steps`·(`directions` + 1) training gradients. An audit is for one process.
 
 The cheap part is in every `Record`: the residual, the status, ‖∇L_T‖ (`train_gradient_norm`), and the cosine to the
-hypergradient before. A cosine near 0 over many hypersteps means that noise leads: use larger validation batches or a
+hypergradient before. A cosine near 0 over many hypersteps means that noise dominates: use larger validation batches or a
 smaller outer rate.
 """

@@ -16,7 +16,7 @@ from hoptim.diagnostics.report import Audit, brief
 from hoptim.methods.conditions import Gradient, Update
 from hoptim.methods.default import default_method
 from hoptim.methods.implicit import Implicit
-from hoptim.methods.inner_step import KINDS
+from hoptim.methods.inner_step import is_differentiable
 from hoptim.methods.method import Method, checked
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.composite_loss import CompositeLoss
@@ -32,7 +32,7 @@ from hoptim.solvers.warm_start import WarmStart
 from hoptim.training.record import cosine
 from hoptim.validation import is_whole
 
-PATH = (1, 2, 5, 10, 20, 50, 100)  # terms at which the way to the answer is looked at
+PATH = (1, 2, 5, 10, 20, 50, 100)  # numbers of terms on the path to the answer
 
 
 def audit(
@@ -48,26 +48,26 @@ def audit(
     directions: int = 2,
     chunks: int = 8,
 ) -> Audit:
-    """Is this hypergradient right, on this model? Measured at the model's present weights, without a trace in it.
+    """Is this hypergradient right, on this model? Measured at the model's present weights, without changing it.
 
     It looks at the residual of the solve, the spectrum, a much longer solve of the same system, unrolled steps, finite
     differences of real retraining along the hypergradient and along random directions, and the noise of the validation
-    batch. About 4·``steps``·(``directions`` + 1) training gradients go into retraining, most of the time.
+    batch. Retraining takes most of the time, about 4·``steps``·(``directions`` + 1) training gradients.
 
     Args:
         problem: the bilevel problem, trained as far as it will be at a hyperstep.
         train_batch: the batch for the training loss.
         val_batch: the batch for the validation loss.
-        method: the method to audit; default ``Implicit()``, or ``Unrolled()`` where an option of ``inner`` is learned.
+        method: the method to audit; default ``Implicit()``, or ``Unrolled()`` if an option of ``inner`` is learned.
         inner: the inner optimizer, to retrain with; by default plain gradient descent with the step 1 / ‖A‖.
-        train_batches: batches to retrain on; by default ``train_batch`` again and again.
+        train_batches: batches to retrain on; by default ``train_batch`` in each step.
         longer: the most products of the longer solve, ≥ 1, default 200.
         steps: inner steps of each retraining, ≥ 1, default 100.
         directions: random directions besides the hypergradient's own, ≥ 0, default 2.
         chunks: parts of the validation batch for the standard error, ≥ 2, default 8.
 
     Returns:
-        What was found: print it, or take ``.to_dict()``, ``.plot(path)``, ``.advice``.
+        The results: print them, or take ``.to_dict()``, ``.plot(path)``, ``.advice``.
 
     Raises:
         TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method.
@@ -99,9 +99,10 @@ def audit(
         ("directions", directions, 0),
         ("chunks", chunks, 2),
     ):
-        _check_whole(name, value, least)
+        if not (is_whole(value) and value >= least):
+            raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
     method = default_method(loop.learned) if method is None else method
-    other = Implicit(condition=Update()) if loop.learned else Implicit()  # which sees what is learned
+    other = Implicit(condition=Update()) if loop.learned else Implicit()  # sees learned options
     implicit = _whole(method if isinstance(method, Implicit) else other, problem)
     method = implicit if isinstance(method, Implicit) else method
     draw = cycle([train_batch]).__next__ if train_batches is None else Batches(train_batches, "train_batches").draw
@@ -109,7 +110,7 @@ def audit(
 
     result = case(method)
     result.check_touched(loop.learned, sees_options=method.sees_options)
-    gradient_seconds = seconds(lambda: case.gradient())
+    gradient_seconds = seconds(case.gradient)
     cost = seconds(lambda: case(method)) / gradient_seconds
     local = look(case, implicit)
     reference = case(replace(implicit, solver=_longer(implicit, longer)))
@@ -135,11 +136,6 @@ def audit(
     return replace(found, advice=advised(found, method, shows_parts=isinstance(problem.train_loss, CompositeLoss)))
 
 
-def _check_whole(name: str, value: int, least: int) -> None:
-    if not (is_whole(value) and value >= least):
-        raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
-
-
 def _missing(error: float | str, result: Hypergradient, reference: Hypergradient, inner: Optimizer) -> Iterator[str]:
     """What could not be measured, and why."""
     if isinstance(error, str):
@@ -148,18 +144,18 @@ def _missing(error: float | str, result: Hypergradient, reference: Hypergradient
         yield f"the longer solve: it ended in {reference.solution.status.name}"
     if not result.solution.status.ok:
         yield "retraining: the hypergradient itself has failed"
-    elif not isinstance(inner, KINDS):
+    elif not is_differentiable(inner):
         yield f"retraining and unrolling: torch can't differentiate a step of {type(inner).__name__}"
 
 
 def _whole(method: Implicit, problem: Problem) -> Implicit:
-    """The method with nothing left open."""
+    """The method with the defaults of this problem filled in."""
     chosen = method.chosen(problem)
     return replace(method, solver=chosen.solver, curvature=chosen.curvature)
 
 
 def _longer(method: Implicit, terms: int) -> Solver:
-    """The solver that goes on until nothing changes: for a symmetric curvature MINRES, else GMRES."""
+    """The solver of the reference: MINRES for a symmetric curvature, else GMRES."""
     return (
         MINRES(terms=terms, tolerance=1e-6)
         if isinstance(method.condition, Gradient)
@@ -168,7 +164,7 @@ def _longer(method: Implicit, terms: int) -> Solver:
 
 
 def _path(case: Case, method: Method, reference: Hypergradient) -> Iterator[tuple[int, float, float]]:
-    """Residual and cosine to the longer solve for fewer terms of the same solver, and for its own."""
+    """Residual and cosine to the longer solve, for fewer terms of the same solver and for its own number."""
     if not isinstance(method, Implicit) or not reference.solution.status.ok:
         return
     solver = method.solver.solver if isinstance(method.solver, WarmStart) else method.solver
@@ -183,7 +179,7 @@ def _path(case: Case, method: Method, reference: Hypergradient) -> Iterator[tupl
 
 
 def advised(found: Audit, method: Method, *, shows_parts: bool) -> tuple[str, ...]:
-    """What to change, in words, the gravest first; nothing where the evidence is good."""
+    """What to change, the most serious first; empty if nothing is wrong."""
     return tuple(_advice(found, method, shows_parts))
 
 
@@ -212,6 +208,8 @@ def _advice(found: Audit, method: Method, shows_parts: bool) -> Iterator[str]:
             f"it points downhill, but is {own.predicted / own.measured:.2g} times as long as retraining says: choose the "
             "outer learning rate by that, or an outer optimizer that looks at no lengths, such as Adam"
         )
+    if own and own.verdict == "diverges":
+        yield "retraining diverges: take fewer steps (steps=), or an inner optimizer with a smaller learning rate"
     if own and own.verdict == "lost in noise":
         yield "along the hypergradient retraining shows no slope beyond its noise: retrain for longer (steps=) to be sure"
     last = found.residuals[-1] if found.residuals else 0.0

@@ -23,7 +23,7 @@ from hoptim.linalg import trees, vectors
 from hoptim.linalg.lanczos import gaussian, lanczos
 from hoptim.linalg.vectors import Layout, Tree
 from hoptim.methods.implicit import Implicit
-from hoptim.methods.inner_step import KINDS
+from hoptim.methods.inner_step import is_differentiable
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.methods.reverse import end_of
@@ -40,7 +40,7 @@ from hoptim.training.record import standard_error as spread_of
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The problem with its batches; called with a method, it gives the hypergradient."""
+    """The problem with its batches; called with a method, it returns the hypergradient."""
 
     problem: Problem
     train: Any
@@ -54,7 +54,7 @@ class Case:
     def gradient(self) -> None:
         """One training gradient: the unit of cost."""
         weights = as_leaves(self.problem.weights())
-        leaves = _values(self.problem.leaves())
+        leaves = trees.map_tree(Tensor.detach, self.problem.leaves())
         with self.problem.untouched():
             self.problem.pure(
                 "train_loss",
@@ -67,12 +67,12 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """What one graph at the present weights tells.
+    """Measurements from one graph at the present weights.
 
     Attributes:
-        spectrum: the ends of A's spectrum; ``None`` where A is not symmetric.
-        top: the largest magnitude in it, 1 where it is not known.
-        distance: the length of a Newton step relative to that of the weights; ``None`` where it cannot be had.
+        spectrum: the ends of A's spectrum; ``None`` if A is not symmetric.
+        top: the largest magnitude in it, 1 if it is unknown.
+        distance: the length of a Newton step relative to that of the weights; ``None`` if its solve failed.
         newton: that step, by the names of the weights.
         product_seconds: the time of one product.
     """
@@ -118,7 +118,7 @@ def compared(
     if reference.solution.status.ok:
         name = f"{reference.solution.products} products (residual {float(reference.solution.residuals[-1].amax()):.0e})"
         yield _beside(name, result, reference)
-    if not isinstance(method, Unrolled) and isinstance(inner, KINDS):
+    if not isinstance(method, Unrolled) and is_differentiable(inner):
         unrolled = Unrolled(steps)(case.problem, case.train, case.val, loop=replace(case.loop, inner=inner))
         if unrolled.solution.status.ok:
             yield _beside(f"unrolling {steps} steps", result, unrolled)
@@ -131,7 +131,7 @@ def _beside(name: str, this: Hypergradient, other: Hypergradient) -> Compared:
 
 def slopes(case: Case, result: Hypergradient, inner: Optimizer, steps: int, count: int) -> Iterator[Direction]:
     """Slopes of the validation loss, predicted and by central differences of retraining, each measured twice."""
-    if not result.solution.status.ok or not isinstance(inner, KINDS):
+    if not result.solution.status.ok or not is_differentiable(inner):
         return
     live = case.problem.leaves()
     layout = Layout.of(live)
@@ -139,9 +139,8 @@ def slopes(case: Case, result: Hypergradient, inner: Optimizer, steps: int, coun
     lines = {"the hypergradient": vectors.unit(gradient)}
     lines |= {f"random direction {n + 1}": vectors.unit(gaussian(gradient, seed=n)) for n in range(count)}
     reach = float(epsilon_of_losses(*layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
-    trajectories = [
-        _steps_ahead(case, inner, steps, repeat) for repeat in (0, 1)
-    ]  # the same batches and masks for all that is compared
+    # Each trajectory has its batches and masks, the same for all values that are compared.
+    trajectories = [_steps_ahead(case, inner, steps, repeat) for repeat in (0, 1)]
     for name, line in lines.items():
         found, values = [], []
         for trajectory, epsilon in zip(trajectories, (reach, reach / 2), strict=True):
@@ -154,7 +153,7 @@ def slopes(case: Case, result: Hypergradient, inner: Optimizer, steps: int, coun
 
 
 def _steps_ahead(case: Case, inner: Optimizer, steps: int, repeat: int) -> Trajectory:
-    """The inner steps that would come next; another ``repeat`` has other batches, if there are more, and other masks."""
+    """The inner steps that would come next; with another ``repeat``, other masks, and other batches if there are more."""
     assert case.loop.draw is not None
     with case.problem.untouched():
         torch.manual_seed(repeat)
@@ -170,7 +169,7 @@ def _retrained(case: Case, trajectory: Trajectory, leaves: Tree) -> float:
 
 
 def standard_error(case: Case, method: Method, chunks: int) -> float | str:
-    """√(Σ_r ‖h_r − h‖² / (R(R−1))) / ‖h‖ over R chunks of the validation batch; or why there is none."""
+    """√(Σ_r ‖h_r − h‖² / (R(R−1))) / ‖h‖ over R chunks of the validation batch; or why it is unknown."""
     parts = _split(case.val, chunks)
     if parts is None:
         return "the standard error: the validation batch's tensors share no first axis to split along"
@@ -201,11 +200,12 @@ def _split(batch: Any, chunks: int) -> list[Any] | None:
 
 
 def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> Bound | None:
-    """How far the hypergradient can be off; ``None`` where A is not positive definite."""
+    """How far the hypergradient can be off; ``None`` if A is not positive definite, or the hypergradient is zero."""
     lowest = local.spectrum.lowest if local.spectrum else 0.0
     known = isinstance(method.curvature, GaussNewton) and 0 < 0.99 * method.damping <= lowest
     mu = method.damping if known else lowest
-    if not result.solution.status.ok or result.val_loss.ndim or mu <= 1e-6 * local.top:  # Update's A has no such spectrum
+    length = float(trees.norm(result.grads))
+    if not result.solution.status.ok or result.val_loss.ndim or mu <= 1e-6 * local.top or not length:
         return None
     point = Point.of(case.problem, case.train, case.loop.draw)
 
@@ -219,7 +219,6 @@ def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> 
         residual, B = point.inside(inside)
     with _moved(point.live[0], local.newton):
         there = case(method)
-    length = float(trees.norm(result.grads))
     change = float(trees.norm({name: t - result.grads[name] for name, t in there.grads.items()}))
     return Bound(mu=mu, known=known, solve=B * residual / (mu * length), inner=change / length)
 
@@ -241,7 +240,7 @@ def _mixed_norm(point: Point, F: Linearization, products: int = 10) -> float:
 
 @contextmanager
 def _moved(live: Tree, step: Tree) -> Iterator[None]:
-    """The live weights, less a step, in other memory: what was computed from them can still go back through them."""
+    """Subtract a step from the live weights, in new memory, so that graphs of the old values still work."""
     before = {name: live[name].data for name in step}
     try:
         for name, part in step.items():
@@ -253,7 +252,7 @@ def _moved(live: Tree, step: Tree) -> Iterator[None]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Wall-clock time of a call: the least of three, after one to warm up."""
+    """Wall-clock time of a call: the shortest of three, after one to warm up."""
     call()
     found = []
     for _ in range(3):
@@ -265,7 +264,3 @@ def seconds(call: Callable[[], Any]) -> float:
             torch.cuda.synchronize()
         found.append(time.perf_counter() - begun)
     return min(found)
-
-
-def _values(leaves: Tree) -> Tree:
-    return trees.map_tree(torch.Tensor.detach, leaves)

@@ -1,7 +1,8 @@
-"""What an audit found, as a value: a table, a dict, a picture, and advice in words."""
+"""The results of an audit, as a table, a dict or a picture, with advice."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from io import StringIO
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """This hypergradient beside another one: cosine, and ‖this‖ / ‖other‖."""
+    """This hypergradient compared with another one: their cosine, and ‖this‖ / ‖other‖."""
 
     other: str
     cosine: float
@@ -35,7 +36,9 @@ class Direction:
 
     @property
     def verdict(self) -> str:
-        """What retraining says of the prediction."""
+        """What retraining says about the prediction."""
+        if not math.isfinite(self.measured):
+            return "diverges"
         if abs(self.measured) <= 2 * self.noise:
             return "lost in noise"
         if self.predicted * self.measured <= 0:
@@ -46,7 +49,7 @@ class Direction:
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """The ends of A's spectrum as Lanczos saw them, and the share of its eigenvalues below zero."""
+    """The ends of A's spectrum by Lanczos, and the share of its eigenvalues below zero."""
 
     lowest: float
     highest: float
@@ -63,8 +66,8 @@ class Bound:
     """How far the hypergradient can be from the exact one, relative to its own length.
 
     ``solve``: ‖B‖·‖r‖ / (μ·‖h‖) for the residual r of x, where A ⪰ μI; ``inner``: the change of h over one Newton step to
-    the stationary point, ‖h(w − A⁻¹∇L_T) − h(w)‖ / ‖h‖, an estimate; ``mu`` is ``known`` where damping gives it, else it is
-    the lowest Ritz value, which lies above the true one.
+    the stationary point, ‖h(w − A⁻¹∇L_T) − h(w)‖ / ‖h‖, an estimate; ``mu`` is ``known`` if it is the damping, else
+    it is the lowest Ritz value, which is not below the lowest eigenvalue.
     """
 
     mu: float
@@ -75,25 +78,25 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Is this hypergradient right, on this model? What :func:`audit` found.
+    """Is this hypergradient right, on this model? The results of :func:`audit`.
 
     Attributes:
         method: the method audited.
         status: how its solve ended; ``detail`` has the figures.
-        gradient_norm: ‖∇_w L_T‖; zero where the formula is exact.
-        distance: the length of a Newton step to the stationary point, relative to ‖w‖; ``None`` where it was not found.
+        gradient_norm: ‖F‖, by default ‖∇_w L_T‖: zero at points where the formula is exact.
+        distance: the length of a Newton step to the stationary point, relative to ‖w‖; ``None`` if its solve failed.
         spectrum: the ends of A's spectrum; ``None`` for an A that is not symmetric.
-        residuals: relative, one a product.
-        compared: beside a much longer solve and beside unrolling.
+        residuals: relative residuals, one for each product.
+        compared: comparisons with a much longer solve and with unrolling.
         directions: slopes along directions in hyperparameter space, predicted and by retraining.
-        standard_error: of the hypergradient over chunks of the validation batch, relative to its length; ``None`` where it
+        standard_error: of the hypergradient over chunks of the validation batch, relative to its length; ``None`` if it
             can't be split.
-        bound: how far it can be from the exact one; ``None`` where the curvature is not positive definite.
-        product_cost: seconds of one product over those of one training gradient.
+        bound: how far it can be from the exact one; ``None`` if the curvature is not positive definite.
+        product_cost: the time of a product relative to that of a training gradient.
         cost: the whole hypergradient, in training gradients.
         path: (products, residual, cosine to the longer solve) for fewer terms.
         missing: what could not be measured, and why.
-        advice: what to change, in words; empty where nothing is.
+        advice: what to change; empty if nothing is wrong.
     """
 
     method: str
@@ -114,7 +117,7 @@ class Audit:
     advice: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, for JSON."""
+        """All results as plain values, for JSON."""
         return {**asdict(self), "status": self.status.name}
 
     def __rich__(self) -> Table:
@@ -137,10 +140,8 @@ class Audit:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=120)
-        console.print(self)
-        text = console.file
-        assert isinstance(text, StringIO)
+        text = StringIO()
+        Console(file=text, width=120).print(self)
         return text.getvalue().rstrip()
 
     def plot(self, path: str | Path) -> None:
@@ -163,7 +164,7 @@ class Audit:
 
 
 def brief(strategy: Any) -> str:
-    """A strategy as one would write it: options that are at their defaults are left out.
+    """A strategy as one would write it, without options that have their default or are not for showing.
 
     >>> from hoptim import CG, Implicit
     >>> brief(Implicit(CG(terms=5), damping=0.1))
@@ -175,7 +176,7 @@ def brief(strategy: Any) -> str:
     for option in fields(strategy):
         value = getattr(strategy, option.name)
         default = option.default_factory() if option.default_factory is not MISSING else option.default
-        if value != default:
+        if option.repr and value != default:
             shown.append(f"{option.name}={brief(value)}")
     return f"{type(strategy).__name__}({', '.join(shown)})"
 

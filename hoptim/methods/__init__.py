@@ -16,14 +16,14 @@ inner steps.
 | assumes | a nearly stationary point of training | nothing |
 | cost | a few products: about 10 gradients with the default | 4 to 5 gradients for each step |
 | memory | a few gradients | weights and state for each step; with `checkpoint=True` for √steps |
-| sees | what changes ∇L_T; of the inner optimizer's options none, but with `Update()` | everything that changes the steps |
+| sees | what changes ∇L_T; the inner optimizer's options only with `Update()` | everything that changes the steps |
 | optimizers | any | those that torch can differentiate |
 
-`Unrolled` goes back over the steps since the last hyperstep: `BilevelOptimizer` keeps a copy of weights and state from
-before each, and takes it once more from there, with the same batch, dropout mask and options. When there are none, as with
-`hyperstep()` under `every=None` or in a single call of `hypergradient`, it differentiates through the steps that would come
-next. Unrolled steps with a `GradScaler` are not supported, and the derivative of gradient clipping is not included: the
-status says so.
+`Unrolled` goes back over the steps since the last hyperstep. `BilevelOptimizer` keeps a copy of weights and state from
+before each of them, and repeats the step from there with the same batch, dropout mask and options. If there are no such
+steps, as with `hyperstep()` under `every=None` or in a single call of `hypergradient`, it differentiates through the steps
+that would come next. Unrolled steps with a `GradScaler` are not supported, and the derivative of gradient clipping is not
+included: the status says so.
 
 # In a loop of your own
 
@@ -50,23 +50,23 @@ Without `BilevelOptimizer`, compute one hypergradient at a time. It changes noth
 # Conditions: what "trained" means
 
 - `Gradient()`, the default: F = ∇_w L_T, so A is the Hessian. Hyperparameters that act only through the inner optimizer,
-  such as its learning rate, do not change ∇L_T: that is an error, which names what sees them.
-- `Update()`: F = u, where the inner optimizer's step is w ← w − u, its state held fixed. This sees the learning rate,
+  such as its learning rate, do not change ∇L_T. That is an error, which says what to use instead.
+- `Update()`: F = u, where the inner optimizer's step is w ← w − u, with its state held fixed. This sees the learning rate,
   momentum and the optimizer's own weight decay. A is not symmetric, so the default solver is `GMRES(terms=5)`.
 
 # A learned learning rate
 
-Take `Unrolled`, which is the default where an option of the inner optimizer is learned: over 20 steps, or `every` if that
-is less. `Update()` is for trained models. On an untrained one the implicit function theorem is asked about a point where
-training does not end, and the hypergradient of a learning rate can have the wrong sign. On digits with Adam at 1e-4, too
-low by far, `Update()` gave +901 and took the rate to 0, where training stands still. `Unrolled(20)` gave −157; on a log
-scale it took the rate to 2e-3, and the test loss after 600 steps was 0.23 in place of 1.58. Where `Update()` meets negative
-curvature a warning tells.
+Use `Unrolled`, the default if an option of the inner optimizer is learned: over 20 steps, or over `every` if that is less.
+`Update()` is for trained models. On an untrained one it applies the implicit function theorem at a point that is not the
+end of training, and the hypergradient of a learning rate can have the wrong sign. On digits with Adam at 1e-4, far too low,
+`Update()` gave +901 and took the rate to 0, where nothing is learned. `Unrolled(20)` gave −157; on a log scale it took the
+rate to 2e-3, and the test loss after 600 steps was 0.23 instead of 1.58. If `Update()` meets negative curvature, a warning
+says so.
 
 Name the options in `BilevelOptimizer(..., options={"lr": "rate"})`: here the hyperparameter `"rate"` is the learning rate of
-every parameter group. With `positive` it is learned on a log scale; `unit_interval` is for momentum and betas. Of a pair,
-one or both are named: `{"betas": ("one", None)}`. A list has a name for each parameter group, `None` for one that is left as
-it is: `{"lr": ["rate", None]}`. The inner optimizer may also be built with `lr=hparams["rate"]`.
+every parameter group. With `positive` it is learned on a log scale; `unit_interval` is for momentum and betas. For a pair,
+name one or both: `{"betas": ("one", None)}`. A list has a name for each parameter group, or `None` to leave it as it is:
+`{"lr": ["rate", None]}`. The inner optimizer may also be built with `lr=hparams["rate"]`.
 
 >>> import torch
 >>> from torch import nn
@@ -90,25 +90,25 @@ it is: `{"lr": ["rate", None]}`. The inner optimizer may also be built with `lr=
 >>> optimizer.hypergradient, bool(hparams["rate"] > 0.01)                          # a larger rate would have been better
 (Unrolled(steps=5, checkpoint=False), True)
 
-*Beside a schedule.* The optimizer has an ordinary number in the option's place, at first the value of `hparams["rate"]`.
-Schedulers may change it, and so may a line of the loop, `group["lr"] = ...`. A step is taken with that number times
-`hparams["rate"]` over its first value: the schedule sets the shape, hoptim learns the size. Without a schedule the rate is
-exactly `hparams["rate"]`. A schedule of a learned momentum, such as `OneCycleLR`'s, may leave the unit interval this way:
-give it `cycle_momentum=False`. The leaf is read in each step, so leave it on the CPU. `hypergradient` and `audit` get
+*With a schedule.* In place of the option the optimizer holds an ordinary number, at first the value of `hparams["rate"]`.
+Schedulers may change it, and so may your loop, `group["lr"] = ...`. Each step uses this number times `hparams["rate"]` over
+its first value: the schedule sets the shape, hoptim learns the size. Without a schedule the rate is exactly
+`hparams["rate"]`. A schedule of a learned momentum, such as that of `OneCycleLR`, may leave the unit interval this way: give
+it `cycle_momentum=False`. The leaf is read in each step, so keep it on the CPU. Give `hypergradient` and `audit`
 `inner=optimizer`. In a loop of your own, write `group["lr"] = hparams["rate"]` after each move.
 
 The option may also be a leaf itself, without constraint or `nonnegative`: `lr=hparams.lr`, with `foreach=False` for Adam.
-Then nothing may write over it, schedulers neither.
+Then nothing may overwrite it, not even a scheduler.
 
 `Update` and `Unrolled` work with the optimizers of `torch.optim` that have `differentiable=True`: SGD, Adam, AdamW,
-NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Rprop, ASGD. With gradient accumulation, `Update` takes a step to be
-that of the mean loss, so divide each loss by their number.
+NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Rprop, ASGD. With gradient accumulation, `Update` assumes the step of the
+mean loss, so divide each loss by their number.
 
 # Preconditioners
 
-A diagonal matrix D near A: the solver then works on D^(−1/2) A D^(−1/2), whose eigenvalues lie closer together, and its
-residuals are in that measure. `Jacobi()` estimates A's own diagonal from a few products. `SecondMoments()` uses what an
-inner Adam has stored already, and costs nothing; together with `Identity()` it is SAMA's hypergradient.
+A preconditioner is a diagonal matrix D near A. The solver then works on D^(−1/2) A D^(−1/2), whose eigenvalues lie closer
+together, and its residuals are measured in that scale. `Jacobi()` estimates A's own diagonal from a few products.
+`SecondMoments()` uses the second moments of an inner Adam, and costs nothing; with `Identity()` it is SAMA's hypergradient.
 
 # One hypergradient, for any loop
 
@@ -133,13 +133,13 @@ log λ.
 # Limits
 
 - The formula is exact at a stationary point of the training loss and for an exact solve. A few terms on a model that is
-  still training are neither. Look at `residuals` and at `train_gradient_norm` in the record, and judge by a test set that
-  took no part.
-- The derivative of running statistics, as those of `BatchNorm`, is not included. `Unrolled` over steps that were taken
-  evaluates with the present ones, over steps to come with those of before; `Replay` refuses such layers in training mode.
+  still training are neither. Look at `residuals` and at `train_gradient_norm` in the record, and judge by a separate test
+  set.
+- The derivative of running statistics, such as those of `BatchNorm`, is not included. `Unrolled` evaluates with the present
+  statistics, also after steps that are still to come; `Replay` refuses such layers in training mode.
 - A hyperstep's dropout masks are those of the next training step, because it restores the state of the random generators.
-- Several right-hand sides go through a product at once up to 2²⁰ weights, one by one beyond that and through convolutions,
-  where at once is slower.
+- Several right-hand sides share each product up to 2²⁰ weights. With more weights or with convolutions they go one by one,
+  which is faster there.
 
 Properties that are tested on random small models: the hypergradient is linear in the validation loss, does not depend on
 names or on the order of hidden units, is the same for several right-hand sides at once and one by one, and equals the
@@ -148,9 +148,9 @@ dense answer ([tests](tests/methods/test_properties.py)).
 # A whole training, and a learned schedule
 
 `Replay(batches)` differentiates through all steps of a training on these batches, from the present weights on. It is exact,
-so it sees what acts early and far from any stationary point: a warm-up, a schedule, the order of the data. The model stays
-where it is. So hyperparameters are learned over many trainings from one start, and then comes the one that counts. Here the
-rate of SGD is a curve with a value at the begin, the middle and the end, straight in between:
+so it also sees what acts early, far from any stationary point: a warm-up, a schedule, the order of the data. The model does
+not move, so hyperparameters can be learned over many trainings from one start, before the final training. Here the learning
+rate of SGD is piecewise linear, with values at the beginning, the middle and the end:
 
 >>> from hoptim import Replay, outer_step
 >>> steps, curve = 20, HyperParameters({"rate": torch.full((3,), 0.01)}, {"rate": constraints.positive})
@@ -163,7 +163,7 @@ rate of SGD is a curve with a value at the begin, the middle and the end, straig
 >>> inner, problem = torch.optim.SGD(model.parameters(), lr=1.0), Problem(model, curve, loss, loss)
 >>> outer = torch.optim.Adam(curve.parameters(), lr=0.3)
 >>> losses = []
->>> for _ in range(5):                                                             # five trainings, of which none is kept
+>>> for _ in range(5):                                                             # five trainings, none of which is kept
 ...     result = hypergradient(problem, None, val, method, inner=inner)
 ...     outer_step(problem, outer, result.grads)
 ...     losses.append(result.val_loss.item())
@@ -171,7 +171,7 @@ rate of SGD is a curve with a value at the begin, the middle and the end, straig
 True
 >>> scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda t: rate(curve, t).item())     # for the training itself
 
-With T steps and k = `segments` some k·log_k T copies of weights and optimizer state are held, and a step is taken log_k T
+With T steps and k = `segments` about k·log_k T copies of weights and optimizer state are held, and a step is taken log_k T
 times without a graph and once with it: 1,000 steps in 8 segments hold at most 32 copies, and take each step five times, at
 most four of them without a graph.
 """

@@ -1,4 +1,4 @@
-"""Options of one inner step as a pure function: constants, or bound to the hyperparameter leaf that they are made of."""
+"""Options of an inner step as a pure function: each is a constant, or computed from a hyperparameter leaf."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hoptim.methods.learned_options import COMPUTED, LearnedOption, shares_memor
 
 Kind = type[optim.Optimizer]
 
-# The classes whose step torch can differentiate, and the options in which it does; of the others it makes constants.
+# The classes whose step torch can differentiate, and the options with a derivative; the others are constants in torch.
 DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
     optim.SGD: frozenset({"lr", "momentum", "weight_decay"}),
     optim.Adam: frozenset({"lr", "betas", "eps", "weight_decay"}),
@@ -33,7 +33,7 @@ DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """In place of an option's value: it is the leaf of this name, or factor · transform(leaf)."""
+    """Stands for an option that is the leaf of this name, or factor · transform(leaf)."""
 
     name: str
     transform: Transform | None = None
@@ -44,18 +44,19 @@ class Bound:
         leaf = leaves[self.name]
         if self.transform is None:
             return leaf.reshape(())
-        wide = torch.float32 if leaf.device.type == "mps" else torch.float64  # as precise as the number in the real step
+        wide = torch.float32 if leaf.device.type == "mps" else torch.float64  # as precise as in the real step
         return self.factor * self.transform(leaf).reshape(()).to(wide)
 
 
 def bind(kind: Kind, number: int, group: Mapping[str, Any], key: str, leaves: Tree, learned: Sequence[LearnedOption]) -> Any:
-    """An option of parameter group ``number`` as a constant, copied, or :class:`Bound` to its leaf; of a pair, a pair.
+    """An option of parameter group ``number``: a copied constant, or :class:`Bound` to its leaf; for a pair, a pair.
 
     Raises:
-        TypeError: it is learned, and one that torch's step makes a constant of.
+        TypeError: it is learned, but torch's step has no derivative in it.
         ValueError: it is computed from other tensors, is part of a leaf, or a leaf of more than one number.
     """
-    computed = {option.member: option for option in learned if option.transform and option[1:3] == (number, key)}
+    place = (number, key)
+    computed = {option.member: option for option in learned if option.transform and (option.group, option.key) == place}
 
     def bound(value: Any, member: int | None) -> Any:
         if member in computed:
@@ -84,7 +85,7 @@ def bind(kind: Kind, number: int, group: Mapping[str, Any], key: str, leaves: Tr
 
 
 def check_differentiable(kind: Kind, group: Mapping[str, Any], key: str, what: str) -> None:
-    """Raise unless the step of this class has a derivative in the option, for ``what``, of a group with these options."""
+    """Raise ``TypeError`` unless the step of this class has a derivative in option ``key`` of the group, called ``what``."""
     works = DIFFERENTIABLE[kind] | ({"weight_decay"} if group.get("decoupled_weight_decay") else set())
     works -= {"momentum"} if group.get("nesterov") else set()
     if key not in works:

@@ -26,23 +26,22 @@ def hypergradient(
     inner: Optimizer | None = None,
     train_batches: Iterable[Any] | Callable[[], Any] | None = None,
 ) -> Hypergradient:
-    """One hypergradient dL_V/dλ at the model's present weights, for any loop; it touches nothing.
+    """One hypergradient dL_V/dλ at the model's present weights, for any loop; it changes nothing.
 
     Args:
         problem: the bilevel problem.
         train_batch: the batch for the training loss.
         val_batch: the batch for the validation loss.
-        method: how to compute it; default ``Implicit()``, or ``Unrolled()`` where an option of ``inner`` is learned.
-        inner: the inner optimizer, for methods that look into it: ``Update``, ``Unrolled``, ``SecondMoments``.
-        train_batches: more training batches, for the methods that average over several or draw a fresh one a product.
+        method: how to compute it; default ``Implicit()``, or ``Unrolled()`` if an option of ``inner`` is learned.
+        inner: the inner optimizer, for methods that need it: ``Update``, ``Unrolled``, ``SecondMoments``.
+        train_batches: more training batches, for methods that average over several or draw a new one for each product.
 
     Returns:
         The result; look at ``result.solution.status`` before using ``result.grads``.
 
     Raises:
         TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method.
-        ValueError: a hyperparameter that neither loss touches, no weight that the training loss touches, or a loss that is
-            no scalar.
+        ValueError: neither loss depends on a hyperparameter, the training loss depends on no weight, or it is no scalar.
 
     Ridge regression with one weight, in closed form: w = sxy / (sxx + λ), and dL_V/dλ = −(w − y_V)·w / (sxx + λ).
 

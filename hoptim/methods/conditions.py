@@ -18,11 +18,11 @@ from hoptim.methods.method import TrainingContext
 
 
 class Condition(ABC):
-    """A strategy for F: a frozen dataclass that makes it from the linearised gradient of the training loss."""
+    """A strategy for F: a frozen dataclass that makes F from the linearised gradient of the training loss."""
 
     @abstractmethod
     def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
-        """F with its derivatives, from ∇_w L_T with its own."""
+        """F with its derivatives, from ∇_w L_T with its derivatives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class Update(Condition):
     """Trained means that the inner optimizer no longer moves: F = u, where its step is w ← w − u(w, ∇_w L_T(w, λ), λ).
 
     Its state (momentum buffers, moments, step counts) is held fixed. With P = ∂u/∂∇L_T and D = ∂u/∂w at a fixed gradient,
-    A = P·H + D for the Hessian, or what the curvature puts in its place: not symmetric, so that CG and MINRES will not do.
+    A = P·H + D, where H is the Hessian or what the curvature puts in its place. A is not symmetric, so not for CG or MINRES.
     With plain SGD u = lr·∇L_T, and the answer is that of ``Gradient``. The learning rate and the optimizer's own weight
-    decay have a hypergradient too, when they are hyperparameters; of an untrained model it can have the wrong sign, so that
+    decay have a hypergradient too, if they are hyperparameters. On an untrained model it can have the wrong sign, so
     :class:`Unrolled` is the default for these.
 
     Raises:
         ValueError: when called, no inner optimizer is given.
-        TypeError: when called, the inner optimizer is none of those that torch can differentiate.
+        TypeError: when called, torch can't differentiate the inner optimizer.
 
     Source: Clarke, Oldewage and Hernández-Lobato 2022 (arXiv 2110.10461).
 
@@ -89,11 +89,11 @@ class Update(Condition):
 
 
 class _Update:
-    """u(w, G, λ) with its graph, G being a leaf in the place of ∇_w L_T, and the linearised gradient itself.
+    """u(w, G, λ) with its graph, where the leaf G stands for ∇_w L_T, and the linearised gradient itself.
 
     Attributes:
-        layout: the weights that the optimizer moves: those of u.
-        gradient: ∇_w L_T with its derivatives, on the weights that the training loss touches.
+        layout: the layout of u: the weights that the optimizer moves.
+        gradient: ∇_w L_T with its derivatives, for the weights that the training loss depends on.
     """
 
     def __init__(self, u: Tree, w: Tree, G: Tree, leaves: Tree, layout: Layout, gradient: Linearization) -> None:
@@ -101,7 +101,7 @@ class _Update:
         self._inputs = {("w", name): value for name, value in w.items()} | {("G", name): value for name, value in G.items()}
 
     def back(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Dᵀv on the weights of u, and Pᵀv on those of the gradient: P = ∂u/∂G, D = ∂u/∂w."""
+        """Dᵀv on the weights of u, and Pᵀv on those of the gradient, where P = ∂u/∂G and D = ∂u/∂w."""
         found = VJP(self.u, self._inputs)(self.layout.unflatten(v), v.ndim > 1)
         by_weight, by_gradient = ({n: t for (k, n), t in found.items() if k == kind} for kind in ("w", "G"))
         lead = v.shape[:-1]
@@ -129,7 +129,7 @@ class _Update:
 
 
 class _Jacobian(Operator):
-    """A = P·H + D on the weights that the optimizer moves, the others being held fixed."""
+    """A = P·H + D on the weights that the optimizer moves; the others are held fixed."""
 
     def __init__(self, update: _Update, *, transposed: bool = False) -> None:
         super().__init__(update.layout, is_fixed=update.gradient.A.is_fixed)

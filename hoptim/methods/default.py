@@ -1,4 +1,4 @@
-"""The method that is taken where none is given."""
+"""The default method."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hoptim.methods.unrolled import Unrolled
 
 
 def default_method(learned: Sequence[LearnedOption], every: int | None = None) -> Method:
-    """``Implicit()``, or ``Unrolled()`` where options of the inner optimizer are learned, over ``every`` steps at most.
+    """``Implicit()``, or if options of the inner optimizer are learned ``Unrolled()``, over at most ``every`` steps.
 
-    ``Implicit()`` does not see such options, and with the condition ``Update`` the sign is wrong on an untrained net.
+    ``Implicit()`` does not see such options, and with the condition ``Update`` the sign can be wrong on an untrained net.
 
     >>> default_method([]) == Implicit()
     True

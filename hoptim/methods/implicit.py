@@ -1,4 +1,4 @@
-"""The hypergradient dL_V/dλ = ∂L_V/∂λ − Bᵀx with Aᵀx = g: formula (1), read top to bottom."""
+"""Implicit: the hypergradient dL_V/dλ = ∂L_V/∂λ − Bᵀx with Aᵀx = g, by the implicit function theorem."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hoptim.solvers.scaled import solve_scaled
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import describe_type, is_finite
 
-TERMS = 5  # of the default solver: to stop early is what regularises, see scripts/fidelity.py
+TERMS = 5  # of the default solver: stopping early regularises, see scripts/fidelity.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +44,23 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Implicit(Method):
-    """Implicit differentiation of the end of training: dL_V/dλ = ∂L_V/∂λ − Bᵀx, (A + damping·I)ᵀx = g.
+    """Implicit differentiation at the end of training: dL_V/dλ = ∂L_V/∂λ − Bᵀx, (A + damping·I)ᵀx = g.
 
     F(w, λ) = 0 is the condition of being trained, A = ∂F/∂w, B = ∂F/∂λ, g = ∂L_V/∂w, all at the model's present weights.
 
     Args:
-        solver: how far to go in solving for x; ``None``, the default, for what came out of the fidelity study:
-            ``MINRES(terms=5)``, or ``GMRES(terms=5)`` for ``Update``, whose A is not symmetric, or ``Neumann()`` for
-            ``Sampled``, whose A is another one in each product.
+        solver: how to solve for x; ``None``, the default, for what did well in the fidelity study: ``MINRES(terms=5)``,
+            or ``GMRES(terms=5)`` for ``Update``, whose A is not symmetric, or ``Neumann()`` for ``Sampled``, whose A changes
+            from product to product.
         condition: which F; default ``Gradient()``: F = ∇_w L_T.
-        curvature: which matrix stands for the Hessian in A; ``None``, the default, for ``GaussNewton()`` where the training
+        curvature: which matrix stands for the Hessian in A; ``None``, the default, for ``GaussNewton()`` if the training
             loss is a :class:`CompositeLoss`, else ``Exact()``.
-        preconditioner: a diagonal D near A: the solver works on D^(−1/2) A D^(−1/2), and its residuals are in that measure;
-            default ``None``.
+        preconditioner: a diagonal D near A: the solver works on D^(−1/2) A D^(−1/2), and its residuals are measured in that
+            scale; default ``None``.
         damping: added to A's diagonal, ≥ 0, default 0.
 
     Raises:
-        ValueError: ``damping`` is negative or not finite; when called, a training loss that touches no weight.
+        ValueError: ``damping`` is negative or not finite; when called, a training loss that depends on no weight.
         TypeError: a strategy of the wrong kind.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), theorem 1 and algorithm 2.
@@ -89,17 +89,17 @@ class Implicit(Method):
 
     @property
     def sees_options(self) -> bool:  # type: ignore[override]
-        """Whether options of the inner optimizer have a derivative: not where F is the gradient alone."""
+        """Whether options of the inner optimizer have a derivative: not if F is the gradient of the training loss."""
         return not isinstance(self.condition, Gradient)
 
     def cut_short(self) -> Implicit:
-        """Without a preconditioner: an optimizer has no second moments before its first step."""
+        """Without a preconditioner, since an optimizer has no second moments before its first step."""
         return replace(self, preconditioner=None)
 
     def chosen(self, problem: Problem) -> Chosen:
-        """What was left open, decided for this problem."""
-        shown = isinstance(problem.train_loss, CompositeLoss)
-        curvature = self.curvature or (GaussNewton() if shown else Exact())
+        """Solver and curvature, with the defaults for this problem in place of ``None``."""
+        shows_parts = isinstance(problem.train_loss, CompositeLoss)
+        curvature = self.curvature or (GaussNewton() if shows_parts else Exact())
         if isinstance(curvature, Sampled):
             default: Solver = Neumann()
         else:
@@ -121,7 +121,7 @@ class Implicit(Method):
             return point.inside(lambda: self._at(point, val_batch, state, loop))
 
     def _at(self, point: Point, val_batch: Any, state: State | None, loop: TrainingContext) -> Hypergradient:
-        """The same at a point whose tensors stand in the model's place."""
+        """The same at a point, whose tensors stand in for the model's."""
         problem, leaves = point.problem, point.leaves
         chosen = self.chosen(problem)
         validation = validate(problem, point.weights, leaves, val_batch)
@@ -146,7 +146,7 @@ class Implicit(Method):
 
 
 def doubt_of_sign(method: Method, learned: Sequence[LearnedOption], solution: Solution) -> str | None:
-    """Why the hypergradient of a learned option may have the wrong sign; ``None`` where nothing says so."""
+    """Why the hypergradient of a learned option may have the wrong sign; ``None`` without a reason to doubt it."""
     is_update = isinstance(method, Implicit) and isinstance(method.condition, Update)
     if not (is_update and learned and solution.negative_curvature and solution.status.ok):
         return None
@@ -159,10 +159,10 @@ def doubt_of_sign(method: Method, learned: Sequence[LearnedOption], solution: So
 
 
 def _stuck(solution: Solution, loop: TrainingContext, leaves: Tree) -> str:
-    """Why there is no curvature, where that is because a learned option is 0, as after a projection."""
+    """What to say if there is no curvature because a learned option is 0, as after a projection; else empty."""
     if solution.status is not Status.NO_CURVATURE:
         return ""
-    zero = [option for option in loop.learned if bool(leaves[option.name].detach() == 0) and option.transform is None]
+    zero = [option for option in loop.learned if option.transform is None and not leaves[option.name].any()]
     return f"hyperparameter {zero[0].name!r}, the {zero[0].key}, is 0; hoptim.Unrolled(20) finds a way up" if zero else ""
 
 

@@ -1,4 +1,4 @@
-"""InnerStep: one step of the user's inner optimizer as a pure, differentiable function, taken by torch's own code."""
+"""InnerStep: one step of the user's inner optimizer as a pure, differentiable function, computed by torch's own code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ State = dict[str, dict[str, Tensor]]
 
 _PLAIN = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
 KINDS = tuple(DIFFERENTIABLE)
-_TINY = torch.finfo(torch.float32).tiny  # the smallest normal number: added to another, it rounds away
+_TINY = torch.finfo(torch.float32).tiny  # the smallest normal number: adding it does not change another number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class Group:
 class InnerStep:
     """One step of an inner optimizer, (w, s) ↦ (w⁺, s⁺) = U(w, s, ∇L_T, λ), as a pure function; made by :meth:`of`.
 
-    A fresh optimizer of the same class takes the step over clones, with ``differentiable=True``: nothing of the user's is
-    touched, and later steps break no graph. It has derivatives in the weights, gradients, leaves and state; in an option
-    that is exactly 0, where torch's code leaves a term out or divides by it, the derivative from above. Hooks of the
-    optimizer are not called.
+    A new optimizer of the same class takes the step on clones, with ``differentiable=True``: the user's objects do not
+    change, and later steps break no graph. The step has derivatives in the weights, gradients, leaves and state. If an
+    option is exactly 0, where torch's code leaves a term out or divides by it, the derivative is the one from above. Hooks
+    of the optimizer are not called.
 
     Args:
         kind: the class of ``torch.optim``, one of ``KINDS``.
@@ -75,22 +75,22 @@ class InnerStep:
         learned: Sequence[LearnedOption] = (),
         with_state: bool = True,
     ) -> InnerStep:
-        """The step of ``inner`` as it is now: options and state are copied, so that later steps of it change nothing.
+        """The step of ``inner`` as it is now. Options and state are copied, so its later steps do not change them.
 
-        State that is still missing is filled in with torch's own first values, mostly zeros. Not so SGD's momentum buffer:
-        its first step, and that one alone, takes the gradient undamped.
+        Missing state is filled in with torch's own first values, mostly zeros. SGD's momentum buffer stays missing, since
+        the first step of SGD does not dampen the gradient.
 
         Args:
-            inner: the live optimizer; weights that it holds beyond ``weights`` are passed over.
+            inner: the live optimizer; it may hold more than ``weights``, which is ignored.
             weights: the live weights by name, ``Problem.weights()``.
             leaves: the live hyperparameter leaves by name, ``Problem.leaves()``. An option of ``inner`` that is one of them,
                 or a view of its memory, is bound to it: the step has a derivative in it.
-            learned: the learned options, of which those that are computed from a leaf are bound to it as they are now.
-            with_state: copy the state too, default ``True``; else only the options.
+            learned: the learned options; those that are computed from a leaf are bound to it with their present factor.
+            with_state: whether to copy the state too, default ``True``, or only the options.
 
         Raises:
-            TypeError: ``inner`` is of a class, or has a ``step`` of its own, that torch can't differentiate; or an option
-                that is a leaf is one that this class makes a constant of.
+            TypeError: ``inner`` is of a class, or has a ``step`` of its own, that torch can't differentiate; or a leaf is an
+                option in which the step of this class has no derivative.
             ValueError: an option is computed from other tensors, is part of a leaf, or a leaf of more than one number; a
                 scheduler sets a learning rate that is a leaf; or RMSprop took its first step with a learned momentum of 0.
         """
@@ -120,10 +120,10 @@ class InnerStep:
         return replace(without_state, state=state | without_state._first_state(empty, leaves))
 
     def with_options(self, options: Mapping[str, Any]) -> InnerStep:
-        """The same with other options in each group: numbers, or tensors of one number with a graph.
+        """The same with these options changed in each group: numbers, or tensors of one number with a graph.
 
         Raises:
-            TypeError: torch's step makes a constant of one that is a tensor.
+            TypeError: one is a tensor, but torch's step has no derivative in it.
             ValueError: the optimizer has no such option.
         """
         if not isinstance(options, Mapping):
@@ -142,15 +142,15 @@ class InnerStep:
         """One step: new weights and new state, with a graph where gradients are enabled.
 
         Args:
-            weights: w by name. What no group holds comes back as it was.
-            gradients: ∇L_T by name. A weight that has none is left alone, and so is its state.
-            leaves: the hyperparameters by name; those that are options of the optimizer are read.
-            state: s; ``None`` for the one that was copied from the live optimizer.
+            weights: w by name. Weights that are in no group come back unchanged.
+            gradients: ∇L_T by name. A weight without one does not change, nor does its state.
+            leaves: the hyperparameters by name, at least those that are options of the optimizer.
+            state: s; ``None`` for the state that was copied from the live optimizer.
 
         Raises:
-            ValueError: ``leaves`` lacks one of these.
+            ValueError: ``leaves`` lacks a hyperparameter that is an option.
         """
-        with torch.enable_grad():  # also where no graph is asked for: the bits are the same
+        with torch.enable_grad():  # even if no graph is wanted, so that the bits are the same
             new, after = self._step(weights, gradients, leaves, self.state if state is None else state)
         if torch.is_grad_enabled():
             return new, after
@@ -160,7 +160,7 @@ class InnerStep:
         gradients = {name: g for name in weights if (g := gradients.get(name)) is not None}
         new = {name: value.clone() for name, value in weights.items()}
         optimizer, zero_rates = self._optimizer(new, gradients, leaves, state)
-        with nullcontext() if self.kind is optim.SGD else _SquareRoots():  # SGD takes none
+        with nullcontext() if self.kind is optim.SGD else _SquareRoots():  # SGD computes none
             inspect.unwrap(self.kind.step)(optimizer)  # without the hooks, which are the user's
         after = dict(state)
         for name in gradients:
@@ -174,10 +174,10 @@ class InnerStep:
         return new, after
 
     def _optimizer(self, new: Tree, gradients: Tree, leaves: Tree, state: State) -> tuple[optim.Optimizer, dict[str, Any]]:
-        """A fresh optimizer over the clones ``new`` of what has a gradient, with its state; and the rates that are 0.
+        """A new optimizer on the clones ``new`` that have a gradient, with its state; and the learning rates that are 0.
 
-        Adam divides by its lr, though its step is linear in it. Where lr is 0 the step is therefore taken with lr = 1, and
-        then scaled: w⁺ = w + lr·(its change of w) has the right value and the right derivative.
+        Adam divides by its lr, though its step is linear in it. If lr is 0, the step is taken with lr = 1 and then scaled:
+        w⁺ = w + lr·(its change of w) has the right value and the right derivative.
         """
         groups: list[dict[str, Any]] = []
         zero_rates: dict[str, Any] = {}
@@ -189,10 +189,10 @@ class InnerStep:
             if issubclass(self.kind, (optim.Adam, optim.AdamW)) and options["lr"] == 0:
                 zero_rates |= dict.fromkeys(names, options["lr"])
                 options["lr"] = 1.0
-            undamped: list[str] = []  # SGD dampens neither the first gradient of a weight, nor any where momentum is 0
+            undamped: list[str] = []  # SGD does not dampen a weight's first gradient, nor any if momentum is 0
             if self.kind is optim.SGD and options["momentum"] != 0:
                 first = [name for name in names if "momentum_buffer" not in states[name]]
-                for name in first:  # torch would begin with a detached copy of the gradient
+                for name in first:  # torch would start with a detached copy of the gradient
                     states[name]["momentum_buffer"] = torch.zeros_like(new[name])
                 undamped = first if options["momentum"] > _TINY else names
             groups.append({**options, "params": [new[name] for name in names if name not in undamped]})
@@ -201,12 +201,12 @@ class InnerStep:
         optimizer = self.kind(groups, differentiable=True)  # type: ignore[call-arg]
         optimizer.defaults = {**self.defaults, "differentiable": True}
         for name, entries in states.items():
-            new[name].grad = gradients[name].clone()  # to which torch adds a tensor's weight decay in place
+            new[name].grad = gradients[name].clone()  # torch may add weight decay to it in place
             optimizer.state[new[name]] = entries
         return optimizer, zero_rates
 
     def _first_state(self, empty: Tree, leaves: Tree) -> State:
-        """What torch begins with, for weights without a state."""
+        """The state that torch starts with, for weights without one."""
         if not empty:
             return {}
         with torch.no_grad():
@@ -224,19 +224,18 @@ class InnerStep:
         if isinstance(option, Bound) and option.name not in leaves:
             raise ValueError(f"leaves lack {option.name!r}, which is the {key} of {self.kind.__name__}: give it")
         value = option.value(leaves) if isinstance(option, Bound) else option
-        if not (isinstance(option, Bound) or (isinstance(option, Tensor) and option.requires_grad)):
+        is_learned = isinstance(option, Bound) or (isinstance(option, Tensor) and option.requires_grad)
+        if not is_learned or key not in ("weight_decay", "momentum"):
             return value
-        if key not in ("weight_decay", "momentum"):
-            return value
-        # At exactly 0 torch leaves these terms out, and their derivatives with them.
+        # At exactly 0 torch leaves these terms out, and with them their derivatives.
         return value.to(torch.promote_types(value.dtype, torch.float32)) + _TINY
 
 
 class _SquareRoots(TorchFunctionMode):
-    """Gives the optimizers' square roots the slope 0 at 0, where autograd's is ∞; their values stay.
+    """Gives the square roots in optimizers the derivative 0 at 0, where autograd's is ∞; their values do not change.
 
-    √v is at 0 where a weight has had no gradient so far. There the first moment is 0 as well, so that 0 is the true
-    derivative of the step, and ∞·0 = NaN would be wrong.
+    √v is 0 while a weight has had no gradient. Then the first moment is 0 as well, so 0 is the true derivative of the step,
+    and ∞·0 = NaN would be wrong.
     """
 
     def __torch_function__(
@@ -259,13 +258,22 @@ def _detached(x: Tree) -> Tree:
 
 
 def _cloned(state: Tree, weight: Tensor) -> Tree:
-    """A copy whose step count is in float64: differentiable Adam's 1 − βᵗ would lose three digits in float32."""
+    """A copy with the step count in float64: in float32 the 1 − βᵗ of differentiable Adam would lose three digits."""
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     return {key: value.to(wide, copy=True) if key == "step" else value.clone() for key, value in state.items()}
 
 
+def is_differentiable(inner: optim.Optimizer) -> bool:
+    """Whether torch can differentiate a step of ``inner``."""
+    try:
+        _kind(inner)
+    except TypeError:
+        return False
+    return True
+
+
 def _kind(inner: optim.Optimizer) -> Kind:
-    """The class of torch.optim whose step ``inner`` takes."""
+    """The class of ``torch.optim`` whose step ``inner`` takes; ``TypeError`` if torch can't differentiate it."""
     works = f"take one of torch.optim's {', '.join(kind.__name__ for kind in KINDS)}, or Implicit() on Gradient()"
     own = type(inner).__name__
     kind = next((base for base in type(inner).__mro__ if base in KINDS), None)

@@ -1,12 +1,12 @@
 """Options of the inner optimizer that are hyperparameters, such as a learned rate.
 
 Such an option is a leaf of ``hparams`` itself, or a view of it, which torch's own step reads. Or it is ``hparams["lr"]``,
-computed from a leaf by a constraint such as ``positive``. In its place the optimizer then has an ordinary number, which
-schedulers may change, and a step is taken with
+computed from a leaf by a constraint such as ``positive``. The optimizer then holds an ordinary number in its place, which
+schedulers may change, and each step uses
 
     option = number · t(θ) / t(θ₀),
 
-where t(θ) is the value of ``hparams["lr"]`` now and t(θ₀), the number's start, its value when it was taken over.
+where t(θ) is the value of ``hparams["lr"]`` now, and t(θ₀), the start, is its value when the number was put there.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class LearnedOption(NamedTuple):
         group: the number of the parameter group.
         key: the option's key in it.
         value: the tensor that was found there.
-        member: which of a pair, such as betas; ``None`` for an option that is no pair.
-        transform: t, for an option computed from the leaf; ``None`` where it is the leaf itself.
-        start: t(θ₀), for an option computed from the leaf, once :func:`take_over` has put a number in its place; before, it
-            is ``None``, and the option is t(θ) without a factor.
-        is_default: whether the optimizer gives it to groups that are added without one.
+        member: the index in a pair, such as betas; ``None`` for an option that is no pair.
+        transform: t, for an option computed from the leaf; ``None`` if it is the leaf itself.
+        start: t(θ₀), for an option computed from the leaf, once :func:`take_over` has put a number in its place; before that
+            ``None``, and the option is t(θ) without a factor.
+        is_default: whether it is also the optimizer's default, for groups that are added without this option.
     """
 
     name: str
@@ -61,28 +61,28 @@ class LearnedOption(NamedTuple):
     is_default: bool = False
 
     def present(self, group: Mapping[str, Any]) -> Any:
-        """What stands in its place now."""
+        """What the group holds in its place now."""
         whole = group.get(self.key)
         return whole if self.member is None or not isinstance(whole, (tuple, list)) else whole[self.member]
 
     def factor(self, group: Mapping[str, Any]) -> float:
-        """What a schedule has made of it: the number in its place, relative to its start."""
+        """The number in its place relative to its start, as a schedule has changed it."""
         return 1.0 if self.start is None else float(self.present(group)) / self.start
 
 
 def bind_by_name(inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn.Module) -> list[LearnedOption]:
-    """Make hyperparameters of options of ``inner``, as if it had been built with them; returns all that it has.
+    """Put hyperparameters in place of options of ``inner``, as if it had been built with them; returns all learned options.
 
     Args:
         inner: the optimizer.
-        options: by the option's name the hyperparameter's, such as ``{"lr": "rate"}``; for a pair such as betas a tuple of
-            two, of which one may be ``None``; for each parameter group its own as a list, ``None`` for a group left alone.
+        options: the name of the hyperparameter by that of the option, such as ``{"lr": "rate"}``; for a pair such as betas a
+            tuple of two, one of which may be ``None``; or a list with a name for each parameter group, ``None`` for none.
         hparams: the hyperparameters.
 
     Raises:
         TypeError: a name is no ``str``.
-        ValueError: there is no such option or hyperparameter, it has several numbers, or the list another length; or as
-            in :func:`find_learned_options`.
+        ValueError: there is no such option or hyperparameter, it has several numbers, or the list has the wrong length; or
+            as in :func:`find_learned_options`.
 
     >>> from torch.distributions import constraints
     >>> from hoptim.problem.hyperparameters import HyperParameters
@@ -120,12 +120,12 @@ def bind_by_name(inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn
         for group, name in zip(groups, names if isinstance(names, list) else [names] * len(groups), strict=True):
             group[key] = value(key, name, group[key])
         if not isinstance(names, list):
-            inner.defaults[key] = groups[0][key]  # which groups that are added later get
+            inner.defaults[key] = groups[0][key]  # for groups that are added later
     return find_learned_options(inner, hparams)
 
 
 def find_learned_options(inner: optim.Optimizer, hparams: nn.Module) -> list[LearnedOption]:
-    """The options of ``inner`` that are leaves of ``hparams``, views of their memory, or computed as ``hparams[name]``.
+    """The options of ``inner`` that are leaves of ``hparams``, views of a leaf, or computed as ``hparams[name]``.
 
     Raises:
         ValueError: an option is computed from leaves in another way, or was computed before they moved.
@@ -158,7 +158,7 @@ def find_learned_options(inner: optim.Optimizer, hparams: nn.Module) -> list[Lea
                     found.append(
                         LearnedOption(name, number, key, value, member, transforms[name], is_default=whole is default)
                     )
-    for key, whole in defaults.items():  # in which the loop's own lines change nothing
+    for key, whole in defaults.items():  # these show a hyperparameter even if something overwrote it in the groups
         for _, value in _members(whole):
             own = [name for name, leaf in leaves.items() if isinstance(value, Tensor) and shares_memory(value, leaf)]
             names = own or (_origins(value, leaves) if isinstance(value, Tensor) else [])
@@ -172,7 +172,7 @@ def _members(whole: Any) -> Iterable[tuple[int | None, Any]]:
 
 
 def _origins(value: Tensor, leaves: Tree) -> list[str]:
-    """The names of the leaves that the graph of ``value`` begins with."""
+    """The names of the leaves from which ``value`` is computed."""
     names = {id(leaf): name for name, leaf in leaves.items()}
     todo, seen, found = [value.grad_fn], set(), []
     while todo:
@@ -195,7 +195,7 @@ def _is_natural_value(value: Tensor, leaf: Tensor, transform: Transform | None) 
 
 @torch.no_grad()
 def take_over(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams: nn.Module) -> list[LearnedOption]:
-    """Put plain numbers in the places of the options that are computed; returns all options, these with their starts."""
+    """Put plain numbers in place of the computed options; returns all options, the computed ones with their starts."""
     taken, values = [], [option.value for option in options]
     for option in options:
         if option.transform is not None:
@@ -214,7 +214,7 @@ def take_over(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams:
 def add_group(
     inner: optim.Optimizer, added: Mapping[str, Any], known: Sequence[LearnedOption], hparams: nn.Module
 ) -> list[LearnedOption]:
-    """Add a parameter group, whose options are learned as the optimizer's defaults are; returns all learned options."""
+    """Add a parameter group, with the learned options that are defaults of the optimizer; returns all learned options."""
     inherited: dict[str, Any] = {}
     for option in known:
         if option.transform is not None and option.is_default:
@@ -227,10 +227,10 @@ def add_group(
 
 @contextmanager
 def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams: nn.Module) -> Iterator[None]:
-    """For one step, options that are computed have their present values, number · t(θ) / t(θ₀).
+    """Give the computed options their present values, number · t(θ) / t(θ₀), for one step.
 
     Raises:
-        ValueError: another value stands in the place of a leaf.
+        ValueError: a leaf that is an option was overwritten.
     """
     check_in_place(inner, options)
     before: dict[tuple[int, str], Any] = {}
@@ -253,12 +253,12 @@ def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams:
 
 
 def _replaced(whole: Any, member: int | None, value: Any) -> Any:
-    """An option, or one member of a pair, replaced."""
+    """The option with a new value, or with one member of its pair replaced."""
     return value if member is None else tuple(value if n == member else other for n, other in enumerate(whole))
 
 
 def starts(options: Iterable[LearnedOption]) -> list[list[Any]]:
-    """What a checkpoint holds of the options that are computed."""
+    """The starts of the computed options, for a checkpoint."""
     return [[o.name, o.group, o.key, o.member, o.start] for o in options if o.transform is not None]
 
 
@@ -269,9 +269,9 @@ def restarted(options: Iterable[LearnedOption], saved: Iterable[Sequence[Any]]) 
 
 
 def check_in_place(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
-    """Raise where another value stands in the place of a learned option, so that it would no longer be learned.
+    """Raise ``ValueError`` if a leaf that is an option was overwritten, so that it would no longer be learned.
 
-    ``ReduceLROnPlateau`` puts one there before torch 2.10, ``OneCycleLR`` for a momentum, ``inner.load_state_dict`` for all.
+    ``ReduceLROnPlateau`` did so before torch 2.10, ``OneCycleLR`` does for a momentum, ``inner.load_state_dict`` for all.
     """
     for option in options:
         if option.transform is None and (now := option.present(inner.param_groups[option.group])) is not option.value:
@@ -279,7 +279,7 @@ def check_in_place(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> 
 
 
 def put_back(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
-    """Give ``inner`` its learned options back, after a state was loaded into it."""
+    """Put the leaves that are options back into ``inner``, after a state was loaded into it."""
     for option in options:
         if option.transform is None:
             group = inner.param_groups[option.group]
@@ -287,7 +287,7 @@ def put_back(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
 
 
 def check_unscheduled(groups: Iterable[Mapping[str, Any]], leaves: Tree) -> None:
-    """Raise where the learning rate of one of these groups, which a scheduler sets, is a hyperparameter."""
+    """Raise ``ValueError`` if the learning rate of one of these groups, which a scheduler sets, is a hyperparameter."""
     rates = [group["lr"] for group in groups if isinstance(group.get("lr"), Tensor)]
     if learned := [name for name, leaf in leaves.items() for rate in rates if shares_memory(rate, leaf)]:
         raise ValueError(
@@ -297,7 +297,7 @@ def check_unscheduled(groups: Iterable[Mapping[str, Any]], leaves: Tree) -> None
 
 
 def shares_memory(x: Tensor, leaf: Tensor) -> bool:
-    """Whether ``x`` is ``leaf``, or a view that begins within its memory."""
+    """Whether ``x`` is ``leaf``, or a view of its memory."""
     start = leaf.data_ptr()
     inside = x.device == leaf.device and start != 0 and start <= x.data_ptr() < start + leaf.numel() * leaf.element_size()
     return x is leaf or inside

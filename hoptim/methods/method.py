@@ -1,4 +1,4 @@
-"""What a method for the hypergradient is, and what it is given."""
+"""The base class of methods for the hypergradient, and the checks of their arguments."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hoptim.validation import describe_type
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingContext:
-    """What surrounds a hypergradient, for methods that ask for more than the problem and two batches.
+    """The training loop around a hypergradient, for methods that need more than the problem and two batches.
 
     Attributes:
         inner: the inner optimizer.
         learned: its options that are hyperparameters.
-        draw: gives another training batch.
-        trajectory: the last inner steps, where the method asked for them to be kept.
+        draw: draws another training batch.
+        trajectory: the last inner steps, if the method asked for them to be kept.
     """
 
     inner: Optimizer | None = None
@@ -36,13 +36,13 @@ class TrainingContext:
 class Method(ABC):
     """A strategy for the hypergradient: a frozen dataclass that owns its options and keeps no state."""
 
-    keeps_steps: int = 0  # how many of the last inner steps the optimizer has to remember for it
-    keeps_every: int = 1  # and how many of them lie between two copies of the weights
-    takes_train_batch: bool = True  # whether a hypergradient is at a training batch, which has to be given or drawn
+    keeps_steps: int = 0  # how many of the last inner steps the optimizer has to keep for it
+    keeps_every: int = 1  # the number of steps from one kept copy of the weights to the next
+    takes_train_batch: bool = True  # whether it needs a training batch
     sees_options: bool = True  # whether options of the inner optimizer, such as its learning rate, have a derivative
 
     def cut_short(self) -> Method:
-        """The same where it can be had at less cost, to see whether it can be computed at all."""
+        """A cheaper version, if there is one, for the dry run that shows whether the hypergradient can be computed."""
         return self
 
     @abstractmethod
@@ -58,7 +58,7 @@ class Method(ABC):
 
 
 def checked(problem: object, method: object, inner: Any) -> TrainingContext:
-    """What a hypergradient and an audit are given, looked at; of a :class:`BilevelOptimizer` the optimizer inside."""
+    """Check arguments of ``hypergradient`` and ``audit``; from a :class:`BilevelOptimizer`, take its inner optimizer."""
     problem = checked_problem(problem)
     problem.check_learned()
     check_method("method", method)
@@ -76,14 +76,14 @@ def checked(problem: object, method: object, inner: Any) -> TrainingContext:
 
 
 def checked_problem(problem: object) -> Problem:
-    """It, if it is one."""
+    """The problem; raises ``TypeError`` if it is none."""
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is {describe_type(problem)}: give hoptim.Problem(model, hparams, train_loss, val_loss)")
     return problem
 
 
 def check_method(name: str, method: object) -> None:
-    """Raise unless it is one, or None for the default."""
+    """Raise ``TypeError`` unless it is a method, or ``None`` for the default."""
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"{name} is {describe_type(method)}: give a method, such as hoptim.Implicit()")
 

@@ -28,8 +28,8 @@ class Jacobi(Preconditioner):
     """The diagonal of A itself, estimated: D = |mean over probes z of z ⊙ A z|, z of random signs.
 
     Args:
-        probes: products to spend on it, ≥ 1, default 4: they go through A at once.
-        floor: the least entry, relative to the largest, in (0, 1], default 1e-3.
+        probes: the number of products, ≥ 1, default 4; they go through A at once.
+        floor: the smallest entry, relative to the largest, in (0, 1], default 1e-3.
 
     Raises:
         ValueError: an option out of its range.
@@ -58,12 +58,12 @@ class Jacobi(Preconditioner):
         z = signs.to(A.dtype) * 2 - 1
         diagonal = (z * (A @ z)).mean(0).abs()
         largest = diagonal.amax()
-        return diagonal.clamp(min=torch.where(largest > 0, largest * self.floor, 1.0))  # a flat A is left as it is
+        return diagonal.clamp(min=torch.where(largest > 0, largest * self.floor, 1.0))  # D = I if A is zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class SecondMoments(Preconditioner):
-    """What Adam holds already: D = √v̂ + ε for the second moments v̂ of the inner optimizer's gradients. It costs no product.
+    """D = √v̂ + ε, where v̂ are the second moments that an inner Adam holds already. It costs no product.
 
     With ``Identity`` this is SAMA's hypergradient, x = g / (√v̂ + ε).
 

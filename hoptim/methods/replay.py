@@ -25,24 +25,23 @@ Options = Callable[[nn.Module, int], Mapping[str, Any]]
 class Replay(Method):
     """Reverse through a whole training: dL_V/dλ of w_T(λ), where w_T is reached from the present weights in T steps.
 
-    The training is that of the inner optimizer, from the present weights and state on, on the given batches in their order.
-    The model does not move: its hypergradient is that of a training that starts here, so hyperparameters can be learned
-    over many trainings from one start, before the one that counts. The result is exact. What each step did is had again by
-    taking it again, so that for T steps and k segments some k·log_k T copies of weights and state are held; a step is taken
-    once without a graph on each of log_k T levels, and once with one.
+    The inner optimizer trains from the present weights and state, on the given batches in their order. The model does not
+    move, so hyperparameters can be learned over many trainings from one start, before the final training. The result is
+    exact. Steps are repeated rather than stored: for T steps and k segments about k·log_k T copies of weights and state are
+    held, and a step is taken once without a graph on each of log_k T levels, and once with a graph.
 
-    Random numbers, as those of dropout, are the same each time, and so are those that ``batches`` draws from torch. If a
-    step taken again ends elsewhere, as when batches draw from another source, the status says so.
+    Random numbers, such as those of dropout, are the same each time, and so are those that ``batches`` draws from torch. If
+    a repeated step ends elsewhere, for example because batches draw from another source, the status says so.
 
     Args:
         batches: the training batches of all T steps: ``batches[t]`` is that of step t, and ``len(batches)`` is T.
         segments: k, a whole number, 2 or more, default 8.
-        options: ``options(hparams, t) -> {"lr": ...}``, a function for options of the inner optimizer in step t, numbers or
-            tensors with a graph: a schedule, also one that is learned. Default: the optimizer's own, in each step.
+        options: ``options(hparams, t) -> {"lr": ...}``, a function for options of the inner optimizer in step t, as numbers
+            or tensors with a graph: a schedule, which may be learned. Default: the optimizer's own options in each step.
 
     Raises:
-        TypeError: ``batches`` can't be had again, such as an iterator or a ``DataLoader``; ``options`` is no function; when
-            called, an inner optimizer that torch can't differentiate.
+        TypeError: ``batches`` has no ``batches[t]``, such as an iterator or a ``DataLoader``; ``options`` is no function;
+            when called, an inner optimizer that torch can't differentiate.
         ValueError: there are no batches, or ``segments`` is below 2; when called, no inner optimizer, or a layer with
             running statistics, such as ``BatchNorm``, through which there is no derivative.
 
@@ -99,7 +98,7 @@ class Replay(Method):
         state: State | None = None,
         loop: TrainingContext | None = None,
     ) -> Hypergradient:
-        """The hypergradient over all steps; ``train_batch`` and ``state`` have no part in it."""
+        """The hypergradient over all steps; ``train_batch`` and ``state`` are ignored."""
         loop = loop or TrainingContext()
         if loop.inner is None:
             raise ValueError("Replay needs the inner optimizer: call hypergradient(..., inner=optimizer)")
@@ -112,7 +111,7 @@ class Replay(Method):
 
 
 def _check_statistics(problem: Problem) -> None:
-    """Raise where a layer keeps running statistics: what a validation loss sees of them has no derivative in torch."""
+    """Raise ``ValueError`` if a layer keeps running statistics, since these have no derivative in torch."""
     for name, part in problem.model.named_modules():
         if isinstance(part, _NormBase) and part.training and part.running_mean is not None:
             raise ValueError(
@@ -122,7 +121,7 @@ def _check_statistics(problem: Problem) -> None:
 
 
 class _Steps(Sequence[Step]):
-    """The steps of a training, each made when it is asked for."""
+    """The steps of a training, each made on demand."""
 
     def __init__(self, problem: Problem, batches: Sequence[Any], dynamics: InnerStep, options: Options | None) -> None:
         self._problem, self._batches, self._dynamics, self._options = problem, batches, dynamics, options

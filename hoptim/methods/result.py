@@ -1,4 +1,4 @@
-"""The result of a hypergradient, and how it is put together from its two terms."""
+"""Hypergradient: the result of a method, assembled from its direct and its indirect term."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hoptim.solvers.solution import Solution, Status
 class Hypergradient:
     """A hypergradient, its two terms and the solve behind it.
 
-    After a failed solve ``indirect`` and ``grads`` are NaN throughout, so that they cannot pass as an answer. Where the
+    After a failed solve all of ``indirect`` and ``grads`` is NaN, so that nobody takes them for an answer. If the
     validation loss returned R losses, ``val_loss`` has shape (R,), and the three dicts have a leading axis of R.
 
     Attributes:
         grads: dL_V/dλ = direct + indirect, by the names of ``hparams.named_parameters()``: with respect to the leaves.
-        direct: ∂L_V/∂λ; a view of a single zero where the validation loss does not depend on it.
-        indirect: −Bᵀx; the very tensors of ``grads`` where the validation loss does not depend on them.
+        direct: ∂L_V/∂λ; a view of a single zero if the validation loss does not depend on a hyperparameter.
+        indirect: −Bᵀx; the same tensor as in ``grads`` if the validation loss does not depend on a hyperparameter.
         solution: x by the names of the weights, its status and its residuals.
         val_loss: L_V, on the device.
         train_loss: L_T, a scalar on the device.
@@ -45,17 +45,17 @@ class Hypergradient:
     untouched: tuple[str, ...] = ()
 
     def check_touched(self, learned: Sequence[LearnedOption] = (), *, sees_options: bool = False) -> None:
-        """Raise where a hyperparameter is touched by neither loss.
+        """Raise ``ValueError`` if neither loss depends on a hyperparameter.
 
         Args:
             learned: the learned options of the inner optimizer.
-            sees_options: whether the method sees them: then one that did not matter so far is no mistake.
+            sees_options: whether the method sees them; then a learned option may have had no effect so far.
         """
         untouched = [name for name in self.untouched if not sees_options or name not in {option.name for option in learned}]
         for option in learned:
             if option.name in untouched:
                 raise ValueError(
-                    f"hyperparameter {option.name!r} is the inner optimizer's {option.key}, of which the training gradient "
+                    f"hyperparameter {option.name!r} is the inner optimizer's {option.key}, on which the training gradient "
                     "does not depend: with the condition Gradient(), Implicit does not see it. Take hoptim.Unrolled(20), or "
                     "on a trained model hoptim.Implicit(condition=hoptim.Update())"
                 )
@@ -68,7 +68,7 @@ class Hypergradient:
             )
 
     def combined(self, weights: Sequence[float] | None = None) -> Tree:
-        """One gradient for the outer optimizer: Σ_r weights[r] · grads[r], by default the mean; of a single loss, ``grads``.
+        """One gradient for the outer optimizer: Σ_r weights[r] · grads[r], by default the mean; ``grads`` for a single loss.
 
         Raises:
             ValueError: there are not as many weights as validation losses.
@@ -92,7 +92,7 @@ class Hypergradient:
 def assemble(
     validation: Validation, indirect: OptionalTree, solution: Solution, leaves: Tree, train_loss: Tensor, F: Tensor
 ) -> Hypergradient:
-    """∂L_V/∂λ + ``indirect``, with zeros for what was not touched; NaN throughout where something failed.
+    """∂L_V/∂λ + ``indirect``, where ``None`` counts as zero; all NaN if something failed.
 
     Args:
         validation: L_V and its derivatives.
@@ -120,12 +120,12 @@ def assemble(
 
 
 def _whole(found: Tensor | None, leaf: Tensor, loss: Tensor) -> Tensor:
-    """It, in the type of the leaf, or zeros made of a single number, with the leading axis of the losses."""
+    """The derivative in the type of the leaf, or zeros, a view of a single one, with the leading axis of the losses."""
     return leaf.new_zeros(()).expand((*loss.shape, *leaf.shape)) if found is None else found.detach().to(leaf)
 
 
 def _failed_if_not_finite(result: Hypergradient) -> Hypergradient:
-    """The result, its status a failure where a loss, F or the hypergradient is not finite. The host reads once."""
+    """The result, as a failure if a loss, F or the hypergradient is not finite. The host reads once."""
     device = result.train_loss.device  # hyperparameters may live on another one
     figures = (result.val_loss.sum(), result.train_loss, result.gradient_norm, trees.norm(result.grads))
     val_loss, train_loss, F, grads = torch.stack([t.detach().to(device, torch.float64) for t in figures]).tolist()

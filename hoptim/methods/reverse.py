@@ -1,9 +1,9 @@
 """Back through inner steps, from the last to the first: ∂L_V/∂w, ∂L_V/∂s and dL_V/dλ, with a graph of one step at a time.
 
-Where the steps were really taken, snapshots of weights and state from then are at hand; else they are taken once without a
-graph, and a snapshot is kept at the start of each of k segments. Then the segments come one by one, the last first: each is
-divided into k segments again, until a segment is a single step. So k·log_k T snapshots are held at a time for T steps, each
-of which is taken once more on each level. With k = T all are held; with k = √T there are two levels.
+If the training has already taken the steps, there are snapshots of its weights and state. Otherwise the steps are taken once
+without a graph, and a snapshot is kept at the start of each of k segments. Then we go back segment by segment, the last one
+first: each is divided into k segments again, until a segment is a single step. So for T steps about k·log_k T snapshots are
+held at a time, and each step is repeated once on each level. With k = T all are held; with k = √T there are two levels.
 
 Source: Griewank and Walther, "Evaluating Derivatives", section 12; Engstrom et al. 2025 (arXiv 2503.13751), section 3.
 """
@@ -29,10 +29,10 @@ from hoptim.methods.validation_loss import validate
 from hoptim.problem.problem import Problem, set_generators
 from hoptim.solvers.solution import Solution, Status
 
-SAME = 1e-3  # how far a step taken again may end from where it ended before, relative to how far it went
-LOST = 0.5  # all in all farther than this, and they are other steps
-ULPS = 2.0  # in units of the last place: what two ways of computing a step may differ by
-GROWN = 10.0  # ∂L_V/∂w has outgrown its start: training is sensitive to where it began
+SAME = 1e-3  # how far a repeated step may end from where it ended before, relative to the length of the step
+LOST = 0.5  # if all steps together end farther away than this, they are different steps
+ULPS = 2.0  # how far two ways of computing a step may differ, in units in the last place
+GROWN = 10.0  # if ∂L_V/∂w grows more than this, training is sensitive to its start
 
 
 def through_steps(
@@ -45,7 +45,7 @@ def through_steps(
         trajectory: the steps.
         segments: k.
         val_batch: the validation batch.
-        live: whether the model's present weights are where the steps have ended before.
+        live: whether the steps were taken in the training, and ended at the model's present weights.
         expected: how many steps there should be.
     """
     leaves, steps = as_leaves(problem.leaves()), len(trajectory.steps)
@@ -68,22 +68,22 @@ def through_steps(
 
 
 def end_of(problem: Problem, trajectory: Trajectory, leaves: Tree) -> Tree:
-    """The weights at the end of the steps, taken with these hyperparameters."""
+    """The weights after the steps, taken with these hyperparameters."""
     reverse = Reverse(problem=problem, steps=trajectory.steps, leaves=leaves, segments=1)
     return reverse.end(list(trajectory.begins[:1]), len(trajectory.steps)).weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Back:
-    """What has come back through some steps.
+    """Derivatives after going back through some steps.
 
     Attributes:
         weights: ∂L_V/∂w.
         state: ∂L_V/∂s, of the inner optimizer's state.
         leaves: dL_V/dλ, through these steps.
-        norms: how long the first was at the end and before each of the steps.
-        missed: for each step, how far it has ended from where it ended before.
-        went: and how far it went then.
+        norms: ‖∂L_V/∂w‖ at the end and before each of the steps.
+        missed: for each step, the distance between its ends now and before.
+        went: for each step, its length before.
         last: the training loss and its gradient in the last of all steps.
     """
 
@@ -98,7 +98,7 @@ class Back:
 
 @dataclass(frozen=True, kw_only=True)
 class Reverse:
-    """The steps, and what they are taken with."""
+    """Takes the steps forwards without a graph, and goes back through them."""
 
     problem: Problem
     steps: Sequence[Step]
@@ -106,7 +106,7 @@ class Reverse:
     segments: int
 
     def begins(self, low: int, at: Snapshot, high: int) -> list[tuple[int, Snapshot]]:
-        """The starts of the segments of steps ``low`` to ``high``, by the numbers of their steps; the first is ``at``."""
+        """Number and snapshot of the first step of each segment from ``low`` to ``high``; the first snapshot is ``at``."""
         found, size = [(low, at)], -(-(high - low) // self.segments)
         for number in range(low, high - 1 - (high - low - 1) % size):
             at = self._advance(number, at)
@@ -115,14 +115,14 @@ class Reverse:
         return found
 
     def end(self, begins: list[tuple[int, Snapshot]], high: int) -> Snapshot:
-        """The end of all ``high`` steps, whose segments begin at ``begins``."""
+        """The snapshot after step ``high − 1``, from the last of the segments."""
         low, at = begins[-1]
         for number in range(low, high):
             at = self._advance(number, at)
         return at
 
     def back(self, begins: list[tuple[int, Snapshot]], end: Snapshot, high: int, back: Back) -> Back:
-        """Back through the steps up to ``high``, which have ended at ``end``: segment by segment, the last first."""
+        """Back through the steps before ``high``, which ended at ``end``: segment by segment, the last first."""
         for low, at in reversed(begins):
             if high - low == 1:
                 back = self._through(low, at, end, back)
@@ -146,14 +146,9 @@ class Reverse:
     def _through(self, number: int, at: Snapshot, end: Snapshot, back: Back) -> Back:
         """Back through one step from ``at`` to ``end``; its graph lives only here."""
         set_generators(at.generators)
-        problem, leaves, step, w, state = (
-            self.problem,
-            self.leaves,
-            self.steps[number],
-            as_leaves(at.weights),
-            _flat(at.state),
-        )
-        counts = {path: value for path, value in state.items() if path.startswith("step|")}  # without a graph in torch
+        problem, leaves, step = self.problem, self.leaves, self.steps[number]
+        w, state = as_leaves(at.weights), _flat(at.state)
+        counts = {path: value for path, value in state.items() if path.startswith("step|")}  # have no derivative
         flat = as_leaves({path: value for path, value in state.items() if path not in counts})
         batched = next(iter(back.weights.values())).ndim > next(iter(w.values())).ndim
 
@@ -182,7 +177,7 @@ class Reverse:
 
 
 def _solution_of(back: Back, steps: int, rounding: Tensor) -> Solution:
-    """How it went, as a solution; the host looks once."""
+    """Status, residuals and ∂L_V/∂w at the start, as a solution; the host reads once."""
     norms, missed, went = map(torch.stack, (back.norms, back.missed, back.went))
     missed = (missed - rounding).clamp(min=0)
     start = torch.where(norms[0] > 0, norms[0], 1.0)
@@ -218,7 +213,7 @@ def _ratio(missed: Tensor, went: Tensor) -> Tensor:
 
 
 def _norm(x: Tree, like: Tree) -> Tensor:
-    """‖x‖, or R of them where x has a leading axis that ``like`` has not."""
+    """‖x‖, or R of them if x has a leading axis of R, unlike ``like``."""
     name, value = next(iter(x.items()))
     return vectors.norm(Layout.of(like).flatten(x, value.shape[: value.ndim - like[name].ndim]))
 
@@ -228,7 +223,7 @@ def _keyed(kind: str, x: Tree) -> Tree:
 
 
 def _flat(state: State) -> Tree:
-    """The state's floating-point entries as one dict; a separator that no name of torch's holds."""
+    """The state as one dict; no key of torch's optimizers holds the separator."""
     return {f"{key}|{name}": value for name, entries in state.items() for key, value in entries.items()}
 
 

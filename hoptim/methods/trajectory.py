@@ -1,4 +1,4 @@
-"""The last inner steps before a hyperstep, kept so that they can be taken again: batches, masks, options, their start."""
+"""The last inner steps before a hyperstep, kept so that they can be repeated: start, batches, random states, options."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from hoptim.problem.problem import Problem, set_generators
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedLoss:
-    """One training loss: its batch, and the random states it began with, by device; ``None``: those that the last one left.
+    """One training loss: its batch, and the random states before it by device, ``None`` for those after the loss before.
 
-    ``share`` is what its backward pass was begun with: 1, or less where losses are scaled to be added up.
+    ``share`` is the gradient that its backward pass started with: 1, or less if losses are scaled before they are added.
     """
 
     batch: Any
@@ -36,9 +36,9 @@ class RecordedLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One inner step: the losses whose gradients it added up, and the dynamics with the options it had.
+    """One inner step: the losses whose gradients were added up, and the optimizer's step with its options at the time.
 
-    ``options``, where there is one, gives options of the optimizer as they are with the present hyperparameters.
+    ``options``, if given, returns options that replace these, computed from the present hyperparameters.
     """
 
     losses: tuple[RecordedLoss, ...]
@@ -46,7 +46,7 @@ class Step:
     options: Callable[[], Mapping[str, Any]] | None = None
 
     def present_dynamics(self) -> InnerStep:
-        """The dynamics, with these options."""
+        """The dynamics, with ``options`` applied."""
         return self.dynamics if self.options is None else self.dynamics.with_options(self.options())
 
 
@@ -61,7 +61,7 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """Some inner steps, and snapshots from before some of them, by their numbers; the first is from before step 0."""
+    """Inner steps, and snapshots from before some of them with the number of the step; the first is from before step 0."""
 
     begins: tuple[tuple[int, Snapshot], ...]
     steps: Sequence[Step]
@@ -70,7 +70,7 @@ class Trajectory:
 def look_ahead(
     problem: Problem, inner: Optimizer, draw: Callable[[], Any], steps: int, learned: Sequence[LearnedOption] = ()
 ) -> Trajectory:
-    """The steps that would come next from the present weights, on the batches that ``draw`` gives."""
+    """The next ``steps`` steps from the present weights, on batches from ``draw``."""
     dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
     batches = [draw() for _ in range(steps)]
     taken = [Step(losses=(RecordedLoss(batch=batch),), dynamics=dynamics) for batch in batches]
@@ -78,13 +78,13 @@ def look_ahead(
 
 
 def present(problem: Problem, dynamics: InnerStep) -> Snapshot:
-    """A copy of what the model and its optimizer, of which the dynamics are, have now."""
+    """A copy of the present weights and random states; the optimizer's state is that of ``dynamics``."""
     weights = trees.map_tree(_copy, problem.weights())
     return Snapshot(weights=weights, state=dynamics.state, generators=problem.generators())
 
 
 class Recorder:
-    """Keeps the inner steps from the first loss on that it is told of, until it begins anew.
+    """Keeps the inner steps from the first recorded loss to the next restart.
 
     A loss belongs to the step before which its backward pass runs, unless gradients are cleared in between.
     """
@@ -93,19 +93,19 @@ class Recorder:
         self._begins: list[tuple[int, Snapshot]] = []
         self._steps: list[Step] = []
         self._added: list[RecordedLoss] = []
-        self._before: Snapshot | None = None  # from before the step whose losses are being computed
+        self._before: Snapshot | None = None  # before the step whose losses are being computed
         self._dynamics: InnerStep | None = None
 
     def cleared(self) -> None:
-        """The gradients were cleared: the backward passes since the last step count no more."""
+        """Forget the backward passes since the last step, whose gradients were cleared."""
         self._added = []
 
     def record_loss(
         self, problem: Problem, inner: Optimizer, batch: Any, learned: Sequence[LearnedOption] = (), every: int = 1
     ) -> Callable[[Tensor], None]:
-        """A training loss is about to be computed; what is returned belongs on its backward pass.
+        """Call this before a training loss is computed; the function it returns is a hook for the loss's backward pass.
 
-        Before the first step, and each ``every`` steps after it, a snapshot is kept.
+        A snapshot is kept before the first step and before every ``every``-th step after it.
         """
         if not self._added:  # options may change between steps, but not between the losses of one
             is_kept = len(self._steps) % every == 0
@@ -117,7 +117,7 @@ class Recorder:
         return lambda share: self._added.append(replace(loss, share=share.detach()))
 
     def stepped(self) -> None:
-        """The inner step was taken."""
+        """Add the step that was just taken."""
         if self._added and self._dynamics is not None:
             if self._before is not None:
                 self._begins.append((len(self._steps), self._before))
@@ -125,7 +125,7 @@ class Recorder:
         self._added, self._before = [], None
 
     def check(self, steps: int) -> None:
-        """Raise where none of the last inner steps is there, though ``steps`` are to be unrolled."""
+        """Raise ``ValueError`` if no step is known, though ``steps`` are to be unrolled."""
         if steps and not self._steps:
             raise ValueError(
                 f"none of the last {steps} inner steps, which are to be unrolled, is known: compute the training loss by "
@@ -137,11 +137,11 @@ class Recorder:
         return Trajectory(begins=tuple(self._begins), steps=tuple(self._steps)) if self._steps else None
 
     def restart(self) -> None:
-        """The next loss begins anew."""
+        """Forget all steps."""
         self._begins, self._steps, self._added, self._before = [], [], [], None
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The steps kept so far, for a checkpoint; batches as they are."""
+        """The steps kept so far, for a checkpoint, with their batches as they are."""
         if not self._steps:
             return None
         return {
@@ -158,7 +158,7 @@ class Recorder:
     def load_state_dict(
         self, saved: dict[str, Any] | None, live: Tree, inner: Optimizer, transforms: Mapping[str, Transform]
     ) -> None:
-        """The other half, for an inner optimizer of the same class; ``live`` are the weights."""
+        """Restore the steps, for an inner optimizer of the same class; ``live`` are the weights."""
         self.restart()
         if saved is None:
             return
@@ -181,9 +181,9 @@ class Recorder:
 def summed_gradient(
     problem: Problem, losses: Sequence[RecordedLoss], weights: Tree, leaves: Tree, *, graph: bool
 ) -> Iterator[tuple[Tree, Tensor]]:
-    """∇_w of the sum of the losses by their shares, and that sum, at tensors that stand in the model's place.
+    """The sum of the losses times their shares, and its gradient ∇_w, at tensors that stand in for the model's.
 
-    With ``graph`` the gradient has its graph, which may be used inside the context.
+    With ``graph`` the gradient has a graph, which works inside the context.
     """
     slope: Tree = {}
     total = next(iter(weights.values())).new_zeros(())
@@ -203,7 +203,7 @@ def summed_gradient(
 
 
 def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> tuple[Tree, Tensor]:
-    """Their means over the ranks, which pass a derivative on to this rank's own gradient."""
+    """Their means over the ranks; the derivative of a mean is that of this rank's own gradient."""
     ranks = problem.ranks
     if ranks.size == 1:
         return found, total
@@ -221,7 +221,7 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _plain(dynamics: InnerStep) -> list[tuple[list[str], dict[str, Any]]]:
-    """The groups as plain values: a bound option is a dict of its leaf's name and, if it is computed, its factor."""
+    """The groups as plain values; a bound option is a dict of the name of its leaf and, if it is computed, its factor."""
 
     def plain(option: Any) -> Any:
         if isinstance(option, tuple):

@@ -17,21 +17,21 @@ from hoptim.validation import is_whole
 
 @dataclass(frozen=True)
 class Unrolled(Method):
-    """Reverse through the last inner steps: dL_V/dλ of w_T(λ), where w_T is reached from w_{T−steps}, which is held fixed.
+    """Differentiate through the last inner steps: dL_V/dλ at w_T(λ), reached in ``steps`` steps from a fixed w_{T−steps}.
 
     :class:`BilevelOptimizer` keeps copies of the weights and of the inner optimizer's state from before each of the last
-    ``steps`` steps, with their batches, options and random states. From the last to the first it takes each of them again,
-    through torch's own optimizers. Called by itself, ``hypergradient(..., inner=optimizer)`` differentiates through the
-    steps that would come next from the present weights, on ``train_batches`` or else on the training batch again and again.
+    ``steps`` steps, with their batches, options and random states. Going back from the last step, each is repeated with a
+    graph, by torch's own optimizers. ``hypergradient(..., inner=optimizer)`` alone differentiates through the steps that
+    would come next from the present weights, on ``train_batches``, or else with the same training batch in each step.
 
-    Each step is held as weights and state, and its graph is made when its turn comes: about three gradients a step, and by
-    itself four. In the result ``solution.residuals`` are ‖∂L_V/∂w_{T−j}‖ / ‖g‖, and ``solution.value`` is
-    ∂L_V/∂w_{T−steps}: what the steps before these would still have to be differentiated for.
+    Only one step has a graph at a time. The cost is about three gradients a step, or four without a BilevelOptimizer. In the
+    result ``solution.residuals`` are ‖∂L_V/∂w_{T−j}‖ / ‖g‖, and ``solution.value`` is ∂L_V/∂w_{T−steps}, from which one
+    could go on to the steps before these.
 
     Args:
         steps: inner steps, ≥ 1, default 20.
-        checkpoint: keep a copy each √steps-th step only, and walk from there again: memory, and checkpoints on the disk,
-            like √steps; one more gradient a step.
+        checkpoint: whether to keep a copy only at every √steps-th step, and repeat the steps from there. Then memory and
+            checkpoints on disk grow like √steps, at one more gradient a step. Default ``False``.
 
     Raises:
         ValueError: ``steps`` is no positive whole number; when called, no inner optimizer.
@@ -59,12 +59,12 @@ class Unrolled(Method):
 
     @property
     def keeps_steps(self) -> int:  # type: ignore[override]
-        """How many of the last inner steps the optimizer has to remember."""
+        """How many of the last inner steps the optimizer has to keep."""
         return self.steps
 
     @property
     def keeps_every(self) -> int:  # type: ignore[override]
-        """How many of these steps lie between two copies of the weights."""
+        """The number of steps from one kept copy of the weights to the next."""
         return -(-self.steps // self._segments(self.steps))
 
     def _segments(self, steps: int) -> int:

@@ -19,9 +19,9 @@ from hoptim.problem.problem import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """L_V, g = ∂L_V/∂w and ∂L_V/∂λ; all with a leading axis of R where L_V is a vector of R losses.
+    """L_V, g = ∂L_V/∂w and ∂L_V/∂λ; all with a leading axis of R if L_V is a vector of R losses.
 
-    ``g`` has zeros for a weight that L_V does not touch, ``direct`` has ``None`` for such a hyperparameter.
+    ``g`` has zeros for a weight that L_V does not depend on, ``direct`` has ``None`` for such a hyperparameter.
     """
 
     loss: Tensor
@@ -30,40 +30,33 @@ class Validation:
 
 
 def validate(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> Validation:
-    """L_V and its derivatives at tensors that stand in the model's place, by one backward pass for each loss."""
+    """L_V and its derivatives at tensors that stand in for the model's, by one backward pass for each loss."""
     with problem.evaluated("val_loss", batch) as (loss, _):
         losses = loss.reshape(-1)
         inputs = [*weights.values(), *leaves.values()]
         rows = [torch.autograd.grad(one, inputs, allow_unused=True, retain_graph=True) for one in losses]
     columns = [_stacked(column, loss.ndim) for column in zip(*rows, strict=True)]
-    of_weights, of_leaves = columns[: len(weights)], columns[len(weights) :]
-    _check_touched(dict(zip(weights, of_weights, strict=True)), of_leaves)
-    lead = loss.shape
-    local = Validation(
-        loss=loss.detach(),
-        g={
-            name: w.new_zeros((*lead, *w.shape)) if t is None else t
-            for (name, w), t in zip(weights.items(), of_weights, strict=True)
-        },
-        direct=dict(zip(leaves, of_leaves, strict=True)),
-    )
-    return _over_ranks(local, problem.ranks, leaves)
+    by_weight: OptionalTree = dict(zip(weights, columns[: len(weights)], strict=True))
+    by_leaf: OptionalTree = dict(zip(leaves, columns[len(weights) :], strict=True))
+    _check_touched(by_weight, by_leaf)
+    g = trees.filled(by_weight, trees.expanded(weights, loss.shape))
+    return _over_ranks(Validation(loss=loss.detach(), g=g, direct=by_leaf), problem.ranks, leaves)
 
 
 def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:
-    """One tensor's gradients of each loss as one, with zeros for a loss that does not touch it; ``None`` where none does."""
+    """Stack a tensor's gradients of several losses, with zeros for missing ones; ``None`` if all are missing."""
     like = next((t for t in column if t is not None), None)
     if like is None or like.is_sparse:
         return like
     return torch.stack([torch.zeros_like(like) if t is None else t for t in column]) if several else like
 
 
-def _check_touched(of_weights: OptionalTree, of_leaves: Sequence[Tensor | None]) -> None:
-    """Raise where L_V depends on nothing that is given, and warn where it does not depend on the weights."""
-    check_dense(of_weights)
-    if any(t is not None for t in of_weights.values()):
+def _check_touched(by_weight: OptionalTree, by_leaf: OptionalTree) -> None:
+    """Raise ``ValueError`` if L_V depends on no weight or hyperparameter, and warn if it depends on no weight."""
+    check_dense(by_weight)
+    if trees.present(by_weight):
         return
-    if all(t is None for t in of_leaves):
+    if not trees.present(by_leaf):
         raise ValueError(
             "the validation loss touches none of the weights and hyperparameters: compute it with the model it is given"
         )

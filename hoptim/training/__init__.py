@@ -36,19 +36,19 @@ moves the hyperparameters down the validation loss: a *hyperstep*.
 >>> bool(decay[0] < decay[1:].min())
 True
 
-With `every=None` a run is bit for bit that of the inner optimizer alone, with the same options: to give Adam a tensor as
-its `lr`, as a learned rate needs, changes its last bits by itself, with or without hoptim.
+With `every=None` a run is bit for bit that of the inner optimizer alone, with the same options. (A tensor as the `lr` of
+Adam, as for a learned rate, changes the last bits, with or without hoptim.)
 
 # Warm-up, rate and schedule
 
-- **`warmup`**: training steps before the first hyperstep, a quarter of all steps if nothing else is known. A hypergradient
-  is about trained weights, and on untrained ones points elsewhere: in an early study over folds nothing was gained without
-  a warm-up. On the twelve tasks of [the study of defaults](scripts/README.md#the-study-of-defaults) it hardly mattered:
-  without one the test loss was 0.2 ± 1.7 % lower at 12 % more time, with a half 1.4 ± 2.1 % higher.
+- **`warmup`**: training steps before the first hyperstep, a quarter of all steps if nothing else is known. Hypergradients
+  are right for trained weights, and on untrained ones point elsewhere: in an early study over folds nothing was gained
+  without a warm-up. On the twelve tasks of [the study of defaults](scripts/README.md#the-study-of-defaults) it hardly
+  mattered: without one the test loss was 0.2 ± 1.7 % lower at 12 % more time, with a half 1.4 ± 2.1 % higher.
 - **The outer optimizer**: `hparams.optimizer()`, which is Adam on the leaves at the rates below. Adam moves a leaf by about
-  its rate in a hyperstep, of which the study had about 40: take less for many more. A rate that is too large shows as a
-  `cosine_to_last` around 0. It counts the entries that both hypersteps touched, and is `None` where there are none, as for
-  example weights of batches that share no example. For a schedule of the outer rate, build the scheduler on
+  its rate in a hyperstep. The study had about 40 hypersteps: for many more take a lower rate. A rate that is too large shows
+  as a `cosine_to_last` around 0. This is over the entries that are zero in neither hypergradient, and `None` without any, as
+  for example weights if two batches share no example. For a schedule of the outer rate, build the scheduler on
   `optimizer.outer`.
 
 | constraint | the leaf | rate | test loss against that at 0.05, at rates of 0.01, 0.1, 0.3 |
@@ -60,22 +60,22 @@ its `lr`, as a learned rate needs, changes its last bits by itself, with or with
 
 - **`every`**: training steps between hypersteps, 100 by default. A hyperstep costs about 10 training gradients with the
   default method, so `every=100` adds about 10 %, and `every=10` doubles the cost.
-- **`val_batches`**: validation batches, one for each hyperstep, over and over; or a function that draws one. Keep a test set apart: many
-  hyperparameters can fit a small validation set.
-- **`train_batches`**: where a hyperstep takes its training batch from; by default the batches of the last step.
-- **Random numbers**: both may be a `DataLoader` that shuffles, with transforms that draw. What is drawn for a hyperstep, order
-  and masks included, comes from a random stream of its own, seeded by `torch.initial_seed()`. So the generators of Python,
-  NumPy and torch, and one that the loader was given, stand after a hyperstep as before it.
-- **`on_failure`**: after a failed solve nothing moves. `"skip"` warns, `"raise"` makes it an error.
+- **`val_batches`**: validation batches, one for each hyperstep, over and over; or a function that draws one. Keep a test set
+  apart: many hyperparameters can fit a small validation set.
+- **`train_batches`**: the source of training batches for hypersteps; by default the batches of the last step.
+- **Random numbers**: both may be a `DataLoader` that shuffles, with random transforms. Random numbers for a hyperstep, such
+  as the order of batches and masks, come from separate streams, seeded by `torch.initial_seed()`. So a hyperstep does not
+  change the generators of Python, NumPy and torch, nor that of the loader.
+- **`on_failure`**: if a solve fails, nothing moves. `"skip"` warns, `"raise"` makes it an error.
 
 By hand, `optimizer.hyperstep(train_batch, val_batch)` moves the hyperparameters now and returns the `Record`; use it with
 `every=None`.
 
 # Learn over folds, then train on everything
 
-A validation set is an expense: what it holds is not trained on, and hyperparameters can fit it. `hoptim.CrossValidated`
-trains K models on K folds with the same hyperparameters, which move by the mean of the K hypergradients, each of the examples
-that its fold holds out. Then it trains one model on everything with what was learned.
+A validation set is expensive: its examples are not trained on, and hyperparameters can fit it. `hoptim.CrossValidated`
+trains K models on K folds with the same hyperparameters. These move by the mean of K hypergradients, each for the examples
+that its fold holds out. Then it trains one model on everything with the learned values.
 
 >>> from hoptim import CrossValidated, retrain
 >>> def loop(model, optimizer, examples):               # as above; the examples to train on are given, and serve both phases
@@ -97,27 +97,29 @@ that its fold holds out. Then it trains one model on everything with what was le
 True
 
 - **Folds.** A number, or what a splitter of scikit-learn yields, such as `folds=StratifiedKFold(3).split(x, y)`: grouped,
-  repeated, ordered in time. `val_batches` divides what is held out into batches, or makes a `DataLoader` of it.
-- **Steps.** Every fold meets the others at the same share of its training, so it must be known how long that is: `steps`,
-  or, for a loop over epochs of batches of 50, `steps=lambda n: epochs * math.ceil(n / 50)`.
-- **The loop is yours.** It stops inside `optimizer.step()` until the other folds have come as far, for which each fold has
-  a thread; one runs at a time. A fold's random numbers are its own, the last training's are the process's: it has the bits
-  of a plain training with the learned values. Make schedulers inside the loop, since each training needs its own.
+  repeated, ordered in time. `val_batches` divides the held-out examples into batches, or makes a `DataLoader` of them.
+- **Steps.** The folds meet at the same share of their trainings, so the length of a training must be known: `steps`, or for
+  a loop over epochs of batches of 50, `steps=lambda n: epochs * math.ceil(n / 50)`.
+- **The loop is yours.** It waits inside `optimizer.step()` for the other folds. For this each fold has a thread, but only
+  one runs at a time. Each fold has its own random numbers. The last training uses those of the process, and has the bits of
+  a plain training with the learned values. Make schedulers inside the loop, since each training needs its own.
 - **An ensemble.** `found.ensemble(x, of=lambda z: z.softmax(1))` is the mean of the folds' predictions.
 - **Failures.** If the solve of one fold fails, nothing moves, and the record's `detail` names the fold.
-- **Checkpoints.** With `cv.fit(train, checkpoint="fit.pt")` a fit that was killed goes on, to the same bits. The loop says
-  where it can be left, and what else changes in it: `for epoch in optimizer.resumable(range(epochs), scheduler):`. The file
-  is written about once a minute, at an epoch that all folds have reached between the same two hypersteps, or in the last
-  training; and always between the phases, which is all for a loop without `resumable`. Delete it to begin anew.
-- **Several processes.** `make` returns the `DistributedDataParallel`, and each rank runs the same fit: `train` takes its share
-  of each batch, `val_batches=lambda held_out: [held_out[rank::size]]` of what is held out. Folds are the first rank's.
-- **Cost.** K trainings on a part of the data, one on all of it, and K solves for each of 60 hypersteps. `found.cost` is what
-  it came to, in wall-clock time. In the study below it was 8 to 9 plain trainings of a small net, in the example 4.5.
-- **Side by side.** `side_by_side=True` computes the K hypergradients at once with `torch.func.vmap`, to 1e-9. A hyperstep took
-  0.18 of the time for ten MLPs of 131 weights, 0.45 for three of 4,810, 0.9 at 38,000, 1.3 at 77,000; for three CNNs 0.7 to
-  1.4. So it is done up to 40,000 weights without convolutions; else, and where `vmap` can't, in turn, with a warning.
-- **The outer rate.** It is that of the table above, so that 60 hypersteps change a decay by a factor of 20 at most. Where less is
-  known about the start, take `outer=torch.optim.Adam(hparams.parameters(), lr=0.1)`: that reaches a factor of 400.
+- **Checkpoints.** With `cv.fit(train, checkpoint="fit.pt")` a fit that was killed resumes, to the same bits. The loop says
+  where it can be saved, and what else changes in it: `for epoch in optimizer.resumable(range(epochs), scheduler):`. The file
+  is written about once a minute, at an epoch that all folds reach between the same two hypersteps, or in the last training.
+  It is always written between the two phases; without `resumable`, only then. Delete it to start again.
+- **Several processes.** `make` returns the `DistributedDataParallel`, and each rank runs the same fit: `train` takes its
+  share of each batch, and `val_batches=lambda held_out: [held_out[rank::size]]` that of the held-out examples. All ranks
+  have the folds of the first.
+- **Cost.** K trainings on a part of the data, one on all of it, and K solves for each of 60 hypersteps. `found.cost` is the
+  wall-clock time in plain trainings. In the study below it was 8 to 9 for a small net, in the example 4.5.
+- **Side by side.** `side_by_side=True` computes the K hypergradients at once with `torch.func.vmap`, equal to 1e-9. A
+  hyperstep took 0.18 of the time for ten MLPs of 131 weights, 0.45 for three of 4,810, 0.9 at 38,000, 1.3 at 77,000; for
+  three CNNs 0.7 to 1.4. So this is for models of up to 40,000 weights without convolutions. For others, and if `vmap` fails,
+  the folds are computed in turn, with a warning.
+- **The outer rate.** It is that of the table above, so 60 hypersteps change a decay by a factor of at most 20. If less is
+  known about the start, take `outer=torch.optim.Adam(hparams.parameters(), lr=0.1)`, for a factor of up to 400.
 
 [cross_validated.py](scripts/examples/cross_validated.py) is an example on 200 digits. Over ten splits this was better than
 each of five fixed decays and than the best of them by the same folds, on digits and with a CNN on Fashion-MNIST; on diabetes
@@ -126,26 +128,26 @@ wine nothing was gained ([the study](scripts/README.md#cross-validation)).
 
 # Train again with what was learned
 
-`retrain` trains a new model with the hyperparameters held fixed, from its first step and on all examples, those of the
-validation data too. With example weights it ended at a lower loss than the run, in all cases [measured](scripts/README.md#wrong-labels).
+`retrain` trains a new model with the hyperparameters held fixed from the first step, on all examples, validation data
+included. With example weights it ended at a lower loss than the run in all cases [measured](scripts/README.md#wrong-labels).
 
 >>> final = retrain(optimizer.problem, make, loop, torch.arange(80), inner=inner)
 
 # Mistakes show in the first second
 
-Errors after an hour of warm-up are expensive, so the beginning is looked at, once; with `every=None` nothing is:
+Errors after an hour of warm-up are expensive, so the first steps are checked, except with `every=None`:
 
-- **A dry run at the first loss** computes what a hyperstep does, with the first batches, and throws it away. It leaves no
-  trace: bits, `.grad`, modes, random streams and the order of batches are as without it. A validation loss under
+- **A dry run at the first loss** computes what a hyperstep does, with the first batches, and throws it away. It changes
+  nothing: bits, `.grad`, modes, random streams and the order of batches are as without it. A validation loss under
   `no_grad`, a batch of another device or dtype, a hyperparameter that no loss uses, a tensor where torch wants a number
   (`label_smoothing=hparams["eps"]`), an operation without a second derivative, ranks whose weights differ, too little
-  memory: each raises now what the first hyperstep would have raised. It costs one hyperstep; with `Unrolled`, a single
-  step is unrolled. By hand it is `optimizer.check(train_batch, val_batch)`.
-- **The first step** warns if the gradient that it uses is not that of the training loss: something was added to
-  `optimizer.loss(batch)` before `backward()`, of which hypergradients know nothing. On several ranks, in a compiled model
-  and with a closure it is not looked at.
-- **The next losses and steps**: an inner optimizer that is stepped in place of the `BilevelOptimizer` is told by a warning, a
-  loop that never asks for a loss by an error.
+  memory: each raises now what the first hyperstep would have raised. The dry run costs one hyperstep; `Unrolled` goes
+  through a single step. By hand it is `optimizer.check(train_batch, val_batch)`.
+- **The first step** warns if its gradient is not that of the training loss: something was added to `optimizer.loss(batch)`
+  before `backward()`, which hypergradients cannot see. This is not checked on several ranks, for a compiled model or with a
+  closure.
+- **The next losses and steps**: a warning if the inner optimizer is stepped instead of the `BilevelOptimizer`, an error if
+  `optimizer.loss` is never called.
 - **The first hyperstep** warns if it takes most of a hyperparameter to zero, since the outer rate is too large then, and
   if it reaches so few entries of a large hyperparameter that each will hardly ever be visited.
 
@@ -157,14 +159,14 @@ Errors after an hour of warm-up are expensive, so the beginning is looked at, on
 >>> from hoptim.tracking import JsonLines, WandB
 >>> hooks = [WandB(project="mine"), JsonLines(path="metrics.jsonl")]   # BilevelOptimizer(..., hooks=hooks)
 
-W&B is offline unless `mode` or the variable `WANDB_MODE` says otherwise. It never stops a training: without an account or
-a network it warns and continues offline. `record.row()` is a flat dict for any other logger.
+W&B is offline unless `mode` or the environment variable `WANDB_MODE` says otherwise. It never stops a training: without an
+account or a network it warns and continues offline. `record.row()` is a flat dict for any other logger.
 
 # Gradient accumulation and mixed precision
 
 Both are written as usual. With accumulation, `(optimizer.loss(batch) / n).backward()` for each micro-batch: a hyperstep's
-training loss is the mean over all batches whose losses went backward in the step. `hyperstep()` by hand, off the schedule
-of `every`, counts each loss since the last step equally.
+training loss is the mean over all batches whose losses went backward in the step. `hyperstep()` by hand, at another time
+than `every` says, counts each loss since the last step equally.
 
 Under a bf16 `autocast` around the whole step, the losses of a hyperstep are computed in bf16 too. If the autocast ends
 before `optimizer.step()`, or is fp16, they are computed in full precision. Products and solvers always have full
@@ -192,9 +194,9 @@ precision. With a `GradScaler`, `scaler.step(optimizer)` may skip a step; it the
 >>> torch.equal(second.problem.hparams["decay"], whole.problem.hparams["decay"])
 True
 
-All that hoptim saves can be read with `torch.load(weights_only=True)`, the default. What a script saves beside it may not:
-torchvision's reference script puts an `argparse.Namespace` into its checkpoint. Save `vars(args)` instead, or call
-`torch.serialization.add_safe_globals([argparse.Namespace])` before loading.
+Everything that hoptim saves can be read with `torch.load(weights_only=True)`, the default. Other things in a script's
+checkpoint may not: torchvision's reference script puts an `argparse.Namespace` into its checkpoint. Save `vars(args)`
+instead, or call `torch.serialization.add_safe_globals([argparse.Namespace])` before loading.
 
 The helpers of `torch.distributed.checkpoint` drop keys that they do not know. Give them `optimizer.inner`, save
 `optimizer.state_dict()["hoptim"]` beside it, and load both with
@@ -203,11 +205,11 @@ The helpers of `torch.distributed.checkpoint` drop keys that they do not know. G
 # Seven public scripts
 
 hoptim was dropped into seven scripts as they are, with a learned decay for each tensor: pytorch/examples `mnist`,
-`word_language_model` and `imagenet`, nanoGPT, torchvision's `references/classification`, and an example each of Lightning and
-Accelerate. It took 9 or 10 added lines, losses included, and 1 or 2 changed ones. With `every=None` and a penalty of zero each
-ends in the bits of the original. Learning the decays gained nothing in any of them; where validation data may be trained on,
-that is worth more. Weights for the examples gained in loss where 40 % of the labels were wrong. [The changes, their counts
-and the figures](scripts/examples/public/README.md).
+`word_language_model` and `imagenet`, nanoGPT, torchvision's `references/classification`, and an example each of Lightning
+and Accelerate. It took 9 or 10 added lines, losses included, and 1 or 2 changed ones. With `every=None` and a penalty of
+zero each ends in the bits of the original. Learning the decays gained nothing in any of them; where validation data may be
+trained on, that is worth more. Weights for the examples gained in loss where 40 % of the labels were wrong. [The changes,
+their counts and the figures](scripts/examples/public/README.md).
 
 # Lightning, Accelerate and the Hugging Face Trainer
 
@@ -223,12 +225,12 @@ plain loop, and a resumed run that of an uninterrupted one.
 Clipping, accumulation, bf16, schedulers and checkpoints are the framework's own. Hypersteps are counted in optimizer
 steps.
 
-- Accelerate: give `val_batches` as they were before `prepare()`. When an accumulation ends, Accelerate asks the loader
-  that was started last, and that would be theirs. An error says so.
+- Accelerate: give `val_batches` as they were before `prepare()`. Accelerate asks the loader that was started last whether an
+  accumulation has ended, and that would be the wrong one. An error says so.
 - Trainer: set `model_accepts_loss_kwargs = False`, or accumulated gradients are not divided. Label smoothing is not seen.
   On several GPUs the Trainer wraps the model itself: put `problem.wrapper = model` into `compute_loss`.
-- Lightning: its autocast ends before the hyperstep, which therefore runs in float32. It saves no random state: shuffle by
-  the number of the epoch.
+- Lightning: its autocast ends before the hyperstep, which therefore runs in float32. It saves no random state: seed the
+  shuffling with the number of the epoch.
 
 # Several processes
 
@@ -241,7 +243,7 @@ The mean of the solutions that each rank would find alone is a different, wrong 
 rank 0's values, and after 200 hypersteps they and the outer optimizer's state are bit-identical on all ranks. If weights
 differ between ranks, the first loss raises an error; if they come apart later, because gradients are not averaged, the
 first hyperstep. A NaN on one rank gives the same status on all. Only rank 0 logs. An audit is for one process.
-`process_group=None` is for ranks that train alone.
+Give `process_group=None` if each rank trains alone.
 
 *What N ranks cost.* A hypergradient makes K + 3 all-reduces: L_V with g and ∂L_V/∂λ (n + h numbers for n weights and h
 hyperparameters), L_T with F (n), one of n for each of K products, and Bᵀx (h). A training step makes one of n. With the
@@ -284,12 +286,13 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 
 # Limits
 
-- Ranks decide separately, from the same averaged numbers. They have to be alike in hardware and software, or one may stop
-  a solve that another continues.
-- A loader with `persistent_workers` whose transforms draw: after a resume the workers are new, and draw other numbers from the
-  second pass on. Without `persistent_workers` each pass is resumed to the bit.
-- Tested on CPU, with torch 2.8 to 2.15 and gloo. No GPU was available: the code does not depend on the device, but has not been
-  tried there. The same holds for cuDNN's RNNs (cuDNN is switched off inside), SyncBatchNorm with several ranks, and NCCL.
+- Each rank decides by itself, from the same averaged numbers. Ranks need the same hardware and software, or one may stop a
+  solve that another continues.
+- A loader with `persistent_workers` and random transforms: after a resume the workers are new, and draw other numbers from
+  the second pass on. Without `persistent_workers` each pass is resumed to the bit.
+- Tested on CPU, with torch 2.8 to 2.15 and gloo. No GPU was available: the code does not depend on the device, but has not
+  been tried there. The same holds for cuDNN's RNNs (cuDNN is switched off inside), SyncBatchNorm with several ranks, and
+  NCCL.
 """
 
 # ruff: noqa: E501 (a row of a table has to be one line)

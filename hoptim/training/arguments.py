@@ -1,4 +1,4 @@
-"""The arguments of BilevelOptimizer and CrossValidated, checked before all else: errors name the value and the remedy."""
+"""Checks of the arguments of BilevelOptimizer, CrossValidated and retrain."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hoptim.problem.problem import Problem
 from hoptim.validation import describe_type, is_finite, is_whole
 
 OnFailure = Literal["skip", "raise"]
-Unheld = list[tuple[str, str]]  # "inner" or "outer", and the name of a tensor that this optimizer does not hold
+Unheld = list[tuple[str, str]]  # "inner" or "outer", and the name of a tensor that should be in this optimizer but is not
 
 
 def check_schedule(every: int | None, warmup: int, on_failure: object) -> None:
-    """``every`` is a positive number of steps or None, ``warmup`` a number of steps, ``on_failure`` one of two words."""
+    """Check that ``every`` is a positive number of steps or ``None``, ``warmup`` a number of steps, ``on_failure`` valid."""
     if every is not None and not (is_whole(every) and every >= 1):
         raise ValueError(f"every={every!r}: give a whole number of inner steps, 1 or more, or None for never")
     if not (is_whole(warmup) and warmup >= 0):
@@ -29,7 +29,7 @@ def check_schedule(every: int | None, warmup: int, on_failure: object) -> None:
 
 
 def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
-    """Finite numbers, one for each validation loss."""
+    """``val_weights`` as a list of floats, after checking that they are finite numbers."""
     if val_weights is None:
         return None
     if not isinstance(val_weights, (Sequence, Tensor)) or isinstance(val_weights, str):
@@ -41,7 +41,7 @@ def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
 
 
 def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: int | None, options: object) -> None:
-    """The method needs no steps from before the last hyperstep and sees the options; the hooks are functions."""
+    """Check that the method needs no steps before the last hyperstep and sees the options, and that hooks are functions."""
     check_method("hypergradient", hypergradient)
     steps = 0 if hypergradient is None else hypergradient.keeps_steps
     if every is not None and steps > every:
@@ -65,7 +65,7 @@ def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: 
 
 
 def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> None:
-    """The inner optimizer holds weights and no hyperparameter; the outer one the other way round."""
+    """Check that the inner optimizer holds weights and no hyperparameters, and the outer one the other way round."""
     for name, optimizer in (("inner", inner), ("outer", outer)):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{name} is {describe_type(optimizer)}: give a torch.optim.Optimizer")
@@ -91,7 +91,7 @@ def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> No
 
 
 def warn_of_unheld(inner: Optimizer, outer: Optimizer, problem: Problem, known: Sequence[tuple[str, str]] = ()) -> Unheld:
-    """Warn of what requires a gradient, is in neither optimizer and not ``known``; return all of it."""
+    """Find tensors that require a gradient but are in neither optimizer; warn of those that are not ``known``."""
     found: Unheld = []
     for name, optimizer, live in (("inner", inner, problem.weights()), ("outer", outer, problem.leaves())):
         here = held(optimizer)
@@ -108,14 +108,14 @@ def warn_of_unheld(inner: Optimizer, outer: Optimizer, problem: Problem, known: 
 
 
 def check_again(inner: Optimizer, outer: Optimizer, problem: Problem, known: Unheld) -> Unheld:
-    """What was checked at construction, before each hypergradient: layers may have been replaced or frozen since."""
+    """Repeat the checks of the construction before a hypergradient, since layers may have been replaced or frozen."""
     problem.check_learned()
     check_optimizers(inner, outer, problem)
     return warn_of_unheld(inner, outer, problem, known)
 
 
 def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:
-    """A group that is added to the inner optimizer, as torch takes one; it holds no hyperparameter."""
+    """A group to be added to the inner optimizer, after checking that it is one for torch and holds no hyperparameter."""
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise TypeError(f"param_group is {describe_type(param_group)}: give a dict such as {{'params': layer.parameters()}}")
     params, leaves = param_group["params"], {id(p): name for name, p in problem.hparams.named_parameters()}
@@ -127,7 +127,7 @@ def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:
 
 
 def checked_steps(steps: int | Callable[[int], int], examples: int) -> int:
-    """How many inner steps a training on so many examples takes."""
+    """The number of inner steps of a training on this many examples, checked."""
     found = steps(examples) if callable(steps) else steps
     if not (is_whole(found) and found >= 1):
         given = f"steps({examples})" if callable(steps) else "steps"
@@ -136,7 +136,7 @@ def checked_steps(steps: int | Callable[[int], int], examples: int) -> int:
 
 
 def check_fold_schedule(warmup: object, hypersteps: object) -> None:
-    """``warmup`` is a share of the training, ``hypersteps`` a positive number."""
+    """Check that ``warmup`` is a share of the training, and ``hypersteps`` a positive number."""
     if not (is_finite(warmup) and 0 <= warmup < 1):  # type: ignore[operator]
         raise ValueError(
             f"warmup={warmup!r}: give the share of the training before the first hyperstep, at least 0, below 1"
@@ -146,7 +146,7 @@ def check_fold_schedule(warmup: object, hypersteps: object) -> None:
 
 
 def check_functions(make: object, inner: object, val_batches: object) -> None:
-    """What CrossValidated calls for each fold are functions of what they are called with."""
+    """Check that these are functions, or ``None`` for ``val_batches``, with the right arguments."""
     for name, given, arguments, example in (
         ("make", make, None, "def make(): return nn.Linear(2, 1)"),
         ("inner", inner, "model", "lambda model: torch.optim.SGD(model.parameters(), lr=0.1)"),
@@ -161,7 +161,7 @@ def check_functions(make: object, inner: object, val_batches: object) -> None:
 
 
 def made_by(make: Callable[[], nn.Module]) -> nn.Module:
-    """A new model."""
+    """A new model; raises ``TypeError`` if ``make`` returned something else."""
     model = make()
     if not isinstance(model, nn.Module):
         raise TypeError(f"make returned {describe_type(model)}: return an nn.Module")
@@ -169,7 +169,7 @@ def made_by(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def check_models(problems: list[Problem]) -> None:
-    """No tensor belongs to two models: a model would have seen what another fold trains on."""
+    """Check that no two models share a tensor, which would train on the held-out examples of a fold."""
     seen: dict[int, tuple[int, str]] = {}
     for number, problem in enumerate(problems):
         for name, tensor in (*problem.model.named_parameters(), *problem.model.named_buffers()):

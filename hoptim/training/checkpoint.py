@@ -1,4 +1,4 @@
-"""What is asked of a state before BilevelOptimizer loads it: that it is one, whole, and of the same model."""
+"""Checks of a state before BilevelOptimizer loads it: it has to be complete, and of the same model."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch.optim import Optimizer
 from hoptim.problem.problem import Problem
 from hoptim.validation import describe_type, is_whole
 
-VERSION = 1  # of the entry that is added under KEY to the inner optimizer's own state
-KEY = "hoptim"
+KEY = "hoptim"  # the entry that is added to the inner optimizer's own state
+VERSION = 1  # of this entry
 REQUIRED = (
     "version", "outer", "hparams", "inner_steps", "hyper_steps", "solver_state", "last_gradient", "trajectory",
     "val_batches", "train_batches",
 )  # fmt: skip
 DAMAGED = f"the {KEY!r} entry of this state_dict lacks {{missing}}: it is damaged; load an earlier checkpoint"
-SHOWN = 5  # differing weights that an error lists
+SHOWN = 5  # an error lists so many differing weights
 
 Shapes = list[tuple[str, list[int]]]
 
 
 def held_weights(inner: Optimizer, problem: Problem) -> Shapes:
-    """Names and shapes of what the inner optimizer holds, in its order, by which torch gives the state back."""
+    """Names and shapes of the inner optimizer's tensors, in its order, by which torch assigns a loaded state."""
     names = {id(p): name for name, p in problem.model.named_parameters()}
     return [(names.get(id(p), "?"), list(p.shape)) for group in inner.param_groups for p in group["params"]]
 
 
 def check_loadable(state_dict: object, weights: Shapes) -> None:
-    """A state is one of a BilevelOptimizer's, of no newer version, whole, and of these weights.
+    """Check that a state is that of a BilevelOptimizer, of no newer version, complete, and of these weights.
 
     Raises:
         TypeError: it is no dict.
@@ -51,7 +51,7 @@ def check_loadable(state_dict: object, weights: Shapes) -> None:
         raise ValueError(f"this state_dict is of version {version}, newer than {VERSION}: upgrade hoptim")
     if missing := [name for name in REQUIRED if name not in saved]:
         raise ValueError(DAMAGED.format(missing=missing))
-    pairs = zip_longest(saved.get("weights", weights), weights)  # dropped on purpose where weights were renamed
+    pairs = zip_longest(saved.get("weights", weights), weights)  # users drop the entry if weights were renamed
     if differing := [f"{_shown(there)} there is {_shown(here)} here" for there, here in pairs if there != here]:
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         raise ValueError(

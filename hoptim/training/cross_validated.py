@@ -1,4 +1,4 @@
-"""CrossValidated: hyperparameters learned over folds, and one last training on everything."""
+"""CrossValidated: learns hyperparameters over folds, then trains a model on everything."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from hoptim.validation import describe_type
 
 @dataclass(frozen=True, kw_only=True)
 class CrossValidatedFit:
-    """What :meth:`CrossValidated.fit` found.
+    """The result of :meth:`CrossValidated.fit`.
 
     Attributes:
         model: the model of the last training, on all examples with the learned hyperparameters.
         models: the models of the folds, in their order.
         hyperparameters: the learned natural values, detached, by name; ``hparams`` holds them too.
         history: ``Record.row()`` of each hyperstep.
-        cost: the wall-clock time of all of it, over that of the last training, which is a plain one.
+        cost: the wall-clock time of the whole fit relative to that of the last training, which is a plain one.
     """
 
     model: nn.Module
@@ -51,12 +51,12 @@ class CrossValidatedFit:
 
     @torch.no_grad()
     def ensemble(self, *args: Any, of: Callable[[Tensor], Tensor] | None = None, **kwargs: Any) -> Tensor:
-        """The mean of what the models of the folds give, ``of(model(*args, **kwargs))``, in evaluation mode.
+        """The mean of ``of(model(*args, **kwargs))`` over the models of the folds, in evaluation mode.
 
         Args:
-            *args: what a model is called with.
-            of: what the mean is of; default: the model's own output. For probabilities: ``lambda z: z.softmax(1)``.
-            **kwargs: what else it is called with.
+            *args: positional arguments of the models.
+            of: a function of the model's output, such as ``lambda z: z.softmax(1)`` for probabilities; default: the output.
+            **kwargs: keyword arguments of the models.
         """
         found = []
         for model in self.models:
@@ -71,12 +71,13 @@ class CrossValidatedFit:
 class CrossValidated:
     """Learns hyperparameters by cross-validated hypergradients, then trains a model on everything with them.
 
-    K models are trained on the K folds, in turn, with the same λ. At each hyperstep all have come as far, and λ moves along
+    K models are trained on the K folds, in turn, with the same λ. At a hyperstep all of them have done the same share of
+    their training, and λ moves along
 
         (1/K) Σ_k dL_V(k)/dλ,
 
-    where L_V(k) is the validation loss of model k on the examples that its fold holds out. It costs one solve a fold. Then
-    one model is trained on all examples, with the learned λ. In our study its test loss was below that of every
+    where L_V(k) is the validation loss of model k on the examples that its fold holds out. This costs one solve for each
+    fold. Then one model is trained on all examples, with the learned λ. In our study its test loss was below that of every
     fixed decay on two sets, near the best one on two others, and no better on a small one (scripts/README.md).
 
     The training loop is an ordinary one, a function ``train(model, optimizer, examples)``. It is called for each fold, with
@@ -90,47 +91,48 @@ class CrossValidated:
                     optimizer.step()
 
     Schedulers, a ``DataLoader`` over ``Subset(data, examples)``, clipping, accumulation, autocast and ``GradScaler`` go into
-    it as usual. A hyperstep takes place inside ``optimizer.step()``, where each fold waits for the others. For that each has
-    a thread of its own, but only one runs at a time, so that runs repeat to the bit. Each fold draws random numbers from a
-    stream of its own, seeded by ``torch.initial_seed()``. The last training draws from the process's, as it would alone.
+    it as usual. A hyperstep takes place inside ``optimizer.step()``, where each fold waits for the others. For this each has
+    its own thread, but only one runs at a time, so that runs repeat to the bit. Each fold draws random numbers from its own
+    stream, seeded by ``torch.initial_seed()``. The last training uses the generators of the process, as it would alone.
 
-    A fit that may be interrupted marks its loop, ``for epoch in optimizer.resumable(range(epochs), scheduler):``, and is
-    given a file, ``fit(train, checkpoint="fit.pt")``. In several processes, ``make`` wraps the model in
+    If a fit may be interrupted, write the loop as ``for epoch in optimizer.resumable(range(epochs), scheduler):``, and give
+    it a file, ``fit(train, checkpoint="fit.pt")``. In several processes, ``make`` wraps the model in
     ``DistributedDataParallel``, each rank runs the same fit, and ``train`` and ``val_batches`` take its share of examples.
 
     Args:
-        make: ``make() -> model``, a function that makes a new model, called once a fold and once for the last training;
-            ``inner``, ``train`` and the result have the model as it was returned, wrapped or not.
-        hparams: the hyperparameters, shared by all.
+        make: ``make() -> model``, a function that makes a new model, called once for each fold and once for the last
+            training; ``inner``, ``train`` and the result have the model as it was returned, wrapped or not.
+        hparams: the hyperparameters, shared by all models.
         train_loss: as in :class:`Problem`.
         val_loss: as in :class:`Problem`.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of a model's weights.
         outer: the optimizer of ``hparams.parameters()``; default Adam at the rates of :meth:`HyperParameters.optimizer`, and
-            0.05 for other modules. What is ``positive`` changes in 60 hypersteps by a factor of 20 at most; at 0.1, by 400.
-        examples: how many examples there are, all but those that are kept for testing.
-        steps: how many inner steps ``train`` takes; where that depends on the number n of its examples, a function of n.
-        folds: their number, default 3, of equal parts in a random order, the first rank's; or what a splitter of
-            scikit-learn yields, such as ``StratifiedKFold(3).split(x, y)``: pairs of indices, (train, held out). Parts that
-            are held out may overlap.
+            0.05 for other modules. In 60 hypersteps ``positive`` values change by a factor of at most 20; at 0.1, of 400.
+        examples: the number of examples, without those for testing.
+        steps: the number of inner steps that ``train`` takes, or a function of the number of its examples.
+        folds: their number, default 3, for equal parts in a random order (that of the first rank); or what a splitter of
+            scikit-learn yields, such as ``StratifiedKFold(3).split(x, y)``: pairs of indices, (train, held out). Held-out
+            parts may overlap.
         warmup: the share of the steps before hypersteps begin, default 0.25.
-        hypersteps: how many there are, default 60, in equal distances from the warm-up to the end.
-        average: whether the learned leaves are the mean over the second half of the hypersteps, the default, or the last.
+        hypersteps: their number, default 60, at equal distances from the warm-up to the end.
+        average: whether to take the mean of the leaves over the second half of the hypersteps, the default, or their last
+            values.
         options: as in :class:`BilevelOptimizer`.
         hypergradient: as in :class:`BilevelOptimizer`.
-        val_batches: ``val_batches(held_out) -> batches``, a function that makes a fold's validation batches, one of which is
-            used in a hyperstep; default: all that is held out, as one tensor of indices.
-        side_by_side: whether to compute the hypergradients of all folds at once, by ``torch.func.vmap``, where that is
-            faster; default ``False``. It is for models of at most 40,000 weights without convolutions and buffers, losses
-            without random numbers, batches of equal shapes, and ``Implicit`` on ``Exact`` with ``MINRES``, ``CG`` or
-            ``Identity``; else they are computed in turn, and a warning says why.
-        on_failure: after a failed solve of any fold, which moves nothing: ``"skip"`` warns, ``"raise"`` raises an error.
-        hooks: functions of the :class:`Record`, called after each hyperstep. Its result has a leading axis of the folds, as
-            for a vector of K validation losses, and its ``standard_error`` is that over the folds.
+        val_batches: ``val_batches(held_out) -> batches``, a function that makes a fold's validation batches, one for each
+            hyperstep; default: all that is held out, as one tensor of indices.
+        side_by_side: whether to compute the hypergradients of all folds at once, by ``torch.func.vmap``, if that is faster;
+            default ``False``. It is for models of at most 40,000 weights without convolutions and buffers, losses without
+            random numbers, batches of equal shapes, and ``Implicit`` on ``Exact`` with ``MINRES``, ``CG`` or ``Identity``.
+            Otherwise they are computed in turn, and a warning says why.
+        on_failure: if the solve of a fold fails, nothing moves; then ``"skip"`` warns and ``"raise"`` raises an error.
+        hooks: functions of the :class:`Record`, called after each hyperstep. The record's result has a leading axis of the
+            folds, as for a vector of K validation losses, and its ``standard_error`` is that over the folds.
 
     Raises:
         TypeError: an argument of the wrong kind; ``make`` or ``inner`` returned something else.
         ValueError: models that share a tensor; folds that are empty, or train on what they hold out; a warm-up that leaves
-            no room for the hypersteps; ranks that have other folds.
+            no room for the hypersteps; ranks with different folds.
 
     Source: Foo, Do and Ng 2007, Efficient multiple hyperparameter learning for log-linear models; the rest is measured.
 
@@ -212,7 +214,7 @@ class CrossValidated:
                 options=options,
                 hypergradient=hypergradient,
                 on_failure=on_failure,
-                hooks=hooks,  # which are called by the first one, for all
+                hooks=hooks,  # only the first one calls them, for all
             )
 
         optimizers: list[FoldOptimizer] = []
@@ -220,8 +222,7 @@ class CrossValidated:
             with annotate_errors(f"for fold {number}"):
                 optimizers.append(fold_optimizer(fold, one))
         everything = torch.arange(examples, device="cpu")
-        unused = [everything]  # since there is no hyperstep
-        model = problems[0].wrapper
+        model, unused = problems[0].wrapper, [everything]  # the last training has no hypersteps
         last = ResumableOptimizer(inner(model), outer, problems[0], val_batches=unused, options=options, every=None)
         self._parts = Parts(folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything)
 
@@ -232,15 +233,15 @@ class CrossValidated:
 
         Args:
             train: the training loop, ``train(model, optimizer, examples)``, with the indices of the examples to train on.
-            checkpoint: a file from which the fit goes on where it is there, to the same bits; it is written between the
-                folds and the last training, and in both at the marks of ``optimizer.resumable``. It stays when the fit is
-                over; hooks see the hypersteps after the last checkpoint again. Default: none.
-            every_seconds: how much time goes by before it is written again, default 60.
+            checkpoint: a file; if it exists, the fit resumes from it, to the same bits. It is written between the folds and
+                the last training, and in both at the marks of ``optimizer.resumable``. It stays when the fit is over. After
+                a resume, hooks see the hypersteps since the last checkpoint again. Default: none.
+            every_seconds: the least time from one writing to the next, default 60.
 
         Raises:
-            RuntimeError: it is called again; or a solve failed and ``on_failure`` is ``"raise"``.
+            RuntimeError: it was called before; or a solve failed and ``on_failure`` is ``"raise"``.
             ValueError: a fold's training ended before the first hyperstep; the checkpoint is damaged or of another fit.
-            TypeError: an object that was given to ``resumable`` has a state that can't be saved.
+            TypeError: the state of an object given to ``resumable`` can't be saved.
         """
         check_takes("train", train, "model, optimizer, examples")
         if self._fitted:
@@ -260,7 +261,7 @@ class CrossValidated:
         )
 
     def _settings(self) -> dict[str, Any]:
-        """What a fit that is resumed has to agree in."""
+        """The settings that a resumed fit has to share with the saved one."""
         first = self._parts.optimizers[0]
         return {
             "examples": len(self._parts.examples),

@@ -1,4 +1,4 @@
-"""Files that hold a checkpoint: written whole or not at all, and read only if they are whole."""
+"""Checkpoint files: written completely or not at all, and read only if they are undamaged."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 
 def write_atomically(path: Path, data: bytes, remedy: str) -> None:
-    """Write the whole file or leave the old one: a failure in between does not damage it.
+    """Replace the file as a whole: if that fails, the old one is still there.
 
     Args:
         path: the file.
-        data: all that it is to hold.
-        remedy: what an error of the disk tells the user to do.
+        data: the new contents.
+        remedy: what the user should do after an error, for its message.
 
     Raises:
         OSError: the disk is full or can't be written to.
@@ -36,10 +36,10 @@ def write_atomically(path: Path, data: bytes, remedy: str) -> None:
 
 
 def read_whole(path: Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU: tensors and plain values. Unlike ``torch.load`` it verifies checksums.
+    """Load tensors and plain values that ``torch.save`` wrote, on the CPU. Unlike ``torch.load`` this verifies checksums.
 
     Raises:
-        Exception: of any kind, where the file is damaged or something else.
+        Exception: of any kind, if the file is damaged or no such file.
     """
     with zipfile.ZipFile(path) as archive:
         if bad := archive.testzip():

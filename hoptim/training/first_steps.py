@@ -1,4 +1,4 @@
-"""What is looked at once, at the first loss and the first steps: mistakes show at once, and not after the warm-up."""
+"""Checks at the first loss and the first steps, so that mistakes show at once and not after the warm-up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hoptim.problem.problem import Problem, set_generators
 from hoptim.problem.wrappers import is_compiled
 from hoptim.solvers.solution import Status
 
-ALIKE, UNLIKE = 0.9, 0.5  # cosines of two gradients: below the second they are not of one loss, whatever clipping does
+ALIKE, UNLIKE = 0.9, 0.5  # below these cosines two gradients are not of one loss, without and with clipping
 _NON_FINITE = (Status.NON_FINITE_LOSS, Status.NON_FINITE_GRADIENT, Status.NON_FINITE_PRODUCT)
 
 
@@ -30,9 +30,9 @@ def dry_run(
     loop: TrainingContext,
     val_weights: list[float] | None = None,
 ) -> None:
-    """Compute a hypergradient and throw it away. It leaves no trace, and raises what the first hyperstep would raise.
+    """Compute a hypergradient and throw it away: this changes nothing, and raises what the first hyperstep would raise.
 
-    Whether a solve succeeds tells nothing on an untrained model, but what is infinite or NaN there is worth a warning.
+    On an untrained model it says little whether a solve succeeds, but an infinite or NaN value is worth a warning.
     """
     with annotate_errors("in the dry run, which computes what each hyperstep does"):
         problem.check_ranks()
@@ -45,24 +45,24 @@ def dry_run(
 
 
 class FirstSteps:
-    """Looks at the losses and steps of the beginning for what is easily done wrong in a loop.
+    """Looks for common mistakes of a training loop at its first losses and steps.
 
-    That is: no loss was asked for; the inner optimizer is stepped in place of the one around it; what went backward was
-    not the loss that was given out.
+    These are: ``optimizer.loss`` is never called; the inner optimizer is stepped instead of the BilevelOptimizer; another
+    loss goes backward than the one from ``optimizer.loss``.
 
     Args:
-        needs_losses: whether hypersteps need what ``optimizer.loss`` has seen.
+        needs_losses: whether hypersteps need the batches given to ``optimizer.loss``.
     """
 
     def __init__(self, needs_losses: bool) -> None:
         self._needs_losses = needs_losses
         self._steps = self._losses = 0
-        self._has_closures = False  # then losses come, and weights move, within a step
+        self._has_closures = False  # with closures, weights move and losses are computed within a step
         self._version: int | None = None  # of the weights at the last loss, if no step has come since
-        self._since_step: list[tuple[Any, dict[str, Tensor]]] = []  # of two losses: the batch, the random states before it
+        self._since_step: list[tuple[Any, dict[str, Tensor]]] = []  # up to two losses: batch, random states before
 
     def before_loss(self, problem: Problem, batch: Any, check: Callable[[], None]) -> None:
-        """A training loss is about to be computed; before the first one ``check`` is called."""
+        """Call this before a training loss is computed; the first time it calls ``check``."""
         if not self._losses:
             check()
         self._losses += 1
@@ -79,12 +79,12 @@ class FirstSteps:
             self._since_step.append((batch, problem.generators()))
 
     def before_step(self, problem: Problem, *, has_closure: bool) -> FirstSteps | None:
-        """A step is about to be taken. Returns itself, or ``None`` if there is nothing more to look for.
+        """Call this before a step is taken. Returns itself, or ``None`` if there is nothing more to check.
 
         Raises:
-            ValueError: it is the second one, and no training loss has been asked for, though hypersteps need them.
+            ValueError: it is the second step and ``optimizer.loss`` was not called, though hypersteps need it.
         """
-        if not self._losses and self._needs_losses and self._steps:  # a single step may be torch's, to make a state
+        if not self._losses and self._needs_losses and self._steps:  # torch itself may take one step, to make a state
             raise ValueError(
                 "two steps were taken and no loss has come from optimizer.loss(batch), so that a hyperstep would have no "
                 "training batch: compute the loss with it in place of the criterion, or give train_batches"
@@ -98,8 +98,8 @@ class FirstSteps:
 
 
 def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> None:
-    """Warn where the weights' ``.grad`` is not the gradient of the training loss on this batch."""
-    if is_compiled(problem.wrapper) or problem.ranks.size > 1:  # other dropout masks; other ranks may have more losses
+    """Warn if the weights' ``.grad`` is not the gradient of the training loss on this batch."""
+    if is_compiled(problem.wrapper) or problem.ranks.size > 1:  # other masks; other ranks may have more losses
         return
     live = {name: w for name, w in problem.weights().items() if w.grad is not None and not w.grad.is_sparse}
     if not live:
@@ -112,7 +112,7 @@ def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor])
     if not 0 < product < float("inf"):
         return
     cosine = float(trees.dot(given, own)) / product
-    if cosine < (ALIKE if lengths[0] > ALIKE * lengths[1] else UNLIKE):  # clipping shortens, and by value it turns too
+    if cosine < (ALIKE if lengths[0] > ALIKE * lengths[1] else UNLIKE):  # clipped gradients are shorter, and may be turned
         warnings.warn(
             f"the gradient of the first step is not that of train_loss: their cosine is {cosine:.2f}, their lengths are "
             f"{lengths[0]:.3g} and {lengths[1]:.3g}. Hypergradients are for train_loss alone. If something is added to "
@@ -123,7 +123,7 @@ def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor])
 
 
 def _gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> Tree:
-    """∇_w L_T on this batch, begun with these random states."""
+    """∇_w L_T on this batch, from these random states."""
     weights, leaves = as_leaves(problem.weights()), as_leaves(problem.leaves())
 
     def differentiated(loss: Tensor, _: Any) -> Tree:

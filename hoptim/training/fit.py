@@ -1,4 +1,4 @@
-"""The two phases of a cross-validated fit: the folds from one hyperstep to the next, then one training on everything."""
+"""The two phases of a cross-validated fit: the folds, from one hyperstep to the next, and the training on everything."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Train = Callable[[nn.Module, ResumableOptimizer, Tensor], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a fit trains.
+    """Everything that a fit trains.
 
     Attributes:
         folds: the folds.
-        streams: where the random numbers of each fold come from.
-        optimizers: those of the folds, each with its model.
-        last: that of the last training.
+        streams: the random stream of each fold.
+        optimizers: the optimizer of each fold, with its model.
+        last: the optimizer of the last training, with its model.
         examples: the indices of all examples.
     """
 
@@ -44,21 +44,21 @@ class Parts:
 
 
 class Marked(NamedTuple):
-    """What a fold that pauses at a mark hands over."""
+    """Number of a mark and state there, handed over by a fold that pauses at it."""
 
     number: int
     state: State
 
 
 class Fit:
-    """A fit.
+    """One run of :meth:`CrossValidated.fit`.
 
     Args:
-        parts: what is trained.
+        parts: everything that is trained.
         train: the user's loop.
-        average: the mean of the leaves that is put in their place after the folds; ``None`` for the last ones.
-        file: where it is saved, and gone on from; ``None``: nowhere.
-        at_once: computes the hypergradients of all folds at once; ``None``: each computes its own.
+        average: the mean of the leaves, which replaces them after the folds; ``None`` to keep their last values.
+        file: the checkpoint; ``None`` for none.
+        at_once: computes the hypergradients of all folds at once; ``None`` to compute them in turn.
 
     Attributes:
         history: ``Record.row()`` of each hyperstep.
@@ -72,12 +72,12 @@ class Fit:
         self.history: list[dict[str, Any]] = []
         self.seconds = {"folds": 0.0, "last": 0.0}
         self._counted = time.perf_counter()
-        self._random: dict[str, Any] = {}  # where the random streams stood when the present phase began
+        self._random: dict[str, Any] = {}  # the random states at the start of the present phase
         self._saved = None if file is None else file.read()
-        self._wanted: int | None = None  # the mark that the folds are to pause at
+        self._wanted: int | None = None  # the number of the mark at which all folds shall pause
 
     def run(self) -> None:
-        """Both phases, or what a checkpoint has left of them."""
+        """Run both phases, or what is left of them after a checkpoint."""
         if self._begin() == "folds":
             self._train_folds()
             self._random = {"last": global_states()}
@@ -89,7 +89,7 @@ class Fit:
         self._add_seconds("last")
 
     def _begin(self) -> str:
-        """Put what a checkpoint holds, if there is one; the phase to begin with."""
+        """Restore a checkpoint, if there is one. Returns the phase to begin with."""
         saved, self._saved = self._saved, None
         if saved is None:
             self._random = {"folds": [to_tensors(stream.states()) for stream in self.parts.streams]}
@@ -100,7 +100,7 @@ class Fit:
     # The folds
 
     def _train_folds(self) -> None:
-        """Train all folds from one hyperstep to the next, until a training has ended; then the others to their end."""
+        """Train all folds from one hyperstep to the next until one of them ends, then the others to their end."""
         self._counted = time.perf_counter()
         turns = [InTurn(self._training(number)) for number, _ in enumerate(self.parts.folds)]
         for number, (optimizer, turn) in enumerate(zip(self.parts.optimizers, turns, strict=True)):
@@ -132,7 +132,7 @@ class Fit:
         self._add_seconds("folds")
 
     def _training(self, number: int) -> Callable[[], None]:
-        """The training of a fold."""
+        """The training of a fold, as a function without arguments."""
         optimizer, fold = self.parts.optimizers[number], self.parts.folds[number]
 
         def training() -> None:
@@ -142,12 +142,12 @@ class Fit:
         return training
 
     def _resume(self, number: int, turn: InTurn, sent: Record | None = None) -> Any:
-        """Let a fold run on in its random stream, to where it pauses or ends."""
+        """Let a fold run on in its random stream, until it pauses or ends."""
         with self.parts.streams[number].drawing():
             return turn.resume(sent)
 
     def _to_hyperstep(self, turns: list[InTurn], record: Record | None) -> list[Met | Drawn] | None:
-        """Let all folds run to their next hyperstep, with checkpoints on the way; ``None`` where one has ended."""
+        """Let all folds run to their next hyperstep, with checkpoints on the way; ``None`` if one has ended."""
         came: list[Met | Drawn | Marked | None] = [None] * len(turns)
         while True:
             for number, turn in enumerate(turns):
@@ -164,7 +164,7 @@ class Fit:
                 self.file.write(self._state_of_folds([mark.state for mark in marks]))
 
     def _at_mark_of_fold(self, fold: int, file: FitFile | None) -> AtMark | None:
-        """Where the first fold pauses once a checkpoint is due, and the others at the same mark."""
+        """A function that pauses the first fold at a mark if a checkpoint is due, and the others at the same mark."""
         if file is None:
             return None
 
@@ -175,12 +175,12 @@ class Fit:
         return at_mark
 
     def _move(self, turns: list[InTurn], came: list[Met | Drawn]) -> Record:
-        """The hyperstep of all folds, taken by the first one's optimizer."""
+        """The hyperstep of all folds, taken by the optimizer of the first one."""
         begun = time.perf_counter() - sum(one.seconds for one in came if isinstance(one, Met))
         drawn, at_once = [one for one in came if isinstance(one, Drawn)], self.at_once
         found = at_once(drawn) if at_once is not None and len(drawn) == len(came) else None
         if at_once is None or found is None or not at_once.is_checked:
-            # each that has handed its batches over goes on by itself
+            # folds that have handed over their batches go on, and compute their own hypergradients
             in_turn = joined([self._resume(k, turns[k]) if isinstance(one, Drawn) else one for k, one in enumerate(came)])
             found = in_turn if at_once is None or found is None else at_once.checked(found, in_turn)
             for optimizer in self.parts.optimizers:
@@ -188,13 +188,13 @@ class Fit:
         return self.parts.optimizers[0]._move(begun, found)
 
     def _check_lengths(self) -> None:
-        """Each fold took as many steps as it was said to take."""
+        """Warn if a fold took another number of steps than it said, and raise if that left no hyperstep."""
         for number, optimizer in enumerate(self.parts.optimizers, 1):
             taken, told = optimizer.inner_steps, optimizer.steps
+            words = f"the training of fold {number} took {taken} steps, where steps says {told}"
+            if taken < told and not self.history:
+                raise ValueError(f"{words}: it ended before the first hyperstep. Give steps as they are")
             if abs(taken - told) > 0.02 * told:
-                words = f"the training of fold {number} took {taken} steps, where steps says {told}"
-                if not self.history:
-                    raise ValueError(f"{words}: it ended before the first hyperstep. Give steps as they are")
                 words = f"{words}, so that {len(self.history)} hypersteps were not spread over all of it"
                 warnings.warn(words, stacklevel=5)
                 return
@@ -202,13 +202,13 @@ class Fit:
     # Checkpoints
 
     def _add_seconds(self, phase: str) -> None:
-        """Count the time that has gone by since this was last done."""
+        """Add the time since the last call to a phase."""
         now = time.perf_counter()
         self.seconds[phase] += now - self._counted
         self._counted = now
 
     def _at_mark_of_last(self, file: FitFile | None) -> AtMark | None:
-        """A checkpoint at a mark of the last training, once one is due."""
+        """A function that writes a checkpoint at a mark of the last training, if one is due."""
         if file is None:
             return None
 
@@ -219,12 +219,12 @@ class Fit:
         return at_mark
 
     def _state_of_folds(self, states: list[State]) -> dict[str, Any]:
-        """All that the rest depends on, with every fold at a mark."""
+        """The state of the fit with every fold at a mark."""
         more = {"folds": states, "last": self.parts.last.state_at(), "process": global_states()}
         return {**self._state("folds"), **more}
 
     def _state_of_last(self, state: State) -> dict[str, Any]:
-        """The same, at a mark of the last training or before it."""
+        """The state of the fit at a mark of the last training, or before it."""
         models = [dict(optimizer.problem.model.state_dict()) for optimizer in self.parts.optimizers]
         return {**self._state("last"), "models": models, "last": state}
 
@@ -240,11 +240,11 @@ class Fit:
         }
 
     def _put(self, saved: dict[str, Any]) -> None:
-        """What both phases begin with."""
+        """Restore what both phases need."""
         self.parts.last.problem.hparams.load_state_dict(saved["hparams"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
-        if saved["last"]["mark"] is None:  # at a mark it is put when the loop has come there
+        if saved["last"]["mark"] is None:  # at a mark it is restored once the loop gets there
             self.parts.last.put(saved["last"])
         else:
             self.parts.last.resume_from = saved["last"]

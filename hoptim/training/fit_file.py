@@ -1,4 +1,4 @@
-"""The checkpoint of a fit: when it is due, what has to agree, and the file."""
+"""The checkpoint file of a fit: when it is due, what it holds, and what has to agree with it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class FitFile:
     """The file that a fit is saved in.
 
     Args:
-        path: the file; its folder has to be there.
-        every_seconds: how much time goes by before it is written again, at the next mark.
-        settings: what the fit that is resumed has to agree in, by name: tensors and plain values.
+        path: the file; its folder has to exist.
+        every_seconds: the time after which it is written again, at the next mark.
+        settings: what a resumed fit has to share with the saved one, by name: tensors and plain values.
         ranks: the processes that train together. The first one writes for all, and each reads.
 
     Raises:
@@ -48,15 +48,15 @@ class FitFile:
         self._written, self._was_read_back = time.monotonic(), False
 
     def is_due(self) -> bool:
-        """Whether enough time has gone by since it was last written, on the first rank."""
+        """Whether enough time has passed since the last writing, by the clock of the first rank."""
         return bool(self._ranks.gathered(time.monotonic() - self._written >= self._every)[0])
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Write the state, of all ranks, atomically.
+        """Write the states of all ranks, atomically.
 
         Raises:
             OSError: the disk is full or can't be written to.
-            TypeError: the state holds something else than tensors and plain values.
+            TypeError: the state holds other things than tensors and plain values.
         """
         if self._ranks.size > 1:
             packed = self._ranks.gathered_by_first(_packed(dict(state)))
@@ -65,17 +65,17 @@ class FitFile:
             states = [dict(state)]
         if states is not None:
             data = _packed({"version": VERSION, "settings": self._settings, "ranks": states})
-            if not self._was_read_back:  # what can't be read is of no use, and is better known now
+            if not self._was_read_back:  # fail now if it can't be read, and not at the resume
                 _unpacked(data)
                 self._was_read_back = True
             write_atomically(self.path, data, "make room; fit with the same checkpoint goes on from the last one")
         self._written = time.monotonic()
 
     def read(self) -> dict[str, Any] | None:
-        """The state of this rank, or ``None`` if there is none yet.
+        """The saved state of this rank, or ``None`` if there is none yet.
 
         Raises:
-            ValueError: the file is damaged, of another fit, or not there for all ranks.
+            ValueError: the file is damaged, of another fit, or missing on some ranks.
         """
         there = self._ranks.gathered(self.path.exists())
         if not all(there):

@@ -1,4 +1,4 @@
-"""The optimizer of one fold, whose hypersteps wait for those of the other folds and take the mean with them."""
+"""The optimizer of one fold, whose hypersteps wait for the other folds and move by the mean over all of them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from hoptim.training.resumable import ResumableOptimizer, State
 
 
 class Met(NamedTuple):
-    """What a fold brings to a hyperstep: its hypergradient, and how long that took."""
+    """A fold's hypergradient, and the seconds it took."""
 
     result: Hypergradient
     seconds: float
 
 
 def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
-    """The inner steps after which hypersteps are due: in equal distances from the warm-up to the last step.
+    """The inner steps after which hypersteps are due: at equal distances from the warm-up to the last step.
 
     Raises:
         ValueError: there are fewer steps after the warm-up than hypersteps.
@@ -45,18 +45,18 @@ def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
 
 
 class Drawn(NamedTuple):
-    """The batches that a fold hands over where the hypergradients of all are computed at once."""
+    """A fold's batches for a hyperstep in which the hypergradients of all folds are computed at once."""
 
     train_batch: Any
     val_batch: Any
 
 
 class FoldOptimizer(ResumableOptimizer):
-    """A BilevelOptimizer whose hypersteps come after given steps, and are those of all folds.
+    """A BilevelOptimizer that takes its hypersteps after given steps, together with the other folds.
 
     Args:
-        due: the inner steps after which a hyperstep follows, in order; the last one is the training's last.
-        **more: those of :class:`BilevelOptimizer`.
+        due: the inner steps after which hypersteps follow, in order; the last one is the last of the training.
+        **more: arguments of :class:`BilevelOptimizer`.
     """
 
     turn: InTurn
@@ -69,12 +69,12 @@ class FoldOptimizer(ResumableOptimizer):
         self._await_next()
 
     def loss(self, batch: Any) -> Any:
-        """The training loss of ``batch``. A training that was given up ends here."""
+        """The training loss of ``batch``; ends the training here if the fit has failed elsewhere."""
         self.turn.check()
         return super().loss(batch)
 
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
-        """Hand this fold's hypergradient over and wait until all have come and the hyperparameters have moved."""
+        """Hand over this fold's hypergradient, and wait until all folds have done so and the hyperparameters have moved."""
         self.every, record = None, None
         if self.hands_over and not any(map(torch.is_autocast_enabled, AUTOCAST_DEVICES)):
             train_batch = self._progress.window.batch() if train_batch is None else train_batch
@@ -95,28 +95,26 @@ class FoldOptimizer(ResumableOptimizer):
         self._await_next()
 
     def _await_next(self) -> None:
-        """The next hyperstep follows the next step that is due: it is the first multiple of itself."""
+        """Set ``every`` and ``warmup`` so that the next hyperstep follows the next step that is due."""
         self.every = next((step for step in self.due if step > self.inner_steps), None)
         self.warmup = self.every or 0
 
 
 def joined(met: Sequence[Met]) -> Hypergradient:
-    """The hypergradients of K folds as that of a vector of K validation losses, whose mean is the step.
+    """The hypergradients of K folds as the hypergradient of a vector of K validation losses.
 
-    The status is that of the first fold whose solve failed; of none, that of the first with a remark; ``detail`` names it.
+    The status is that of the first fold whose solve failed, or else of the first with a remark; ``detail`` names the fold.
     """
     results = [one.result for one in met]
-    first = results[0]
-    solutions = [result.solution for result in results]
     return Hypergradient(
         grads=_stacked([result.combined() for result in results]),
         direct=_stacked([result.mixed_by(None, result.direct) for result in results]),
         indirect=_stacked([result.mixed_by(None, result.indirect) for result in results]),
-        solution=_joined_solution(solutions),
+        solution=_joined_solution([result.solution for result in results]),
         val_loss=torch.stack([result.val_loss.mean() for result in results]),
         train_loss=torch.stack([result.train_loss for result in results]).mean(),
         gradient_norm=torch.stack([result.gradient_norm for result in results]).mean(),
-        untouched=tuple(name for name in first.untouched if all(name in result.untouched for result in results)),
+        untouched=tuple(name for name in results[0].untouched if all(name in result.untouched for result in results)),
     )
 
 

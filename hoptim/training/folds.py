@@ -1,4 +1,4 @@
-"""Folds: which examples each model is trained on, and which are held out for its hypergradients."""
+"""Folds: the examples that each model is trained on, and those held out for its hypergradients."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hoptim.validation import describe_type, is_whole
 
 @dataclass(frozen=True)
 class Fold:
-    """One division of the examples in two.
+    """The examples that a model is trained on, and those held out.
 
     Attributes:
-        train: the indices of the examples that its model is trained on.
-        held_out: the indices of those that its hypergradients are of.
+        train: indices of the examples to train on.
+        held_out: indices of the examples of the validation loss.
     """
 
     train: Tensor
@@ -30,18 +30,18 @@ class Fold:
 
 
 def make_folds(folds: int | Iterable[Any], examples: int, ranks: Ranks | None = None) -> list[Fold]:
-    """The folds, checked.
+    """The folds, after checks.
 
     Args:
-        folds: their number, for equal parts of a random order, each held out once, which ``torch.manual_seed`` decides; or
-            pairs of indices (train, held out), as ``split`` of any splitter of scikit-learn gives them.
-        examples: how many examples there are.
-        ranks: the processes that train together: the first one's random order is that of all; default: this one alone.
+        folds: their number, for equal parts of a random order, each held out once; ``torch.manual_seed`` sets the order. Or
+            pairs of indices (train, held out), as ``split`` of a splitter of scikit-learn gives them.
+        examples: the number of examples.
+        ranks: the processes that train together, which all take the random order of the first; default: this one alone.
 
     Raises:
-        TypeError: ``folds`` or ``examples`` is neither of these.
-        ValueError: there are fewer than two folds, two that hold out the same examples, or one that is empty, has an index
-            that is out of range or twice in one part, or trains on what it holds out; ranks have other folds.
+        TypeError: ``folds`` is neither of these.
+        ValueError: there are fewer than two examples or folds; two folds hold out the same examples; a fold is empty, has an
+            index out of range or twice in one part, or trains on examples that it holds out; ranks have different folds.
 
     >>> make_folds([([0, 1], [2]), ([0, 1, 2], [3])], 4)[1]
     Fold(train=tensor([0, 1, 2]), held_out=tensor([3]))

@@ -1,4 +1,4 @@
-"""Functions that run in turn, each in a thread of its own, so that what they call can stop and wait in the middle."""
+"""Functions that run in turn, each in its own thread, so that they can pause inside any function that they call."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class InTurn:
-    """A function that runs from one :meth:`pause` inside it to the next, each time that it is resumed.
+    """A function that runs from one :meth:`pause` inside it to the next each time it is resumed.
 
-    It is a coroutine whose body is ordinary code: the function need not know that it is stopped. It has a thread of its own,
-    which sleeps while anything else runs, so that nothing happens at the same time. What torch sets for each thread, which
-    are the default device, CUDA's current device and autocast, is there as it was where the object was made.
+    It is a coroutine whose body is ordinary code. It runs in its own thread, and no two of them run at the same time. What
+    torch sets for each thread (the default device, CUDA's current device and autocast) is taken from the thread that makes
+    the object.
 
     Args:
         function: what to run.
@@ -55,10 +55,10 @@ class InTurn:
         self._thread = threading.Thread(target=context.run, args=(body,), name="hoptim: in turn", daemon=True)
 
     def resume(self, sent: Any = None) -> Any:
-        """Let it run on. Returns what the next pause is given, ``None`` when the function has ended; raises what it raised.
+        """Let it run on. Returns the value of its next pause, ``None`` if the function has ended; raises what it raises.
 
         Args:
-            sent: what the present pause returns inside.
+            sent: the value that its present pause returns.
         """
         if not self._thread.ident:
             self._thread.start()
@@ -69,19 +69,19 @@ class InTurn:
         return value
 
     def pause(self, value: Any) -> Any:
-        """Called inside: stop until it is resumed, and return what that sends."""
+        """Called inside: stop until the next :meth:`resume`, and return what that sends."""
         self._outbox.put((value, None))
         sent = self._inbox.get()
         self.check()
         return sent
 
     def check(self) -> None:
-        """Called inside: end here if it was closed."""
+        """Called inside: raise :class:`Closed` if it was closed."""
         if self._closing:
             raise Closed
 
     def close(self) -> None:
-        """End it at its present pause, or at its next check; what it has to clean up is run."""
+        """End it at its present pause or its next check, by an exception, so that its ``finally`` clauses run."""
         self._closing = True
         if self._thread.ident and not self.ended:
             self._inbox.put(None)
@@ -89,11 +89,11 @@ class InTurn:
 
 
 class Closed(BaseException):
-    """Raised where a function waits for a turn that will not come."""
+    """Raised inside a function that was closed."""
 
 
 def _settings_of_this_thread() -> Callable[[], ExitStack]:
-    """A function that sets, in another thread, what torch has set for this one."""
+    """A function that applies this thread's settings of torch in another thread."""
     device = torch.get_default_device()
     cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     lowered = [(kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)]

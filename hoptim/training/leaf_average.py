@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from hoptim.linalg.vectors import Tree
-from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.problem import Problem
+from hoptim.training.outer_step import project_
 
 
 class LeafAverage:
@@ -30,7 +30,7 @@ class LeafAverage:
         self._mean: Tree = {}
 
     def add(self) -> None:
-        """Another hyperstep has come."""
+        """Add the leaves after another hyperstep."""
         self._seen += 1
         count = self._seen - self._skip
         if count < 1:
@@ -41,21 +41,16 @@ class LeafAverage:
 
     @torch.no_grad()
     def put(self) -> None:
-        """Set the leaves to it, if there was any."""
+        """Set the leaves to their mean, if there were any hypersteps after the first ``skip``."""
         for name, value in self._mean.items():
             self._problem.leaves()[name].copy_(value)
-        for module in self._problem.hparams.modules():
-            if isinstance(module, HyperParameters):
-                module.project_()
+        project_(self._problem)
 
     def state_dict(self) -> dict[str, Any]:
-        """The mean, and of how many."""
+        """The mean, and the number of hypersteps."""
         return {"seen": self._seen, "mean": dict(self._mean)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Put it back, on the devices of the leaves."""
-        leaves = self._problem.leaves()
-        self._seen, self._mean = (
-            saved["seen"],
-            {name: value.to(leaves[name].device) for name, value in saved["mean"].items()},
-        )
+        """Restore it, on the devices of the leaves."""
+        leaves, self._seen = self._problem.leaves(), saved["seen"]
+        self._mean = {name: value.to(leaves[name].device) for name, value in saved["mean"].items()}

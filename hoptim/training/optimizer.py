@@ -1,4 +1,4 @@
-"""BilevelOptimizer: the user's own optimizer, which now also moves the hyperparameters. The one place that mutates."""
+"""BilevelOptimizer: wraps the user's optimizer and also moves the hyperparameters. Only here do models change."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ class BilevelOptimizer(OptimizerProxy):
     It **is** a ``torch.optim.Optimizer``: ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, so
     schedulers, gradient clipping and checkpoints work on it as on the inner one.
 
-    *Where to begin.* Let ``warmup`` be a quarter of the steps. Hypergradients are right for trained weights; on an untrained
+    *Where to begin.* Set ``warmup`` to a quarter of the steps. Hypergradients are right for trained weights; on an untrained
     net they point elsewhere, and the outer optimizer follows them. That mattered in a study over folds; on twelve tasks of
     scripts/README.md no warm-up did about as well, at more cost. As ``outer`` take ``hparams.optimizer()``. It is Adam,
-    which moves each leaf by about its rate, however long the hypergradient is: 0.05 under ``constraints.positive``, where
-    the leaf is a logarithm, so that a hyperstep is 5 %; 0.3 for a unit interval, 0.1 for real, 0.01 for non-negative values.
+    which moves each leaf by about its rate, whatever the length of the hypergradient: 0.05 under ``constraints.positive``,
+    where the leaf is a logarithm, so that a hyperstep is 5 %; 0.3 for a unit interval, 0.1 for real, 0.01 for non-negative.
 
     Args:
         inner: the optimizer of the model's weights.
         outer: the optimizer of ``hparams.parameters()``.
         problem: the model, the hyperparameters and the two losses.
-        val_batches: validation batches, one a hyperstep: any re-iterable, cycled, or a function that draws one.
+        val_batches: validation batches, one for each hyperstep: any re-iterable, cycled, or a function that draws one.
         options: the options of ``inner`` that are hyperparameters, such as ``{"lr": "rate"}`` (:mod:`hoptim.methods`).
-        hypergradient: how to compute it; default ``Implicit()``; where an option of ``inner`` is learned, such as its
-            learning rate, ``Unrolled()``, over ``every`` steps at most.
+        hypergradient: how to compute it; default ``Implicit()``, or if an option of ``inner`` is learned, such as its
+            learning rate, ``Unrolled()``, over at most ``every`` steps.
         every: inner steps between hypersteps, default 100; ``None`` for never.
         warmup: inner steps before the first hyperstep, default 0, which suits only a model that is already trained.
-        train_batches: where a hyperstep takes its training batch; ``None``, the default: those of the last inner
-            step, as ``loss`` has seen them; of several, as in gradient accumulation, the mean of their losses.
-        val_weights: the weight of each loss in the gradient, where the validation loss is a vector; default: their mean.
-        on_failure: after a failed solve, which moves nothing: ``"skip"``, the default, warns, ``"raise"`` raises an error.
+        train_batches: the source of training batches for hypersteps; ``None``, the default, for the batches that ``loss``
+            got in the last inner step; if there are several, as in gradient accumulation, for the mean of their losses.
+        val_weights: the weight of each loss in the gradient, if the validation loss is a vector; default: their mean.
+        on_failure: if a solve fails, nothing moves; then ``"skip"``, the default, warns, and ``"raise"`` raises an error.
         hooks: functions of the :class:`Record`, called after each hyperstep.
 
     Raises:
@@ -117,17 +117,17 @@ class BilevelOptimizer(OptimizerProxy):
         self.register_state_dict_post_hook(_add_state)
 
     def loss(self, batch: Any) -> Any:
-        """The training loss of ``batch`` for ``backward()``, with ``has_aux`` a pair; hyperparameters get no ``.grad``."""
-        if not torch.is_grad_enabled():  # a loss that is only looked at is no training batch
+        """The training loss of ``batch`` for ``backward()``, or a pair with ``has_aux``. Hyperparameters get no gradient."""
+        if not torch.is_grad_enabled():  # no training batch
             return self.problem.loss(batch)
         progress, method = self._progress, self.hypergradient
         if progress.first_steps is not None:
             drawn = self.train_batches
             progress.first_steps.before_loss(self.problem, batch, lambda: self.check(drawn.peek() if drawn else batch))
         left = steps_left(progress.inner_steps + 1, self.every, self.warmup)
-        is_kept, is_watched = left < method.keeps_steps, left in (0, math.inf)  # inf: hypersteps are by hand
+        is_kept, is_watched = left < method.keeps_steps, left in (0, math.inf)  # inf: hypersteps by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
-            progress.cleared()  # by the model's own zero_grad()
+            progress.cleared()  # by model.zero_grad()
         keep = progress.record_loss(self.problem, self.inner, batch, method.keeps_every) if is_kept else None
         found = self.problem.loss(batch)
         loss = found[0] if self.problem.has_aux else found
@@ -138,7 +138,7 @@ class BilevelOptimizer(OptimizerProxy):
         return found
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the inner optimizer, and a hyperstep where one is due."""
+        """One step of the inner optimizer, and a hyperstep if one is due."""
         if closure is not None and not callable(closure):
             raise TypeError(f"closure is {describe_type(closure)}: call step() alone; batches go to optimizer.loss(batch)")
         progress = self._progress
@@ -159,17 +159,17 @@ class BilevelOptimizer(OptimizerProxy):
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
         """Move the hyperparameters once, now; batches that are not given are drawn. Returns the record.
 
-        The training batches are those whose losses went backward in the last step; off the schedule of ``every``, all whose
-        losses were computed for it. After a failed solve the hyperparameters do not move; the record and a warning say why.
+        The training batches are those whose losses went backward in the last step, or at another time than ``every`` says,
+        those whose losses were computed for it. If the solve fails, nothing moves; the record and a warning say why.
 
         Raises:
-            ValueError: there is no training batch: none given, none seen by ``loss``, no ``train_batches``.
-            RuntimeError: the solve failed and ``on_failure`` is ``"raise"``; the record is there, the hooks have seen it.
+            ValueError: there is no training batch: none was given, ``loss`` got none, and there are no ``train_batches``.
+            RuntimeError: the solve failed and ``on_failure`` is ``"raise"``; the hooks were called, and ``record`` is set.
         """
         return self._move(time.perf_counter(), self._hypergradient(train_batch, val_batch))
 
     def _move(self, begun: float, result: Hypergradient) -> Record:
-        """The outer step of a hyperstep that began at this time, and all that is told of it."""
+        """The outer step and the record of a hyperstep that began at this time."""
         progress, gradient, moved = self._progress, result.combined(self.val_weights), result.solution.status.ok
         progress.hyper_steps += 1
         cosine_to_last = progress.cosine_to_last(gradient) if moved else None
@@ -195,7 +195,7 @@ class BilevelOptimizer(OptimizerProxy):
         return progress.record
 
     def _hypergradient(self, train_batch: Any, val_batch: Any) -> Hypergradient:
-        """The hypergradient at the present weights. The first one also shows whether the losses use all hyperparameters."""
+        """The hypergradient at the present weights. The first time, check that the losses depend on all hyperparameters."""
         progress, draw = self._progress, None if self.train_batches is None else self.train_batches.draw
         if train_batch is None and self.hypergradient.takes_train_batch:
             train_batch = progress.window.batch() if draw is None else draw()
@@ -212,13 +212,13 @@ class BilevelOptimizer(OptimizerProxy):
         return result
 
     def check(self, train_batch: Any, val_batch: Any = None) -> None:
-        """Raise what a hyperstep on these batches would raise. It leaves no trace; the first ``loss`` does it by itself."""
+        """Raise what a hyperstep on these batches would raise, and change nothing; the first ``loss`` does so by itself."""
         loop = self._context(None if self.train_batches is None else lambda: train_batch)
         val_batch = self.val_batches.peek() if val_batch is None else val_batch
         dry_run(self.problem, self.hypergradient, train_batch, val_batch, loop, self.val_weights)
 
     def _context(self, draw: Callable[[], Any] | None, trajectory: Any = None) -> TrainingContext:
-        """What surrounds a hypergradient. What was checked at construction is checked again: layers may be replaced."""
+        """What a method may need of the loop. Repeats the checks of the construction, since layers may be replaced."""
         progress, learned = self._progress, self._progress.learned_options
         learned_options.check_in_place(self.inner, learned)
         progress.unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
@@ -242,17 +242,17 @@ class BilevelOptimizer(OptimizerProxy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
 
-        A state that is refused leaves all of them as they were.
+        If the state is refused, nothing changes.
 
         Raises:
             ValueError: the state is a bare optimizer's, damaged, of a newer version or of another model.
         """
-        state_dict = copy.copy(state_dict)  # which hooks may change in place
+        state_dict = copy.copy(state_dict)  # hooks may change it in place
         for change in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = change(self, state_dict) or state_dict
         check_loadable(state_dict, held_weights(self.inner, self.problem))
-        before = self._saved()  # without copies, since a load puts other tensors in the place of these
-        before[KEY]["hparams"] = copy.deepcopy(before[KEY]["hparams"])  # but it writes into the hyperparameters
+        before = self._saved()  # without copies, since a load replaces these tensors
+        before[KEY]["hparams"] = copy.deepcopy(before[KEY]["hparams"])  # except for the hyperparameters
         try:
             self._load(state_dict)
         except Exception:
@@ -262,7 +262,7 @@ class BilevelOptimizer(OptimizerProxy):
             hook(self)
 
     def _saved(self) -> dict[str, Any]:
-        """The inner optimizer's own state, and one entry more: tensors and plain values only."""
+        """The inner optimizer's own state and one more entry, of tensors and plain values only."""
         added = {
             "version": VERSION,
             "weights": held_weights(self.inner, self.problem),

@@ -1,4 +1,4 @@
-"""An optimizer around another one: its groups, state and defaults are the inner one's, and hooks are called once."""
+"""An optimizer around another one, with the groups, state and defaults of the inner one; hooks are called once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 def _call_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step`` between the hooks that were registered on this very optimizer."""
+    """``step`` between the hooks that were registered on this optimizer, without those for all optimizers."""
 
     @functools.wraps(step)
     def hooked(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -26,18 +26,18 @@ def _call_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OptimizerProxy(Optimizer):
-    """An ``Optimizer`` for all that ask for one, whose groups, state and defaults are those of ``inner``.
+    """An ``Optimizer`` whose groups, state and defaults are those of ``inner``.
 
-    They are never copied: a scheduler that moved a list of its own would move nothing after ``load_state_dict``.
+    They are not copied: with a list of groups of its own, schedulers would have no effect after ``load_state_dict``.
     """
 
     inner: Optimizer
-    # What torch puts around ``step``. Its own would also call the hooks for all optimizers and open a range in the profiler,
-    # as the inner optimizer's step does already: each step would be seen twice.
+    # Torch wraps ``step`` in this. Its own version also calls the hooks for all optimizers and opens a range in the
+    # profiler, which the inner optimizer's step does already: each step would be seen twice.
     profile_hook_step = staticmethod(_call_own_hooks)  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        super().__setstate__({})  # makes the dicts of hooks; Optimizer.__init__ would also write groups and state
+        super().__setstate__({})  # makes the dicts of hooks; Optimizer.__init__ would also set groups and state
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ class OptimizerProxy(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's defaults; empty where it has none, or while it is not set yet."""
+        """The inner optimizer's defaults; empty if it has none, or is not set yet."""
         return getattr(self.__dict__.get("inner"), "defaults", {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -65,4 +65,4 @@ class OptimizerProxy(Optimizer):
             self.inner.__setstate__(groups_and_state)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "step"}  # a scheduler's, bound to this object
+        return {key: value for key, value in self.__dict__.items() if key != "step"}  # bound to this object by a scheduler

@@ -1,4 +1,4 @@
-"""The outer step: hypergradients reach the leaves, the outer optimizer moves them, constraints hold again."""
+"""The outer step: the outer optimizer moves the leaves by a hypergradient, and constraints are restored."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from hoptim.linalg.vectors import Tree
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.problem import Problem
 
-MANY, FEW = 1000, 0.01  # of so many entries, this share or less is few
+MANY, FEW = 1000, 0.01  # warn if, of at least so many entries, at most this share has a gradient
 
 
 def outer_step(problem: Problem, outer: Optimizer, grads: Tree) -> None:
     """One step of the outer optimizer with these hypergradients, after which every constraint holds.
 
-    It is what a hyperstep of :class:`BilevelOptimizer` does once it has the hypergradient, for a loop of one's own.
+    A hyperstep of :class:`BilevelOptimizer` does this once it has the hypergradient; call it in a loop of your own.
 
     Args:
         problem: the problem whose hyperparameters move.
         outer: the optimizer of ``problem.hparams.parameters()``.
-        grads: dL_V/dλ by the names of ``problem.leaves()``, such as ``Hypergradient.grads``, or ``combined()`` where the
+        grads: dL_V/dλ by the names of ``problem.leaves()``, such as ``Hypergradient.grads``, or ``combined()`` if the
             validation loss is a vector.
 
     Raises:
@@ -59,13 +59,18 @@ def outer_step(problem: Problem, outer: Optimizer, grads: Tree) -> None:
     finally:
         for leaf in leaves.values():
             leaf.grad = None
+    project_(problem)
+
+
+def project_(problem: Problem) -> None:
+    """Move hyperparameters back into their constraints."""
     for module in problem.hparams.modules():
         if isinstance(module, HyperParameters):
             module.project_()
 
 
 def warn_of_first_step(before: Tree, after: Tree, grads: Tree, every: int | None) -> None:
-    """Warn where the first outer step took most of a hyperparameter to zero, or had a gradient for hardly any of it."""
+    """Warn if the first outer step took most of a hyperparameter to zero, or had a gradient for hardly any of it."""
     for name in before.keys() & grads.keys():
         old, new, reached, size = before[name], after[name], int(grads[name].count_nonzero()), grads[name].numel()
         positive = old > 0

@@ -1,6 +1,6 @@
-"""All that changes while a BilevelOptimizer runs, in one object.
+"""Everything that changes while a BilevelOptimizer runs, in one object.
 
-Lightning copies the optimizer's ``__dict__``: the copy has to share it.
+Lightning copies the optimizer's ``__dict__``, and the copy has to share this state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hoptim.training.window import Window
 
 @dataclass
 class Progress:
-    """Counters, the last record, the last batches, what the solver carries, and the steps kept for unrolling."""
+    """Counters, the last record, the last batches, the state of the solver, and the steps kept for unrolling."""
 
     inner_steps: int = 0
     hyper_steps: int = 0
@@ -42,21 +42,21 @@ class Progress:
     first_steps: FirstSteps | None = None  # until they are over
     learned_options: list[LearnedOption] = field(default_factory=list)
     warned: set[Status] = field(default_factory=set)
-    unheld: list[tuple[str, str]] = field(default_factory=list)  # what neither optimizer holds, which was warned of
+    unheld: list[tuple[str, str]] = field(default_factory=list)  # tensors in neither optimizer, after a warning
 
     def cleared(self) -> None:
-        """The gradients were cleared."""
+        """Call this when gradients are cleared."""
         self.window.cleared = True
         self.recorder.cleared()
 
     def stepped(self) -> None:
-        """An inner step was taken."""
+        """Call this after an inner step."""
         self.inner_steps += 1
         self.window.stepped()
         self.recorder.stepped()
 
     def warn_of_sign(self, method: Method, solution: Solution) -> None:
-        """Warn once where the sign of a learned option's hypergradient is in doubt."""
+        """Warn once if the sign of a learned option's hypergradient is in doubt."""
         doubt = doubt_of_sign(method, self.learned_options, solution)
         if doubt and Status.NEGATIVE_CURVATURE not in self.warned:
             self.warned.add(Status.NEGATIVE_CURVATURE)
@@ -71,18 +71,18 @@ class Progress:
             warnings.warn(f"{record.failure}. Later ones of this kind are only recorded", stacklevel=6)
 
     def cosine_to_last(self, gradient: Tree) -> float | None:
-        """The cosine of this hypergradient to the last one, whose place it takes, over the entries that both touch."""
+        """The cosine of this hypergradient to the last one, over entries that are zero in neither; keeps this one."""
         last, self.last_gradient = self.last_gradient, gradient
         if {name: value.shape for name, value in last.items()} != {name: value.shape for name, value in gradient.items()}:
             return None
         return cosine_in_common(gradient, {name: value.to(gradient[name]) for name, value in last.items()})
 
     def record_loss(self, problem: Problem, inner: Optimizer, batch: Any, every: int) -> Callable[[Tensor], None]:
-        """A training loss is about to be computed: see :meth:`Recorder.record_loss`."""
+        """Call this before a training loss is computed: see :meth:`Recorder.record_loss`."""
         return self.recorder.record_loss(problem, inner, batch, self.learned_options, every)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it, as tensors and plain values."""
+        """The part of it that a checkpoint holds, as tensors and plain values."""
         computed = starts(self.learned_options)
         return {
             "inner_steps": self.inner_steps,
@@ -94,7 +94,7 @@ class Progress:
         }
 
     def load_state_dict(self, saved: dict[str, Any], problem: Problem, inner: Optimizer) -> None:
-        """Put it back, on the devices of the weights and leaves; names that they no longer have are dropped."""
+        """Restore it, on the devices of the weights and leaves; names that no longer exist are dropped."""
         weights, leaves = problem.weights(), problem.leaves()
         self.inner_steps, self.hyper_steps = saved["inner_steps"], saved["hyper_steps"]
         device = next(iter(weights.values())).device
@@ -107,7 +107,7 @@ class Progress:
 
 
 def steps_left(step: int, every: int | None, warmup: int) -> float:
-    """From inner step number ``step`` to the next one that a hyperstep follows: 0 if it follows this one.
+    """The number of inner steps after step ``step`` until a hyperstep follows: 0 if one follows this step.
 
     >>> [steps_left(step, every=3, warmup=5) for step in (1, 6, 7)], steps_left(1, every=None, warmup=0)
     ([5, 0, 2], inf)
@@ -116,7 +116,7 @@ def steps_left(step: int, every: int | None, warmup: int) -> float:
 
 
 def has_gradient(inner: Optimizer) -> bool:
-    """Whether any weight has a gradient: none has after the model's own ``zero_grad()``."""
+    """Whether any weight has a gradient; none has after ``model.zero_grad()``."""
     return any(p.grad is not None for group in inner.param_groups for p in group["params"])
 
 

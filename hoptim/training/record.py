@@ -1,4 +1,4 @@
-"""What one hyperstep did, as a value: for the caller, for hooks and for logs."""
+"""Record: what a hyperstep did, for the caller, for hooks and for logs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Record:
         hyperparameters: their natural values after the step, detached, by name.
         seconds: wall-clock time of the hyperstep.
         cosine_to_last: cosine between this hypergradient and the one before, over the entries that are zero in neither: near
-            1 where they agree, near 0 where noise dominates. ``None`` at the first, and where there is no such entry, as for
-            the weights of examples of which no two batches had one in common.
-        val_weights: the weights by which several validation losses add up, in the figures too; ``None`` for the mean.
+            1 if they agree, near 0 if noise dominates. ``None`` for the first one, and if there is no such entry, as for
+            example weights if two batches have no example in common.
+        val_weights: the weights of several validation losses, also in the figures of ``row()``; ``None`` for the mean.
     """
 
     inner_step: int
@@ -50,13 +50,13 @@ class Record:
 
     @property
     def failure(self) -> str:
-        """Of a failed hyperstep: what went wrong and what to do."""
+        """What went wrong in a failed hyperstep, and what to do."""
         detail = self.result.solution.detail or "no detail"
         words = f"{self.status.name}: {self.status.message} ({detail})"
         return f"hyperstep {self.hyper_step} failed and moved nothing: {words}"
 
     def row(self) -> dict[str, Any]:
-        """The figures as plain numbers and strings, for a log; ``None`` for what is not known or not finite."""
+        """The figures as plain numbers and strings, for a log; ``None`` for a figure that is unknown or not finite."""
         result, solution = self.result, self.result.solution
         lengths = {
             f"{name}_norm": float(trees.norm(result.mixed_by(self.val_weights, tree)))
@@ -83,13 +83,13 @@ class Record:
 
 
 def cosine(a: Tree, b: Tree) -> float:
-    """⟨a, b⟩ / (‖a‖ ‖b‖); zero where one of them is."""
+    """⟨a, b⟩ / (‖a‖ ‖b‖); zero if one of them is zero."""
     lengths = trees.norm(a) * trees.norm(b)
     return float(trees.dot(a, b) / torch.where(lengths == 0, 1.0, lengths))
 
 
 def cosine_in_common(a: Tree, b: Tree) -> float | None:
-    """The cosine of the entries that are zero neither in ``a`` nor in ``b``; ``None`` where there are none.
+    """The cosine over the entries that are zero neither in ``a`` nor in ``b``; ``None`` if there are none.
 
     >>> cosine_in_common({"x": torch.tensor([3.0, 4.0, 0.0])}, {"x": torch.tensor([6.0, 8.0, 9.0])})
     1.0
@@ -105,11 +105,11 @@ def cosine_in_common(a: Tree, b: Tree) -> float | None:
 def standard_error(result: Hypergradient, weights: Sequence[float] | None = None) -> float | None:
     """√Var(h) / ‖h‖ of h = Σ_r w_r h_r, for the hypergradients h_r of R validation losses; ``None`` for a single one.
 
-    The losses are taken as R independent draws, such as batches, folds or groups, of the same mean and variance σ²:
+    The R losses, such as those of batches, folds or groups, are taken as independent draws of the same mean and variance σ²:
 
         Var(Σ_r w_r h_r) = σ² Σ_r w_r²,    σ² ≈ Σ_r ‖h_r − h̄‖² / (R − 1),    h̄ = Σ_r h_r / R.
 
-    So it is σ/√R for their mean.
+    For the mean of the losses √Var(h) = σ/√R.
 
     Args:
         result: a hypergradient.

@@ -1,4 +1,4 @@
-"""A BilevelOptimizer whose loop has marks at which its training can be left and gone on with."""
+"""A BilevelOptimizer whose loop has marks at which its training can be saved and resumed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ResumableOptimizer(BilevelOptimizer):
 
     Attributes:
         is_marked: whether the loop has marks.
-        at_mark: called at each mark with its number and a function that gives the state there; ``None`` for nothing.
-        resume_from: the state that the loop begins with, at its own mark; ``None`` once that is done.
+        at_mark: called at each mark with its number and a function that returns the state there; ``None`` for nothing.
+        resume_from: the state from which the loop resumes, at the mark of this state; ``None`` once that is done.
     """
 
     is_marked = False
@@ -32,7 +32,7 @@ class ResumableOptimizer(BilevelOptimizer):
     _was_told = False
 
     def resumable(self, iterable: Iterable[T], *stateful: Any) -> Iterator[T]:
-        """The items of ``iterable``, such as epochs, before each of which the training may be saved and resumed.
+        """The items of ``iterable``, such as epochs; before each of them the training may be saved and resumed.
 
         It is for the whole loop of a training inside ``CrossValidated.fit(train, checkpoint=...)``::
 
@@ -40,18 +40,18 @@ class ResumableOptimizer(BilevelOptimizer):
             for epoch in optimizer.resumable(range(epochs), scheduler):
                 ...
 
-        A resumed training passes over the items that were done, and then has the state of the model, of the optimizer, of
-        what is ``stateful`` and of Python's, NumPy's and torch's random generators. What else changes from epoch to epoch,
-        such as the best loss so far, has to be in an object that is ``stateful``.
+        A resumed training skips the items that were done, and then restores the model, the optimizer, all ``stateful``
+        objects, and the random generators of Python, NumPy and torch. Whatever else changes from epoch to epoch, such as
+        the best loss so far, has to be in a ``stateful`` object.
 
         Args:
-            iterable: epochs or steps, the same each time that the loop begins.
-            stateful: what else changes in the loop: anything with ``state_dict`` and ``load_state_dict``, such as a
+            iterable: epochs or steps, the same each time the loop starts.
+            stateful: what else changes in the loop: objects with ``state_dict`` and ``load_state_dict``, such as a
                 scheduler, a ``GradScaler`` or an averaged model; or a ``torch.Generator``.
 
         Raises:
             TypeError: ``iterable`` can't be iterated, or an object has no state.
-            ValueError: the training has begun already; the checkpoint is of another loop.
+            ValueError: the training has started already; the checkpoint is of another loop.
         """
         if not isinstance(iterable, Iterable):
             raise TypeError(f"resumable goes around {describe_type(iterable)}: give what the loop is over, as range(epochs)")
@@ -86,7 +86,7 @@ class ResumableOptimizer(BilevelOptimizer):
             raise ValueError(f"the checkpoint is at mark {first} of a loop, which has {count} now: give the loop as it was")
 
     def _reach(self, number: int, stateful: Sequence[Any], at_mark: AtMark) -> None:
-        """A mark, at which a training can be saved unless gradients wait for their step."""
+        """Call ``at_mark``, unless the mark is in the middle of a step."""
         if self._progress.window.is_between_steps:
             at_mark(number, lambda: self.state_at(number, stateful))
         elif not self._was_told:
@@ -98,7 +98,7 @@ class ResumableOptimizer(BilevelOptimizer):
             )
 
     def state_at(self, mark: int | None = None, stateful: Sequence[Any] = ()) -> State:
-        """The state of the training, on its tensors' own memory; ``mark`` is ``None`` where it has not begun."""
+        """The state of the training, sharing its tensors' memory; ``mark`` is ``None`` if it has not started."""
         return {
             "mark": mark,
             "model": dict(self.problem.model.state_dict()),
@@ -108,12 +108,12 @@ class ResumableOptimizer(BilevelOptimizer):
         }
 
     def put(self, saved: State) -> None:
-        """Model and optimizer as they were saved."""
+        """Restore model and optimizer."""
         self.problem.model.load_state_dict(saved["model"])
         self.load_state_dict(saved["optimizer"])
 
     def _put(self, saved: State, stateful: Sequence[Any]) -> None:
-        """Go to a mark."""
+        """Restore the whole training at a mark."""
         kinds, found = [kind for kind, _ in saved["stateful"]], [type(one).__name__ for one in stateful]
         if kinds != found:
             raise ValueError(f"resumable was given {kinds} where the checkpoint was taken, and {found} now: give the same")

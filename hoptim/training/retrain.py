@@ -1,4 +1,4 @@
-"""retrain: a new model, trained from scratch with hyperparameters that were learned before."""
+"""retrain: train a new model from scratch with hyperparameters that were learned before."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def retrain(
 ) -> nn.Module:
     """Train a new model from scratch, with the hyperparameters of ``problem`` as they are now, held fixed.
 
-    A model that was trained while they were learned has seen other values before, and it did not train on the validation
-    data. This one trains with the learned values from its first step, on whichever examples are given, those of the
-    validation data included. It is an ordinary training: ``problem.train_loss``, no hypersteps, random numbers from the
-    process's generators, as in the last training of :class:`CrossValidated`. The model inside ``problem`` is left alone.
+    The model of the run that learned them started with other values, and did not train on the validation data. The new model
+    trains with the learned values from its first step, on all the given examples, which may include the validation data. It
+    is an ordinary training: ``problem.train_loss``, no hypersteps, random numbers from the process's generators, as in the
+    last training of :class:`CrossValidated`. The model inside ``problem`` does not change.
 
     Args:
         problem: the problem whose hyperparameters were learned.
         make: ``make() -> model``, a function that makes a new model.
         train: the training loop, ``train(model, optimizer, examples)``, which calls ``optimizer.loss(batch)`` and
             ``optimizer.step()``; the same function can serve the run in which the hyperparameters are learned.
-        examples: what ``train`` gets: in general a tensor of indices.
+        examples: passed on to ``train``, in general a tensor of indices.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of the model's weights.
-        options: its options that are hyperparameters, as in :class:`BilevelOptimizer`.
+        options: the options of that optimizer that are hyperparameters, as in :class:`BilevelOptimizer`.
 
     Returns:
         The trained model.
@@ -97,7 +97,7 @@ def retrain(
 
 
 def _check_new(model: nn.Module, problem: Problem) -> None:
-    """Raise where the model is the trained one, shares a tensor with it, or has its weights."""
+    """Raise ``ValueError`` if the model is the trained one, shares a tensor with it, or has its weights."""
     remedy = "training starts from scratch, so make every layer anew inside make"
     old = {tensor.untyped_storage().data_ptr(): name for name, tensor in _tensors(problem.model)}
     for name, tensor in _tensors(model):

@@ -1,4 +1,4 @@
-"""The hypergradients of all folds at once: their models stacked into one, by ``torch.func.vmap``."""
+"""The hypergradients of all folds at once, from their stacked models, by ``torch.func.vmap``."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from hoptim.solvers.identity import Identity
 from hoptim.solvers.minres import MINRES
 from hoptim.training.fold_optimizer import Drawn, FoldOptimizer
 
-MOST_WEIGHTS = 40_000  # of a model: above, and with convolutions, nothing is gained (measured on one core)
+MOST_WEIGHTS = 40_000  # of a model: with more, or with convolutions, it is no faster (measured on one core)
 
 
 class SideBySide:
-    """The hypergradients of K folds in one go.
+    """The hypergradients of K folds at once.
 
-    The weights are stacked to shape (K, …) and the hyperparameters expanded to it. Since no fold's loss depends on another
-    fold's row, the gradient of the sum of the losses has the K gradients as its rows; so one graph serves the products with
-    all K curvatures, and a solver of K right-hand sides solves the K systems, each with coefficients of its own.
+    The weights are stacked to shape (K, …), and the hyperparameters expanded to it. Since no fold's loss depends on another
+    fold's row, the rows of the gradient of the summed losses are the K gradients. So one graph serves the products with all
+    K curvatures, and a solver of K right-hand sides solves the K systems, each with its own coefficients.
 
-    What differs between the models in other ways than by parameters, such as a plain attribute, would be taken from the
-    first. So the first time the folds are computed in turn as well, and where that differs, only so from then on.
+    If the models differ in more than their parameters, for example in a plain attribute, this would use that of the first.
+    So the first time the folds are computed in turn as well, and from then on only in turn if the results differ.
 
     Args:
-        optimizers: those of the folds.
+        optimizers: the optimizers of the folds.
 
     Attributes:
-        is_possible: whether they can be computed at once, as far as that is known.
-        is_checked: whether that was once compared with in turn.
+        is_possible: whether they can be computed at once, as far as is known.
+        is_checked: whether a result was compared with the one in turn.
     """
 
     def __init__(self, optimizers: Sequence[FoldOptimizer]) -> None:
@@ -57,9 +57,9 @@ class SideBySide:
         self.is_possible = not self._tell(_reason(optimizers[0]))
 
     def __call__(self, drawn: Sequence[Drawn]) -> Hypergradient | None:
-        """Theirs, with a leading axis of the folds; ``None`` where they have to be computed in turn."""
+        """The hypergradients, with a leading axis of the folds; ``None`` if they have to be computed in turn."""
         for optimizer in self._optimizers:
-            optimizer._context(None)  # checks what may have been replaced since
+            optimizer._context(None)  # for its checks
         batches = _stacked([one.train_batch for one in drawn])
         if batches is None:
             self._tell("their training batches are not tensors of the same shapes")
@@ -67,15 +67,15 @@ class SideBySide:
         try:
             with self._problems[0].untouched():
                 found = self._at_once(drawn, batches)
-        except Exception as error:  # what is no matter of vmap comes up again in turn
+        except Exception as error:  # an error of the losses themselves will come again in turn
             self.is_possible = False
             reason = str(error).strip().partition("\n")[0]
             self._tell(f"torch.func.vmap can't do the losses ({type(error).__name__}: {reason})")
             return None
-        return found if found.solution.status.ok else None  # in turn it says which fold has failed
+        return found if found.solution.status.ok else None  # in turn, the record says which fold failed
 
     def checked(self, found: Hypergradient, in_turn: Hypergradient) -> Hypergradient:
-        """What was found at once if it agrees with what was found in turn; else the latter, now and from then on."""
+        """``found``, at once, if it agrees with ``in_turn``; otherwise ``in_turn``, and no more at once from now on."""
         self.is_checked = True
         for name, expected in in_turn.grads.items():
             rows = expected.reshape(len(expected), -1)
@@ -117,13 +117,13 @@ class SideBySide:
         return replace(found, gradient_norm=flat(F).detach().norm(dim=1).mean())
 
     def _validate(self, drawn: Sequence[Drawn], parameters: Tree, weights: Tree, leaves: Tree) -> Validation:
-        """The validation losses and their derivatives; in turn where what is held out is not of equal shapes."""
+        """The validation losses and their derivatives; in turn if the validation batches differ in shape."""
         batches = _stacked([one.val_batch for one in drawn])
         if batches is not None:
             losses = _losses(self._problems[0], "val_loss")(parameters, leaves, batches)
             inputs = [*weights.values(), *leaves.values()]
             found = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
-            g = {name: torch.zeros_like(w) if t is None else t for (name, w), t in zip(weights.items(), found, strict=False)}
+            g = trees.filled(dict(zip(weights, found, strict=False)), weights)
             return Validation(loss=losses.detach(), g=g, direct=dict(zip(leaves, found[len(weights) :], strict=True)))
         each = [
             _validate_alone(
@@ -151,7 +151,7 @@ def _validate_alone(problem: Problem, batch: Any, weights: Tree, leaves: Tree) -
 
 
 def _losses(problem: Problem, name: LossName) -> Callable[[Tree, Tree, Any], Tensor]:
-    """The K losses of stacked weights, leaves and batches. What draws random numbers raises: its masks would be others."""
+    """The K losses of stacked weights, leaves and batches. Raises if they draw random numbers, which would be different."""
 
     def one(weights: Tree, leaves: Tree, batch: Any) -> Tensor:
         def inside() -> Tensor:
@@ -167,7 +167,7 @@ def _losses(problem: Problem, name: LossName) -> Callable[[Tree, Tree, Any], Ten
 
 
 def _stacked(batches: Sequence[Any]) -> Any:
-    """Batches as one with a leading axis; ``None`` where they can't be."""
+    """Stack batches, with a leading axis; ``None`` if they differ in structure or shape."""
     if any(isinstance(batch, MicroBatches) for batch in batches):
         return None
     flat, specs = zip(*[pytree.tree_flatten(batch) for batch in batches], strict=True)
@@ -180,7 +180,7 @@ def _stacked(batches: Sequence[Any]) -> Any:
 
 
 def _reason(optimizer: FoldOptimizer) -> str:
-    """Why the folds can't be computed at once, as far as that is known beforehand; empty where they can."""
+    """Why the folds can't be computed at once, as far as is known beforehand; empty if they can."""
     problem, method = optimizer.problem, optimizer.hypergradient
     if not (isinstance(method, Implicit) and isinstance(method.condition, Gradient) and method.preconditioner is None):
         return "the method is not Implicit() with the condition Gradient() and no preconditioner"

@@ -1,4 +1,4 @@
-"""The training batches of one inner step, which a hyperstep after it takes the training loss on again."""
+"""The training batches of one inner step, for the training loss of the hyperstep after it."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ _WHOLE = torch.ones(())
 class Window:
     """The batches whose losses went backward since the gradients were last cleared or used.
 
-    They stay until the next step's begin, since a hyperstep follows the step, at once or later by hand.
+    They are kept until the next step starts, since a hyperstep comes after the step, at once or later by hand.
 
     Attributes:
-        cleared: whether none has gone backward yet, so that the next one to do so begins anew.
+        cleared: whether no loss has gone backward yet, so that the next one that does replaces the batches.
     """
 
     def __init__(self) -> None:
         self.cleared = self._stepped = True
-        self._seen: list[tuple[int, Any, Tensor]] = []  # the loss's number, its batch, and what its backward pass began with
-        self._waiting: list[Any] = []  # the batch of the last loss, until that goes backward
+        self._seen: list[tuple[int, Any, Tensor]] = []  # number of the loss, batch, gradient of the loss
+        self._waiting: list[Any] = []  # the batch of the last loss, until it goes backward
         self._number = 0
 
     @property
     def is_between_steps(self) -> bool:
-        """Whether no loss was counted since the last step, so that no gradient waits for one."""
+        """Whether no loss was counted since the last step, so that no gradient waits for a step."""
         return self._stepped
 
     def note(self, batch: Any) -> None:
-        """Count ``batch`` at once: a third of what :meth:`watch` costs, for steps after which no hyperstep is due."""
+        """Count ``batch`` at once, at a third of the cost of :meth:`watch`, for steps before no hyperstep."""
         if self._stepped:
             self._seen, self.cleared, self._stepped = [], False, False
-        if not (self._seen and self._seen[-1][1] is batch):  # as of a closure that is called again and again
+        if not (self._seen and self._seen[-1][1] is batch):  # as in repeated calls of a closure
             self._number += 1
             self._seen.append((self._number, batch, _WHOLE))
 
@@ -49,18 +49,18 @@ class Window:
             if waiting:
                 if self.cleared:
                     self._seen, self.cleared, self._stepped = [], False, False
-                self._seen.append((number, waiting.pop(), share))  # a loss kept for a log shall not keep its batch
+                self._seen.append((number, waiting.pop(), share))  # a loss kept for a log must not keep its batch
 
         loss.register_hook(count)
 
     def stepped(self) -> None:
-        """The gradients were used."""
-        if self.cleared and self._waiting:  # they came in another way than by a backward pass
+        """Call this after a step, which has used the gradients."""
+        if self.cleared and self._waiting:  # the gradients came in another way than by a backward pass
             self._seen = [(self._number, self._waiting[0], _WHOLE)]
         self._waiting, self.cleared, self._stepped = [], True, True
 
     def batch(self) -> Any:
-        """The batch, or several as one, by their shares in the gradient.
+        """The batch, or several batches as one, weighted by their shares in the gradient.
 
         Raises:
             ValueError: there is none.

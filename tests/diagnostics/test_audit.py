@@ -12,8 +12,8 @@ from cases import RIDGES, Trained, flat, noisy_problem, same, snapshot, unflat
 from torch import Tensor, nn
 
 import hoptim
-from hoptim import CG, MINRES, Exact, GaussNewton, Implicit, Neumann, Status, Unrolled, Update, audit
-from hoptim.diagnostics.report import Direction
+from hoptim import CG, MINRES, Exact, GaussNewton, Implicit, Neumann, Replay, Status, Unrolled, Update, audit
+from hoptim.diagnostics.report import Direction, brief
 from hoptim.training.record import standard_error
 
 
@@ -109,6 +109,8 @@ def test_one_step_of_retraining_is_one_step() -> None:
         (1.0, 0.15, 0.1, "lost in noise"),
         (1.0, 4.0, 0.1, "same sign, 0.25 times as long"),
         (-3.0, -1.0, 0.1, "same sign, 3 times as long"),
+        (1.0, float("nan"), float("nan"), "diverges"),
+        (1.0, float("inf"), float("inf"), "diverges"),
     ],
 )
 def test_what_retraining_says(predicted: float, measured: float, noise: float, verdict: str) -> None:
@@ -234,6 +236,40 @@ def test_the_moved_weights_of_the_bound_are_put_back_to_the_last_bit() -> None:
     before = problem.model.w.detach().clone()
     audit(problem, None, torch.zeros(8), Implicit(CG()), steps=2, directions=0)
     assert torch.equal(problem.model.w.detach(), before)
+
+
+def test_retraining_that_diverges_is_no_agreement() -> None:
+    problem = RIDGES["scalar"].problem()
+    found = quick(problem, Implicit(CG()), inner=torch.optim.SGD(problem.model.parameters(), lr=1e200), steps=4)
+    assert [line.verdict for line in found.directions] == ["diverges"] * 2
+    assert any(line.startswith("retraining diverges") for line in found.advice)
+    assert not any("as long as retraining says" in line for line in found.advice)
+
+
+def test_a_hypergradient_of_zero_has_no_relative_bound() -> None:
+    def train(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return 0.5 * (model.w - 4.0).square() + (hparams["d"] * model.w).square()
+
+    hparams = nn.ParameterDict({"d": torch.tensor(0.0)})
+    problem = hoptim.Problem(Mean(), hparams, train, lambda model, hparams, batch: 0.5 * (model.w - batch).square().mean())
+    found = audit(problem, None, torch.zeros(3), Implicit(CG()), steps=2, directions=0)
+    assert found.compared[0].cosine == 0
+    assert found.bound is None
+
+
+def test_a_step_of_ones_own_is_not_retrained_and_the_audit_says_so() -> None:
+    class Own(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    problem = RIDGES["scalar"].problem()
+    found = quick(problem, Implicit(CG()), inner=Own(problem.model.parameters(), lr=0.1))
+    assert found.directions == ()
+    assert found.missing == ("retraining and unrolling: torch can't differentiate a step of Own",)
+
+
+def test_the_batches_of_a_replay_are_not_shown() -> None:
+    assert brief(Replay([torch.ones(3)] * 2, segments=3)) == "Replay(segments=3)"
 
 
 def test_standard_error_of_one_loss_is_not_known() -> None:

@@ -254,6 +254,11 @@ def test_a_training_of_another_length_than_was_said():
         cross_validated().fit(loop(50))
 
 
+def test_a_training_that_ends_just_before_the_only_hyperstep():
+    with pytest.raises(ValueError, match="the training of fold 1 took 99 steps, where steps says 100: it ended before"):
+        cross_validated(steps=100, hypersteps=1).fit(loop(99))
+
+
 def test_where_a_training_ends_early_hypersteps_end_and_the_others_go_on():
     def train(model: Any, optimizer: Any, examples: Any) -> None:
         loop(30 if len(examples) == 5 else 40)(model, optimizer, examples)
