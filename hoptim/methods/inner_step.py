@@ -119,6 +119,11 @@ class InnerStep:
         empty = {} if kind is optim.SGD else {name: p for name, p in held.items() if not state[name]}
         return replace(without_state, state=state | without_state._first_state(empty, leaves))
 
+    def has_live_state(self, leaves: Tree) -> bool:
+        """Whether the live optimizer has the same state after it: at a learned momentum of 0 torch changes no buffer."""
+        momenta = [group.options.get("momentum") for group in self.groups]
+        return not any(isinstance(one, Bound) and bool(one.value(leaves) == 0) for one in momenta)
+
     def with_options(self, options: Mapping[str, Any]) -> InnerStep:
         """The same with these options changed in each group: numbers, or tensors of one number with a graph.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def through_steps(
     assert back.last is not None  # there is one step at least
     loss, gradient = back.last
     indirect = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
-    solution = _solution_of(back, expected, _rounding(end.weights))
+    solution = _solution_of(back, expected, end.weights, begins[0][1].weights)
     return assemble(validation, indirect, solution, leaves, loss, Layout.of(gradient).flatten(gradient))
 
 
@@ -84,6 +84,7 @@ class Back:
         norms: ‖∂L_V/∂w‖ at the end and before each of the steps.
         missed: for each step, the distance between its ends now and before.
         went: for each step, its length before.
+        off: the sum of the differences between these ends.
         last: the training loss and its gradient in the last of all steps.
     """
 
@@ -93,6 +94,7 @@ class Back:
     norms: tuple[Tensor, ...]
     missed: tuple[Tensor, ...] = ()
     went: tuple[Tensor, ...] = ()
+    off: Tree = field(default_factory=dict)
     last: tuple[Tensor, Tree] | None = None
 
 
@@ -162,26 +164,29 @@ class Reverse:
                 outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
                 inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
                 found = VJP(outputs, inputs)(cotangents, batched)
+            off = _difference(end.weights, weights)
             before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
             return Back(
                 weights=before,
                 state={name: part for name in flat if (part := found["s" + name]) is not None},
                 leaves=trees.add(back.leaves, {name: found["l" + name] for name in leaves}),
                 norms=(*back.norms, _norm(before, w)),
-                missed=(*back.missed, _distance(end, weights)),
-                went=(*back.went, _distance(end, at.weights)),
+                missed=(*back.missed, trees.norm(off)),
+                went=(*back.went, trees.norm(_difference(end.weights, at.weights))),
+                off={name: back.off[name] + part for name, part in off.items()} if back.off else off,
                 last=back.last or (loss, trees.map_tree(Tensor.detach, gradient)),
             )
 
         return problem.call(w, leaves, inside)
 
 
-def _solution_of(back: Back, steps: int, rounding: Tensor) -> Solution:
-    """Status, residuals and ∂L_V/∂w at the start, as a solution; the host reads once."""
+def _solution_of(back: Back, steps: int, end: Tree, begin: Tree) -> Solution:
+    """The solution of ``steps`` expected steps, from ``begin`` to ``end``; it reads from the device once."""
     norms, missed, went = map(torch.stack, (back.norms, back.missed, back.went))
-    missed = (missed - rounding).clamp(min=0)
+    rounding = ULPS * max(torch.finfo(value.dtype).eps for value in end.values()) * trees.norm(end)
     start = torch.where(norms[0] > 0, norms[0], 1.0)
-    worst, share = _ratio(missed, went).amax(), _ratio(missed.sum(), went.sum())
+    worst = _ratio((missed - rounding).clamp(min=0), went).amax()
+    share = _ratio(trees.norm(back.off), trees.norm(_difference(end, begin)))
     grown, worst, share = torch.stack([(norms[-1] / start).amax(), worst, share]).tolist()
     status, detail = Status.FINISHED, ""
     if not math.isfinite(grown):
@@ -197,15 +202,8 @@ def _solution_of(back: Back, steps: int, rounding: Tensor) -> Solution:
     return Solution(value=back.weights, status=status, detail=detail, residuals=residuals, products=len(residuals), state={})
 
 
-@torch.no_grad()
-def _distance(end: Snapshot, other: Tree) -> Tensor:
-    """‖end − other‖, of the weights."""
-    return trees.norm({name: value - other[name] for name, value in end.weights.items()})
-
-
-def _rounding(weights: Tree) -> Tensor:
-    """How far apart two ways of computing the same step may end."""
-    return ULPS * max(torch.finfo(value.dtype).eps for value in weights.values()) * trees.norm(weights)
+def _difference(a: Tree, b: Tree) -> Tree:
+    return {name: value.detach() - b[name].detach() for name, value in a.items()}
 
 
 def _ratio(missed: Tensor, went: Tensor) -> Tensor:

@@ -108,10 +108,12 @@ class Recorder:
         A snapshot is kept before the first step and before every ``every``-th step after it.
         """
         if not self._added:  # options may change between steps, but not between the losses of one
-            is_kept = len(self._steps) % every == 0
-            dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned, with_state=is_kept)
-            weights = trees.map_tree(_copy, problem.weights()) if is_kept else {}
-            self._before = Snapshot(weights=weights, state=dynamics.state) if is_kept else None
+            is_due, weights, leaves = len(self._steps) % every == 0, problem.weights(), problem.leaves()
+            dynamics = InnerStep.of(inner, weights, leaves, learned=learned, with_state=is_due)
+            if is_due and (not self._steps or dynamics.has_live_state(leaves)):
+                self._before = Snapshot(weights=trees.map_tree(_copy, weights), state=dynamics.state)
+            else:
+                self._before = None
             self._dynamics = replace(dynamics, state={})
         loss = RecordedLoss(batch=batch, generators=problem.generators())
         return lambda share: self._added.append(replace(loss, share=share.detach()))

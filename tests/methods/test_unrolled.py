@@ -406,6 +406,24 @@ def test_one_step_of_many_that_was_another_is_told() -> None:
     assert optimizer.record.moved
 
 
+@pytest.mark.parametrize(("kind", "status"), [("noise", Status.REPLAY_DIFFERS), ("drift", Status.REPLAY_LOST)])
+def test_what_cancels_out_over_the_steps_counts_less_than_what_adds_up(kind: str, status: Status) -> None:
+    """Between the steps the weights are moved by twice as much: to and fro, or always the same way."""
+    problem = tiny()
+    inner, outer = optim.SGD(problem.model.parameters(), lr=1e-3), optim.SGD(problem.hparams.parameters(), lr=0.0)
+    optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[VAL], hypergradient=Unrolled(9), every=9)
+    optimizer.zero_grad()
+    optimizer.loss(BATCHES[0]).backward()
+    moves = [2e-3 * p.grad for p in problem.model.parameters() if p.grad is not None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(9):
+            step(optimizer, [BATCHES[0]])
+            for p, move in zip(problem.model.parameters(), moves, strict=True):
+                p.data.add_(-move if kind == "drift" or number % 2 else move)
+    assert optimizer.record.status is status
+
+
 def test_steps_as_small_as_rounding_are_no_other_steps() -> None:
     """A fused step rounds once, and one that is taken tensor by tensor after each operation."""
     model = nn.Sequential(nn.Linear(50, 64), nn.Tanh(), nn.Linear(64, 5)).bfloat16()

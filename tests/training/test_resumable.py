@@ -71,7 +71,7 @@ class Loop:
                 optimizer.loss(batch).backward()
                 for p in model.parameters():
                     p.grad += 0.01 * torch.randn(p.shape, generator=draws)
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(model.parameters(), 2.0)
                 optimizer.step()
             scheduler.step()
 
