@@ -64,7 +64,10 @@ def plainly(problem: Problem, steps: int) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(h.parameters()))])
 
 
-@pytest.mark.parametrize(("steps", "segments"), [(1000, 8), (100, 2), (100, 100), (37, 3), (1, 2)])
+@pytest.mark.parametrize(
+    ("steps", "segments"),
+    [pytest.param(1000, 8, marks=pytest.mark.slow), (240, 6), (60, 2), (30, 30), (37, 3), (1, 2)],
+)
 def test_it_is_the_derivative_through_all_steps(steps: int, segments: int) -> None:
     problem = regression()
     inner = optim.SGD(problem.model.parameters(), lr=1.0)
