@@ -193,7 +193,7 @@ def _solution_of(back: Back, steps: int, end: Tree, begin: Tree) -> Solution:
         status, detail = Status.NON_FINITE_PRODUCT, "in the derivative of an inner step"
     elif not worst <= SAME:
         status = Status.REPLAY_DIFFERS if share <= LOST else Status.REPLAY_LOST
-        detail = f"they end {share:.2g} times as far from where they ended before as they went"
+        detail = f"the distance between their ends now and before is {share:.2g} of how far they went"
     elif len(norms) - 1 < steps:
         status, detail = Status.REPLAY_DIFFERS, f"of {steps} steps {len(norms) - 1} are known"
     elif grown > GROWN:

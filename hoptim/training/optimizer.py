@@ -1,4 +1,4 @@
-"""BilevelOptimizer: wraps the user's optimizer and also moves the hyperparameters. Only here do models change."""
+"""BilevelOptimizer: the user's own optimizer, which now also moves the hyperparameters."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class BilevelOptimizer(OptimizerProxy):
 
     def loss(self, batch: Any) -> Any:
         """The training loss of ``batch`` for ``backward()``, or a pair with ``has_aux``. Hyperparameters get no gradient."""
-        if not torch.is_grad_enabled():  # no training batch
+        if not torch.is_grad_enabled():  # only to look at, so this is no training batch
             return self.problem.loss(batch)
         progress, method = self._progress, self.hypergradient
         if progress.first_steps is not None:

@@ -185,7 +185,7 @@ def test_a_batch_that_is_another_one_each_time_is_told(size: float, status: Stat
     batches = Noisy(20, lambda: source.uniform(-size, size))
     found = hypergradient(problem, None, VAL, Replay(batches), inner=inner)
     assert found.solution.status is status
-    assert "times as far from where they ended before" in found.solution.detail
+    assert "the distance between their ends now and before is" in found.solution.detail
 
 
 def test_it_leaves_no_trace_and_moves_the_hyperparameters_from_one_start() -> None:

@@ -456,7 +456,7 @@ def test_what_the_replay_cannot_see_is_a_remark(what: str) -> None:
         optimizer.step()
     assert optimizer.record.status is Status.REPLAY_DIFFERS
     assert optimizer.record.moved
-    assert "times as far from where they ended before" in optimizer.record.result.solution.detail
+    assert "the distance between their ends now and before is" in optimizer.record.result.solution.detail
 
 
 def test_steps_that_were_never_seen_are_not_silently_others() -> None:

@@ -71,9 +71,10 @@ def test_an_option_that_is_projected_to_zero_stays_there_for_a_while_and_is_pull
     take(optimizer, 1)  # with the new value
 
 
-def test_the_hypergradient_of_a_momentum_at_zero_in_closed_form() -> None:
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_hypergradient_of_a_momentum_at_zero_in_closed_form(checkpoint: bool) -> None:
     """Of three steps w⁺ = w − 0.1·b⁺, b⁺ = μ·b + w − 4: at μ = 0, ∂w₃/∂μ = −0.1·(0.9²·b₀ + 0.9·g₀ + g₁)."""
-    optimizer = learning(optim.SGD, "momentum", {"lr": 0.1}, Unrolled(3), [LOW, HIGH], outer=100.0)
+    optimizer = learning(optim.SGD, "momentum", {"lr": 0.1}, Unrolled(3, checkpoint=checkpoint), [LOW, HIGH], outer=100.0)
     take(optimizer, 3)
     w = optimizer.problem.model["w"]
     assert optimizer.problem.hparams["option"] == 0
