@@ -17,8 +17,9 @@ class Operator(ABC):
     """A square linear operator on vectors of shape (n,).
 
     ``A @ v`` is the product, or R products for ``v`` of shape (R, n). The result may be ``v`` itself or share its memory, so
-    never write to it. ``A.T`` is the transpose, ``A + sigma`` is A + σI. Solvers take inner products from ``A.dot``,
-    ``A.norm`` and ``A.gram``, so that an operator whose vectors are spread over several processes can add up theirs.
+    never write to it. ``A.T`` is the transpose, ``A + sigma`` is A + σI, or A + diag(σ) for a vector σ. Solvers take inner
+    products from ``A.dot``, ``A.norm`` and ``A.gram``, so that an operator whose vectors are spread over several processes
+    can add up theirs.
 
     Attributes:
         size: n.
@@ -46,8 +47,8 @@ class Operator(ABC):
     def T(self) -> Operator:  # noqa: N802 (the usual name)
         """The transpose Aᵀ."""
 
-    def __add__(self, sigma: float) -> Operator:
-        return _Shifted(self, sigma) if sigma else self
+    def __add__(self, sigma: float | Tensor) -> Operator:
+        return _Shifted(self, sigma) if isinstance(sigma, Tensor) or sigma else self
 
     def dot(self, u: Tensor, v: Tensor) -> Tensor:
         """⟨u, v⟩: a scalar, or shape (R,)."""
@@ -118,11 +119,13 @@ class Wrapped(Operator):
 
 
 class _Shifted(Wrapped):
-    def __init__(self, base: Operator, sigma: float) -> None:
+    def __init__(self, base: Operator, sigma: float | Tensor) -> None:
         super().__init__(base)
         self.sigma = sigma
 
     def __matmul__(self, v: Tensor) -> Tensor:
+        if isinstance(self.sigma, Tensor):
+            return torch.addcmul(self.base @ v, v, self.sigma)
         return torch.add(self.base @ v, v, alpha=self.sigma)
 
 

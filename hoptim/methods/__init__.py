@@ -16,7 +16,7 @@ inner steps.
 | assumes | a nearly stationary point of training | nothing |
 | cost | a few products: about 10 gradients with the default | 4 to 5 gradients for each step |
 | memory | a few gradients | weights and state for each step; with `checkpoint=True` for √steps |
-| sees | what changes ∇L_T; the inner optimizer's options only with `Update()` | everything that changes the steps |
+| sees | what changes ∇L_T; options of the inner optimizer only with `Update()` | everything that changes the steps |
 | optimizers | any | those that torch can differentiate |
 
 `Unrolled` goes back over the steps since the last hyperstep. `BilevelOptimizer` keeps a copy of weights and state from
@@ -41,18 +41,33 @@ Without `BilevelOptimizer`, compute one hypergradient at a time. It changes noth
 ...     return val_loss(model, hparams, batch) + hparams.penalty(model)
 >>> hparams, train, val = WeightDecay(model), torch.arange(8), torch.arange(8, 16)
 >>> problem, outer = Problem(model, hparams, train_loss, val_loss), hparams.optimizer()
+>>> inner = torch.optim.SGD(model.parameters(), lr=0.1)
 >>> problem.loss(train).backward()          # the training loss: gradients for the weights, none for the hyperparameters
->>> result = hypergradient(problem, train, val)
+>>> inner.step()
+>>> result = hypergradient(problem, train, val, inner=inner)
 >>> result.solution.status.name, result.grads["decay.weight"].shape
 ('CONVERGED', torch.Size([]))
 >>> outer_step(problem, outer, result.grads)    # moves the hyperparameters, and keeps their constraints
 
 # Conditions: what "trained" means
 
-- `Gradient()`, the default: F = ∇_w L_T, so A is the Hessian. Hyperparameters that act only through the inner optimizer,
-  such as its learning rate, do not change ∇L_T. That is an error, which says what to use instead.
+- `Gradient()`, the default: F = ∇_w L_T + c ⊙ w, where c is the inner optimizer's own weight decay, so A is the Hessian
+  plus diag(c). Hyperparameters that act only through the inner optimizer, such as its learning rate, do not change F. That
+  is an error, which says what to use instead. Only a learned `weight_decay` does.
 - `Update()`: F = u, where the inner optimizer's step is w ← w − u, with its state held fixed. This sees the learning rate,
   momentum and the optimizer's own weight decay. A is not symmetric, so the default solver is `GMRES(terms=5)`.
+
+*The optimizer's own weight decay* is a part of where training ends, so it has to be in F. A `BilevelOptimizer` knows it; to
+`hypergradient` and `audit` give `inner=optimizer`. For the coupled decay of SGD, Adam and others c is `weight_decay`, for
+each parameter group its own. For the decoupled decay of AdamW, and of NAdam and RAdam with `decoupled_weight_decay=True`,
+the step is ∇L_T / (√v̂ + ε) + `weight_decay`·w, so that c = `weight_decay`·(√v̂ + ε) with the second moments as they are; the
+default, 0.01 in AdamW, counts as well. In [a regression](tests/methods/test_own_decay.py) under SGD with `weight_decay=2`
+the slope is −0.0890, as by retraining, and −0.254 without the decay. Of optimizers that hoptim does not know, and of
+Adafactor and Muon, a warning says that it is left out.
+
+A decay also makes A positive where the training loss is flat, as with more weights than examples: there the solution is
+found, while without it the curvature is singular, however long the training. So if a solve meets `NO_CURVATURE` or
+`LARGE_RESIDUAL`, a small decay in the inner optimizer is a remedy.
 
 # A learned learning rate
 

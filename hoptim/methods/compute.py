@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from hoptim.methods.default import default_method
-from hoptim.methods.implicit import doubt_of_sign
+from hoptim.methods.implicit import doubts
 from hoptim.methods.method import Method, checked
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.data import Batches
@@ -33,7 +33,8 @@ def hypergradient(
         train_batch: the batch for the training loss.
         val_batch: the batch for the validation loss.
         method: how to compute it; default ``Implicit()``, or ``Unrolled()`` if an option of ``inner`` is learned.
-        inner: the inner optimizer, for methods that need it: ``Update``, ``Unrolled``, ``SecondMoments``.
+        inner: the inner optimizer. ``Update``, ``Unrolled`` and ``SecondMoments`` need it, and so does every method if it
+            has a weight decay of its own, which is a part of what "trained" means.
         train_batches: more training batches, for methods that average over several or draw a new one for each product.
 
     Returns:
@@ -66,6 +67,6 @@ def hypergradient(
     method = default_method(loop.learned) if method is None else method
     result = method(problem, train_batch, val_batch, loop=replace(loop, draw=draw))
     result.check_touched(loop.learned, sees_options=method.sees_options)
-    if doubt := doubt_of_sign(method, loop.learned, result.solution):
+    for doubt in doubts(method, loop, problem.weights(), result.solution).values():
         warnings.warn(doubt, stacklevel=2)
     return result

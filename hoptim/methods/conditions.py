@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import VJP
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import TrainingContext
+from hoptim.methods.own_decay import own_decay
 
 
 class Condition(ABC):
@@ -27,7 +28,12 @@ class Condition(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient(Condition):
-    """Trained means stationary: F = ∇_w L_T, so that A is the Hessian.
+    """Trained means stationary: F = ∇_w L_T + c ⊙ w, with the inner optimizer's own weight decay c, and A = H + diag(c).
+
+    H is the Hessian, or what the curvature puts in its place. If the decay is coupled, as in SGD and Adam, it is added to
+    the gradient, and c = ``weight_decay``. If it is decoupled, as in AdamW, c = ``weight_decay``·(√v̂ + ε), with Adam's
+    second moments v̂ held fixed. Without a decay, or if the inner optimizer is not known, c = 0 and A is the Hessian. Where
+    the loss is flat, c > 0 makes A positive. Of optimizers with another kind of decay a warning says that it is left out.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), theorem 1.
 
@@ -36,8 +42,22 @@ class Gradient(Condition):
     """
 
     def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
-        """The gradient itself."""
-        return gradient
+        """The gradient and the decay with their derivatives."""
+        layout = gradient.layout
+        decay = own_decay(loop, point.live, point.leaves, layout.unflatten(gradient.value))
+        if not decay:
+            return gradient
+        w = {name: point.weights[name].detach() for name in layout.names}
+        c = layout.flatten({name: one.detach().expand(w[name].shape).to(layout.dtype) for name, one in decay.items()})
+        learned = {name: one * w[name] for name, one in decay.items() if one.requires_grad}
+
+        def mixed(x: Tensor) -> OptionalTree:
+            found = gradient.mixed(x)
+            if not learned:
+                return found
+            return trees.add(found, VJP(learned, point.leaves)(layout.unflatten(x), x.ndim > 1))
+
+        return replace(gradient, value=gradient.value + c * layout.flatten(w), A=gradient.A + c, mixed=mixed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.conditions import Condition, Gradient, Update
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
+from hoptim.methods.own_decay import doubt_of_decay
 from hoptim.methods.preconditioners import Preconditioner
 from hoptim.methods.result import Hypergradient, assemble
 from hoptim.methods.validation_loss import validate
@@ -145,8 +146,18 @@ class Implicit(Method):
         return solve_scaled(solver, A, g, self.preconditioner(A, F.layout, point, inner).rsqrt(), state)
 
 
-def doubt_of_sign(method: Method, learned: Sequence[LearnedOption], solution: Solution) -> str | None:
-    """Why the hypergradient of a learned option may have the wrong sign; ``None`` without a reason to doubt it."""
+def doubts(method: Method, loop: TrainingContext, weights: Tree, solution: Solution) -> dict[str, str]:
+    """Why a hypergradient may be wrong though its solve went well, by kind of the reason; empty without one."""
+    on_gradient = isinstance(method, Implicit) and isinstance(method.condition, Gradient)
+    used = {name: w for name, w in weights.items() if name in solution.value}
+    found = {
+        "sign": _doubt_of_sign(method, loop.learned, solution),
+        "decay": doubt_of_decay(loop, used) if on_gradient else None,
+    }
+    return {kind: doubt for kind, doubt in found.items() if doubt}
+
+
+def _doubt_of_sign(method: Method, learned: Sequence[LearnedOption], solution: Solution) -> str | None:
     is_update = isinstance(method, Implicit) and isinstance(method.condition, Update)
     if not (is_update and learned and solution.negative_curvature and solution.status.ok):
         return None

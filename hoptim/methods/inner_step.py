@@ -94,7 +94,7 @@ class InnerStep:
             ValueError: an option is computed from other tensors, is part of a leaf, or a leaf of more than one number; a
                 scheduler sets a learning rate that is a leaf; or RMSprop took its first step with a learned momentum of 0.
         """
-        kind = _kind(inner)
+        kind = kind_of(inner)
         check_unscheduled([group for group in inner.param_groups if "initial_lr" in group], leaves)
         name_of = {id(p): name for name, p in weights.items()}
         groups = []
@@ -271,13 +271,13 @@ def _cloned(state: Tree, weight: Tensor) -> Tree:
 def is_differentiable(inner: optim.Optimizer) -> bool:
     """Whether torch can differentiate a step of ``inner``."""
     try:
-        _kind(inner)
+        kind_of(inner)
     except TypeError:
         return False
     return True
 
 
-def _kind(inner: optim.Optimizer) -> Kind:
+def kind_of(inner: optim.Optimizer) -> Kind:
     """The class of ``torch.optim`` whose step ``inner`` takes; ``TypeError`` if torch can't differentiate it."""
     works = f"take one of torch.optim's {', '.join(kind.__name__ for kind in KINDS)}, or Implicit() on Gradient()"
     own = type(inner).__name__

@@ -31,7 +31,8 @@ class Hypergradient:
         solution: x by the names of the weights, its status and its residuals.
         val_loss: L_V, on the device.
         train_loss: L_T, a scalar on the device.
-        gradient_norm: ‖F‖, for ``Gradient`` ‖∇_w L_T‖, a scalar on the device: zero where the formula is exact.
+        gradient_norm: ‖F‖, for ``Gradient`` ‖∇_w L_T + c ⊙ w‖ with the inner optimizer's own decay c, a scalar on the
+            device: zero where the formula is exact.
         untouched: the hyperparameters that neither loss depends on with these batches; their gradient is zero.
     """
 

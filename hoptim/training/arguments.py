@@ -50,9 +50,10 @@ def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: 
         )
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f'options is {describe_type(options)}: give a dict, such as {{"lr": "rate"}}')
-    if options and hypergradient is not None and not hypergradient.sees_options:
+    unseen = [key for key in options or () if key != "weight_decay"]  # which is a part of the condition Gradient()
+    if unseen and hypergradient is not None and not hypergradient.sees_options:
         raise ValueError(
-            f"options makes {', '.join(options)} hyperparameters, in which {hypergradient} has no derivative: leave "
+            f"options makes {', '.join(unseen)} hyperparameters, in which {hypergradient} has no derivative: leave "
             "hypergradient out for Unrolled(), or give Implicit(condition=Update())"
         )
     if not isinstance(hooks, Sequence):

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from hoptim.methods import learned_options
 from hoptim.methods.default import default_method
+from hoptim.methods.implicit import doubts
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.data import Batches
@@ -208,7 +209,7 @@ class BilevelOptimizer(OptimizerProxy):
         progress.solver_state = result.solution.state
         if not progress.hyper_steps:
             result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
-        progress.warn_of_sign(self.hypergradient, result.solution)
+        progress.warn_of_doubts(doubts(self.hypergradient, loop, self.problem.weights(), result.solution))
         return result
 
     def check(self, train_batch: Any, val_batch: Any = None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.implicit import doubt_of_sign
 from hoptim.methods.learned_options import LearnedOption, restarted, starts
-from hoptim.methods.method import Method
 from hoptim.methods.trajectory import Recorder
 from hoptim.problem.hyperparameters import transforms_of
 from hoptim.problem.problem import Problem
-from hoptim.solvers.solution import Solution, State, Status
+from hoptim.solvers.solution import State, Status
 from hoptim.training.arguments import OnFailure
 from hoptim.training.first_steps import FirstSteps
 from hoptim.training.record import Record, cosine_in_common
@@ -41,7 +39,7 @@ class Progress:
     recorder: Recorder = field(default_factory=Recorder)
     first_steps: FirstSteps | None = None  # until they are over
     learned_options: list[LearnedOption] = field(default_factory=list)
-    warned: set[Status] = field(default_factory=set)
+    warned: set[Status | str] = field(default_factory=set)
     unheld: list[tuple[str, str]] = field(default_factory=list)  # tensors in neither optimizer, after a warning
 
     def cleared(self) -> None:
@@ -55,12 +53,12 @@ class Progress:
         self.window.stepped()
         self.recorder.stepped()
 
-    def warn_of_sign(self, method: Method, solution: Solution) -> None:
-        """Warn once if the sign of a learned option's hypergradient is in doubt."""
-        doubt = doubt_of_sign(method, self.learned_options, solution)
-        if doubt and Status.NEGATIVE_CURVATURE not in self.warned:
-            self.warned.add(Status.NEGATIVE_CURVATURE)
-            warnings.warn(f"{doubt}. Later ones are only recorded", stacklevel=5)
+    def warn_of_doubts(self, doubts: Mapping[str, str]) -> None:
+        """Warn of each kind of doubt once."""
+        for kind, doubt in doubts.items():
+            if kind not in self.warned:
+                self.warned.add(kind)
+                warnings.warn(f"{doubt}. Later ones are only recorded", stacklevel=5)
 
     def report_failure(self, record: Record, on_failure: OnFailure) -> None:
         """Raise, or warn of the first failure of each kind."""

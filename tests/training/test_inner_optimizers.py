@@ -154,22 +154,22 @@ class Plain(optim.Optimizer):
 
 @dataclass(frozen=True)
 class Setting:
-    """A problem, its batches, and dL_V/dλ at the live weights and hyperparameters by other means."""
+    """A problem, its batches, and dL_V/dλ at the live weights and hyperparameters by other means, given the decay c."""
 
     problem: Problem
     batches: list[Any]
     val: Any
-    truth: Callable[[Problem, Any], Tensor]
+    truth: Callable[[Problem, Any, Tensor], Tensor]
 
 
-def dense(problem: Problem, at: Any) -> Tensor:
-    """∂L_V/∂λ − Bᵀ A⁻¹ g, of the weights that are trained."""
+def dense(problem: Problem, at: Any, c: Tensor) -> Tensor:
+    """∂L_V/∂λ − Bᵀ (A + diag(c))⁻¹ g, of the weights that are trained."""
     names = list(problem.weights())
     kept = torch.cat([torch.full((p.numel(),), name in names) for name, p in problem.model.named_parameters()])
     whole = copy.deepcopy(problem)
     for p in whole.model.parameters():
         p.requires_grad_()
-    x = torch.linalg.solve(hess(whole, at)[kept][:, kept], g_of(whole)[kept])
+    x = torch.linalg.solve(hess(whole, at)[kept][:, kept] + c.diag(), g_of(whole)[kept])
     return direct_of(whole) - mixed(whole, at)[kept].T @ x
 
 
@@ -186,15 +186,15 @@ def matrices() -> Setting:
 
 
 def quartic(model: nn.Module, see: Callable[[Any, Any], Tensor], batches: list[Any]) -> Setting:
-    """L_T = Σ (w − a)²/2 + w⁴/4 and L_V = Σ (w − 1)²/2 over the weights seen, so that dL_V/da = Σ (w − 1)/(1 + 3w²)."""
+    """L_T = Σ (w − a)²/2 + w⁴/4, L_V = Σ (w − 1)²/2 over the weights seen, so that dL_V/da = Σ (w − 1)/(1 + 3w² + c)."""
     hparams = nn.ParameterDict({"a": nn.Parameter(torch.tensor(0.3))})
 
     def train(m: Any, h: Any, b: Any) -> Tensor:
         return 0.5 * (see(m, b) - h["a"]).square().sum() + 0.25 * see(m, b).pow(4).sum()
 
-    def truth(problem: Problem, at: Any) -> Tensor:
+    def truth(problem: Problem, at: Any, c: Tensor) -> Tensor:
         w = torch.cat([p.detach().flatten() for p in problem.model.parameters()])
-        return ((w - 1) / (1 + 3 * w**2)).sum()[None]
+        return ((w - 1) / (1 + 3 * w**2 + c)).sum()[None]
 
     problem = Problem(model, hparams, train, lambda m, h, b: 0.5 * (see(m, b) - 1).square().sum())
     return Setting(problem, batches, batches[0], truth)
@@ -237,14 +237,18 @@ ROWS: dict[str, Row] = {
     "SGD": Row(optim.SGD, {"lr": 0.1}),
     "SGD momentum": Row(optim.SGD, {"momentum": 0.9, "dampening": 0.3, **DECAY}),
     "SGD nesterov": Row(optim.SGD, {"momentum": 0.9, "nesterov": True, **DECAY}),
-    "SGD maximize": Row(optim.SGD, {"momentum": 0.9, "lr": 1e-3, "maximize": True}),
+    "SGD maximize": Row(optim.SGD, {"momentum": 0.9, "lr": 1e-3, "maximize": True, "weight_decay": 0.05}),
     "Adam": Row(optim.Adam, {"lr": 0.02}),
     "Adam amsgrad": Row(optim.Adam, {"amsgrad": True, "betas": (0.5, 0.6), **DECAY}),
     "Adam maximize": Row(optim.Adam, {"lr": 1e-3, "maximize": True}),
     "AdamW": Row(optim.AdamW, {**DECAY}),
+    "AdamW amsgrad": Row(optim.AdamW, {"amsgrad": True, "betas": (0.5, 0.6), **DECAY}),
+    "AdamW maximize": Row(optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1, "maximize": True}),
     "NAdam": Row(optim.NAdam, {**DECAY}),
     "NAdam decoupled": Row(optim.NAdam, {"decoupled_weight_decay": True, **DECAY}),
-    "RAdam": Row(optim.RAdam, {"lr": 0.05, "decoupled_weight_decay": True, "weight_decay": 0.1}),
+    "RAdam": Row(optim.RAdam, {**DECAY}),
+    "RAdam decoupled": Row(optim.RAdam, {"decoupled_weight_decay": True, **DECAY}),
+    "RAdam decoupled, rectified": Row(optim.RAdam, {"decoupled_weight_decay": True, "betas": (0.5, 0.9), **DECAY}),
     "Adamax": Row(optim.Adamax, {**DECAY}),
     "RMSprop": Row(optim.RMSprop, {"lr": 0.01}),
     "RMSprop centered": Row(optim.RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.9, "weight_decay": 0.1}),
@@ -255,9 +259,9 @@ ROWS: dict[str, Row] = {
     "LBFGS": Row(optim.LBFGS, {"lr": 0.3, "max_iter": 3}, closure=True),
     "LBFGS strong_wolfe": Row(optim.LBFGS, {"max_iter": 4, "line_search_fn": "strong_wolfe"}, closure=True),
     "SparseAdam": Row(optim.SparseAdam, {"lr": 0.05}, table),
-    "Adafactor": Row(optim.Adafactor, {"lr": 0.05, "weight_decay": 0.1, "foreach": False}),
+    "Adafactor": Row(optim.Adafactor, {"lr": 0.05, "foreach": False}),
     "Adafactor foreach": Row(optim.Adafactor, {"lr": 0.05, "foreach": True}),
-    **({"Muon": Row(optim.Muon, {"lr": 0.05}, matrices)} if hasattr(optim, "Muon") else {}),
+    **({"Muon": Row(optim.Muon, {"lr": 0.05, "weight_decay": 0.0}, matrices)} if hasattr(optim, "Muon") else {}),
     "foreach": Row(optim.SGD, {"foreach": True, "momentum": 0.9, **DECAY}),
     "not foreach": Row(optim.AdamW, {"foreach": False, **DECAY}),
     "fused SGD": Row(optim.SGD, {"fused": True, "momentum": 0.9, **DECAY}),
@@ -266,7 +270,8 @@ ROWS: dict[str, Row] = {
     "fused Adagrad": Row(optim.Adagrad, {"fused": True, **DECAY}),
     "tensor lr": Row(optim.Adam, {"lr": torch.tensor(0.05), "foreach": False}),
     "tensor lr and betas": Row(
-        optim.AdamW, {"lr": torch.tensor(0.05), "betas": (torch.tensor(0.8), torch.tensor(0.9)), "foreach": False}
+        optim.AdamW,
+        {"lr": torch.tensor(0.05), "betas": (torch.tensor(0.8).double(), torch.tensor(0.9).double()), "foreach": False},
     ),
     "two groups, SGD": Row(optim.SGD, {"momentum": 0.9, **DECAY}, groups=two_groups),
     "two groups, AdamW": Row(optim.AdamW, {**DECAY}, groups=two_groups),
@@ -331,12 +336,53 @@ def without_hoptim(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key != "hoptim"}
 
 
+def own_decay(problem: Problem, inner: optim.Optimizer) -> Tensor:
+    """c, where training ends at ∇L_T + c ⊙ w = 0, for all weights that are trained; 0 where hoptim does not know it.
+
+    A decoupled decay is found by two real steps u from copies of the state: u₀ without gradient and first moment, which is
+    the decay alone, and u₁ with a gradient of δ, which all former ones had too. So c = (u₀ / w) / ((u₁ − u₀) / δ).
+    """
+    found = {id(p): torch.zeros_like(p) for p in problem.weights().values()}
+    for group in inner.param_groups if type(inner) in KINDS else ():
+        decay = group.get("weight_decay", 0.0) + group.get("lambd", 0.0)
+        for p in group["params"]:
+            is_decoupled = group.get("decoupled_weight_decay", False) and decay
+            found[id(p)] += _by_steps(inner, group, p) if is_decoupled else decay * (-1 if group.get("maximize") else 1)
+    return torch.cat([c.flatten() for c in found.values()])
+
+
+def _by_steps(inner: optim.Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
+    before = inner.state[p]
+    delta = 1e-4 * before["exp_avg_sq"].sqrt()
+
+    def change(gradient: Tensor) -> Tensor:
+        w = p.detach().clone().requires_grad_()
+        twin = type(inner)([{**group, "params": [w]}])
+        beta1, beta2 = map(float, group["betas"])
+        # The step will decay the second moment and count itself: begin so that it ends at the present ones.
+        state = {key: value.clone() for key, value in before.items()}
+        state |= {"exp_avg": gradient * (1 - beta1 ** (before["step"] - 1)), "exp_avg_sq": before["exp_avg_sq"] / beta2}
+        if group["maximize"]:
+            state["exp_avg"].neg_()
+        state["step"] -= 1
+        if "mu_product" in state:
+            state["mu_product"] /= beta1 * (1 - 0.5 * 0.96 ** (before["step"] * group["momentum_decay"]))
+        twin.state[w] = state
+        w.grad = gradient
+        twin.step()
+        return p.detach() - w.detach()
+
+    u0, u1 = change(torch.zeros_like(p)), change(delta)
+    return (u0 / p.detach()) / ((u1 - u0) / delta)
+
+
 def compare_with_truth(run: Run, found: list[Tensor]) -> None:
     """At each hyperstep from now on, before the hyperparameters move."""
 
     def compare(outer: Any, args: Any, kwargs: Any) -> None:
         ours = torch.cat([p.grad.flatten() for p in run.problem.hparams.parameters()])
-        truth = run.setting.truth(run.problem, run.setting.batches[(run.optimizer.inner_steps - 1) % 6])
+        at, c = run.setting.batches[(run.optimizer.inner_steps - 1) % 6], own_decay(run.problem, run.inner)
+        truth = run.setting.truth(run.problem, at, c)
         torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-9)
         found.append(leaf_values(run.problem))
 
@@ -433,8 +479,8 @@ def test_a_second_optimizer_for_the_other_weights_steps_beside_the_wrapper() -> 
     found: dict[int | None, Any] = {}
     for every in (None, 2):
         with pytest.warns(UserWarning, match=r"not hold \['0.bias', '3.bias'\].*right if another optimizer trains them"):
-            run = Run(Row(kind, {"lr": 0.05}, groups=matrices_only), every=every)
-        beside = optim.AdamW([p for p in run.problem.model.parameters() if p.ndim == 1], lr=0.02)
+            run = Run(Row(kind, {"lr": 0.05, "weight_decay": 0.0}, groups=matrices_only), every=every)
+        beside = optim.AdamW([p for p in run.problem.model.parameters() if p.ndim == 1], lr=0.02, weight_decay=0.0)
         truths: list[Tensor] = []
         compare_with_truth(run, truths)
         with warnings.catch_warnings():
@@ -450,8 +496,8 @@ def test_a_second_optimizer_for_the_other_weights_steps_beside_the_wrapper() -> 
 
     problem = tiny()
     pair = (
-        kind(matrices_only(dict(problem.model.named_parameters())), lr=0.05),
-        optim.AdamW([p for p in problem.model.parameters() if p.ndim == 1], lr=0.02),
+        kind(matrices_only(dict(problem.model.named_parameters())), lr=0.05, weight_decay=0.0),
+        optim.AdamW([p for p in problem.model.parameters() if p.ndim == 1], lr=0.02, weight_decay=0.0),
     )
     for i in range(4):
         problem.model.zero_grad()
