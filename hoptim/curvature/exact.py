@@ -37,7 +37,7 @@ class DoubleBackward(Curvature):
             if found is not None:
                 yield found
                 return
-        with point.problem.evaluated("train_loss", point.batch) as (loss, parts):
+        with point.problem.evaluated("train_loss", point.batch) as (loss, parts, _):
             check_twice_differentiable(point.problem, loss, point.weights, point.leaves, point.batch)
             graph = GradientGraph(loss, point.weights, point.leaves, parts)
             yield graph.linearization(self.of(graph))

@@ -19,7 +19,7 @@ def check_criterion(point: Point) -> None:
     """Raise ``ValueError`` if the criterion has no curvature in z anywhere. It costs one loss, once for each problem."""
     if point.problem in _CHECKED:
         return
-    with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (_, parts):
+    with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (_, parts, _):
         assert parts is not None
         found = has_curvature(parts)
     if found is False:

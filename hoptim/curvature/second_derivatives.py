@@ -51,7 +51,7 @@ def check_twice_differentiable(problem: Problem, loss: Tensor, weights: Tree, le
 def check_once(point: Point) -> None:
     """The same check for a curvature that does not evaluate the loss by itself; the first time it costs one loss."""
     if point.problem not in _CHECKED:
-        with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (loss, _):
+        with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (loss, *_):
             check_twice_differentiable(point.problem, loss, point.weights, point.leaves, point.batch)
 
 

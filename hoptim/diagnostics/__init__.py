@@ -28,10 +28,12 @@ weights, and does not change the model.
 
 `print(found)` shows everything that was measured:
 
-- how far the weights are from a stationary point, ‖∇L_T‖, and the ends of the curvature's spectrum;
+- how far the weights are from a stationary point, ‖∇L_T‖ with the optimizer's own decay, and the ends of the curvature's
+  spectrum;
 - the cosine to the hypergradients of a much longer solve and of unrolled steps;
 - the slope of the validation loss along the hypergradient and along random directions, by finite differences of *real
-  retraining* with `inner`;
+  retraining* with `inner`: with everything that forward passes write, and with any optimizer, since one that torch can't
+  differentiate, such as LBFGS, trains a copy of the model; for `Replay(batches)` on its own batches, with its own options;
 - the standard error of the hypergradient over parts of the validation batch;
 - if the curvature is positive definite, a bound on the error of the solve.
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from hoptim.curvature.exact import Exact
-from hoptim.diagnostics.evidence import Case, bound, compared, look, seconds, slopes, standard_error
-from hoptim.diagnostics.report import Audit, brief
+from hoptim.diagnostics.evidence import Case, bound, compared, look, seconds, standard_error
+from hoptim.diagnostics.report import Audit, Direction, brief
+from hoptim.diagnostics.retraining import slopes
 from hoptim.methods.conditions import Gradient, Update
 from hoptim.methods.default import default_method
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import is_differentiable
 from hoptim.methods.method import Method, checked
+from hoptim.methods.replay import Replay
 from hoptim.methods.result import Hypergradient
+from hoptim.methods.unrolled import Unrolled
 from hoptim.problem.composite_loss import CompositeLoss
 from hoptim.problem.data import Batches
 from hoptim.problem.problem import Problem
@@ -102,6 +105,8 @@ def audit(
         if not (is_whole(value) and value >= least):
             raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
     method = default_method(loop.learned) if method is None else method
+    if isinstance(method, Replay) and train_batch is None:
+        train_batch = method.batches[0]  # for the unit of cost, and the curvature at the start
     other = Implicit(condition=Update()) if loop.learned else Implicit()  # sees learned options
     implicit = _whole(method if isinstance(method, Implicit) else other, problem)
     method = implicit if isinstance(method, Implicit) else method
@@ -113,9 +118,10 @@ def audit(
     gradient_seconds = seconds(case.gradient)
     cost = seconds(lambda: case(method)) / gradient_seconds
     local = look(case, implicit)
-    reference = case(replace(implicit, solver=_longer(implicit, longer)))
+    reference = None if isinstance(method, Replay) else case(replace(implicit, solver=_longer(implicit, longer)))
     retrainer = inner or torch.optim.SGD(problem.weights().values(), lr=1 / max(local.top, 1e-12))
     error = standard_error(case, method, chunks)
+    directions_found = _measured(case, method, result, retrainer, steps, directions)
     found = Audit(
         method=brief(method),
         status=result.solution.status,
@@ -125,33 +131,68 @@ def audit(
         spectrum=local.spectrum,
         residuals=tuple(float(row.amax()) for row in result.solution.residuals),
         compared=tuple(compared(case, method, result, reference, retrainer, steps)),
-        directions=tuple(slopes(case, result, retrainer, steps, directions)),
+        directions=() if isinstance(directions_found, str) else directions_found,
         standard_error=None if isinstance(error, str) else error,
         bound=bound(case, implicit, result, local) if implicit is method else None,
         product_cost=local.product_seconds / gradient_seconds,
         cost=cost,
         path=tuple(_path(case, method, reference)),
-        missing=tuple(_missing(error, result, reference, retrainer)),
+        missing=tuple(_missing(error, directions_found, reference, method, retrainer)),
     )
     return replace(found, advice=advised(found, method, shows_parts=isinstance(problem.train_loss, CompositeLoss)))
 
 
-def _missing(error: float | str, result: Hypergradient, reference: Hypergradient, inner: Optimizer) -> Iterator[str]:
+def _measured(
+    case: Case, method: Method, result: Hypergradient, inner: Optimizer, steps: int, count: int
+) -> tuple[Direction, ...] | str:
+    """The slopes by retraining; or why they could not be measured."""
+    if not result.solution.status.ok:
+        return "retraining: the hypergradient itself has failed"
+    if case.loop.learned and not is_differentiable(inner):
+        return f"retraining: an option of {type(inner).__name__} is learned, in which torch can't differentiate its step"
+    try:
+        return tuple(slopes(case, method, result, inner, steps, count))
+    except Exception as caught:
+        if is_differentiable(inner):
+            raise
+        reason = str(caught).strip().partition("\n")[0]
+        who = type(inner).__name__
+        return f"retraining: a copy of {who} and the model can't be trained ({type(caught).__name__}: {reason})"
+
+
+def _missing(
+    error: float | str,
+    directions: tuple[Direction, ...] | str,
+    reference: Hypergradient | None,
+    method: Method,
+    inner: Optimizer,
+) -> Iterator[str]:
     """What could not be measured, and why."""
     if isinstance(error, str):
         yield error
-    if not reference.solution.status.ok:
+    if isinstance(directions, str):
+        yield directions
+    if reference is not None and not reference.solution.status.ok:
         yield f"the longer solve: it ended in {reference.solution.status.name}"
-    if not result.solution.status.ok:
-        yield "retraining: the hypergradient itself has failed"
-    elif not is_differentiable(inner):
-        yield f"retraining and unrolling: torch can't differentiate a step of {type(inner).__name__}"
+    if reference is not None and not isinstance(method, Unrolled) and not is_differentiable(inner):
+        yield f"unrolling: torch can't differentiate a step of {type(inner).__name__}"
 
 
 def _whole(method: Implicit, problem: Problem) -> Implicit:
     """The method with the defaults of this problem filled in."""
     chosen = method.chosen(problem)
     return replace(method, solver=chosen.solver, curvature=chosen.curvature)
+
+
+def _more_terms(method: Method) -> str:
+    """The advice for a solve that is too short."""
+    solver = method.solver if isinstance(method, Implicit) else None
+    inside = solver.solver if isinstance(solver, WarmStart) else solver
+    if isinstance(inside, (CG, MINRES, GMRES)):
+        return f"take more terms than {brief(inside)} has, or damping"
+    if isinstance(inside, (Neumann, Chebyshev)):
+        return f"take more terms than {brief(inside)} has, or hoptim.CG or MINRES, which need fewer"
+    return f"take hoptim.MINRES in place of {type(inside).__name__}"
 
 
 def _longer(method: Implicit, terms: int) -> Solver:
@@ -163,9 +204,9 @@ def _longer(method: Implicit, terms: int) -> Solver:
     )
 
 
-def _path(case: Case, method: Method, reference: Hypergradient) -> Iterator[tuple[int, float, float]]:
+def _path(case: Case, method: Method, reference: Hypergradient | None) -> Iterator[tuple[int, float, float]]:
     """Residual and cosine to the longer solve, for fewer terms of the same solver and for its own number."""
-    if not isinstance(method, Implicit) or not reference.solution.status.ok:
+    if not isinstance(method, Implicit) or reference is None or not reference.solution.status.ok:
         return
     solver = method.solver.solver if isinstance(method.solver, WarmStart) else method.solver
     if not isinstance(solver, (Neumann, Chebyshev, CG, MINRES, GMRES)):
@@ -212,10 +253,19 @@ def _advice(found: Audit, method: Method, shows_parts: bool) -> Iterator[str]:
         yield "retraining diverges: take fewer steps (steps=), or an inner optimizer with a smaller learning rate"
     if own and own.verdict == "lost in noise":
         yield "along the hypergradient retraining shows no slope beyond its noise: retrain for longer (steps=) to be sure"
-    last = found.residuals[-1] if found.residuals else 0.0
-    if found.compared and found.compared[0].cosine < 0.9 and last > 0.1:
+    if isinstance(method, Implicit) and found.compared and found.compared[0].cosine < 0.9:
+        last, cosine_to = found.residuals[-1] if found.residuals else 1.0, found.compared[0].cosine
         but = "" if wrong or not found.directions else ", though retraining agrees with it as it is"
-        yield f"the solve has not converged (residual {last:.1g}): more terms, or hoptim.CG in place of Neumann{but}"
+        yield (
+            f"a longer solve of the same system points elsewhere (cosine {cosine_to:.2f}), and the residual is {last:.1g}: "
+            f"{_more_terms(method)}{but}"
+        )
+    if turn := next(((a, b) for a, b in pairwise(found.path) if a[2] * b[2] < 0), None):
+        (few, _, before), (more, _, after) = turn
+        yield (
+            f"between {few} and {more} terms the answer turns round (cosine {before:.3f} and {after:.3f} to the longer "
+            f"solve), so that its sign depends on their number: {_more_terms(method)}, until it no longer changes"
+        )
     if found.standard_error is not None and found.standard_error > 0.5:
         yield (
             f"the validation batch's noise is {found.standard_error:.0%} of the hypergradient: a larger validation batch, "

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from hoptim.curvature.finite_difference import gradients
 from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Linearization, Point, as_leaves
-from hoptim.diagnostics.report import Bound, Compared, Direction, Spectrum
+from hoptim.diagnostics.report import Bound, Compared, Spectrum
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.lanczos import gaussian, lanczos
 from hoptim.linalg.vectors import Layout, Tree
@@ -26,8 +26,6 @@ from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import is_differentiable
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
-from hoptim.methods.reverse import end_of
-from hoptim.methods.trajectory import Trajectory, look_ahead
 from hoptim.methods.unrolled import Unrolled
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.mixed_precision import epsilon_of_losses
@@ -112,9 +110,11 @@ def look(case: Case, method: Implicit) -> Local:
 
 
 def compared(
-    case: Case, method: Method, result: Hypergradient, reference: Hypergradient, inner: Optimizer, steps: int
+    case: Case, method: Method, result: Hypergradient, reference: Hypergradient | None, inner: Optimizer, steps: int
 ) -> Iterator[Compared]:
     """This hypergradient beside a longer solve of the same system, and beside unrolled steps."""
+    if reference is None:  # there is no system
+        return
     if reference.solution.status.ok:
         name = f"{reference.solution.products} products (residual {float(reference.solution.residuals[-1].amax()):.0e})"
         yield _beside(name, result, reference)
@@ -129,45 +129,6 @@ def _beside(name: str, this: Hypergradient, other: Hypergradient) -> Compared:
     return Compared(other=name, cosine=cosine(a, b), length=float(trees.norm(a) / trees.norm(b)))
 
 
-def slopes(case: Case, result: Hypergradient, inner: Optimizer, steps: int, count: int) -> Iterator[Direction]:
-    """Slopes of the validation loss, predicted and by central differences of retraining, each measured twice."""
-    if not result.solution.status.ok or not is_differentiable(inner):
-        return
-    live = case.problem.leaves()
-    layout = Layout.of(live)
-    leaves, gradient = layout.flatten(live).detach(), layout.flatten(result.combined())
-    lines = {"the hypergradient": vectors.unit(gradient)}
-    lines |= {f"random direction {n + 1}": vectors.unit(gaussian(gradient, seed=n)) for n in range(count)}
-    reach = float(epsilon_of_losses(*layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
-    # Each trajectory has its batches and masks, the same for all values that are compared.
-    trajectories = [_steps_ahead(case, inner, steps, repeat) for repeat in (0, 1)]
-    for name, line in lines.items():
-        found, values = [], []
-        for trajectory, epsilon in zip(trajectories, (reach, reach / 2), strict=True):
-            ends = [_retrained(case, trajectory, layout.unflatten(leaves + s * epsilon * line)) for s in (1, -1)]
-            found.append((ends[0] - ends[1]) / (2 * epsilon))
-            values += ends
-        rounding = epsilon_of_losses(next(iter(case.problem.weights().values())).dtype) * max(map(abs, values)) / reach
-        measured, noise = sum(found) / 2, abs(found[0] - found[1]) + rounding
-        yield Direction(name=name, predicted=float(vectors.dot(gradient, line)), measured=measured, noise=noise)
-
-
-def _steps_ahead(case: Case, inner: Optimizer, steps: int, repeat: int) -> Trajectory:
-    """The inner steps that would come next; with another ``repeat``, other masks, and other batches if there are more."""
-    assert case.loop.draw is not None
-    with case.problem.untouched():
-        torch.manual_seed(repeat)
-        return look_ahead(case.problem, inner, case.loop.draw, steps, case.loop.learned)
-
-
-def _retrained(case: Case, trajectory: Trajectory, leaves: Tree) -> float:
-    """The validation loss at the end of the steps, taken with these hyperparameters."""
-    problem = case.problem
-    with problem.untouched():
-        weights = as_leaves(end_of(problem, trajectory, leaves))
-        return float(problem.pure("val_loss", weights, leaves, case.val, lambda loss, _: loss.detach().mean()))
-
-
 def standard_error(case: Case, method: Method, chunks: int) -> float | str:
     """√(Σ_r ‖h_r − h‖² / (R(R−1))) / ‖h‖ over R chunks of the validation batch; or why it is unknown."""
     parts = _split(case.val, chunks)
@@ -179,7 +140,11 @@ def standard_error(case: Case, method: Method, chunks: int) -> float | str:
 
     given, options = case.problem, {"has_aux": case.problem.has_aux, "process_group": case.problem.process_group}
     problem = Problem(given.model, given.hparams, given.train_loss, losses, **options)
-    result = method(problem, case.train, parts, loop=case.loop)
+    try:
+        result = method(problem, case.train, parts, loop=case.loop)
+    except Exception as caught:  # of the user's loss, which may not be made for parts
+        reason = str(caught).strip().partition("\n")[0]
+        return f"the standard error: val_loss fails on a part of the validation batch ({type(caught).__name__}: {reason})"
     error = spread_of(result)
     if not result.solution.status.ok or error is None or not math.isfinite(error):
         return f"the standard error: for a part of the validation batch the solve ended in {result.solution.status.name}"
@@ -211,7 +176,8 @@ def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> 
 
     def inside() -> tuple[float, float]:
         g = validate(case.problem, point.weights, point.leaves, case.val).g
-        with method.chosen(case.problem).curvature.linearize(point) as F:
+        with method.chosen(case.problem).curvature.linearize(point) as gradient:
+            F = method.condition(gradient, point, case.loop)
             A, x = F.A + method.damping, F.layout.flatten(result.solution.value)
             return float(vectors.norm(F.layout.flatten(g) - A.T @ x)), _mixed_norm(point, F)
 

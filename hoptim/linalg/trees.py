@@ -58,6 +58,20 @@ def stack(rows: Sequence[OptionalTree]) -> OptionalTree:
     return found
 
 
+def is_same(a: Tensor, b: Tensor | None) -> bool:
+    """Whether two tensors have the same shape and values; NaN is the same as NaN.
+
+    >>> is_same(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan])), is_same(torch.ones(1), None)
+    (True, False)
+    """
+    return b is not None and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def shared(x: Tree, before: Tree) -> Tree:
+    """The tensors of x, but those of ``before`` where they are the same, so that no memory is held twice."""
+    return {name: before[name] if is_same(value, before.get(name)) else value for name, value in x.items()}
+
+
 def dot(x: Tree, y: Tree) -> Tensor:
     """⟨x, y⟩ over all entries, in float32 or wider.
 

@@ -150,8 +150,12 @@ log λ.
 - The formula is exact at a stationary point of the training loss and for an exact solve. A few terms on a model that is
   still training are neither. Look at `residuals` and at `train_gradient_norm` in the record, and judge by a separate test
   set.
-- The derivative of running statistics, such as those of `BatchNorm`, is not included. `Unrolled` evaluates with the present
-  statistics, also after steps that are still to come; `Replay` refuses such layers in training mode.
+- *What a forward pass writes.* `Unrolled` and `Replay` carry buffers and plain attributes from step to step, as the training
+  does: counters, states of a stateful RNN, codebooks, and running statistics, whose derivative they have for torch's batch
+  and instance norms ([tests](tests/methods/test_writing_models.py)). What a model writes under `no_grad()` or detached, as
+  `spectral_norm`, an `Embedding` with a `max_norm` or a running scale of your own, has no derivative for autograd. If it
+  depends on the weights and later losses read it, the status is `UNSEEN_WRITES`. `Implicit` takes the present buffers as
+  fixed. With `DistributedDataParallel`, which copies the first rank's buffers to all, each rank keeps its own.
 - A hyperstep's dropout masks are those of the next training step, because it restores the state of the random generators.
 - Several right-hand sides share each product up to 2²⁰ weights. With more weights or with convolutions they go one by one,
   which is faster there.

@@ -7,9 +7,10 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from hoptim.methods.inner_step import InnerStep
+from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.methods.reverse import through_steps
@@ -27,8 +28,9 @@ class Replay(Method):
 
     The inner optimizer trains from the present weights and state, on the given batches in their order. The model does not
     move, so hyperparameters can be learned over many trainings from one start, before the final training. The result is
-    exact. Steps are repeated rather than stored: for T steps and k segments about k·log_k T copies of weights and state are
-    held, and a step is taken once without a graph on each of log_k T levels, and once with a graph.
+    exact, unless the forward pass writes what autograd does not see (``UNSEEN_WRITES``). Steps are repeated rather than
+    stored: for T steps and k segments about k·log_k T copies of weights and state are held, and a step is taken once without
+    a graph on each of log_k T levels, and once with a graph.
 
     Random numbers, such as those of dropout, are the same each time, and so are those that ``batches`` draws from torch. If
     a repeated step ends elsewhere, for example because batches draw from another source, the status says so.
@@ -42,8 +44,7 @@ class Replay(Method):
     Raises:
         TypeError: ``batches`` has no ``batches[t]``, such as an iterator or a ``DataLoader``; ``options`` is no function;
             when called, an inner optimizer that torch can't differentiate.
-        ValueError: there are no batches, or ``segments`` is below 2; when called, no inner optimizer, or a layer with
-            running statistics, such as ``BatchNorm``, through which there is no derivative.
+        ValueError: there are no batches, or ``segments`` is below 2; when called, no inner optimizer.
 
     Source: Engstrom et al. 2025, Optimizing ML training with metagradient descent (arXiv 2503.13751), section 3.
 
@@ -102,22 +103,15 @@ class Replay(Method):
         loop = loop or TrainingContext()
         if loop.inner is None:
             raise ValueError("Replay needs the inner optimizer: call hypergradient(..., inner=optimizer)")
-        _check_statistics(problem)
         with problem.untouched():
-            dynamics = InnerStep.of(loop.inner, problem.weights(), problem.leaves(), learned=loop.learned)
-            steps = _Steps(problem, self.batches, dynamics, self.options)
-            trajectory = Trajectory(begins=((0, present(problem, dynamics)),), steps=steps)
-            return through_steps(problem, trajectory, self.segments, val_batch, live=False, expected=len(steps))
+            trajectory, steps = self.trajectory(problem, loop.inner, loop.learned), len(self.batches)
+            return through_steps(problem, trajectory, self.segments, val_batch, live=False, expected=steps)
 
-
-def _check_statistics(problem: Problem) -> None:
-    """Raise ``ValueError`` if a layer keeps running statistics, since these have no derivative in torch."""
-    for name, part in problem.model.named_modules():
-        if isinstance(part, _NormBase) and part.training and part.running_mean is not None:
-            raise ValueError(
-                f"layer {name!r} keeps running statistics, through which Replay can't differentiate: give it "
-                "track_running_stats=False, or take GroupNorm or LayerNorm"
-            )
+    def trajectory(self, problem: Problem, inner: Optimizer, learned: Sequence[LearnedOption] = ()) -> Trajectory:
+        """The steps of the training, from the present weights on."""
+        dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
+        steps = _Steps(problem, self.batches, dynamics, self.options)
+        return Trajectory(begins=((0, present(problem, dynamics)),), steps=steps)
 
 
 class _Steps(Sequence[Step]):

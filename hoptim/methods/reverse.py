@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,14 +24,16 @@ from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import VJP
 from hoptim.methods.inner_step import State
 from hoptim.methods.result import Hypergradient, assemble
-from hoptim.methods.trajectory import Snapshot, Step, Trajectory, summed_gradient
-from hoptim.methods.validation_loss import validate
-from hoptim.problem.problem import Problem, set_generators
+from hoptim.methods.trajectory import Snapshot, Step, Trajectory, evaluated_losses
+from hoptim.methods.unseen_writes import unseen_writes
+from hoptim.methods.validation_loss import Validation, validate
+from hoptim.problem.problem import ModuleState, Problem, set_generators
 from hoptim.solvers.solution import Solution, Status
 
 SAME = 1e-3  # how far a repeated step may end from where it ended before, relative to the length of the step
 LOST = 0.5  # if all steps together end farther away than this, they are different steps
 ULPS = 2.0  # how far two ways of computing a step may differ, in units in the last place
+SHOWN = 5  # names in a detail
 GROWN = 10.0  # if ∂L_V/∂w grows more than this, training is sensitive to its start
 
 
@@ -51,26 +53,37 @@ def through_steps(
     leaves, steps = as_leaves(problem.leaves()), len(trajectory.steps)
     reverse = Reverse(problem=problem, steps=trajectory.steps, leaves=leaves, segments=segments)
     if live:
-        begins, end = [*trajectory.begins], Snapshot(weights=problem.weights(), state={})
+        begins = [*trajectory.begins]
+        end = Snapshot(weights=problem.weights(), state={}, modules=problem.module_state())
     else:
         begins = reverse.begins(0, trajectory.begins[0][1], steps)
         end = reverse.end(begins, steps)
-    weights = as_leaves({**problem.weights(), **end.weights})
-    validation = problem.call(weights, leaves, lambda: validate(problem, weights, leaves, val_batch))
+    before, after = begins[0][1].modules, end.modules
+    reverse = replace(reverse, moving=_moving(before.tensors, after.tensors))
+    writes = bool(reverse.moving or before.attributes.differing(after.attributes))
+    unseen = reverse.unseen(begins[-1], val_batch) if any(problem.ranks.gathered(writes)) else []
+    validation = reverse.validate(end, val_batch)
     g = {name: validation.g[name] for name in end.weights}
-    back = Back(weights=g, state={}, leaves=dict.fromkeys(leaves), norms=(_norm(g, end.weights),))
+    back = Back(
+        weights=g, state={}, buffers=validation.by_buffer, leaves=dict.fromkeys(leaves), norms=(_norm(g, end.weights),)
+    )
     back = reverse.back(begins, end, steps, back)
     assert back.last is not None  # there is one step at least
     loss, gradient = back.last
     indirect = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
-    solution = _solution_of(back, expected, end.weights, begins[0][1].weights)
+    solution = _solution_of(back, expected, end.weights, begins[0][1].weights, unseen + sorted(back.renormed))
     return assemble(validation, indirect, solution, leaves, loss, Layout.of(gradient).flatten(gradient))
 
 
-def end_of(problem: Problem, trajectory: Trajectory, leaves: Tree) -> Tree:
-    """The weights after the steps, taken with these hyperparameters."""
-    reverse = Reverse(problem=problem, steps=trajectory.steps, leaves=leaves, segments=1)
-    return reverse.end(list(trajectory.begins[:1]), len(trajectory.steps)).weights
+def loss_at_end(problem: Problem, trajectory: Trajectory, leaves: Tree, val_batch: Any) -> Tensor:
+    """The validation loss after the steps, taken with these hyperparameters."""
+    reverse = Reverse(problem=problem, steps=trajectory.steps, leaves=as_leaves(leaves), segments=1)
+    return reverse.validate(reverse.end(list(trajectory.begins[:1]), len(trajectory.steps)), val_batch).loss
+
+
+def _moving(begin: Tree, end: Tree) -> tuple[str, ...]:
+    """The floating-point buffers that have changed: those whose derivative is carried from step to step."""
+    return tuple(name for name, t in end.items() if t.is_floating_point() and not trees.is_same(t, begin.get(name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,32 +93,40 @@ class Back:
     Attributes:
         weights: ∂L_V/∂w.
         state: ∂L_V/∂s, of the inner optimizer's state.
+        buffers: ∂L_V/∂b, of the buffers that the steps change.
         leaves: dL_V/dλ, through these steps.
         norms: ‖∂L_V/∂w‖ at the end and before each of the steps.
         missed: for each step, the distance between its ends now and before.
         went: for each step, its length before.
         off: the sum of the differences between these ends.
         last: the training loss and its gradient in the last of all steps.
+        renormed: the weights to which a forward pass has written, as embeddings with a ``max_norm`` do.
     """
 
     weights: Tree
     state: Tree
+    buffers: Tree
     leaves: OptionalTree
     norms: tuple[Tensor, ...]
     missed: tuple[Tensor, ...] = ()
     went: tuple[Tensor, ...] = ()
     off: Tree = field(default_factory=dict)
     last: tuple[Tensor, Tree] | None = None
+    renormed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reverse:
-    """Takes the steps forwards without a graph, and goes back through them."""
+    """Takes the steps forwards without a graph, and goes back through them.
+
+    Buffers are a part of the state that is carried from step to step; ``moving`` are those with a derivative.
+    """
 
     problem: Problem
     steps: Sequence[Step]
     leaves: Tree
     segments: int
+    moving: tuple[str, ...] = ()
 
     def begins(self, low: int, at: Snapshot, high: int) -> list[tuple[int, Snapshot]]:
         """Number and snapshot of the first step of each segment from ``low`` to ``high``; the first snapshot is ``at``."""
@@ -139,11 +160,33 @@ class Reverse:
         problem, leaves, step, weights = self.problem, self.leaves, self.steps[number], as_leaves(at.weights)
 
         def inside() -> Snapshot:
-            with summed_gradient(problem, step.losses, weights, leaves, graph=False) as (gradient, _), torch.no_grad():
-                new, state = step.present_dynamics().step(at.weights, gradient, leaves, at.state)
-            return Snapshot(weights=new, state=state, generators=problem.generators())
+            with (
+                evaluated_losses(problem, step.losses, weights, leaves, at.modules, graph=False) as found,
+                torch.no_grad(),
+            ):
+                base = trees.map_tree(Tensor.detach, found.weights)
+                new, state = step.present_dynamics().step(base, found.gradient, leaves, at.state)
+                tensors = {name: found.tensors[name].detach() for name in at.modules.tensors}
+                modules = ModuleState(trees.shared(tensors, at.modules.tensors), found.attributes())
+            return Snapshot(weights=new, state=state, modules=modules, generators=problem.generators())
 
-        return problem.call(weights, leaves, inside)
+        with problem.differentiable_statistics():
+            return problem.call(weights, leaves, inside)
+
+    def validate(self, end: Snapshot, batch: Any) -> Validation:
+        """The validation loss at the end and its derivatives, also in the buffers that the steps have changed."""
+        problem, leaves, tensors = self.problem, self.leaves, end.modules.tensors
+        weights = as_leaves({**problem.weights(), **end.weights})
+        buffers = as_leaves({name: tensors[name] for name in self.moving})
+        start = {**tensors, **buffers}
+        with problem.differentiable_statistics(), problem.with_attributes(end.modules.attributes):
+            return problem.call(weights, leaves, lambda: validate(problem, weights, leaves, batch, start, buffers))
+
+    def unseen(self, begin: tuple[int, Snapshot], batch: Any) -> list[str]:
+        """What steps write without a derivative, though losses read it: tried on the first step of the last segment."""
+        number, at = begin
+        plain = replace(self, moving=())
+        return unseen_writes(self.problem, self.steps[number], at, self.leaves, lambda end: plain.validate(end, batch).loss)
 
     def _through(self, number: int, at: Snapshot, end: Snapshot, back: Back) -> Back:
         """Back through one step from ``at`` to ``end``; its graph lives only here."""
@@ -152,36 +195,46 @@ class Reverse:
         w, state = as_leaves(at.weights), _flat(at.state)
         counts = {path: value for path, value in state.items() if path.startswith("step|")}  # have no derivative
         flat = as_leaves({path: value for path, value in state.items() if path not in counts})
+        buffers = as_leaves({name: at.modules.tensors[name] for name in self.moving})
+        modules = replace(at.modules, tensors={**at.modules.tensors, **buffers})
         batched = next(iter(back.weights.values())).ndim > next(iter(w.values())).ndim
 
         def inside() -> Back:
-            with summed_gradient(problem, step.losses, w, leaves, graph=True) as (gradient, loss):
+            with evaluated_losses(problem, step.losses, w, leaves, modules, graph=True) as here:
+                gradient = here.gradient
                 if not gradient:
                     raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
-                weights, after = step.present_dynamics().step(w, gradient, leaves, _nested(counts | flat))
-                outputs = {**_keyed("w", weights), **_keyed("s", _flat(after))}
-                cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state)}
+                weights, after = step.present_dynamics().step(here.weights, gradient, leaves, _nested(counts | flat))
+                outputs = {**_keyed("w", weights), **_keyed("s", _flat(after)), **_keyed("b", here.tensors)}
+                cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state), **_keyed("b", back.buffers)}
                 outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
-                inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("l", leaves)}
+                inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("b", buffers), **_keyed("l", leaves)}
                 found = VJP(outputs, inputs)(cotangents, batched)
             off = _difference(end.weights, weights)
+            written = {name for name, t in here.weights.items() if t is not w[name] and not trees.is_same(t, w[name])}
             before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
             return Back(
                 weights=before,
                 state={name: part for name in flat if (part := found["s" + name]) is not None},
+                buffers={name: part for name in buffers if (part := found["b" + name]) is not None},
                 leaves=trees.add(back.leaves, {name: found["l" + name] for name in leaves}),
                 norms=(*back.norms, _norm(before, w)),
                 missed=(*back.missed, trees.norm(off)),
                 went=(*back.went, trees.norm(_difference(end.weights, at.weights))),
                 off={name: back.off[name] + part for name, part in off.items()} if back.off else off,
-                last=back.last or (loss, trees.map_tree(Tensor.detach, gradient)),
+                last=back.last or (here.loss, trees.map_tree(Tensor.detach, gradient)),
+                renormed=back.renormed | (written if number else set()),  # the start is fixed, so nothing is missing there
             )
 
-        return problem.call(w, leaves, inside)
+        with problem.differentiable_statistics():
+            return problem.call(w, leaves, inside)
 
 
-def _solution_of(back: Back, steps: int, end: Tree, begin: Tree) -> Solution:
-    """The solution of ``steps`` expected steps, from ``begin`` to ``end``; it reads from the device once."""
+def _solution_of(back: Back, steps: int, end: Tree, begin: Tree, unseen: Sequence[str]) -> Solution:
+    """The solution of ``steps`` expected steps, from ``begin`` to ``end``; it reads from the device once.
+
+    ``unseen`` are the names of what the steps write without a derivative.
+    """
     norms, missed, went = map(torch.stack, (back.norms, back.missed, back.went))
     rounding = ULPS * max(torch.finfo(value.dtype).eps for value in end.values()) * trees.norm(end)
     start = torch.where(norms[0] > 0, norms[0], 1.0)
@@ -196,6 +249,9 @@ def _solution_of(back: Back, steps: int, end: Tree, begin: Tree) -> Solution:
         detail = f"the distance between their ends now and before is {share:.2g} of how far they went"
     elif len(norms) - 1 < steps:
         status, detail = Status.REPLAY_DIFFERS, f"of {steps} steps {len(norms) - 1} are known"
+    elif unseen:
+        rest = f" and {len(unseen) - SHOWN} more" if len(unseen) > SHOWN else ""
+        status, detail = Status.UNSEEN_WRITES, f"written: {', '.join(unseen[:SHOWN])}{rest}"
     elif grown > GROWN:
         status, detail = Status.SENSITIVE, f"∂L_V/∂w grew {grown:.3g} times over {len(norms) - 1} steps"
     residuals = norms[1:] / start

@@ -19,7 +19,9 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.bound_options import Bound
 from hoptim.methods.inner_step import Group, InnerStep, State
 from hoptim.methods.learned_options import LearnedOption
-from hoptim.problem.problem import Problem, set_generators
+from hoptim.problem.functional import Attributes
+from hoptim.problem.hyperparameters import transforms_of
+from hoptim.problem.problem import ModuleState, Problem, set_generators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +54,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Weights, the inner optimizer's state and the states of the random generators between two steps."""
+    """Weights, the inner optimizer's state, what else forward passes change, and random states, between two steps."""
 
     weights: Tree
     state: State
+    modules: ModuleState
     generators: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -80,7 +83,8 @@ def look_ahead(
 def present(problem: Problem, dynamics: InnerStep) -> Snapshot:
     """A copy of the present weights and random states; the optimizer's state is that of ``dynamics``."""
     weights = trees.map_tree(_copy, problem.weights())
-    return Snapshot(weights=weights, state=dynamics.state, generators=problem.generators())
+    modules, generators = problem.module_state(), problem.generators()
+    return Snapshot(weights=weights, state=dynamics.state, modules=modules, generators=generators)
 
 
 class Recorder:
@@ -111,7 +115,8 @@ class Recorder:
             is_due, weights, leaves = len(self._steps) % every == 0, problem.weights(), problem.leaves()
             dynamics = InnerStep.of(inner, weights, leaves, learned=learned, with_state=is_due)
             if is_due and (not self._steps or dynamics.has_live_state(leaves)):
-                self._before = Snapshot(weights=trees.map_tree(_copy, weights), state=dynamics.state)
+                modules = problem.module_state(self._begins[-1][1].modules if self._begins else None)
+                self._before = Snapshot(weights=trees.map_tree(_copy, weights), state=dynamics.state, modules=modules)
             else:
                 self._before = None
             self._dynamics = replace(dynamics, state={})
@@ -147,7 +152,7 @@ class Recorder:
         if not self._steps:
             return None
         return {
-            "begins": [(number, at.weights, at.state) for number, at in self._begins],
+            "begins": [(number, at.weights, at.state, at.modules.tensors) for number, at in self._begins],
             "steps": [
                 {
                     "seen": [(one.batch, one.generators, float(one.share)) for one in step.losses],
@@ -157,17 +162,18 @@ class Recorder:
             ],
         }
 
-    def load_state_dict(
-        self, saved: dict[str, Any] | None, live: Tree, inner: Optimizer, transforms: Mapping[str, Transform]
-    ) -> None:
-        """Restore the steps, for an inner optimizer of the same class; ``live`` are the weights."""
+    def load_state_dict(self, saved: dict[str, Any] | None, problem: Problem, inner: Optimizer) -> None:
+        """Restore the steps, for an inner optimizer of the same class. Plain attributes of modules are those of now."""
         self.restart()
         if saved is None:
             return
-        for number, weights, state in saved["begins"]:
+        live, now, transforms = problem.weights(), problem.module_state(), transforms_of(problem.hparams)
+        for number, weights, state, *buffers in saved["begins"]:  # there were no buffers in early versions
+            tensors = {name: value.to(now.tensors[name].device) for one in buffers for name, value in one.items()}
             at = Snapshot(
                 weights={name: value.to(live[name].device) for name, value in weights.items()},
                 state={name: _moved(entries, live[name].device) for name, entries in state.items()},
+                modules=replace(now, tensors={**now.tensors, **tensors}),
             )
             self._begins.append((number, at))
         dynamics = InnerStep.of(inner, {}, {})
@@ -179,29 +185,52 @@ class Recorder:
             self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=_groups(step["groups"], transforms))))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The losses of one step, evaluated one after the other.
+
+    Attributes:
+        gradient: ∇_w of their sum, at ``weights``.
+        loss: the sum.
+        weights: the weights from which the optimizer steps, with what the forward passes have written to them.
+        tensors: the buffers afterwards.
+        attributes: the plain attributes of the modules afterwards, when called.
+    """
+
+    gradient: Tree
+    loss: Tensor
+    weights: Tree
+    tensors: Tree
+    attributes: Callable[[], Attributes]
+
+
 @contextmanager
-def summed_gradient(
-    problem: Problem, losses: Sequence[RecordedLoss], weights: Tree, leaves: Tree, *, graph: bool
-) -> Iterator[tuple[Tree, Tensor]]:
-    """The sum of the losses times their shares, and its gradient ∇_w, at tensors that stand in for the model's.
+def evaluated_losses(
+    problem: Problem, losses: Sequence[RecordedLoss], weights: Tree, leaves: Tree, modules: ModuleState, *, graph: bool
+) -> Iterator[Losses]:
+    """The losses of a step times their shares, at tensors that stand in for the model's.
 
     With ``graph`` the gradient has a graph, which works inside the context.
     """
     slope: Tree = {}
     total = next(iter(weights.values())).new_zeros(())
     with ExitStack() as stack:
+        attributes = stack.enter_context(problem.with_attributes(modules.attributes))
+        tensors, now = modules.tensors, weights
         for one in losses:
             set_generators(one.generators or {})
-            loss, _ = stack.enter_context(problem.evaluated("train_loss", one.batch))
+            at = stack.enter_context(problem.evaluated("train_loss", one.batch, tensors))
             if graph:
-                check_twice_differentiable(problem, loss, weights, leaves, one.batch)
-            loss = loss * one.share
+                check_twice_differentiable(problem, at.loss, weights, leaves, one.batch)
+            loss, tensors = at.loss * one.share, at.written
+            now = {name: at.written.get(f"model.{name}", w) for name, w in now.items()}
             parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
             touched = trees.present(dict(zip(weights, parts, strict=True)))
             check_dense(touched)
             slope |= {name: slope[name] + part if name in slope else part for name, part in touched.items()}
             total = total + loss.detach()
-        yield _over_ranks(problem, slope, total, weights)
+        gradient, total = _over_ranks(problem, slope, total, weights)
+        yield Losses(gradient=gradient, loss=total, weights=now, tensors=tensors, attributes=attributes)
 
 
 def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> tuple[Tree, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,25 +22,39 @@ class Validation:
     """L_V, g = ∂L_V/∂w and ∂L_V/∂λ; all with a leading axis of R if L_V is a vector of R losses.
 
     ``g`` has zeros for a weight that L_V does not depend on, ``direct`` has ``None`` for such a hyperparameter.
+    ``by_buffer`` is ∂L_V/∂b of the buffers that were asked for, as far as L_V depends on them.
     """
 
     loss: Tensor
     g: Tree
     direct: OptionalTree
+    by_buffer: Tree = field(default_factory=dict)
 
 
-def validate(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> Validation:
-    """L_V and its derivatives at tensors that stand in for the model's, by one backward pass for each loss."""
-    with problem.evaluated("val_loss", batch) as (loss, _):
+def validate(
+    problem: Problem, weights: Tree, leaves: Tree, batch: Any, start: Tree | None = None, buffers: Tree | None = None
+) -> Validation:
+    """L_V and its derivatives at tensors that stand in for the model's, by one backward pass for each loss.
+
+    Args:
+        problem: the problem.
+        weights: w.
+        leaves: λ.
+        batch: the validation batch.
+        start: the buffers to start from, by their names in the joint module; default: the present ones.
+        buffers: those of them in which to differentiate; default: none.
+    """
+    buffers = buffers or {}
+    with problem.evaluated("val_loss", batch, start) as (loss, *_):
         losses = loss.reshape(-1)
-        inputs = [*weights.values(), *leaves.values()]
+        inputs = [*weights.values(), *leaves.values(), *buffers.values()]
         rows = [torch.autograd.grad(one, inputs, allow_unused=True, retain_graph=True) for one in losses]
-    columns = [_stacked(column, loss.ndim) for column in zip(*rows, strict=True)]
-    by_weight: OptionalTree = dict(zip(weights, columns[: len(weights)], strict=True))
-    by_leaf: OptionalTree = dict(zip(leaves, columns[len(weights) :], strict=True))
+    columns = iter([_stacked(column, loss.ndim) for column in zip(*rows, strict=True)])
+    by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (weights, leaves, buffers))
     _check_touched(by_weight, by_leaf)
     g = trees.filled(by_weight, trees.expanded(weights, loss.shape))
-    return _over_ranks(Validation(loss=loss.detach(), g=g, direct=by_leaf), problem.ranks, leaves)
+    found = Validation(loss=loss.detach(), g=g, direct=by_leaf, by_buffer=trees.present(by_buffer))
+    return _over_ranks(found, problem.ranks, leaves)
 
 
 def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:
@@ -75,7 +89,8 @@ def _over_ranks(local: Validation, ranks: Ranks, leaves: Tree) -> Validation:
     like = {f"l:{name}": leaf for name, leaf in trees.expanded(leaves, local.loss.shape).items()}
     direct = {f"l:{name}": value for name, value in local.direct.items()}
     loss, found = ranks.mean_with_loss(local.loss, {**g, **direct}, {**g, **like})
-    return Validation(
+    return replace(
+        local,
         loss=loss,
         g=trees.present({name: found[f"w:{name}"] for name in local.g}),
         direct={name: found[f"l:{name}"] for name in leaves},

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
 from hoptim.problem.composite_loss import CompositeLoss, LossParts, mean_loss
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.detached_view import DetachedView
 from hoptim.problem.distributed import Ranks
-from hoptim.problem.functional import Joint, renormed_weights, restore_attributes, twice_differentiable
+from hoptim.problem.functional import (
+    Attributes,
+    Joint,
+    differentiable_statistics,
+    renormed_weights,
+    restore_attributes,
+    twice_differentiable,
+)
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import (
     annotate_errors,
@@ -61,6 +69,31 @@ class _Live:
 def _clones(buffers: Tree) -> Tree:
     """Clones of buffers, for a forward pass to write into."""
     return {name: buffer.clone() for name, buffer in buffers.items()}
+
+
+class Evaluated(NamedTuple):
+    """A loss, its parts if it is a ``CompositeLoss``, and the buffers and weights that its forward pass writes to.
+
+    ``written`` has these tensors as they are after the forward pass, by their names in the joint module. A buffer that was
+    written to without a graph, as under ``no_grad``, is a constant.
+    """
+
+    loss: Tensor
+    parts: LossParts | None
+    written: Tree
+
+
+@dataclass(frozen=True)
+class ModuleState:
+    """What a forward pass may change in model and hyperparameters besides the learned tensors.
+
+    Attributes:
+        tensors: the buffers, by their names in the joint module.
+        attributes: the plain attributes.
+    """
+
+    tensors: Tree
+    attributes: Attributes
 
 
 class Problem:
@@ -192,11 +225,12 @@ class Problem:
                 self._given = outside
 
     @contextmanager
-    def evaluated(self, name: LossName, batch: Any) -> Iterator[tuple[Tensor, LossParts | None]]:
-        """The named loss at the tensors of :meth:`call`, and its parts if it is a ``CompositeLoss``.
+    def evaluated(self, name: LossName, batch: Any, start: Tree | None = None) -> Iterator[Evaluated]:
+        """The named loss at the tensors of :meth:`call`, its parts if it is a ``CompositeLoss``, and what was written.
 
         For several micro-batches it is the mean of their losses. Only losses are computed under the user's autocast. Modes
-        and plain attributes are restored on exit, so backward passes through a loss must be inside.
+        and plain attributes are restored on exit, so backward passes through a loss must be inside. ``start`` has buffers,
+        and weights that the forward pass writes to, from which it starts instead of the present ones.
         """
         assert self._live is not None, "evaluated is for use inside call"
         assert self._given is not None
@@ -204,21 +238,28 @@ class Problem:
         first = name not in self._checked and torch.is_grad_enabled()
         renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes to these
         given = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
-        given |= _clones(self._given["buffers"])
+        given |= _clones({**self._given["buffers"], **(start or {})})
+        before = {key: t.grad_fn for key, t in given.items()}
         with uncompiled(), restore_attributes(live.parts):
             looked_at = warn_of_training_mode(self.model) if first and name == "val_loss" else nullcontext()
             with losses_precision(), forbid_writes(name, weights, leaves, values=first), looked_at:
-                losses = partial(self._losses, name, batch)
-                found = functional_call(self.joint, given, (losses,)) if given else losses()
+                losses = partial(self._losses_and_buffers, name, batch, bool(self._given["buffers"]))
+                (loss, parts), buffers = functional_call(self.joint, given, (losses,)) if given else losses()
             if first:
                 pairs = ((live.weights, weights), (live.leaves, leaves))
                 replaced = {id(p): key for here, there in pairs for key, p in here.items() if there[key] is not p}
-                check_given(name, found[0], replaced)
+                check_given(name, loss, replaced)
                 self._checked.add(name)
                 # The first forward pass may have built layers.
                 live.parts, live.buffers = list(self.joint.modules()), dict(self.joint.named_buffers())
                 self._given["buffers"] = live.buffers
-            yield found
+            written = given | buffers
+            for key, t in (
+                start or {}
+            ).items():  # a buffer that was written to in place, but not in a graph, has its old one
+                if t.requires_grad and written[key].grad_fn is before[key] and not trees.is_same(written[key], t):
+                    written[key] = written[key].detach()
+            yield Evaluated(loss, parts, written)
 
     def pure(
         self, name: LossName, weights: Tree, leaves: Tree, batch: Any, use: Callable[[Tensor, LossParts | None], R]
@@ -226,11 +267,15 @@ class Problem:
         """``use(loss, parts)`` of the named loss as a pure function of these tensors: ``evaluated`` inside ``call``."""
 
         def inside() -> R:
-            with self.evaluated(name, batch) as (loss, parts):
-                return use(loss, parts)
+            with self.evaluated(name, batch) as at:
+                return use(at.loss, at.parts)
 
         with self._looked_up() as live, twice_differentiable(live.parts):
             return self.call(weights, leaves, inside)
+
+    def _losses_and_buffers(self, name: LossName, batch: Any, has_buffers: bool) -> tuple[tuple[Tensor, Any], Tree]:
+        """The loss and its parts, and the buffers after it, which may be other tensors than before."""
+        return self._losses(name, batch), dict(self.joint.named_buffers()) if has_buffers else {}
 
     def _losses(self, name: LossName, batch: Any) -> tuple[Tensor, LossParts | None]:
         """The loss and its parts, checked."""
@@ -239,6 +284,25 @@ class Problem:
         with annotate_errors(f"{name} was called with a batch that is", batch, self.hparams):
             value, parts, _ = self.call_loss(name, self.model, self.hparams, batch)
             return (losses if name == "val_loss" else scalar)(name, value), parts
+
+    def module_state(self, before: ModuleState | None = None) -> ModuleState:
+        """Copies of the present buffers, and the plain attributes. Copies that ``before`` has already are shared with it."""
+        with self._looked_up() as live:
+            now = trees.shared(live.buffers, {} if before is None else before.tensors)
+            copies = {name: t.detach().clone() if t is live.buffers[name] else t for name, t in now.items()}
+            return ModuleState(copies, Attributes(live.parts))
+
+    def differentiable_statistics(self) -> AbstractContextManager[Any]:
+        """Inside, running statistics have a derivative."""
+        with self._looked_up() as live:
+            return differentiable_statistics(live.parts)
+
+    @contextmanager
+    def with_attributes(self, attributes: Attributes) -> Iterator[Callable[[], Attributes]]:
+        """Inside, modules have these modes and plain attributes. Yields a function for those of the time of its call."""
+        with self._looked_up() as live, restore_attributes(live.parts):
+            attributes.put()
+            yield lambda: Attributes(live.parts)
 
     def call_loss(self, name: LossName, model: Any, hparams: Any, batch: Any) -> tuple[Any, LossParts | None, Any]:
         """What the named loss returned, not yet checked; its parts, if it is a ``CompositeLoss``; and its ``aux``."""

@@ -51,6 +51,12 @@ class Status(Enum):
         "the replayed inner steps do not end where the real ones did, or not all of them are known: something between loss "
         "and step is not seen, such as clipping, or gradients not cleared by optimizer.zero_grad(); the answer is used",
     )
+    UNSEEN_WRITES = (
+        "remark",
+        "the forward pass writes into buffers or attributes where autograd does not see it, as under no_grad() or by "
+        "detach(), and later losses read them: this part of the derivative is missing; the answer is used. hoptim.audit "
+        "with the inner optimizer shows how much it matters",
+    )
     SENSITIVE = (
         "remark",
         "the derivative grows on the way back through the inner steps: the end depends strongly on the start. Take fewer "

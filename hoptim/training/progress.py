@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.learned_options import LearnedOption, restarted, starts
 from hoptim.methods.trajectory import Recorder
-from hoptim.problem.hyperparameters import transforms_of
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State, Status
 from hoptim.training.arguments import OnFailure
@@ -98,7 +97,7 @@ class Progress:
         device = next(iter(weights.values())).device
         self.solver_state = {name: vector.to(device) for name, vector in saved["solver_state"].items()}
         self.last_gradient = _beside(saved["last_gradient"], leaves)
-        self.recorder.load_state_dict(saved["trajectory"], weights, inner, transforms_of(problem.hparams))
+        self.recorder.load_state_dict(saved["trajectory"], problem, inner)
         self.learned_options = restarted(self.learned_options, saved.get("option_starts", ()))
         if self.inner_steps:
             self.first_steps = None

@@ -241,21 +241,6 @@ def test_what_it_cannot_do_is_named(name: str) -> None:
     assert words in str(caught.value)
 
 
-def test_running_statistics_are_refused_in_training_mode() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
-    hparams = HyperParameters({"decay": torch.tensor(0.1)})
-
-    def loss(m: Any, h: Any, b: Any) -> Tensor:
-        return F.cross_entropy(m(b[0]), b[1]) + h["decay"] * m[0].weight.square().sum()
-
-    problem, inner = Problem(model, hparams, loss, loss), optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="layer '1' keeps running statistics"):
-        hypergradient(problem, None, VAL, Replay(BATCHES), inner=inner)
-    model[1].eval()
-    assert hypergradient(problem, None, VAL, Replay(BATCHES), inner=inner).solution.status.ok
-
-
 def test_its_batches_are_no_part_of_what_it_is_compared_by() -> None:
     assert Replay([torch.ones(2)], segments=3) == Replay([torch.zeros(2)] * 2, segments=3)
     assert repr(Replay(BATCHES)) == "Replay(segments=8, options=None)"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import flat, same, snapshot
+from cases import flat, same, snapshot, through_disk
 from tiny import (
     BATCHES,
     SIZE,
@@ -71,13 +70,6 @@ def step(optimizer: Any, batches: list[Any]) -> None:
     for b in batches:
         optimizer.loss(b).backward()
     optimizer.step()
-
-
-def through_disk(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class Window:
@@ -564,7 +556,7 @@ def test_bound_learning_rate_survives_a_checkpoint_within_a_window() -> None:
             step(optimizer, [b])
     saved = through_disk(first._progress.state_dict()["trajectory"])
     first._progress.recorder.restart()
-    first._progress.recorder.load_state_dict(saved, first.problem.weights(), first.inner, {})
+    first._progress.recorder.load_state_dict(saved, first.problem, first.inner)
     step(first, [BATCHES[1]])
     assert same(first.record.result.grads, whole.record.result.grads)
     assert first.record.result.grads["lr"].abs() > 1e-3

@@ -341,7 +341,7 @@ def test_unrolled_steps_of_any_model(name: str) -> None:
     after, hparams = copy.deepcopy((model, problem.hparams))
     weights, leaf = list(after.parameters()), hparams["decay"]
     F_ = torch.autograd.grad(problem.train_loss(after, {"decay": leaf}, train), weights, create_graph=True)
-    moved = copy.deepcopy(model)
+    moved = copy.deepcopy(after)  # with the running statistics that the step has left
     with torch.no_grad():
         for p, slope in zip(moved.parameters(), F_, strict=True):
             p -= lr * slope

@@ -271,7 +271,11 @@ ROWS: dict[str, Row] = {
     "tensor lr": Row(optim.Adam, {"lr": torch.tensor(0.05), "foreach": False}),
     "tensor lr and betas": Row(
         optim.AdamW,
-        {"lr": torch.tensor(0.05), "betas": (torch.tensor(0.8).double(), torch.tensor(0.9).double()), "foreach": False},
+        {
+            "lr": torch.tensor(0.05, dtype=torch.float64),
+            "betas": (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)),
+            "foreach": False,
+        },
     ),
     "two groups, SGD": Row(optim.SGD, {"momentum": 0.9, **DECAY}, groups=two_groups),
     "two groups, AdamW": Row(optim.AdamW, {**DECAY}, groups=two_groups),

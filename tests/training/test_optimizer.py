@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import math
 import pickle
@@ -22,6 +21,7 @@ from cases import (
     noisy_run,
     same,
     shuffled,
+    through_disk,
 )
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -32,14 +32,6 @@ from hoptim import BilevelOptimizer, HyperParameters, Implicit, Neumann, Problem
 from hoptim.training.progress import Progress
 
 DIVERGING = Implicit(Neumann(terms=1000, step_size=1e3))
-
-
-def through_disk(state: Any) -> Any:
-    """Saved and loaded again, with nothing but tensors and plain values allowed."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # One hyperstep, by hand

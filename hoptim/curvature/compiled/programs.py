@@ -137,7 +137,7 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
 def _make(point: Point, inputs: Inputs, curvature: DoubleBackward) -> Program:
     """A new program, checked against plain PyTorch."""
     problem, tensors = point.problem, inputs.tensors()
-    with problem.untouched(), problem.evaluated("train_loss", point.batch) as (loss, parts):
+    with problem.untouched(), problem.evaluated("train_loss", point.batch) as (loss, parts, _):
         graph = GradientGraph(loss, point.weights, point.leaves, parts)
 
     def attempt(function: Function) -> Program:
@@ -158,7 +158,7 @@ def _make(point: Point, inputs: Inputs, curvature: DoubleBackward) -> Program:
 
 def _what_is_off(found: Linearization, point: Point, curvature: DoubleBackward, is_due: bool) -> str:
     """Which value of a program differs from plain PyTorch, in words, or ""; unless ``is_due``, only L_T is compared."""
-    with point.problem.evaluated("train_loss", point.batch) as (loss, parts):
+    with point.problem.evaluated("train_loss", point.batch) as (loss, parts, _):
         L, epsilon = loss.detach(), epsilon_of_losses(*found.layout.dtypes)
         half, fifth = epsilon**0.5, epsilon**0.2  # of the digits
         rounding = 100 * torch.finfo(torch.promote_types(L.dtype, torch.float32)).eps  # of a loss or a gradient near zero
