@@ -114,10 +114,6 @@ True
   have the folds of the first.
 - **Cost.** K trainings on a part of the data, one on all of it, and K solves for each of 60 hypersteps. `found.cost` is the
   wall-clock time in plain trainings. In the study below it was 8 to 9 for a small net, in the example 4.5.
-- **Side by side.** `side_by_side=True` computes the K hypergradients at once with `torch.func.vmap`, equal to 1e-9. A
-  hyperstep took 0.18 of the time for ten MLPs of 131 weights, 0.45 for three of 4,810, 0.9 at 38,000, 1.3 at 77,000; for
-  three CNNs 0.7 to 1.4. So this is for models of up to 40,000 weights without convolutions. For others, and if `vmap` fails,
-  the folds are computed in turn, with a warning.
 - **The outer rate.** It is that of the table above, so 60 hypersteps change a decay by a factor of at most 20. If less is
   known about the start, take `outer=torch.optim.Adam(hparams.parameters(), lr=0.1)`, for a factor of up to 400.
 
@@ -269,7 +265,6 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 | `DataLoader` with workers; batches of any kind; closures; early stopping | an empty or exhausted source of batches is an error that names it | [loops](tests/training/test_loops.py) |
 | a `DataLoader` that shuffles, or whose transforms draw from torch, Python or NumPy, as `val_batches` or `train_batches` | a run with hypersteps that move nothing has the bits of one without; resumed to the bit amid a pass | [random](tests/training/test_random_streams.py) |
 | `CrossValidated`: mini-batches, schedulers, clipping, accumulation, autocast, `GradScaler`, shuffling loaders, trackers, a learned rate; folds of unequal size and length, stratified, grouped, ordered in time | K separate loops and the mean of their `hypergradient`s to 1e-9; each training has the bits of a plain one in its random stream | [folds](tests/training/test_cross_validated.py), [loops](tests/training/test_cross_validated_loops.py) |
-| `side_by_side=True` | in turn, to 1e-9; done in turn, with a warning, where a loss draws random numbers, batches differ in shape or models in more than weights | [side by side](tests/training/test_side_by_side.py) |
 | checkpoints of a fit, in both phases, with dropout, schedulers and shuffling loaders | the bits of an uninterrupted fit, wherever it was left; after SIGKILL too; another fit's file is refused, and what differs is named | [resumable](tests/training/test_resumable.py), [kill](tests/integration/test_kill.py) |
 | Lightning, Accelerate, Trainer | as above | [frameworks](tests/integration/test_frameworks.py) |
 | **several processes** | | |

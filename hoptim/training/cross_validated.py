@@ -27,7 +27,6 @@ from hoptim.training.folds import Fold, make_folds
 from hoptim.training.leaf_average import LeafAverage
 from hoptim.training.record import Record, natural_values
 from hoptim.training.resumable import ResumableOptimizer
-from hoptim.training.side_by_side import SideBySide
 from hoptim.validation import describe_type
 
 
@@ -121,10 +120,6 @@ class CrossValidated:
         hypergradient: as in :class:`BilevelOptimizer`.
         val_batches: ``val_batches(held_out) -> batches``, a function that makes a fold's validation batches, one for each
             hyperstep; default: all that is held out, as one tensor of indices.
-        side_by_side: whether to compute the hypergradients of all folds at once, by ``torch.func.vmap``, if that is faster;
-            default ``False``. It is for models of at most 40,000 weights without convolutions and buffers, losses without
-            random numbers, batches of equal shapes, and ``Implicit`` on ``Exact`` with ``MINRES``, ``CG`` or ``Identity``.
-            Otherwise they are computed in turn, and a warning says why.
         on_failure: if the solve of a fold fails, nothing moves; then ``"skip"`` warns and ``"raise"`` raises an error.
         hooks: functions of the :class:`Record`, called after each hyperstep. The record's result has a leading axis of the
             folds, as for a vector of K validation losses, and its ``standard_error`` is that over the folds.
@@ -179,7 +174,6 @@ class CrossValidated:
         options: Mapping[str, Any] | None = None,
         hypergradient: Method | None = None,
         val_batches: Callable[[Tensor], Iterable[Any]] | None = None,
-        side_by_side: bool = False,
         on_failure: arguments.OnFailure = "skip",
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
@@ -187,9 +181,6 @@ class CrossValidated:
         arguments.check_fold_schedule(warmup, hypersteps)
         if not isinstance(hparams, nn.Module):
             raise TypeError(f"hparams is {describe_type(hparams)}: give a HyperParameters or another nn.Module")
-        if not isinstance(side_by_side, bool):
-            raise TypeError(f"side_by_side={side_by_side!r}: give True or False")
-        self.side_by_side = side_by_side
         self.hparams, self.average, self._hypersteps, self._fitted = hparams, average, hypersteps, False
 
         def problem() -> Problem:
@@ -249,7 +240,7 @@ class CrossValidated:
         last, optimizers = self._parts.last, self._parts.optimizers
         file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), last.problem.ranks)
         average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
-        fit = Fit(self._parts, train, average, file, SideBySide(optimizers) if self.side_by_side else None)
+        fit = Fit(self._parts, train, average, file)
         self._fitted = True
         fit.run()
         return CrossValidatedFit(
@@ -268,7 +259,6 @@ class CrossValidated:
             "folds": [(fold.train, fold.held_out) for fold in self.folds],
             "hypersteps": self._hypersteps,
             "average": self.average,
-            "side_by_side": self.side_by_side,
             "the steps of the hypersteps": [list(optimizer.due) for optimizer in self._parts.optimizers],
             "hypergradient": re.sub(" at 0x[0-9a-f]+", "", repr(first.hypergradient)),
             "the inner optimizer": type(first.inner).__name__,
