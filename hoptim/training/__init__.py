@@ -126,6 +126,7 @@ wine nothing was gained ([the study](scripts/README.md#cross-validation)).
 
 `retrain` trains a new model with the hyperparameters held fixed from the first step, on all examples, validation data
 included. With example weights it ended at a lower loss than the run in all cases [measured](scripts/README.md#wrong-labels).
+A learned rate, or another option that was learned, is that of the new optimizer too, with or without a schedule.
 
 >>> final = retrain(optimizer.problem, make, loop, torch.arange(80), inner=inner)
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from hoptim.methods.method import checked_problem
+from hoptim.methods.named_options import named_again
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
 from hoptim.training import arguments
@@ -86,7 +87,12 @@ def retrain(
     new = Problem(model, problem.hparams, *losses, has_aux=problem.has_aux, process_group=group)
     _check_new(new.model, problem)
     unmoved = SGD(problem.hparams.parameters(), lr=0.0)
-    optimizer = ResumableOptimizer(inner(model), unmoved, new, val_batches=[examples], options=options, every=None)
+    made = inner(model)
+    arguments.check_optimizers(made, unmoved, new)
+    arguments.check_strategies(None, (), None, options)
+    again = named_again(problem.options, made, options or {}, problem.hparams)
+    optimizer = ResumableOptimizer(made, unmoved, new, val_batches=[examples], options=again, every=None)
+    optimizer.start_from(problem.options)
     before = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
     train(model, optimizer, examples)
     if not optimizer.inner_steps:
