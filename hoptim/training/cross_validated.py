@@ -27,6 +27,7 @@ from hoptim.training.folds import Fold, make_folds
 from hoptim.training.leaf_average import LeafAverage
 from hoptim.training.record import Record, natural_values
 from hoptim.training.resumable import ResumableOptimizer
+from hoptim.training.shared import Shared, check_models
 from hoptim.validation import describe_type
 
 
@@ -104,6 +105,7 @@ class CrossValidated:
         hparams: the hyperparameters, shared by all models.
         train_loss: as in :class:`Problem`.
         val_loss: as in :class:`Problem`.
+        has_aux: as in :class:`Problem`.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of a model's weights.
         outer: the optimizer of ``hparams.parameters()``; default Adam at the rates of :meth:`HyperParameters.optimizer`, and
             0.05 for other modules. In 60 hypersteps ``positive`` values change by a factor of at most 20; at 0.1, of 400.
@@ -126,8 +128,8 @@ class CrossValidated:
 
     Raises:
         TypeError: an argument of the wrong kind; ``make`` or ``inner`` returned something else.
-        ValueError: models that share a tensor; folds that are empty, or train on what they hold out; a warm-up that leaves
-            no room for the hypersteps; ranks with different folds.
+        ValueError: models that share a tensor that is trained; folds that are empty, or train on what they hold out; a
+            warm-up that leaves no room for the hypersteps; ranks with different folds.
 
     Source: Foo, Do and Ng 2007, Efficient multiple hyperparameter learning for log-linear models; the rest is measured.
 
@@ -163,6 +165,7 @@ class CrossValidated:
         train_loss: Loss,
         val_loss: Loss,
         *,
+        has_aux: bool = False,
         inner: Callable[[nn.Module], Optimizer],
         outer: Optimizer | None = None,
         examples: int,
@@ -184,7 +187,7 @@ class CrossValidated:
         self.hparams, self.average, self._hypersteps, self._fitted = hparams, average, hypersteps, False
 
         def problem() -> Problem:
-            return Problem(arguments.made_by(make), hparams, train_loss, val_loss)
+            return Problem(arguments.made_by(make), hparams, train_loss, val_loss, has_aux=has_aux)
 
         problems = [problem()]
         self.folds = make_folds(folds, examples, problems[0].ranks)
@@ -192,7 +195,8 @@ class CrossValidated:
         for stream in streams:
             with stream.drawing():
                 problems.append(problem())
-        arguments.check_models(problems)
+        models = [problem.model for problem in problems]
+        check_models(models)
         outer = outer_adam(hparams) if outer is None else outer
 
         def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
@@ -209,13 +213,16 @@ class CrossValidated:
             )
 
         optimizers: list[FoldOptimizer] = []
-        for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
-            with annotate_errors(f"for fold {number}"):
-                optimizers.append(fold_optimizer(fold, one))
         everything = torch.arange(examples, device="cpu")
-        model, unused = problems[0].wrapper, [everything]  # the last training has no hypersteps
-        last = ResumableOptimizer(inner(model), outer, problems[0], val_batches=unused, options=options, every=None)
-        self._parts = Parts(folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything)
+        with arguments.gradients("CrossValidated"):
+            for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
+                with annotate_errors(f"for fold {number}"):
+                    optimizers.append(fold_optimizer(fold, one))
+            model, unused = problems[0].wrapper, [everything]  # the last training has no hypersteps
+            last = ResumableOptimizer(inner(model), outer, problems[0], val_batches=unused, options=options, every=None)
+        self._parts = Parts(
+            folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything, shared=Shared(models)
+        )
 
     def fit(
         self, train: Train, *, checkpoint: str | os.PathLike[str] | None = None, every_seconds: float = 60.0
@@ -230,8 +237,10 @@ class CrossValidated:
             every_seconds: the least time from one writing to the next, default 60.
 
         Raises:
-            RuntimeError: it was called before; or a solve failed and ``on_failure`` is ``"raise"``.
-            ValueError: a fold's training ended before the first hyperstep; the checkpoint is damaged or of another fit.
+            RuntimeError: it was called before, or under ``torch.inference_mode()``; or a solve failed and ``on_failure`` is
+                ``"raise"``.
+            ValueError: a fold's training ended before the first hyperstep, or wrote into a buffer that the models share; the
+                checkpoint is damaged or of another fit.
             TypeError: the state of an object given to ``resumable`` can't be saved.
         """
         check_takes("train", train, "model, optimizer, examples")
@@ -241,8 +250,9 @@ class CrossValidated:
         file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), last.problem.ranks)
         average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
         fit = Fit(self._parts, train, average, file)
-        self._fitted = True
-        fit.run()
+        with arguments.gradients("fit"):
+            self._fitted = True
+            fit.run()
         return CrossValidatedFit(
             model=last.problem.wrapper,
             models=[optimizer.problem.wrapper for optimizer in optimizers],

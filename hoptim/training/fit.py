@@ -19,6 +19,7 @@ from hoptim.training.in_turn import InTurn
 from hoptim.training.leaf_average import LeafAverage
 from hoptim.training.record import Record
 from hoptim.training.resumable import AtMark, ResumableOptimizer, State
+from hoptim.training.shared import Shared
 
 Train = Callable[[nn.Module, ResumableOptimizer, Tensor], Any]
 
@@ -33,6 +34,7 @@ class Parts:
         optimizers: the optimizer of each fold, with its model.
         last: the optimizer of the last training, with its model.
         examples: the indices of all examples.
+        shared: what the models share.
     """
 
     folds: list[Fold]
@@ -40,6 +42,7 @@ class Parts:
     optimizers: list[FoldOptimizer]
     last: ResumableOptimizer
     examples: Tensor
+    shared: Shared
 
 
 class Marked(NamedTuple):
@@ -74,6 +77,8 @@ class Fit:
 
     def run(self) -> None:
         """Run both phases, or what is left of them after a checkpoint."""
+        for optimizer in (*self.parts.optimizers, self.parts.last):
+            self.parts.shared.watch(optimizer)
         if self._begin() == "folds":
             self._train_folds()
             self._random = {"last": global_states()}
@@ -82,6 +87,7 @@ class Fit:
         self._counted = time.perf_counter()
         self.parts.last.at_mark = self._at_mark_of_last(self.file)
         self.train(self.parts.last.problem.wrapper, self.parts.last, self.parts.examples)
+        self.parts.shared.check()
         self._add_seconds("last")
 
     def _begin(self) -> str:
@@ -139,7 +145,10 @@ class Fit:
     def _resume(self, number: int, turn: InTurn, sent: Record | None = None) -> Any:
         """Let a fold run on in its random stream, until it pauses or ends."""
         with self.parts.streams[number].drawing():
-            return turn.resume(sent)
+            came = turn.resume(sent)
+        with annotate_errors(f"in the training of fold {number + 1} of {len(self.parts.folds)}"):
+            self.parts.shared.check()
+        return came
 
     def _to_hyperstep(self, turns: list[InTurn], record: Record | None) -> list[Met] | None:
         """Let all folds run to their next hyperstep, with checkpoints on the way; ``None`` if one has ended."""

@@ -109,6 +109,11 @@ class ResumableOptimizer(BilevelOptimizer):
             "random": global_states(),
         }
 
+    @property
+    def has_seen_loss(self) -> bool:
+        """Whether any loss of :meth:`loss` has gone backward."""
+        return self._progress.window.has_seen
+
     def start_from(self, learned: Learned | None) -> None:
         """Let the options that were learned elsewhere have the starts that they had there."""
         if learned is not None:
