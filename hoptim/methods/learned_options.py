@@ -75,7 +75,10 @@ class LearnedOption(NamedTuple):
 
     def scale(self, group: Mapping[str, Any]) -> tuple[float, float]:
         """The number in its place, as a schedule has changed it, and its start."""
-        return (1.0, 1.0) if self.start is None else (float(self.present(group)), self.start)
+        if self.start is None:
+            return 1.0, 1.0
+        now = self.present(group)  # a tensor from a scheduler that was built on the optimizer before
+        return float(now.detach() if isinstance(now, Tensor) else now), self.start
 
 
 def find_learned_options(inner: optim.Optimizer, hparams: nn.Module) -> list[LearnedOption]:
@@ -152,12 +155,20 @@ def take_over(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams:
     """Put plain numbers in place of the computed options; returns all options, the computed ones with their starts.
 
     An option that has a start already keeps it.
+
+    Raises:
+        ValueError: an option that is computed from a leaf is 0.
     """
     taken, values = [], [option.value for option in options]
     for option in options:
         if option.transform is not None:
             group, leaf = inner.param_groups[option.group], hparams.get_parameter(option.name)
             start = float(option.transform(leaf)) if option.start is None else option.start
+            if start == 0:
+                raise ValueError(
+                    f"hyperparameter {option.name!r} is the {option.key} and starts at 0, so that a step's share of it is "
+                    "not defined: start elsewhere, or leave its constraint out"
+                )
             whole = group[option.key]
             if option.member is not None:  # torch takes a pair of numbers or one of tensors
                 whole = [x.item() if isinstance(x, Tensor) and all(x is not y for y in values) else x for x in whole]

@@ -150,6 +150,13 @@ def test_a_hyperparameter_that_starts_elsewhere_is_what_is_trained_with() -> Non
             assert option.start == float(optimizer.problem.hparams[option.name].detach())
 
 
+def test_an_option_that_starts_at_0_under_a_constraint_is_refused() -> None:
+    model, hparams = make(), HyperParameters({"m": torch.tensor(0.0)}, {"m": constraints.interval(-0.5, 0.5)})
+    problem, inner = Problem(model, hparams, loss, loss), optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="hyperparameter 'm' is the momentum and starts at 0"):
+        BilevelOptimizer(inner, optim.SGD(hparams.parameters(), lr=0.1), problem, val_batches=[0], options={"momentum": "m"})
+
+
 def test_a_resumed_run_keeps_the_scripts_number() -> None:
     whole, first, second = (scripted("adam", 3) for _ in range(3))
     for one in (whole, first):

@@ -180,10 +180,16 @@ def test_one_that_writes_later_or_in_place_of_the_buffer_is_refused_too(fold: in
 
 
 def test_a_retraining_that_writes_into_it_is_refused() -> None:
-    body = backbone()
+    body, seen = backbone(), []
     problem = learned(Net(body))
+
+    def counted(model: Any, optimizer: Any, examples: Any) -> None:
+        optimizer.inner.register_step_post_hook(lambda *_: seen.append(0))
+        training_mode(model, optimizer, examples)
+
     with pytest.raises(ValueError, match=WROTE):
-        hoptim.retrain(problem, lambda: Net(body), training_mode, torch.arange(N), inner=inner)
+        hoptim.retrain(problem, lambda: Net(body), counted, torch.arange(N), inner=inner)
+    assert len(seen) == 1
 
 
 def test_a_backbone_that_is_unfrozen_in_the_loop_is_refused() -> None:
