@@ -81,7 +81,8 @@ says so.
 Name the options in `BilevelOptimizer(..., options={"lr": "rate"})`: here the hyperparameter `"rate"` is the learning rate of
 every parameter group. With `positive` it is learned on a log scale; `unit_interval` is for momentum and betas. For a pair,
 name one or both: `{"betas": ("one", None)}`. A list has a name for each parameter group, or `None` to leave it as it is:
-`{"lr": ["rate", None]}`. The inner optimizer may also be built with `lr=hparams["rate"]`.
+`{"lr": ["rate", None]}`. The inner optimizer may also be built with `lr=hparams["rate"]`. If its own number is that from
+which the hyperparameter starts, as in `SGD(..., lr=2.5e-4)` with `torch.tensor(2.5e-4)`, training starts with the same bits.
 
 >>> import torch
 >>> from torch import nn
@@ -108,9 +109,11 @@ name one or both: `{"betas": ("one", None)}`. A list has a name for each paramet
 *With a schedule.* In place of the option the optimizer holds an ordinary number, at first the value of `hparams["rate"]`.
 Schedulers may change it, and so may your loop, `group["lr"] = ...`. Each step uses this number times `hparams["rate"]` over
 its first value: the schedule sets the shape, hoptim learns the size. Without a schedule the rate is exactly
-`hparams["rate"]`. A schedule of a learned momentum, such as that of `OneCycleLR`, may leave the unit interval this way: give
-it `cycle_momentum=False`. The leaf is read in each step, so keep it on the CPU. Give `hypergradient` and `audit`
-`inner=optimizer`. In a loop of your own, write `group["lr"] = hparams["rate"]` after each move.
+`hparams["rate"]`, or this up to rounding where the number is the script's own. Build the scheduler on the
+`BilevelOptimizer`: one that was built before `options` has numbers of its own, and is refused. A schedule of a learned
+momentum, such as that of `OneCycleLR`, may leave the unit interval this way: give it `cycle_momentum=False`. The leaf is
+read in each step, so keep it on the CPU. Give `hypergradient` and `audit` `inner=optimizer`. In a loop of your own, write
+`group["lr"] = hparams["rate"]` after each move.
 
 The option may also be a leaf itself, without constraint or `nonnegative`: `lr=hparams.lr`, with `foreach=False` for Adam.
 Then nothing may overwrite it, not even a scheduler.

@@ -33,11 +33,12 @@ DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """Stands for an option that is the leaf of this name, or factor · transform(leaf)."""
+    """Stands for an option that is the leaf of this name, or number · transform(leaf) / start."""
 
     name: str
     transform: Transform | None = None
-    factor: float = 1.0
+    number: float = 1.0
+    start: float = 1.0
 
     def value(self, leaves: Tree) -> Tensor:
         """The option as a tensor of one number."""
@@ -45,7 +46,9 @@ class Bound:
         if self.transform is None:
             return leaf.reshape(())
         wide = torch.float32 if leaf.device.type == "mps" else torch.float64  # as precise as in the real step
-        return self.factor * self.transform(leaf).reshape(()).to(wide)
+        natural = self.transform(leaf).reshape(()).to(wide)
+        # At the start it is the number itself, bit for bit, as in the real step.
+        return torch.where(natural == self.start, self.number * (natural / self.start), self.number / self.start * natural)
 
 
 def bind(kind: Kind, number: int, group: Mapping[str, Any], key: str, leaves: Tree, learned: Sequence[LearnedOption]) -> Any:
@@ -62,7 +65,8 @@ def bind(kind: Kind, number: int, group: Mapping[str, Any], key: str, leaves: Tr
         if member in computed:
             option = computed[member]
             check_differentiable(kind, group, key, f"hyperparameter {option.name!r}")
-            return Bound(name=option.name, transform=option.transform, factor=option.factor(group))
+            number, start = option.scale(group)
+            return Bound(name=option.name, transform=option.transform, number=number, start=start)
         if not isinstance(value, Tensor):
             return value
         for name, leaf in leaves.items():

@@ -52,7 +52,7 @@ class InnerStep:
     >>> w, lr = torch.nn.Parameter(torch.tensor(2.0)), torch.nn.Parameter(torch.tensor(0.5))
     >>> inner_step = InnerStep.of(torch.optim.SGD([w], lr=lr, momentum=0.9), {"w": w}, {"lr": lr})
     >>> inner_step.groups[0].options["lr"]
-    Bound(name='lr', transform=None, factor=1.0)
+    Bound(name='lr', transform=None, number=1.0, start=1.0)
     >>> new, state = inner_step.step({"w": w}, {"w": w.clone()}, {"lr": lr})
     >>> new["w"].item(), state["w"]["momentum_buffer"].item()
     (1.0, 2.0)
@@ -85,7 +85,7 @@ class InnerStep:
             weights: the live weights by name, ``Problem.weights()``.
             leaves: the live hyperparameter leaves by name, ``Problem.leaves()``. An option of ``inner`` that is one of them,
                 or a view of its memory, is bound to it: the step has a derivative in it.
-            learned: the learned options; those that are computed from a leaf are bound to it with their present factor.
+            learned: the learned options; those that are computed from a leaf are bound to it with their present number.
             with_state: whether to copy the state too, default ``True``, or only the options.
 
         Raises:

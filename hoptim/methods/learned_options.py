@@ -6,7 +6,9 @@ schedulers may change, and each step uses
 
     option = number · t(θ) / t(θ₀),
 
-where t(θ) is the value of ``hparams["lr"]`` now, and t(θ₀), the start, is its value when the number was put there.
+where t(θ) is the value of ``hparams["lr"]`` now, and t(θ₀), the start, is its value when the number was put there. The
+number is the start; or, if the optimizer had a number that is the start but for rounding, this one, so that training starts
+with the bits that it would have without hoptim.
 """
 
 from __future__ import annotations
@@ -18,11 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn, optim
-from torch.distributions.transforms import Transform, identity_transform
+from torch.distributions.transforms import Transform
 
 from hoptim.linalg.vectors import Tree
 from hoptim.problem.hyperparameters import transforms_of
-from hoptim.validation import describe_type
 
 WRITTEN_OVER = (
     "hyperparameter {name!r} was the inner optimizer's {key}, which is now {now!r}: a scheduler, a loaded state or the loop "
@@ -33,6 +34,11 @@ WRITTEN_OVER = (
 COMPUTED = (
     "{option} is computed from other tensors, and not the present hparams[name] of one hyperparameter: give hparams[name] "
     "itself, anew after each move in a loop of your own, and build schedulers on the BilevelOptimizer; or detach() it"
+)
+
+SCHEDULED_LEAF = (
+    "hyperparameter {name!r} is the inner optimizer's lr, and a scheduler would write over what is learned: do without one, "
+    "build it on optimizer.outer, or give the inner optimizer a number as its lr"
 )
 
 
@@ -49,6 +55,7 @@ class LearnedOption(NamedTuple):
         start: t(θ₀), for an option computed from the leaf, once :func:`take_over` has put a number in its place; before that
             ``None``, and the option is t(θ) without a factor.
         is_default: whether it is also the optimizer's default, for groups that are added without this option.
+        script: the number that the optimizer had before it was given the name of the hyperparameter; ``None`` for none.
     """
 
     name: str
@@ -59,69 +66,19 @@ class LearnedOption(NamedTuple):
     transform: Transform | None = None
     start: float | None = None
     is_default: bool = False
+    script: float | None = None
 
     def present(self, group: Mapping[str, Any]) -> Any:
         """What the group holds in its place now."""
         whole = group.get(self.key)
         return whole if self.member is None or not isinstance(whole, (tuple, list)) else whole[self.member]
 
-    def factor(self, group: Mapping[str, Any]) -> float:
-        """The number in its place relative to its start, as a schedule has changed it."""
-        return 1.0 if self.start is None else float(self.present(group)) / self.start
-
-
-def bind_by_name(inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn.Module) -> list[LearnedOption]:
-    """Put hyperparameters in place of options of ``inner``, as if it had been built with them; returns all learned options.
-
-    Args:
-        inner: the optimizer.
-        options: the name of the hyperparameter by that of the option, such as ``{"lr": "rate"}``; for a pair such as betas a
-            tuple of two, one of which may be ``None``; or a list with a name for each parameter group, ``None`` for none.
-        hparams: the hyperparameters.
-
-    Raises:
-        TypeError: a name is no ``str``.
-        ValueError: there is no such option or hyperparameter, it has several numbers, or the list has the wrong length; or
-            as in :func:`find_learned_options`.
-
-    >>> from torch.distributions import constraints
-    >>> from hoptim.problem.hyperparameters import HyperParameters
-    >>> hparams = HyperParameters({"rate": torch.tensor(0.25)}, {"rate": constraints.positive})
-    >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
-    >>> [(option.name, option.key) for option in bind_by_name(inner, {"lr": "rate"}, hparams)]
-    [('rate', 'lr')]
-    >>> inner.param_groups[0]["lr"].item()
-    0.25
-    """
-    transforms, groups = transforms_of(hparams), inner.param_groups
-    leaves = {name: leaf for name, leaf in hparams.named_parameters() if leaf.requires_grad}
-
-    def value(key: str, name: Any, present: Any) -> Any:
-        if name is None:
-            return present
-        if isinstance(name, tuple):
-            if not isinstance(present, (tuple, list)) or len(present) != len(name):
-                raise ValueError(f"options gives {key} the pair {name}, and it is {present!r}: give one name")
-            return tuple(value(key, one, now) for one, now in zip(name, present, strict=True))
-        if not isinstance(name, str):
-            raise TypeError(f"options gives {key} {describe_type(name)}: give the name of a hyperparameter")
-        if name not in leaves or leaves[name].numel() != 1:
-            wrong = "is no hyperparameter that is learned" if name not in leaves else f"has {leaves[name].numel()} numbers"
-            fitting = [name for name, leaf in leaves.items() if leaf.numel() == 1]
-            raise ValueError(f"options gives {key} {name!r}, which {wrong}: give one of {fitting}, of one number each")
-        transform = transforms.get(name, identity_transform)
-        return leaves[name] if transform is identity_transform else transform(leaves[name])
-
-    for key, names in options.items():
-        if key not in inner.defaults:
-            raise ValueError(f"options has {key!r}, and {type(inner).__name__} has only {', '.join(inner.defaults)}")
-        if isinstance(names, list) and len(names) != len(groups):
-            raise ValueError(f"options gives {key} {len(names)} names, and there are {len(groups)} parameter groups")
-        for group, name in zip(groups, names if isinstance(names, list) else [names] * len(groups), strict=True):
-            group[key] = value(key, name, group[key])
-        if not isinstance(names, list):
-            inner.defaults[key] = groups[0][key]  # for groups that are added later
-    return find_learned_options(inner, hparams)
+    def scale(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        """The number in its place, as a schedule has changed it, and its start."""
+        if self.start is None:
+            return 1.0, 1.0
+        now = self.present(group)  # a tensor from a scheduler that was built on the optimizer before
+        return float(now.detach() if isinstance(now, Tensor) else now), self.start
 
 
 def find_learned_options(inner: optim.Optimizer, hparams: nn.Module) -> list[LearnedOption]:
@@ -195,20 +152,49 @@ def _is_natural_value(value: Tensor, leaf: Tensor, transform: Transform | None) 
 
 @torch.no_grad()
 def take_over(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams: nn.Module) -> list[LearnedOption]:
-    """Put plain numbers in place of the computed options; returns all options, the computed ones with their starts."""
+    """Put plain numbers in place of the computed options; returns all options, the computed ones with their starts.
+
+    An option that has a start already keeps it.
+
+    Raises:
+        ValueError: an option that is computed from a leaf is 0.
+    """
     taken, values = [], [option.value for option in options]
     for option in options:
         if option.transform is not None:
-            group, start = inner.param_groups[option.group], float(option.transform(hparams.get_parameter(option.name)))
+            group, leaf = inner.param_groups[option.group], hparams.get_parameter(option.name)
+            start = float(option.transform(leaf)) if option.start is None else option.start
+            if start == 0:
+                raise ValueError(
+                    f"hyperparameter {option.name!r} is the {option.key} and starts at 0, so that a step's share of it is "
+                    "not defined: start elsewhere, or leave its constraint out"
+                )
             whole = group[option.key]
             if option.member is not None:  # torch takes a pair of numbers or one of tensors
                 whole = [x.item() if isinstance(x, Tensor) and all(x is not y for y in values) else x for x in whole]
-            group[option.key] = _replaced(whole, option.member, start)
+            group[option.key] = _replaced(whole, option.member, _first_number(option.script, start, option.transform, leaf))
             if option.is_default:
                 inner.defaults[option.key] = group[option.key]
             option = option._replace(start=start, value=None)
         taken.append(option)
     return taken
+
+
+def _first_number(script: float | None, start: float, transform: Transform, leaf: Tensor) -> float:
+    """The script's own number, if it is the start but for the rounding of the leaf and of its transform; else the start.
+
+    >>> from torch.distributions.transforms import ExpTransform
+    >>> one = torch.tensor(2.5e-4).log()
+    >>> start = float(one.exp())
+    >>> [_first_number(script, start, ExpTransform(), one) for script in (2.5e-4, 2.6e-4)] == [2.5e-4, start]
+    True
+    >>> start == 2.5e-4
+    False
+    """
+    if script is None:
+        return start
+    rounded = float(transform(transform.inv(leaf.new_tensor(script))))
+    return script if math.isclose(rounded, start, rel_tol=8 * torch.finfo(leaf.dtype).eps) else start
 
 
 def add_group(
@@ -230,7 +216,7 @@ def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams:
     """Give the computed options their present values, number · t(θ) / t(θ₀), for one step.
 
     Raises:
-        ValueError: a leaf that is an option was overwritten.
+        ValueError: a leaf that is an option was overwritten, or will be by a scheduler.
     """
     check_in_place(inner, options)
     before: dict[tuple[int, str], Any] = {}
@@ -241,7 +227,9 @@ def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams:
             before[place] = group[option.key]
             with torch.no_grad():
                 natural = float(option.transform(hparams.get_parameter(option.name)))
-            put[place] = _replaced(put.get(place, before[place]), option.member, option.factor(group) * natural)
+            number, start = option.scale(group)
+            now = number if natural == start else number / start * natural
+            put[place] = _replaced(put.get(place, before[place]), option.member, now)
     for (number, key), value in put.items():
         inner.param_groups[number][key] = value
     try:
@@ -269,13 +257,15 @@ def restarted(options: Iterable[LearnedOption], saved: Iterable[Sequence[Any]]) 
 
 
 def check_in_place(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
-    """Raise ``ValueError`` if a leaf that is an option was overwritten, so that it would no longer be learned.
+    """Raise ``ValueError`` if a leaf that is an option was overwritten, so that it would no longer be learned, or will be.
 
     ``ReduceLROnPlateau`` did so before torch 2.10, ``OneCycleLR`` does for a momentum, ``inner.load_state_dict`` for all.
     """
     for option in options:
         if option.transform is None and (now := option.present(inner.param_groups[option.group])) is not option.value:
             raise ValueError(WRITTEN_OVER.format(name=option.name, key=option.key, now=now))
+        if option.transform is None and option.key == "lr" and "initial_lr" in inner.param_groups[option.group]:
+            raise ValueError(SCHEDULED_LEAF.format(name=option.name))
 
 
 def put_back(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
@@ -290,10 +280,7 @@ def check_unscheduled(groups: Iterable[Mapping[str, Any]], leaves: Tree) -> None
     """Raise ``ValueError`` if the learning rate of one of these groups, which a scheduler sets, is a hyperparameter."""
     rates = [group["lr"] for group in groups if isinstance(group.get("lr"), Tensor)]
     if learned := [name for name, leaf in leaves.items() for rate in rates if shares_memory(rate, leaf)]:
-        raise ValueError(
-            f"hyperparameter {learned[0]!r} is the inner optimizer's lr, and a scheduler would write over what is learned: "
-            "do without one, build it on optimizer.outer, or give the inner optimizer a number as its lr"
-        )
+        raise ValueError(SCHEDULED_LEAF.format(name=learned[0]))
 
 
 def shares_memory(x: Tensor, leaf: Tensor) -> bool:

@@ -252,14 +252,14 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _plain(dynamics: InnerStep) -> list[tuple[list[str], dict[str, Any]]]:
-    """The groups as plain values; a bound option is a dict of the name of its leaf and, if it is computed, its factor."""
+    """The groups as plain values; a bound option is a dict of the name of its leaf and, if it is computed, its scale."""
 
     def plain(option: Any) -> Any:
         if isinstance(option, tuple):
             return tuple(plain(member) for member in option)
         if not isinstance(option, Bound):
             return option
-        return {"leaf": option.name} | ({"factor": option.factor} if option.transform else {})
+        return {"leaf": option.name} | ({"number": option.number, "start": option.start} if option.transform else {})
 
     return [(list(group.names), {key: plain(option) for key, option in group.options.items()}) for group in dynamics.groups]
 
@@ -270,8 +270,10 @@ def _groups(saved: list[tuple[list[str], dict[str, Any]]], transforms: Mapping[s
             return tuple(whole(member) for member in option)
         if not isinstance(option, dict):
             return option
-        name, computed = option["leaf"], "factor" in option
-        return Bound(name=name, transform=transforms[name] if computed else None, factor=option.get("factor", 1.0))
+        name, number = option["leaf"], option.get("number", option.get("factor"))  # a factor, in checkpoints of before
+        if number is None:
+            return Bound(name=name)
+        return Bound(name=name, transform=transforms[name], number=number, start=option.get("start", 1.0))
 
     return tuple(
         Group(names=tuple(names), options={key: whole(option) for key, option in options.items()})

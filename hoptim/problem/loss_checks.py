@@ -82,7 +82,7 @@ def check_apart(weights: Iterable[tuple[str, nn.Parameter]], leaves: Iterable[tu
 def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
     """Return ``value`` if it is a real scalar with a gradient; otherwise raise and say what to do."""
     if not isinstance(value, Tensor):
-        pair = ", or give Problem has_aux=True for a pair (loss, aux)" if isinstance(value, tuple) else ""
+        pair = ", or give has_aux=True for a pair (loss, aux)" if isinstance(value, tuple) else ""
         raise TypeError(f"{name} returned {describe_type(value)}: return a scalar tensor, the loss alone{pair}")
     if not value.is_floating_point():
         raise TypeError(f"{name} returned a tensor of {value.dtype}: return a real, floating-point loss")

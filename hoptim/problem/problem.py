@@ -167,6 +167,8 @@ class Problem:
         self._constants = DetachedView(self.hparams, beside=self.model)
         self._checked: set[LossName] = set()  # the losses that were checked, at their first evaluation
         self.has_trained = False
+        self.options: Any = None  # what was learned as options of the inner optimizer, for a retraining
+        self.starts = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
 
     def check_learned(self) -> None:
         """Raise ``ValueError`` if all weights or all hyperparameters are frozen."""

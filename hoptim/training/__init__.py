@@ -103,6 +103,8 @@ True
 - **The loop is yours.** It waits inside `optimizer.step()` for the other folds. For this each fold has a thread, but only
   one runs at a time. Each fold has its own random numbers. The last training uses those of the process, and has the bits of
   a plain training with the learned values. Make schedulers inside the loop, since each training needs its own.
+- **A frozen backbone** may be shared by all models, if the loop keeps it in `eval()`. If a training writes into a shared
+  buffer, such as the running mean of a batch norm, an error names it, since one model would see what another holds out.
 - **An ensemble.** `found.ensemble(x, of=lambda z: z.softmax(1))` is the mean of the folds' predictions.
 - **Failures.** If the solve of one fold fails, nothing moves, and the record's `detail` names the fold.
 - **Checkpoints.** With `cv.fit(train, checkpoint="fit.pt")` a fit that was killed resumes, to the same bits. The loop says
@@ -114,10 +116,6 @@ True
   have the folds of the first.
 - **Cost.** K trainings on a part of the data, one on all of it, and K solves for each of 60 hypersteps. `found.cost` is the
   wall-clock time in plain trainings. In the study below it was 8 to 9 for a small net, in the example 4.5.
-- **Side by side.** `side_by_side=True` computes the K hypergradients at once with `torch.func.vmap`, equal to 1e-9. A
-  hyperstep took 0.18 of the time for ten MLPs of 131 weights, 0.45 for three of 4,810, 0.9 at 38,000, 1.3 at 77,000; for
-  three CNNs 0.7 to 1.4. So this is for models of up to 40,000 weights without convolutions. For others, and if `vmap` fails,
-  the folds are computed in turn, with a warning.
 - **The outer rate.** It is that of the table above, so 60 hypersteps change a decay by a factor of at most 20. If less is
   known about the start, take `outer=torch.optim.Adam(hparams.parameters(), lr=0.1)`, for a factor of up to 400.
 
@@ -130,6 +128,8 @@ wine nothing was gained ([the study](scripts/README.md#cross-validation)).
 
 `retrain` trains a new model with the hyperparameters held fixed from the first step, on all examples, validation data
 included. With example weights it ended at a lower loss than the run in all cases [measured](scripts/README.md#wrong-labels).
+A learned rate, or another option that was learned, is that of the new optimizer too, with or without a schedule. A warning
+says so if nothing had moved in the run, or if the loop takes no loss from `optimizer.loss`.
 
 >>> final = retrain(optimizer.problem, make, loop, torch.arange(80), inner=inner)
 
@@ -268,8 +268,9 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 | bf16 `autocast`, fp16 with `GradScaler` | losses in bf16 where yours are, in full precision where yours are in fp16; products and solvers in full precision; a skipped step does not count | [precision](tests/problem/test_mixed_precision.py) |
 | `DataLoader` with workers; batches of any kind; closures; early stopping | an empty or exhausted source of batches is an error that names it | [loops](tests/training/test_loops.py) |
 | a `DataLoader` that shuffles, or whose transforms draw from torch, Python or NumPy, as `val_batches` or `train_batches` | a run with hypersteps that move nothing has the bits of one without; resumed to the bit amid a pass | [random](tests/training/test_random_streams.py) |
+| a frozen backbone that the models of a fit, or of a run and its retraining, share | the bits of models with copies of it; refused once a training writes into its buffers | [shared](tests/training/test_shared.py) |
+| `retrain`, with learned options and schedules | a plain loop with the learned values; for a schedule the schedule's numbers times the learned value over its start | [retrain](tests/training/test_retrain.py), [options](tests/training/test_retrain_options.py) |
 | `CrossValidated`: mini-batches, schedulers, clipping, accumulation, autocast, `GradScaler`, shuffling loaders, trackers, a learned rate; folds of unequal size and length, stratified, grouped, ordered in time | K separate loops and the mean of their `hypergradient`s to 1e-9; each training has the bits of a plain one in its random stream | [folds](tests/training/test_cross_validated.py), [loops](tests/training/test_cross_validated_loops.py) |
-| `side_by_side=True` | in turn, to 1e-9; done in turn, with a warning, where a loss draws random numbers, batches differ in shape or models in more than weights | [side by side](tests/training/test_side_by_side.py) |
 | checkpoints of a fit, in both phases, with dropout, schedulers and shuffling loaders | the bits of an uninterrupted fit, wherever it was left; after SIGKILL too; another fit's file is refused, and what differs is named | [resumable](tests/training/test_resumable.py), [kill](tests/integration/test_kill.py) |
 | Lightning, Accelerate, Trainer | as above | [frameworks](tests/integration/test_frameworks.py) |
 | **several processes** | | |

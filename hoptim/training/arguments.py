@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -169,14 +171,14 @@ def made_by(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def check_models(problems: list[Problem]) -> None:
-    """Check that no two models share a tensor, which would train on the held-out examples of a fold."""
-    seen: dict[int, tuple[int, str]] = {}
-    for number, problem in enumerate(problems):
-        for name, tensor in (*problem.model.named_parameters(), *problem.model.named_buffers()):
-            first, first_name = seen.setdefault(tensor.untyped_storage().data_ptr() or id(tensor), (number, name))
-            if first != number:
-                raise ValueError(
-                    f"two models that make returned share the tensor {first_name!r}, so that each would be trained on what "
-                    "is held out from the other: make every layer anew inside make, or deepcopy it there"
-                )
+@contextmanager
+def gradients(what: str) -> Iterator[None]:
+    """Enable gradients inside, whatever is set around it.
+
+    Raises:
+        RuntimeError: under ``torch.inference_mode()``, where nothing can be trained.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{what} was called under torch.inference_mode(), where nothing can be trained: call it outside")
+    with torch.enable_grad():
+        yield

@@ -27,7 +27,7 @@ from hoptim.training.folds import Fold, make_folds
 from hoptim.training.leaf_average import LeafAverage
 from hoptim.training.record import Record, natural_values
 from hoptim.training.resumable import ResumableOptimizer
-from hoptim.training.side_by_side import SideBySide
+from hoptim.training.shared import Shared, check_models
 from hoptim.validation import describe_type
 
 
@@ -105,6 +105,7 @@ class CrossValidated:
         hparams: the hyperparameters, shared by all models.
         train_loss: as in :class:`Problem`.
         val_loss: as in :class:`Problem`.
+        has_aux: as in :class:`Problem`.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of a model's weights.
         outer: the optimizer of ``hparams.parameters()``; default Adam at the rates of :meth:`HyperParameters.optimizer`, and
             0.05 for other modules. In 60 hypersteps ``positive`` values change by a factor of at most 20; at 0.1, of 400.
@@ -121,18 +122,14 @@ class CrossValidated:
         hypergradient: as in :class:`BilevelOptimizer`.
         val_batches: ``val_batches(held_out) -> batches``, a function that makes a fold's validation batches, one for each
             hyperstep; default: all that is held out, as one tensor of indices.
-        side_by_side: whether to compute the hypergradients of all folds at once, by ``torch.func.vmap``, if that is faster;
-            default ``False``. It is for models of at most 40,000 weights without convolutions and buffers, losses without
-            random numbers, batches of equal shapes, and ``Implicit`` on ``Exact`` with ``MINRES``, ``CG`` or ``Identity``.
-            Otherwise they are computed in turn, and a warning says why.
         on_failure: if the solve of a fold fails, nothing moves; then ``"skip"`` warns and ``"raise"`` raises an error.
         hooks: functions of the :class:`Record`, called after each hyperstep. The record's result has a leading axis of the
             folds, as for a vector of K validation losses, and its ``standard_error`` is that over the folds.
 
     Raises:
         TypeError: an argument of the wrong kind; ``make`` or ``inner`` returned something else.
-        ValueError: models that share a tensor; folds that are empty, or train on what they hold out; a warm-up that leaves
-            no room for the hypersteps; ranks with different folds.
+        ValueError: models that share a tensor that is trained; folds that are empty, or train on what they hold out; a
+            warm-up that leaves no room for the hypersteps; ranks with different folds.
 
     Source: Foo, Do and Ng 2007, Efficient multiple hyperparameter learning for log-linear models; the rest is measured.
 
@@ -168,6 +165,7 @@ class CrossValidated:
         train_loss: Loss,
         val_loss: Loss,
         *,
+        has_aux: bool = False,
         inner: Callable[[nn.Module], Optimizer],
         outer: Optimizer | None = None,
         examples: int,
@@ -179,7 +177,6 @@ class CrossValidated:
         options: Mapping[str, Any] | None = None,
         hypergradient: Method | None = None,
         val_batches: Callable[[Tensor], Iterable[Any]] | None = None,
-        side_by_side: bool = False,
         on_failure: arguments.OnFailure = "skip",
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
@@ -187,13 +184,10 @@ class CrossValidated:
         arguments.check_fold_schedule(warmup, hypersteps)
         if not isinstance(hparams, nn.Module):
             raise TypeError(f"hparams is {describe_type(hparams)}: give a HyperParameters or another nn.Module")
-        if not isinstance(side_by_side, bool):
-            raise TypeError(f"side_by_side={side_by_side!r}: give True or False")
-        self.side_by_side = side_by_side
         self.hparams, self.average, self._hypersteps, self._fitted = hparams, average, hypersteps, False
 
         def problem() -> Problem:
-            return Problem(arguments.made_by(make), hparams, train_loss, val_loss)
+            return Problem(arguments.made_by(make), hparams, train_loss, val_loss, has_aux=has_aux)
 
         problems = [problem()]
         self.folds = make_folds(folds, examples, problems[0].ranks)
@@ -201,7 +195,8 @@ class CrossValidated:
         for stream in streams:
             with stream.drawing():
                 problems.append(problem())
-        arguments.check_models(problems)
+        models = [problem.model for problem in problems]
+        check_models(models)
         outer = outer_adam(hparams) if outer is None else outer
 
         def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
@@ -218,13 +213,16 @@ class CrossValidated:
             )
 
         optimizers: list[FoldOptimizer] = []
-        for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
-            with annotate_errors(f"for fold {number}"):
-                optimizers.append(fold_optimizer(fold, one))
         everything = torch.arange(examples, device="cpu")
-        model, unused = problems[0].wrapper, [everything]  # the last training has no hypersteps
-        last = ResumableOptimizer(inner(model), outer, problems[0], val_batches=unused, options=options, every=None)
-        self._parts = Parts(folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything)
+        with arguments.gradients("CrossValidated"):
+            for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
+                with annotate_errors(f"for fold {number}"):
+                    optimizers.append(fold_optimizer(fold, one))
+            model, unused = problems[0].wrapper, [everything]  # the last training has no hypersteps
+            last = ResumableOptimizer(inner(model), outer, problems[0], val_batches=unused, options=options, every=None)
+        self._parts = Parts(
+            folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything, shared=Shared(models)
+        )
 
     def fit(
         self, train: Train, *, checkpoint: str | os.PathLike[str] | None = None, every_seconds: float = 60.0
@@ -239,8 +237,10 @@ class CrossValidated:
             every_seconds: the least time from one writing to the next, default 60.
 
         Raises:
-            RuntimeError: it was called before; or a solve failed and ``on_failure`` is ``"raise"``.
-            ValueError: a fold's training ended before the first hyperstep; the checkpoint is damaged or of another fit.
+            RuntimeError: it was called before, or under ``torch.inference_mode()``; or a solve failed and ``on_failure`` is
+                ``"raise"``.
+            ValueError: a fold's training ended before the first hyperstep, or wrote into a buffer that the models share; the
+                checkpoint is damaged or of another fit.
             TypeError: the state of an object given to ``resumable`` can't be saved.
         """
         check_takes("train", train, "model, optimizer, examples")
@@ -249,9 +249,10 @@ class CrossValidated:
         last, optimizers = self._parts.last, self._parts.optimizers
         file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), last.problem.ranks)
         average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
-        fit = Fit(self._parts, train, average, file, SideBySide(optimizers) if self.side_by_side else None)
-        self._fitted = True
-        fit.run()
+        fit = Fit(self._parts, train, average, file)
+        with arguments.gradients("fit"):
+            self._fitted = True
+            fit.run()
         return CrossValidatedFit(
             model=last.problem.wrapper,
             models=[optimizer.problem.wrapper for optimizer in optimizers],
@@ -268,7 +269,6 @@ class CrossValidated:
             "folds": [(fold.train, fold.held_out) for fold in self.folds],
             "hypersteps": self._hypersteps,
             "average": self.average,
-            "side_by_side": self.side_by_side,
             "the steps of the hypersteps": [list(optimizer.due) for optimizer in self._parts.optimizers],
             "hypergradient": re.sub(" at 0x[0-9a-f]+", "", repr(first.hypergradient)),
             "the inner optimizer": type(first.inner).__name__,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.random_stream import RandomStream, from_tensors, global_states, set_global_states, to_tensors
 from hoptim.training.fit_file import FitFile
-from hoptim.training.fold_optimizer import Drawn, FoldOptimizer, Met, joined
+from hoptim.training.fold_optimizer import FoldOptimizer, Met, joined
 from hoptim.training.folds import Fold
 from hoptim.training.in_turn import InTurn
 from hoptim.training.leaf_average import LeafAverage
 from hoptim.training.record import Record
 from hoptim.training.resumable import AtMark, ResumableOptimizer, State
-from hoptim.training.side_by_side import SideBySide
+from hoptim.training.shared import Shared
 
 Train = Callable[[nn.Module, ResumableOptimizer, Tensor], Any]
 
@@ -34,6 +34,7 @@ class Parts:
         optimizers: the optimizer of each fold, with its model.
         last: the optimizer of the last training, with its model.
         examples: the indices of all examples.
+        shared: what the models share.
     """
 
     folds: list[Fold]
@@ -41,6 +42,7 @@ class Parts:
     optimizers: list[FoldOptimizer]
     last: ResumableOptimizer
     examples: Tensor
+    shared: Shared
 
 
 class Marked(NamedTuple):
@@ -58,17 +60,14 @@ class Fit:
         train: the user's loop.
         average: the mean of the leaves, which replaces them after the folds; ``None`` to keep their last values.
         file: the checkpoint; ``None`` for none.
-        at_once: computes the hypergradients of all folds at once; ``None`` to compute them in turn.
 
     Attributes:
         history: ``Record.row()`` of each hyperstep.
         seconds: the wall-clock time of each phase.
     """
 
-    def __init__(
-        self, parts: Parts, train: Train, average: LeafAverage | None, file: FitFile | None, at_once: SideBySide | None
-    ) -> None:
-        self.parts, self.train, self.average, self.file, self.at_once = parts, train, average, file, at_once
+    def __init__(self, parts: Parts, train: Train, average: LeafAverage | None, file: FitFile | None) -> None:
+        self.parts, self.train, self.average, self.file = parts, train, average, file
         self.history: list[dict[str, Any]] = []
         self.seconds = {"folds": 0.0, "last": 0.0}
         self._counted = time.perf_counter()
@@ -78,6 +77,8 @@ class Fit:
 
     def run(self) -> None:
         """Run both phases, or what is left of them after a checkpoint."""
+        for optimizer in (*self.parts.optimizers, self.parts.last):
+            self.parts.shared.watch(optimizer)
         if self._begin() == "folds":
             self._train_folds()
             self._random = {"last": global_states()}
@@ -86,6 +87,7 @@ class Fit:
         self._counted = time.perf_counter()
         self.parts.last.at_mark = self._at_mark_of_last(self.file)
         self.train(self.parts.last.problem.wrapper, self.parts.last, self.parts.examples)
+        self.parts.shared.check()
         self._add_seconds("last")
 
     def _begin(self) -> str:
@@ -105,11 +107,10 @@ class Fit:
         turns = [InTurn(self._training(number)) for number, _ in enumerate(self.parts.folds)]
         for number, (optimizer, turn) in enumerate(zip(self.parts.optimizers, turns, strict=True)):
             optimizer.turn, optimizer.at_mark = turn, self._at_mark_of_fold(number, self.file)
-            optimizer.hands_over = self.at_once is not None and self.at_once.is_possible
         try:
             record: Record | None = None
             while (came := self._to_hyperstep(turns, record)) is not None:
-                record = self._move(turns, came)
+                record = self._move(came)
                 self.history.append(record.row())
                 if self.average is not None:
                     self.average.add()
@@ -144,14 +145,17 @@ class Fit:
     def _resume(self, number: int, turn: InTurn, sent: Record | None = None) -> Any:
         """Let a fold run on in its random stream, until it pauses or ends."""
         with self.parts.streams[number].drawing():
-            return turn.resume(sent)
+            came = turn.resume(sent)
+        with annotate_errors(f"in the training of fold {number + 1} of {len(self.parts.folds)}"):
+            self.parts.shared.check()
+        return came
 
-    def _to_hyperstep(self, turns: list[InTurn], record: Record | None) -> list[Met | Drawn] | None:
+    def _to_hyperstep(self, turns: list[InTurn], record: Record | None) -> list[Met] | None:
         """Let all folds run to their next hyperstep, with checkpoints on the way; ``None`` if one has ended."""
-        came: list[Met | Drawn | Marked | None] = [None] * len(turns)
+        came: list[Met | Marked | None] = [None] * len(turns)
         while True:
             for number, turn in enumerate(turns):
-                if not (isinstance(came[number], (Met, Drawn)) or turn.ended):
+                if not (isinstance(came[number], Met) or turn.ended):
                     came[number] = self._resume(number, turn, record)
                 first = came[0]
                 self._wanted = first.number if isinstance(first, Marked) else None
@@ -159,7 +163,7 @@ class Fit:
                 return None
             marks = [one for one in came if isinstance(one, Marked)]
             if not marks:
-                return [one for one in came if isinstance(one, (Met, Drawn))]
+                return [one for one in came if isinstance(one, Met)]
             if len(marks) == len(turns) and self.file is not None:
                 self.file.write(self._state_of_folds([mark.state for mark in marks]))
 
@@ -174,18 +178,10 @@ class Fit:
 
         return at_mark
 
-    def _move(self, turns: list[InTurn], came: list[Met | Drawn]) -> Record:
+    def _move(self, came: list[Met]) -> Record:
         """The hyperstep of all folds, taken by the optimizer of the first one."""
-        begun = time.perf_counter() - sum(one.seconds for one in came if isinstance(one, Met))
-        drawn, at_once = [one for one in came if isinstance(one, Drawn)], self.at_once
-        found = at_once(drawn) if at_once is not None and len(drawn) == len(came) else None
-        if at_once is None or found is None or not at_once.is_checked:
-            # folds that have handed over their batches go on, and compute their own hypergradients
-            in_turn = joined([self._resume(k, turns[k]) if isinstance(one, Drawn) else one for k, one in enumerate(came)])
-            found = in_turn if at_once is None or found is None else at_once.checked(found, in_turn)
-            for optimizer in self.parts.optimizers:
-                optimizer.hands_over = at_once is not None and at_once.is_possible
-        return self.parts.optimizers[0]._move(begun, found)
+        begun = time.perf_counter() - sum(one.seconds for one in came)
+        return self.parts.optimizers[0]._move(begun, joined(came))
 
     def _check_lengths(self) -> None:
         """Warn if a fold took another number of steps than it said, and raise if that left no hyperstep."""

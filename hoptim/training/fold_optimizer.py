@@ -14,7 +14,7 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import Solution
-from hoptim.training.in_turn import AUTOCAST_DEVICES, InTurn
+from hoptim.training.in_turn import InTurn
 from hoptim.training.record import Record
 from hoptim.training.resumable import ResumableOptimizer, State
 
@@ -44,13 +44,6 @@ def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
     return [begin + (steps - begin) * number // hypersteps for number in range(1, hypersteps + 1)]
 
 
-class Drawn(NamedTuple):
-    """A fold's batches for a hyperstep in which the hypergradients of all folds are computed at once."""
-
-    train_batch: Any
-    val_batch: Any
-
-
 class FoldOptimizer(ResumableOptimizer):
     """A BilevelOptimizer that takes its hypersteps after given steps, together with the other folds.
 
@@ -60,7 +53,6 @@ class FoldOptimizer(ResumableOptimizer):
     """
 
     turn: InTurn
-    hands_over = False  # whether the hypergradients of all folds are computed at once
 
     def __init__(self, inner: Optimizer, outer: Optimizer, problem: Problem, *, due: Sequence[int], **more: Any) -> None:
         shortest = min(b - a for a, b in zip((0, *due), due, strict=False))
@@ -75,15 +67,9 @@ class FoldOptimizer(ResumableOptimizer):
 
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
         """Hand over this fold's hypergradient, and wait until all folds have done so and the hyperparameters have moved."""
-        self.every, record = None, None
-        if self.hands_over and not any(map(torch.is_autocast_enabled, AUTOCAST_DEVICES)):
-            train_batch = self._progress.window.batch() if train_batch is None else train_batch
-            val_batch = self.val_batches.draw() if val_batch is None else val_batch
-            record = self.turn.pause(Drawn(train_batch, val_batch))
-        if record is None:
-            begun = time.perf_counter()
-            result = self._hypergradient(train_batch, val_batch)
-            record = self.turn.pause(Met(result, time.perf_counter() - begun))
+        self.every, begun = None, time.perf_counter()
+        result = self._hypergradient(train_batch, val_batch)
+        record = self.turn.pause(Met(result, time.perf_counter() - begun))
         if record is not None:
             self._progress.hyper_steps, self._progress.record = record.hyper_step, record
         self._await_next()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hoptim.methods import learned_options
+from hoptim.methods import learned_options, named_options
 from hoptim.methods.default import default_method
 from hoptim.methods.implicit import doubts
 from hoptim.methods.method import Method, TrainingContext
@@ -104,7 +104,7 @@ class BilevelOptimizer(OptimizerProxy):
         arguments.check_strategies(hypergradient, hooks, every, options)
         super().__init__()
         self.inner, self.outer, self.problem = inner, outer, problem
-        learned = learned_options.bind_by_name(inner, options or {}, problem.hparams)
+        learned = named_options.bind_by_name(inner, options or {}, problem.hparams)
         self.hypergradient = default_method(learned, every) if hypergradient is None else hypergradient
         self.every, self.warmup, self.on_failure, self.hooks = every, warmup, on_failure, tuple(hooks)
         self.val_weights = arguments.checked_weights(val_weights)
@@ -114,7 +114,7 @@ class BilevelOptimizer(OptimizerProxy):
         if every is not None:
             self._progress.first_steps = FirstSteps(train_batches is None or self.hypergradient.keeps_steps > 0)
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
-        self._progress.learned_options = learned_options.take_over(inner, learned, problem.hparams)
+        self._progress.learn(learned, inner, problem)
         self.register_state_dict_post_hook(_add_state)
 
     def loss(self, batch: Any) -> Any:
@@ -312,8 +312,8 @@ class BilevelOptimizer(OptimizerProxy):
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        parts = f"every={self.every}, hypergradient={self.hypergradient},\ninner={self.inner},\nouter={self.outer}"
-        return f"BilevelOptimizer({parts})"
+        how = f"every={self.every}, hypergradient={self.hypergradient}"
+        return f"BilevelOptimizer({how},\ninner={self.inner},\nouter={self.outer})"
 
 
 def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.learned_options import LearnedOption, restarted, starts
+from hoptim.methods.learned_options import LearnedOption, restarted, starts, take_over
+from hoptim.methods.named_options import Learned
 from hoptim.methods.trajectory import Recorder
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State, Status
@@ -40,6 +41,12 @@ class Progress:
     learned_options: list[LearnedOption] = field(default_factory=list)
     warned: set[Status | str] = field(default_factory=set)
     unheld: list[tuple[str, str]] = field(default_factory=list)  # tensors in neither optimizer, after a warning
+
+    def learn(self, options: Sequence[LearnedOption], inner: Optimizer, problem: Problem) -> None:
+        """Take over the learned options, and leave on the problem what a retraining has to know of them."""
+        self.learned_options = take_over(inner, options, problem.hparams)
+        if self.learned_options:
+            problem.options = Learned.of(inner, self.learned_options)
 
     def cleared(self) -> None:
         """Call this when gradients are cleared."""
@@ -98,7 +105,10 @@ class Progress:
         self.solver_state = {name: vector.to(device) for name, vector in saved["solver_state"].items()}
         self.last_gradient = _beside(saved["last_gradient"], leaves)
         self.recorder.load_state_dict(saved["trajectory"], problem, inner)
-        self.learned_options = restarted(self.learned_options, saved.get("option_starts", ()))
+        begun = saved.get("option_starts", ())
+        self.learned_options = restarted(self.learned_options, begun)
+        if problem.options is not None:
+            problem.options = problem.options.restarted(begun)
         if self.inner_steps:
             self.first_steps = None
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from hoptim.methods.learned_options import restarted, starts
+from hoptim.methods.named_options import Learned
 from hoptim.problem.random_stream import global_states, set_global_states
 from hoptim.training.optimizer import BilevelOptimizer
 from hoptim.validation import describe_type
@@ -106,6 +108,17 @@ class ResumableOptimizer(BilevelOptimizer):
             "stateful": [(type(one).__name__, _state_of(one)) for one in stateful],
             "random": global_states(),
         }
+
+    @property
+    def has_seen_loss(self) -> bool:
+        """Whether any loss of :meth:`loss` has gone backward."""
+        return self._progress.window.has_seen
+
+    def start_from(self, learned: Learned | None) -> None:
+        """Let the options that were learned elsewhere have the starts that they had there."""
+        if learned is not None:
+            options = restarted(self.learned_options, starts(learned.options))
+            self._progress.learn(options, self.inner, self.problem)
 
     def put(self, saved: State) -> None:
         """Restore model and optimizer."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from hoptim.methods.method import checked_problem
+from hoptim.methods.named_options import named_again
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
 from hoptim.training import arguments
 from hoptim.training.optimizer import BilevelOptimizer
 from hoptim.training.resumable import ResumableOptimizer
+from hoptim.training.shared import Shared, find_shared
 
 
 def retrain(
@@ -40,16 +43,19 @@ def retrain(
             ``optimizer.step()``; the same function can serve the run in which the hyperparameters are learned.
         examples: passed on to ``train``, in general a tensor of indices.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of the model's weights.
-        options: the options of that optimizer that are hyperparameters, as in :class:`BilevelOptimizer`.
+        options: the options of that optimizer that are hyperparameters, as in :class:`BilevelOptimizer`. Those that were
+            learned need not be named again: the optimizer has them with what was learned, with or without a schedule.
+            ``{"lr": None}`` leaves the number of ``inner``.
 
     Returns:
         The trained model.
 
     Raises:
         TypeError: an argument of the wrong kind; ``make`` or ``inner`` returned something else.
-        ValueError: ``make`` returned the trained model, one that shares a tensor with it, or a copy of it; there are no
-            examples.
-        RuntimeError: ``train`` took no step, or moved the hyperparameters.
+        ValueError: ``make`` returned the trained model, one that shares with it what is trained, or a copy of it; ``train``
+            wrote into a buffer that they share; there are no examples; ``inner`` made another optimizer than the one whose
+            options were learned.
+        RuntimeError: ``train`` took no step, or moved the hyperparameters; under ``torch.inference_mode()``.
 
     >>> from hoptim.recipes import WeightDecay
     >>> _ = torch.manual_seed(0)
@@ -81,33 +87,58 @@ def retrain(
     check_takes("train", train, "model, optimizer, examples")
     if hasattr(examples, "__len__") and not len(examples):
         raise ValueError("examples is empty: give those to train on, such as torch.arange(n)")
-    model = arguments.made_by(make)
-    losses, group = (problem.train_loss, problem.val_loss), problem.process_group
-    new = Problem(model, problem.hparams, *losses, has_aux=problem.has_aux, process_group=group)
-    _check_new(new.model, problem)
-    unmoved = SGD(problem.hparams.parameters(), lr=0.0)
-    optimizer = ResumableOptimizer(inner(model), unmoved, new, val_batches=[examples], options=options, every=None)
-    before = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
-    train(model, optimizer, examples)
+    if problem.has_trained and not _have_moved(problem):
+        warnings.warn(
+            "the model of the problem was trained, but no hyperparameter has moved since the problem was made: the new "
+            "model trains with their starts. If the run had no hyperstep, give it a smaller every or warmup, or more steps",
+            stacklevel=2,
+        )
+    with arguments.gradients("retrain"):
+        model = arguments.made_by(make)
+        losses, group = (problem.train_loss, problem.val_loss), problem.process_group
+        new = Problem(model, problem.hparams, *losses, has_aux=problem.has_aux, process_group=group)
+        _check_new(new.model, problem)
+        unmoved, made = SGD(problem.hparams.parameters(), lr=0.0), inner(model)
+        arguments.check_optimizers(made, unmoved, new)
+        arguments.check_strategies(None, (), None, options)
+        again = named_again(problem.options, made, options or {}, problem.hparams)
+        optimizer = ResumableOptimizer(made, unmoved, new, val_batches=[examples], options=again, every=None)
+        optimizer.start_from(problem.options)
+        shared = Shared([problem.model, new.model])
+        shared.watch(optimizer)
+        before = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
+        train(model, optimizer, examples)
     if not optimizer.inner_steps:
         raise RuntimeError("train took no step: it is called as train(model, optimizer, examples), so step that optimizer")
     if moved := [name for name, leaf in problem.leaves().items() if not torch.equal(leaf, before[name])]:
         raise RuntimeError(f"train moved hyperparameter {moved[0]!r}, which is held fixed here: step only its optimizer")
+    shared.check()
+    in_loss = before.keys() - {option.name for option in optimizer.learned_options}
+    if in_loss and not optimizer.has_seen_loss:
+        warnings.warn(
+            "no loss of optimizer.loss(batch) went backward in train, so that the new model knows nothing of what was "
+            f"learned in train_loss, such as {min(in_loss)!r}: compute the loss with it in place of the criterion",
+            stacklevel=2,
+        )
     return model
 
 
+def _have_moved(problem: Problem) -> bool:
+    """Whether any hyperparameter is another than when the problem was made, by a hyperstep, by hand or from a file."""
+    return any(
+        name not in problem.starts or not torch.equal(leaf, problem.starts[name].to(leaf))
+        for name, leaf in problem.leaves().items()
+    )
+
+
 def _check_new(model: nn.Module, problem: Problem) -> None:
-    """Raise ``ValueError`` if the model is the trained one, shares a tensor with it, or has its weights."""
+    """Raise ``ValueError`` if the model is the trained one, shares a tensor that is trained, or has the trained weights."""
     remedy = "training starts from scratch, so make every layer anew inside make"
-    old = {tensor.untyped_storage().data_ptr(): name for name, tensor in _tensors(problem.model)}
-    for name, tensor in _tensors(model):
-        if found := old.get(tensor.untyped_storage().data_ptr() if tensor.numel() else -1):
-            raise ValueError(f"{name!r} of the model that make returned is {found!r} of the trained one: {remedy}")
+    for found in find_shared([problem.model, model]):
+        if found.trains:
+            raise ValueError(
+                f"{found.name!r} of the model that make returned is {found.first!r} of the trained one: {remedy}"
+            )
     now, learned = dict(model.named_parameters()), problem.weights()
     if problem.has_trained and all(name in now and torch.equal(now[name], w) for name, w in learned.items()):
         raise ValueError(f"make returned a copy of the trained model, with its weights: {remedy}")
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()

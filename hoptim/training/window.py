@@ -32,6 +32,11 @@ class Window:
         """Whether no loss was counted since the last step, so that no gradient waits for a step."""
         return self._stepped
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether any loss has gone backward."""
+        return bool(self._seen)
+
     def note(self, batch: Any) -> None:
         """Count ``batch`` at once, at a third of the cost of :meth:`watch`, for steps before no hyperstep."""
         if self._stepped:

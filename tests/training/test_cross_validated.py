@@ -543,3 +543,70 @@ def test_the_example_is_short_and_better_than_a_fixed_decay_of_the_same_start(ep
     output = capsys.readouterr().out
     losses = dict(re.findall(r"^(learned|fixed decay [\d.]+).*: test cross-entropy ([\d.]+)", output, re.MULTILINE))
     assert float(losses["learned"]) < 0.8 * float(losses["fixed decay 0.01"])
+
+
+# What is set around a fit
+
+
+def outcome_of(found: Any) -> list[Any]:
+    models = [found.model, *found.models]
+    return [found.hyperparameters["decay"], *(t for model in models for t in model.state_dict().values())]
+
+
+def test_a_loss_with_an_aux_serves_as_one_without():
+    def with_aux(model: Any, hparams: Any, batch: Any) -> Any:
+        return train_loss(model, hparams, batch), batch
+
+    def both(model: Any, optimizer: Any, examples: Any) -> None:
+        for step in range(40):
+            optimizer.zero_grad()
+            batch = examples.roll(-2 * step)[:2]
+            value, aux = optimizer.loss(batch)
+            assert aux is batch
+            value.backward()
+            optimizer.step()
+
+    expected = cross_validated().fit(loop(40))
+    found = cross_validated(train_loss=with_aux, has_aux=True).fit(both)
+    assert all(map(torch.equal, outcome_of(found), outcome_of(expected)))
+    with pytest.raises(TypeError, match="has_aux=1: give True"):
+        cross_validated(has_aux=1)
+
+
+def test_under_no_grad_it_is_the_same_fit():
+    expected = cross_validated().fit(loop(40))
+    with torch.no_grad():
+        found = cross_validated().fit(loop(40))
+        assert not torch.is_grad_enabled()
+    assert all(map(torch.equal, outcome_of(found), outcome_of(expected)))
+    rates = []
+    for around in (torch.enable_grad(), torch.no_grad()):
+        hparams = HyperParameters({"rate": torch.tensor(0.05)}, {"rate": constraints.positive})
+        with around:
+            learned = {
+                "train_loss": plain,
+                "val_loss": plain,
+                "inner": lambda m, h=hparams: SGD(m.parameters(), lr=h["rate"]),
+            }
+            rates.append(cross_validated(hparams, **learned).fit(loop(40)).hyperparameters["rate"])
+    assert torch.equal(*rates)
+    assert abs(rates[0] - 0.05) > 1e-4
+
+
+def plain(model: Any, hparams: Any, batch: Any) -> Any:
+    return (model(X[batch]) - Y[batch]).square().mean()
+
+
+def test_under_inference_mode_it_is_refused_at_once_and_may_be_called_again():
+    cv, steps = cross_validated(), []
+
+    def counted(model: Any, optimizer: Any, examples: Any) -> None:
+        steps.append(0)
+        loop(40)(model, optimizer, examples)
+
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"fit was called under torch.inference_mode\(\)"):
+        cv.fit(counted)
+    assert not steps
+    assert all(map(torch.equal, outcome_of(cv.fit(counted)), outcome_of(cross_validated().fit(loop(40)))))
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"made inside torch.inference_mode\(\)"):
+        cross_validated()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -235,3 +236,90 @@ def test_hypersteps_by_hand_move_nothing() -> None:
 
     hoptim.retrain(problem, make, loop, torch.arange(N), inner=lambda model: Adam(model.parameters(), lr=0.01))
     assert torch.equal(problem.hparams["example_weight"], before)
+
+
+def test_under_no_grad_it_is_the_same_training_and_under_inference_mode_it_is_refused() -> None:
+    problem, ends = learned(), []
+    for around in (torch.enable_grad(), torch.no_grad()):
+        torch.manual_seed(2)
+        with around:
+            ends.append(hoptim.retrain(problem, make, train, torch.arange(N), inner=inner))
+    assert same(*ends)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"retrain was called under torch.inference_mode\(\)"):
+        hoptim.retrain(problem, make, train, torch.arange(N), inner=inner)
+
+
+# A retraining that knows nothing of what was learned is told
+
+
+def told(problem: hoptim.Problem, loop: Any = train, **more: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hoptim.retrain(problem, make, loop, torch.arange(N), **{"inner": inner, **more})
+    assert all(one.filename == __file__ for one in caught)
+    return [str(one.message) for one in caught]
+
+
+def test_a_loop_that_never_asks_for_the_loss_is_told() -> None:
+    problem = learned()
+
+    def own(model: Any, optimizer: Any, examples: Any) -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X[examples]), Y[examples]).backward()
+            optimizer.step()
+            with torch.no_grad():
+                optimizer.loss(examples)  # only for a log
+
+    (words,) = told(problem, own)
+    assert "no loss of optimizer.loss(batch) went backward in train" in words
+    assert "such as 'example_weight': compute the loss with it in place of the criterion" in words
+    assert told(problem) == []
+
+
+def test_a_loop_with_its_own_loss_beside_a_learned_rate_is_not_told_if_nothing_is_in_the_loss() -> None:
+    def loss(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(X[batch]), Y[batch])
+
+    def own(model: Any, optimizer: Any, examples: Any) -> None:
+        loss(model, None, examples).backward()
+        optimizer.step()
+
+    hparams = hoptim.HyperParameters({"lr": torch.tensor(0.3)}, {"lr": constraints.positive})
+    problem = hoptim.Problem(make(), hparams, loss, loss)
+    assert told(problem, own, options={"lr": "lr"}) == []
+    assert len(told(problem, own)) == 1  # then the rate is in the loss, as far as is known
+
+
+def unmoved(**settings: Any) -> hoptim.Problem:
+    torch.manual_seed(1)
+    model, hparams = make(), ExampleWeights(N, trusted=CLEAN).double()
+    problem = hoptim.Problem(model, hparams, train_loss, val_loss)
+    train(model, hoptim.BilevelOptimizer(inner(model), hparams.optimizer(), problem, val_batches=[CLEAN], **settings), NOISY)
+    return problem
+
+
+@pytest.mark.parametrize("settings", [{"every": 100}, {"every": 2, "warmup": 2000}, {"every": None}])
+def test_a_run_without_a_hyperstep_is_told_and_its_retraining_has_the_starts(settings: Any) -> None:
+    problem = unmoved(**settings)
+    (words,) = told(problem)
+    assert "no hyperparameter has moved since the problem was made: the new model trains with their starts" in words
+    torch.manual_seed(2)
+    with pytest.warns(UserWarning, match="no hyperparameter has moved"):
+        model = hoptim.retrain(problem, make, train, torch.arange(N), inner=inner)
+    assert same(model, by_hand(ExampleWeights(N, trusted=CLEAN).double()["example_weight"].detach(), torch.arange(N)))
+
+
+def test_hyperparameters_that_moved_by_a_hyperstep_by_hand_or_from_a_file_are_not_told() -> None:
+    assert told(learned()) == []
+    assert told(copy.deepcopy(learned())) == []
+    by_hand = unmoved(every=None)
+    by_hand.hparams["example_weight"] = torch.full((N,), 0.3)
+    loaded = unmoved(every=None)
+    loaded.hparams.load_state_dict(by_hand.hparams.state_dict())
+    data = unmoved(every=None)
+    next(iter(data.leaves().values())).data.add_(0.1)
+    for problem in (by_hand, loaded, data):
+        assert told(problem) == []
+    untrained = hoptim.Problem(make(), ExampleWeights(N).double(), train_loss, val_loss)
+    assert told(untrained) == []
