@@ -267,7 +267,7 @@ class BilevelOptimizer(OptimizerProxy):
             "version": VERSION,
             "weights": held_weights(self.inner, self.problem),
             "outer": self.outer.state_dict(),
-            "hparams": dict(self.problem.hparams.state_dict()),
+            "hparams": self.problem.hparams.state_dict(),
             **self._progress.state_dict(),
             "val_batches": self.val_batches.state_dict(),
             "train_batches": None if self.train_batches is None else self.train_batches.state_dict(),
