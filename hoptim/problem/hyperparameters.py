@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from textwrap import indent
 from typing import Any
 
@@ -174,7 +174,10 @@ class HyperParameters(nn.Module):
         >>> [group["lr"] for group in hparams.optimizer().param_groups], hparams.optimizer(lr=0.1).param_groups[0]["lr"]
         ([0.05, 0.3], 0.1)
         """
-        return outer_adam(self, lr)
+        if lr is not None:
+            return torch.optim.Adam(self.parameters(), lr=lr)
+        kinds = self._constraints.items()
+        return _joined(self, {id(self._leaf(name)): _rate(kind, self._transforms[name]) for name, kind in kinds})
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -207,18 +210,42 @@ def transforms_of(hparams: nn.Module) -> dict[str, Transform]:
     }
 
 
-def outer_adam(hparams: nn.Module, lr: float | None = None) -> torch.optim.Adam:
-    """:meth:`HyperParameters.optimizer` for any module; leaves of other modules in it have a logarithm's rate."""
-    rates = {
-        id(module._leaf(name)): _rate(constraint, module._transforms[name])
-        for module in hparams.modules()
-        if isinstance(module, HyperParameters)
-        for name, constraint in module._constraints.items()
-    }
-    groups: dict[float, list[nn.Parameter]] = {}
+def outer_adam(hparams: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+    """The outer optimizer of any module: its own ``optimizer()``, or Adam as each module in it that has one says.
+
+    Leaves of other modules have a logarithm's rate. With ``lr`` all leaves have this one.
+    """
+    if lr is not None:
+        return torch.optim.Adam(hparams.parameters(), lr=lr)
+    own = _optimizer_of(hparams)
+    return _joined(hparams, {}) if own is None else own()
+
+
+def _optimizer_of(module: Any) -> Callable[[], torch.optim.Optimizer] | None:
+    """The method ``optimizer`` of a module's class, if it has one; a child or a parameter may have this name too."""
+    return module.optimizer if callable(getattr(type(module), "optimizer", None)) else None
+
+
+def _joined(hparams: nn.Module, rates: Mapping[int, float]) -> torch.optim.Adam:
+    """Adam at these rates, by the ids of leaves; for others as the outermost module inside with an ``optimizer()`` says."""
+    usual = torch.optim.Adam([torch.zeros(())], lr=LOGARITHM).defaults
+    options = {leaf: {**usual, "lr": rate} for leaf, rate in rates.items()}
+    for path, module in hparams.named_modules():
+        own = _optimizer_of(module)
+        if not path or own is None:
+            continue
+        found = own()
+        if not isinstance(found, torch.optim.Adam):
+            raise TypeError(
+                f"{path}.optimizer() returns {type(found).__name__}, and all hyperparameters share an Adam: give outer"
+            )
+        for group in found.param_groups:
+            chosen = {key: value for key, value in group.items() if key != "params"}
+            options = {**{id(leaf): chosen for leaf in group["params"]}, **options}
+    groups: dict[frozenset[tuple[str, Any]], list[nn.Parameter]] = {}
     for leaf in hparams.parameters():
-        groups.setdefault(rates.get(id(leaf), LOGARITHM) if lr is None else lr, []).append(leaf)
-    return torch.optim.Adam([{"params": leaves, "lr": rate} for rate, leaves in groups.items()])
+        groups.setdefault(frozenset(options.get(id(leaf), usual).items()), []).append(leaf)
+    return torch.optim.Adam([{**dict(chosen), "params": leaves} for chosen, leaves in groups.items()])
 
 
 def _rate(constraint: Constraint, transform: Transform) -> float:

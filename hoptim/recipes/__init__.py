@@ -62,8 +62,9 @@ has the results.
 
 *The outer optimizer* is `hparams.optimizer()`, Adam with a rate for each constraint: 0.05 for `positive`, where a step is
 about 5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. For a `real` hyperparameter the rate should be small
-compared to its size; for a learned momentum it should be below 0.3, which took one to 0.999. For recipes in an
-`nn.ModuleDict`, give Adam the groups of each (`hoptim.CrossValidated` does so by itself):
+compared to its size; for a learned momentum it should be below 0.3, which took one to 0.999. `AugmentationNet`,
+`DistilledData` and `Schedule` have the rates of this table instead. For recipes in an `nn.ModuleDict`, give Adam the groups
+of each (`hoptim.CrossValidated` does so by itself):
 `[group for one in hparams.values() for group in one.optimizer().param_groups]`.
 
 *Warm-up.* A quarter of the steps for what acts on a trained model, as decays and noise do; on twelve tasks none at all did

@@ -58,3 +58,7 @@ class Schedule(HyperParameters):
         left = min(int(place), self.knots - 2)
         logs = self["value"].log()
         return torch.lerp(logs[left], logs[left + 1], place - left).exp()
+
+    def optimizer(self, lr: float | None = 0.3) -> torch.optim.Adam:
+        """The outer optimizer for it: Adam at 0.3, since there is a hyperstep only for each whole training."""
+        return super().optimizer(lr)
