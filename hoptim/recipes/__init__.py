@@ -70,6 +70,10 @@ of each (`hoptim.CrossValidated` does so by itself):
 *Warm-up.* A quarter of the steps for what acts on a trained model, as decays and noise do; on twelve tasks none at all did
 about as well. A schedule learned by `Replay` needs none, since it differentiates through the whole training.
 
+*Inner rate.* `ExampleWeights` and `DomainWeights` start at the plain mean, so the rate of a plain training suits both at
+first. Later an example of `ExampleWeights` counts up to 1/`start` times, 2 by default, so that steps get longer: take a
+smaller rate if the training then oscillates or fits wrong labels.
+
 *Colours.* `Augmentation` changes no hue or saturation. kornia's `adjust_hue` and `adjust_saturation` are differentiable and
 go into a training loss as they are, but for images from 0 to 1: on standardised ones a factor of 1 changes saturation too.
 
