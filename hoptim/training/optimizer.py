@@ -245,7 +245,7 @@ class BilevelOptimizer(OptimizerProxy):
         If the state is refused, nothing changes.
 
         Raises:
-            ValueError: the state is a bare optimizer's, damaged, of a newer version or of another model.
+            ValueError: the state is a bare optimizer's, damaged, of a newer version, of another model or other constraints.
         """
         state_dict = copy.copy(state_dict)  # hooks may change it in place
         for change in self._optimizer_load_state_dict_pre_hooks.values():

@@ -496,6 +496,7 @@ INSIDE: dict[str, tuple[Any, Tensor]] = {
     ),
     "zeros": (constraints.nonnegative, float32(0.0, 1e-42)),
     "none": (constraints.positive, float32()),
+    "a simplex of one": (constraints.simplex, float32(1.0)),
 }  # fmt: skip
 
 
