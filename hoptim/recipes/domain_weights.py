@@ -29,8 +29,8 @@ class DomainWeights(HyperParameters):
 
     Raises:
         TypeError: ``sizes`` is no dict by names; when called, ``source`` is no tensor of whole numbers.
-        ValueError: there are fewer than two sources, a size is not positive, or one is lost beside the others, as 1 beside
-            10⁷ in float32; when called, shapes differ.
+        ValueError: there are fewer than two sources, a size is not positive, or one is lost after those before it, as 1 is
+            after 10⁶ in float32 (then name the small one first); when called, shapes differ.
 
     Source: Xie et al. 2023, DoReMi (arXiv 2305.10429), who move p by another rule.
 
