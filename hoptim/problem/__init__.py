@@ -60,8 +60,9 @@ optimizer moves the leaves, `hparams.parameters()`, which are unconstrained:
 | `nonnegative` | θ, set to 0 if an outer step makes it negative | decays that may vanish, learned options of the inner optimizer |
 
 All other `torch.distributions.constraints` with a bijection work too. Names may contain dots, so that a decay can have the
-name of its weight. Any other `nn.Module` works in place of `HyperParameters`: a network that computes weights, a learned
-augmentation, learned images.
+name of its weight. A start on an edge, or so near to one that its leaf does not give it back, is refused. A state knows its
+constraints, and is refused under others. Any other `nn.Module` works in place of `HyperParameters`: a network that computes
+weights, a learned augmentation, learned images.
 
 # Several validation losses
 

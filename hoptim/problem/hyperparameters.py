@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from textwrap import indent
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import (
-    ComposeTransform,
-    ExpTransform,
-    SigmoidTransform,
-    Transform,
-    identity_transform,
-)
+from torch.distributions.transforms import ComposeTransform, ExpTransform, SigmoidTransform, Transform
 
+from hoptim.problem.constraint import bijection, described, is_nonnegative, to_leaf
 from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 from hoptim.validation import describe_type
 
@@ -46,8 +40,9 @@ class HyperParameters(nn.Module):
 
     Raises:
         TypeError: a value is no floating-point tensor, a name no ``str``, or a constraint no ``Constraint``.
-        ValueError: there is no value, a constraint has no value, a value lies outside its constraint or on its edge, or
-            a module can't have a parameter of that name: ``"training"``, ``"keys"``, ``"a..b"``, ``"a"`` beside ``"a.b"``.
+        ValueError: there is no value, a constraint has no value, a value lies outside its constraint, on its edge or nearer
+            to it than its precision allows, or a module can't have a parameter of that name: ``"training"``, ``"keys"``,
+            ``"a..b"``, ``"a"`` beside ``"a.b"``; a state is loaded that was saved under another constraint.
 
     >>> from torch.distributions import constraints
     >>> hparams = HyperParameters({"weight_decay": torch.full((2,), 0.5)}, {"weight_decay": constraints.positive})
@@ -76,8 +71,8 @@ class HyperParameters(nn.Module):
         self._constraints: dict[str, Constraint] = {}
         self._transforms: dict[str, Transform] = {}
         for name, value in values.items():
-            constraint, transform = _bijection(name, given.get(name))
-            self._add(name, nn.Parameter(_to_leaf(name, value, constraint, transform)))
+            constraint, transform = bijection(name, given.get(name))
+            self._add(name, nn.Parameter(to_leaf(name, value, constraint, transform)))
             self._constraints[name], self._transforms[name] = constraint, transform
 
     def _add(self, name: str, leaf: nn.Parameter) -> None:
@@ -114,10 +109,25 @@ class HyperParameters(nn.Module):
     @torch.no_grad()
     def __setitem__(self, name: str, value: Tensor) -> None:
         shape = self[name].shape
-        leaf = _to_leaf(name, value, self._constraints[name], self._transforms[name])
+        leaf = to_leaf(name, value, self._constraints[name], self._transforms[name])
         if value.shape != shape:
             raise ValueError(f"hyperparameter {name!r} has shape {tuple(shape)}, the value {tuple(value.shape)}")
         self._leaf(name).copy_(leaf)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if metadata := getattr(destination, "_metadata", None):  # which torch.save keeps, and a load gives back
+            metadata[prefix[:-1]]["constraints"] = {name: described(one) for name, one in self._constraints.items()}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        there = local_metadata.get("constraints", {})  # a state of an earlier version has none
+        for name, constraint in self._constraints.items():
+            if name in there and there[name] != (here := described(constraint)):
+                raise ValueError(
+                    f"hyperparameter {prefix + name!r} was saved under {there[name]:.200} and is {here:.200} here, where "
+                    "its leaf means another value: give it the constraint that it was saved with, or set its value instead"
+                )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_parameters", ()) and not isinstance(value, nn.Parameter):
@@ -164,13 +174,16 @@ class HyperParameters(nn.Module):
         >>> [group["lr"] for group in hparams.optimizer().param_groups], hparams.optimizer(lr=0.1).param_groups[0]["lr"]
         ([0.05, 0.3], 0.1)
         """
-        return outer_adam(self, lr)
+        if lr is not None:
+            return torch.optim.Adam(self.parameters(), lr=lr)
+        kinds = self._constraints.items()
+        return _joined(self, {id(self._leaf(name)): _rate(kind, self._transforms[name]) for name, kind in kinds})
 
     @torch.no_grad()
     def project_(self) -> None:
         """Clamp every ``nonnegative`` hyperparameter at zero. ``BilevelOptimizer`` calls it after each outer step."""
         for name, constraint in self._constraints.items():
-            if _is_nonnegative(constraint):
+            if is_nonnegative(constraint):
                 self._leaf(name).clamp_(min=0)
 
 
@@ -197,72 +210,48 @@ def transforms_of(hparams: nn.Module) -> dict[str, Transform]:
     }
 
 
-def outer_adam(hparams: nn.Module, lr: float | None = None) -> torch.optim.Adam:
-    """:meth:`HyperParameters.optimizer` for any module; leaves of other modules in it have a logarithm's rate."""
-    rates = {
-        id(module._leaf(name)): _rate(constraint, module._transforms[name])
-        for module in hparams.modules()
-        if isinstance(module, HyperParameters)
-        for name, constraint in module._constraints.items()
-    }
-    groups: dict[float, list[nn.Parameter]] = {}
+def outer_adam(hparams: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+    """The outer optimizer of any module: its own ``optimizer()``, or Adam as each module in it that has one says.
+
+    Leaves of other modules have a logarithm's rate. With ``lr`` all leaves have this one.
+    """
+    if lr is not None:
+        return torch.optim.Adam(hparams.parameters(), lr=lr)
+    own = _optimizer_of(hparams)
+    return _joined(hparams, {}) if own is None else own()
+
+
+def _optimizer_of(module: Any) -> Callable[[], torch.optim.Optimizer] | None:
+    """The method ``optimizer`` of a module's class, if it has one; a child or a parameter may have this name too."""
+    return module.optimizer if callable(getattr(type(module), "optimizer", None)) else None
+
+
+def _joined(hparams: nn.Module, rates: Mapping[int, float]) -> torch.optim.Adam:
+    """Adam at these rates, by the ids of leaves; for others as the outermost module inside with an ``optimizer()`` says."""
+    usual = torch.optim.Adam([torch.zeros(())], lr=LOGARITHM).defaults
+    options = {leaf: {**usual, "lr": rate} for leaf, rate in rates.items()}
+    for path, module in hparams.named_modules():
+        own = _optimizer_of(module)
+        if not path or own is None:
+            continue
+        found = own()
+        if not isinstance(found, torch.optim.Adam):
+            raise TypeError(
+                f"{path}.optimizer() returns {type(found).__name__}, and all hyperparameters share an Adam: give outer"
+            )
+        for group in found.param_groups:
+            chosen = {key: value for key, value in group.items() if key != "params"}
+            options = {**{id(leaf): chosen for leaf in group["params"]}, **options}
+    groups: dict[frozenset[tuple[str, Any]], list[nn.Parameter]] = {}
     for leaf in hparams.parameters():
-        groups.setdefault(rates.get(id(leaf), LOGARITHM) if lr is None else lr, []).append(leaf)
-    return torch.optim.Adam([{"params": leaves, "lr": rate} for rate, leaves in groups.items()])
+        groups.setdefault(frozenset(options.get(id(leaf), usual).items()), []).append(leaf)
+    return torch.optim.Adam([{**dict(chosen), "params": leaves} for chosen, leaves in groups.items()])
 
 
 def _rate(constraint: Constraint, transform: Transform) -> float:
     """The rate of a leaf, by the first map on the way from it to the value."""
-    if _is_nonnegative(constraint):
+    if is_nonnegative(constraint):
         return PROJECTED
     parts = transform.parts if isinstance(transform, ComposeTransform) else [transform]
     first = type(parts[0]) if parts else type(transform)  # the identity has no parts
     return {ExpTransform: LOGARITHM, SigmoidTransform: LOGISTIC}.get(first, FREE)
-
-
-def _is_nonnegative(constraint: Constraint) -> bool:
-    bound = getattr(constraint, "lower_bound", None)
-    return type(constraint) is type(constraints.nonnegative) and not isinstance(bound, Tensor) and bound == 0
-
-
-def _bijection(name: str, constraint: Constraint | None) -> tuple[Constraint, Transform]:
-    """The constraint of a hyperparameter, and the map onto it."""
-    if not isinstance(name, str):
-        raise TypeError(f"{name!r} is {describe_type(name)}: name a hyperparameter by a str")
-    constraint = constraints.real if constraint is None else constraint
-    if not isinstance(constraint, Constraint):
-        raise TypeError(
-            f"constraint of {name!r} is {describe_type(constraint)}: give an instance from torch.distributions.constraints"
-        )
-    if _is_nonnegative(constraint):
-        return constraint, identity_transform
-    try:
-        return constraint, biject_to(constraint)
-    except NotImplementedError:
-        raise ValueError(f"{name!r}: torch has no bijection onto {constraint}; take another constraint") from None
-
-
-def _to_leaf(name: str, value: Tensor, constraint: Constraint, transform: Transform) -> Tensor:
-    """The unconstrained leaf of a natural value, as a copy."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        what = f"of {value.dtype}" if isinstance(value, Tensor) else describe_type(value)
-        raise TypeError(f"hyperparameter {name!r} is {what}: give a floating-point tensor, such as torch.tensor(0.1)")
-    if value.layout is not torch.strided:
-        raise TypeError(f"hyperparameter {name!r} is {value.layout}: give a dense tensor, value.to_dense()")
-    if value.is_meta:
-        raise ValueError(f"hyperparameter {name!r} is on the meta device and has no values: give it some")
-    if value.ndim < constraint.event_dim:
-        shape, axes = tuple(value.shape), constraint.event_dim
-        raise ValueError(f"hyperparameter {name!r} has shape {shape}, too few axes for {constraint}: give at least {axes}")
-    value = value.detach().clone()
-    if not constraint.check(value).all():
-        raise ValueError(f"hyperparameter {name!r} starts outside {constraint}: min {value.min()}, max {value.max()}")
-    leaf = transform.inv(value).clone()
-    edges = [getattr(constraint, edge, None) for edge in ("lower_bound", "upper_bound")]
-    on_edge = not _is_nonnegative(constraint) and any((value == edge).any() for edge in edges if edge is not None)
-    if on_edge or not leaf.isfinite().all():
-        raise ValueError(
-            f"hyperparameter {name!r} starts on the edge of {constraint}, which no finite leaf reaches: start inside, "
-            "or take constraints.nonnegative, which is kept by projection"
-        )
-    return leaf

@@ -62,12 +62,17 @@ has the results.
 
 *The outer optimizer* is `hparams.optimizer()`, Adam with a rate for each constraint: 0.05 for `positive`, where a step is
 about 5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. For a `real` hyperparameter the rate should be small
-compared to its size; for a learned momentum it should be below 0.3, which took one to 0.999. For recipes in an
-`nn.ModuleDict`, give Adam the groups of each (`hoptim.CrossValidated` does so by itself):
+compared to its size; for a learned momentum it should be below 0.3, which took one to 0.999. `AugmentationNet`,
+`DistilledData` and `Schedule` have the rates of this table instead. For recipes in an `nn.ModuleDict`, give Adam the groups
+of each (`hoptim.CrossValidated` does so by itself):
 `[group for one in hparams.values() for group in one.optimizer().param_groups]`.
 
 *Warm-up.* A quarter of the steps for what acts on a trained model, as decays and noise do; on twelve tasks none at all did
 about as well. A schedule learned by `Replay` needs none, since it differentiates through the whole training.
+
+*Inner rate.* `ExampleWeights` and `DomainWeights` start at the plain mean, so the rate of a plain training suits both at
+first. Later an example of `ExampleWeights` counts up to 1/`start` times, 2 by default, so that steps get longer: take a
+smaller rate if the training then oscillates or fits wrong labels.
 
 *Colours.* `Augmentation` changes no hue or saturation. kornia's `adjust_hue` and `adjust_saturation` are differentiable and
 go into a training loss as they are, but for images from 0 to 1: on standardised ones a factor of 1 changes saturation too.

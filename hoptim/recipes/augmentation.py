@@ -11,7 +11,8 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between, check_count
+from hoptim.recipes.start import check_between, check_count, check_floats
+from hoptim.validation import describe_type
 
 Change = Literal["rotation", "shift", "scale", "shear", "brightness", "contrast", "noise"]
 AFFINE = ("rotation", "shift", "scale", "shear")
@@ -34,6 +35,7 @@ class Augmentation(HyperParameters):
         start: m of each at the start, default 0.1.
 
     Raises:
+        TypeError: ``changes`` is no list; when called, the images are no floating-point numbers.
         ValueError: a change is none of these or given twice, there is none, or ``start`` is not positive; when called, the
             images are not of shape (B, C, H, W).
 
@@ -48,6 +50,8 @@ class Augmentation(HyperParameters):
     """
 
     def __init__(self, changes: Sequence[Change] = get_args(Change), *, start: float = 0.1) -> None:
+        if isinstance(changes, str) or not isinstance(changes, Sequence):
+            raise TypeError(f"changes is {describe_type(changes)}: give a list of some of {', '.join(get_args(Change))}")
         if strangers := [change for change in changes if change not in get_args(Change)]:
             raise ValueError(f"changes has {strangers[0]!r}: give some of {', '.join(get_args(Change))}")
         if not changes or len(set(changes)) < len(changes):
@@ -58,8 +62,7 @@ class Augmentation(HyperParameters):
 
     def augment(self, x: Tensor) -> Tensor:
         """The images, shape (B, C, H, W), each changed."""
-        if x.ndim != 4:
-            raise ValueError(f"the images have shape {tuple(x.shape)}: give (B, C, H, W)")
+        _check_images(x)
         if any(change in self for change in AFFINE):
             grid = F.affine_grid(self._matrices(x), list(x.shape), align_corners=False)
             x = F.grid_sample(x, grid, align_corners=False)
@@ -100,7 +103,9 @@ class AugmentationNet(nn.Module):
         hidden: channels of its two hidden layers, default 16.
 
     Raises:
-        ValueError: ``channels`` or ``hidden`` is no positive whole number.
+        TypeError: when called, the images are no floating-point numbers.
+        ValueError: ``channels`` or ``hidden`` is no positive whole number; when called, the images are not of shape
+            (B, C, H, W).
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), section 5.3.
 
@@ -123,6 +128,7 @@ class AugmentationNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The changed images, of the same shape."""
+        _check_images(x)
         return x + self.layers(torch.cat([x, torch.randn_like(x)], dim=1))
 
     def optimizer(self, lr: float = 0.01) -> torch.optim.Adam:
@@ -133,3 +139,9 @@ class AugmentationNet(nn.Module):
     def degrees_of_freedom(self) -> int:
         """How many weights it has."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _check_images(x: Tensor) -> None:
+    check_floats("the batch of images", x)
+    if x.ndim != 4:
+        raise ValueError(f"the images have shape {tuple(x.shape)}: give (B, C, H, W)")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between, checked_names
+from hoptim.recipes.start import check_between, checked_names, weighted_sum
 
 Relaxation = Literal["softmax", "gumbel"]
 
@@ -32,9 +32,9 @@ class Categorical(HyperParameters):
         temperature: τ of ``"gumbel"``, default 1; an attribute, which a loop may lower.
 
     Raises:
-        TypeError: ``options`` is no list of names.
+        TypeError: ``options`` is no list of names; when called, a result is no tensor of floating-point numbers.
         ValueError: there are fewer than two options, one is given twice, ``relaxation`` is none of these or ``temperature``
-            is not positive; when called, the result of an option is missing.
+            is not positive; when called, the result of an option is missing, or shapes differ.
 
     Source: Liu, Simonyan and Yang 2019, DARTS (arXiv 1806.09055); Jang, Gu and Poole 2017 (arXiv 1611.01144).
 
@@ -65,11 +65,7 @@ class Categorical(HyperParameters):
 
     def mix(self, found: Mapping[str, Tensor], training: bool = True) -> Tensor:
         """Σ_k a_k·f_k of the options' results by name, all of the same shape."""
-        if set(found) != set(self.options):
-            raise ValueError(f"found has {sorted(found)}: give what each of {sorted(self.options)} gives")
-        a = self.weights(training)
-        parts = [found[name] * weight.to(found[name].dtype) for name, weight in zip(self.options, a, strict=True)]
-        return torch.stack(parts).sum(0)
+        return weighted_sum("found", found, self.options, self.weights(training))
 
     def harden(self) -> tuple[str, float]:
         """The most probable option, and the probability of all others: how far the relaxed choice is from it."""

@@ -26,9 +26,9 @@ class DistilledData(HyperParameters):
         size: the standard deviation of the random numbers that the inputs start from, default 0.1.
 
     Raises:
+        TypeError: ``shape`` is no tuple.
         ValueError: ``classes`` or ``per_class`` is no positive whole number, ``shape`` is empty or has a length that is
-        none,
-            or ``size`` is not positive.
+            none, or ``size`` is not positive.
 
     Source: Wang et al. 2018, Dataset distillation (arXiv 1811.10959); Lorraine, Vicol and Duvenaud 2019, section 5.2.
 
@@ -43,6 +43,8 @@ class DistilledData(HyperParameters):
     def __init__(self, classes: int, shape: Sequence[int], per_class: int = 1, *, size: float = 0.1) -> None:
         check_count("classes", classes)
         check_count("per_class", per_class)
+        if isinstance(shape, str) or not isinstance(shape, Sequence):
+            raise TypeError(f"shape is {shape!r}: give that of one input as a tuple, such as (1, 28, 28) or (5,)")
         if not len(shape) or not all(is_whole(length) and length >= 1 for length in shape):
             raise ValueError(f"shape is {shape!r}: give that of one input, such as (1, 28, 28)")
         check_between("size", size, 0)

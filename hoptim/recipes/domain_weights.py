@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import checked_names
+from hoptim.recipes.start import check_losses, checked_index, checked_names
 from hoptim.validation import describe_type, is_finite
 
 
@@ -28,8 +28,9 @@ class DomainWeights(HyperParameters):
         sizes: how many examples each source has, or its share, by name; two sources or more, K − 1 degrees of freedom.
 
     Raises:
-        TypeError: ``sizes`` is no dict.
-        ValueError: there are fewer than two sources, or a size is not positive; when called, shapes differ.
+        TypeError: ``sizes`` is no dict by names; when called, ``source`` is no tensor of whole numbers.
+        ValueError: there are fewer than two sources, a size is not positive, or one is lost after those before it, as 1 is
+            after 10⁶ in float32 (then name the small one first); when called, shapes differ.
 
     Source: Xie et al. 2023, DoReMi (arXiv 2305.10429), who move p by another rule.
 
@@ -49,12 +50,14 @@ class DomainWeights(HyperParameters):
     def __init__(self, sizes: Mapping[str, float]) -> None:
         if not isinstance(sizes, Mapping):
             raise TypeError(f"sizes is {describe_type(sizes)}: give a dict of the number of examples of each source")
+        if strangers := [name for name in sizes if not isinstance(name, str)]:
+            raise TypeError(f"sizes has the name {strangers[0]!r}, {describe_type(strangers[0])}: name each source by a str")
         self.names = tuple(checked_names("sizes", list(sizes)))
         if wrong := [name for name, size in sizes.items() if not (is_finite(size) and size > 0)]:
             raise ValueError(f"the size of {wrong[0]!r} is {sizes[wrong[0]]!r}: give the number of its examples")
         counts = torch.tensor([float(sizes[name]) for name in self.names])
         super().__init__({"mixture": counts / counts.sum()}, {"mixture": constraints.simplex})
-        self.register_buffer("shares", counts / counts.sum())
+        self.register_buffer("shares", self["mixture"].detach())
 
     def mean(self, losses: Tensor, source: Tensor) -> Tensor:
         """(1/B) Σ_i p_{d_i}/q_{d_i} · ℓ_i, for the training loss.
@@ -63,9 +66,6 @@ class DomainWeights(HyperParameters):
             losses: the loss of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
             source: the source of each example, shape (B,), as its number in the order of the names.
         """
-        if losses.ndim != 1 or losses.shape != source.shape or not len(losses):
-            raise ValueError(
-                f"losses have shape {tuple(losses.shape)} and source {tuple(source.shape)}: give one loss and one source "
-                'for each example, of shape (B,), from a criterion with reduction="none"'
-            )
-        return ((self["mixture"] / self.shares)[source] * losses).mean()
+        source = checked_index("source", source, len(self.names))
+        check_losses(losses, "source", source)
+        return ((self["mixture"] / self.shares)[source].to(losses.dtype) * losses).mean()

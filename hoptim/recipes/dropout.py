@@ -36,7 +36,8 @@ class Dropout(LayerInputs):
         temperature: τ, default 0.1.
 
     Raises:
-        TypeError: ``model`` is no module; when called, the input of a layer is no tensor of real numbers.
+        TypeError: ``model`` is no module, or ``layers`` no list of names; when called, the input of a layer is no tensor of
+            real numbers.
         ValueError: a layer does not exist, there is none, one is neither linear nor a convolution with ``per="unit"``;
             ``start`` is not between 0 and 1, or ``temperature`` is not positive.
 

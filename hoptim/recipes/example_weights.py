@@ -1,41 +1,50 @@
-"""ExampleWeights: a learned weight for each training example, and a fixed weight for examples known to be right."""
+"""ExampleWeights: a learned weight for each training example, and the largest one for examples known to be right."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between, check_count
+from hoptim.recipes.start import check_between, check_count, check_losses, checked_index
 from hoptim.validation import describe_type
 
 NAME = "example_weight"
-Trusted = Tensor | Sequence[int] | Sequence[bool]
+Trusted = Tensor | Sequence[int] | Sequence[bool] | Set[int]
 
 
 class ExampleWeights(HyperParameters):
-    """Learned weights w_i in (0, 1) of n training examples, and the weighted mean (1/B) Σ_i w_i ℓ_i of a batch's losses.
+    """Learned weights w_i in (0, 1) of n training examples, and the mean (1/B) Σ_i (w_i/w⁰) ℓ_i of a batch's losses.
 
-    The leaf of a weight is its logit. An example that is known to be right has the fixed weight 1. So one data set can have
-    both examples with doubtful labels, whose weights are learned, and examples with right ones, which are the validation
-    data meanwhile; ``hoptim.retrain`` then trains on all of them, with the same loss.
+    The leaf of a weight is its logit, and w⁰ is the weight that all of them start with. So the mean is the plain one at the
+    start, to the bit, and a training before the first hyperstep is the one without weights. Later an example counts from 0
+    to 1/w⁰ times, 2 times by default, so that a step is up to 1/w⁰ times as long: where that is too long, take a smaller
+    inner rate. SGD at half the rate, with twice its weight decay, takes the steps that the mean of w_i ℓ_i gives.
 
-    ``hparams["example_weight"]``, of shape (n,), has the weight of every example, 1 where it is fixed. The mean divides by
-    the number B of examples in the batch, not by the sum of their weights: low weights make small steps. A hyperstep moves
-    only the weights of examples in its training batch, so give ``BilevelOptimizer`` large ``train_batches`` if n is large.
+    An example that is known to be right has the fixed weight 1, so that it counts 1/w⁰ times, as the best of the others come
+    to: in a training on both, a label that was learned to be right and one that is known to be right are worth the same. So
+    one data set can have both examples with doubtful labels, whose weights are learned, and examples with right ones, which
+    are the validation data meanwhile; ``hoptim.retrain`` then trains on all of them, with the same loss.
+
+    ``hparams["example_weight"]``, of shape (n,), has the weight w_i of every example, 1 where it is fixed. The mean divides
+    by the number B of examples in the batch, not by the sum of their weights: low weights make small steps. A hyperstep
+    moves only the weights of examples in its training batch, so give ``BilevelOptimizer`` large ``train_batches`` if n is
+    large.
 
     Args:
         n: how many examples there are.
-        start: the weight of each at the start, default 0.5.
-        trusted: the examples of fixed weight 1, as indices or as a mask of n ``bool``; default: none.
+        start: w⁰, the weight of each at the start, default 0.5.
+        trusted: the examples of fixed weight 1, as a list, a set or a tensor of indices, of any whole type, or as a mask of
+            n ``bool``; default, or if it is empty: none.
 
     Raises:
         TypeError: ``trusted`` is neither.
         ValueError: ``n`` is no positive whole number, ``start`` is not between 0 and 1, ``trusted`` has an index that is out
-            of range, or all examples.
+            of range, or all examples, or n numbers that are all 0 or 1, as a mask that is not ``bool``.
 
     Source: Ren et al. 2018, Learning to reweight examples for robust deep learning (arXiv 1803.09050).
 
@@ -65,14 +74,14 @@ class ExampleWeights(HyperParameters):
     """
 
     trusted: Tensor
+    start: Tensor  # the leaves at the start
 
-    def __init__(
-        self, n: int, *, start: float = 0.5, trusted: Tensor | Sequence[int] | Sequence[bool] | None = None
-    ) -> None:
+    def __init__(self, n: int, *, start: float = 0.5, trusted: Trusted | None = None) -> None:
         check_count("n", n, "the number of examples")
         check_between("start", start, 0, 1)
         super().__init__({NAME: torch.full((n,), float(start))}, {NAME: constraints.unit_interval})
         self.register_buffer("trusted", _mask(n, trusted))
+        self.register_buffer("start", self._leaf(NAME).detach().clone())
 
     def __getitem__(self, name: str) -> Tensor:
         value = super().__getitem__(name)
@@ -83,26 +92,26 @@ class ExampleWeights(HyperParameters):
         own = isinstance(value, Tensor) and name == NAME and value.shape == self.trusted.shape
         super().__setitem__(name, value.masked_fill(self.trusted.to(value.device), 0.5) if own else value)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if (leaf := state_dict.get(prefix + NAME)) is not None:  # an earlier version had w⁰ = 1, whose logit is infinite
+            state_dict.setdefault(prefix + "start", torch.full_like(leaf, torch.inf))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def mean(self, losses: Tensor, index: Tensor) -> Tensor:
-        """(1/B) Σ_i w_i ℓ_i, for the training loss.
+        """(1/B) Σ_i (w_i/w⁰) ℓ_i, for the training loss.
 
         Args:
             losses: the loss ℓ_i of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
             index: the indices of these examples, shape (B,), whole numbers below n.
 
         Raises:
-            TypeError: ``index`` is no tensor of whole numbers.
+            TypeError: ``index`` is no tensor of whole numbers, or ``losses`` none of floating-point numbers.
             ValueError: the shapes are not the same (B,), or B is 0.
         """
-        if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype is torch.bool:
-            what = f"of {index.dtype}" if isinstance(index, Tensor) else describe_type(index)
-            raise TypeError(f"index is {what}: give the numbers of the batch's examples, a tensor of whole numbers")
-        if losses.ndim != 1 or losses.shape != index.shape or not len(losses):
-            raise ValueError(
-                f"losses have shape {tuple(losses.shape)} and index {tuple(index.shape)}: give one loss for each example of "
-                'the batch, of shape (B,), from a criterion with reduction="none"'
-            )
-        return (self[NAME][index] * losses).mean()
+        index = checked_index("index", index, len(self.trusted))
+        check_losses(losses, "index", index)
+        first = self._transforms[NAME](self.start)
+        return ((self[NAME][index] / first[index]).to(losses.dtype) * losses).mean()
 
     @property
     def degrees_of_freedom(self) -> int:
@@ -123,7 +132,12 @@ def _mask(n: int, trusted: Trusted | None) -> Tensor:
     mask = torch.zeros(n, dtype=torch.bool)
     if trusted is None:
         return mask
-    found = torch.as_tensor(trusted, device="cpu").detach()
+    try:
+        found = torch.as_tensor(sorted(trusted) if isinstance(trusted, Set) else trusted, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"trusted is {describe_type(trusted)}: give a list of indices, or n bool") from None
+    if not found.numel():
+        return mask
     if found.is_floating_point() or found.is_complex() or found.ndim != 1:
         raise TypeError(f"trusted is of {found.dtype} and shape {tuple(found.shape)}: give a list of indices, or n bool")
     if found.dtype is torch.bool:
@@ -131,8 +145,11 @@ def _mask(n: int, trusted: Trusted | None) -> Tensor:
             raise ValueError(f"trusted is a mask of {len(found)} examples, of which there are {n}: give n bool, or indices")
         mask = found.clone()
     else:
-        if len(found) and (int(found.min()) < 0 or int(found.max()) >= n):
+        found = found.long()  # torch takes uint8 for a mask
+        if int(found.min()) < 0 or int(found.max()) >= n:
             raise ValueError(f"trusted has indices from {found.min()} to {found.max()}: give indices from 0 to {n - 1}")
+        if len(found) == n > 2 and int(found.max()) <= 1:
+            raise ValueError(f"trusted has {n} numbers that are 0 or 1, as a mask: give it as bool, or each index once")
         mask[found] = True
     if bool(mask.all()):
         raise ValueError(f"all {n} examples are trusted, so that no weight is left to learn: leave some out of trusted")

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between
+from hoptim.recipes.start import check_between, check_floats
 
 
 class LabelSmoothing(HyperParameters):
     """A learned label smoothing ε in (0, 1), and its cross-entropy (1 − ε)·(−log p_y) + ε/K · Σ_k (−log p_k).
 
-    It equals ``torch.nn.functional.cross_entropy(..., label_smoothing=ε)``, which takes ε as a plain number and so has no
+    A target may be a class y, or a distribution q over the K classes, for which −Σ_k q_k log p_k stands for −log p_y. It
+    equals ``torch.nn.functional.cross_entropy(..., label_smoothing=ε)``, which takes ε as a plain number and so has no
     derivative in it.
 
     Args:
@@ -35,10 +36,21 @@ class LabelSmoothing(HyperParameters):
         super().__init__({"smoothing": torch.tensor(float(start))}, {"smoothing": constraints.unit_interval})
 
     def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        """The loss of logits z, of shape (N, K, …) with classes as ``target``, of shape (N, …); ``reduction`` as torch's."""
+        """The loss of logits z, of shape (N, K, …) or (K,); all arguments are those of torch's function.
+
+        Args:
+            z: the logits.
+            target: classes, of shape (N, …), or probabilities of them, of the shape of z.
+            reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        """
+        check_floats("z", z)
         own = nn.functional.cross_entropy(z, target, reduction=reduction)
-        known = target != -100  # torch ignores this class
-        others = torch.where(known, -z.log_softmax(1).mean(1), 0)
+        axis = min(1, z.ndim - 1)
+        others = -z.log_softmax(axis).mean(axis)
+        known = (
+            torch.ones_like(others, dtype=torch.bool) if target.is_floating_point() else target != -100
+        )  # torch ignores it
+        others = torch.where(known, others, 0)
         if reduction != "none":
             others = others.sum() / (known.sum() if reduction == "mean" else 1)
         return own + self["smoothing"].to(z.dtype) * (others - own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.wrappers import uncompiled, unwrap
+from hoptim.recipes.start import inside
 from hoptim.validation import describe_type
 
 # Not taken by default. The last is the output layer of attention, which uses its weight without calling the layer.
@@ -27,7 +28,7 @@ class LayerInputs(HyperParameters, ABC):
 
     def call(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """``model(*args, **kwargs)``, with changed inputs of the layers that are in training mode."""
-        parts = dict(unwrap(model).named_modules())
+        parts = dict(inside(model).named_modules())
         if missing := [name for name in self.layers if name not in parts]:
             own = type(self).__name__
             raise ValueError(f"this model has no layer {missing[0]!r}, which {own} was made for: give the same model")
@@ -63,15 +64,16 @@ def find_layers(model: object, layers: Sequence[str] | None) -> dict[str, nn.Mod
     """The layers by name; by default all that have a weight of at least two axes and are no embedding.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``layers`` no list of names.
         ValueError: a layer does not exist, or there is none.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {describe_type(model)}: give an nn.Module")
-    parts = dict(unwrap(model).named_modules())
+    parts = dict(inside(model).named_modules())
     if layers is None:
         layers = [name for name, part in parts.items() if name and _is_matrix(part)]
-    if strangers := [name for name in layers if name not in parts or not name]:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers is {layers!r}: give a list of names of layers")
+    layers = list(layers)
+    if strangers := [name for name in layers if not isinstance(name, str) or name not in parts or not name]:
         raise ValueError(f"the model has no layer {strangers[0]!r}: its layers are {[name for name in parts if name]}")
     if not layers:
         raise ValueError("no layer is given, and the model has none with a weight of two axes: name layers")

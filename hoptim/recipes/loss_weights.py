@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import checked_names
+from hoptim.recipes.start import checked_names, weighted_sum
 
 
 class LossWeights(HyperParameters):
@@ -23,8 +23,9 @@ class LossWeights(HyperParameters):
         names: the names of the tasks, two or more; there are K − 1 degrees of freedom.
 
     Raises:
-        TypeError: ``names`` is no list of names.
-        ValueError: there are fewer than two, or one is given twice; when called, a loss is missing or there is one more.
+        TypeError: ``names`` is no list of names; when called, a loss is no tensor of floating-point numbers.
+        ValueError: there are fewer than two, or one is given twice; when called, a loss is missing, there is one more, or
+            shapes differ.
 
     Source: Caruana 1997, Multitask learning; weights by implicit differentiation: Navon et al. 2021 (arXiv 2007.02693).
 
@@ -41,8 +42,4 @@ class LossWeights(HyperParameters):
 
     def sum(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Σ_k w_k L_k of the losses by name, which all have the same shape."""
-        if set(losses) != set(self.names):
-            raise ValueError(f"losses has {sorted(losses)}: give one loss for each of {sorted(self.names)}")
-        weights = len(self.names) * self["share"]
-        parts = [losses[name] * weight.to(losses[name].dtype) for name, weight in zip(self.names, weights, strict=True)]
-        return torch.stack(parts).sum(0)
+        return weighted_sum("losses", losses, self.names, len(self.names) * self["share"])

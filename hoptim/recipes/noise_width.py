@@ -25,7 +25,8 @@ class NoiseWidth(LayerInputs):
         start: σ at the start, default 0.1.
 
     Raises:
-        TypeError: ``model`` is no module; when called, the input of a layer is no tensor of real numbers.
+        TypeError: ``model`` is no module, or ``layers`` no list of names; when called, the input of a layer is no tensor of
+            real numbers.
         ValueError: a layer does not exist, there is none, or ``start`` is not between 0 and 1.
 
     Source: Bishop 1995, Training with noise is equivalent to Tikhonov regularization.

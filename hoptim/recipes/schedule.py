@@ -8,7 +8,7 @@ from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.recipes.start import check_between, check_count
-from hoptim.validation import is_whole
+from hoptim.validation import is_finite, is_whole
 
 
 class Schedule(HyperParameters):
@@ -23,7 +23,8 @@ class Schedule(HyperParameters):
         start: the value of each knot at the start, default 0.1.
 
     Raises:
-        ValueError: ``steps`` or ``knots`` is out of range, ``start`` is not positive; when called, a step is negative.
+        ValueError: ``steps`` or ``knots`` is out of range, ``start`` is not positive; when called, a step is no number or is
+            negative.
 
     Source: piecewise linear schedules learned by gradient: Engstrom et al. 2025 (arXiv 2503.13751), section 5.
 
@@ -52,9 +53,13 @@ class Schedule(HyperParameters):
 
     def at(self, step: int) -> Tensor:
         """The value at step 0, 1, …, ``steps`` − 1, as a tensor of one number; later steps have the last value."""
-        if step < 0:
-            raise ValueError(f"step is {step}: give one from 0 to {self.steps - 1}")
+        if not is_finite(step) or step < 0:
+            raise ValueError(f"step is {step!r}: give one from 0 to {self.steps - 1}")
         place = min(step, self.steps - 1) * (self.knots - 1) / (self.steps - 1)
         left = min(int(place), self.knots - 2)
         logs = self["value"].log()
         return torch.lerp(logs[left], logs[left + 1], place - left).exp()
+
+    def optimizer(self, lr: float | None = 0.3) -> torch.optim.Adam:
+        """The outer optimizer for it: Adam at 0.3, since there is a hyperstep only for each whole training."""
+        return super().optimizer(lr)

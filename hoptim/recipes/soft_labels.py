@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between
+from hoptim.recipes.start import check_between, check_floats, checked_index
 from hoptim.validation import describe_type, is_whole
 
 
@@ -39,7 +39,8 @@ class SoftLabels(HyperParameters):
     """
 
     def __init__(self, labels: Tensor, classes: int | None = None, *, start: float = 0.9) -> None:
-        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype.is_floating_point or not len(labels):
+        fractions = not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex()
+        if fractions or labels.ndim != 1 or not len(labels):
             raise TypeError(f"labels is {describe_type(labels)}: give the class of each example, a vector of whole numbers")
         count = int(labels.max()) + 1 if classes is None else classes
         if not (is_whole(count) and count >= 2 and int(labels.min()) >= 0 and int(labels.max()) < count):
@@ -54,7 +55,18 @@ class SoftLabels(HyperParameters):
 
         Args:
             z: logits, shape (B, K).
-            index: the indices of these examples, shape (B,).
+            index: the indices of these examples, shape (B,), whole numbers below n.
             reduction: as in torch.
+
+        Raises:
+            TypeError: ``z`` is no tensor of floating-point numbers, or ``index`` none of whole ones.
+            ValueError: there is no row of K logits for each index.
         """
-        return nn.functional.cross_entropy(z, self["label"][index].to(z.dtype), reduction=reduction)
+        check_floats("z", z)
+        own = self["label"]
+        q = own[checked_index("index", index, len(own))].to(z.dtype)
+        if q.shape != z.shape:
+            raise ValueError(
+                f"z has shape {tuple(z.shape)} and index {tuple(index.shape)}: give {own.shape[1]} logits for each index"
+            )
+        return nn.functional.cross_entropy(z, q, reduction=reduction)

@@ -1,13 +1,14 @@
-"""What recipes share: the first values of their hyperparameters, and checks of their arguments."""
+"""What recipes share: the first values of their hyperparameters, weighted sums, and checks of their arguments."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hoptim.problem.wrappers import unwrap
 from hoptim.validation import describe_type, is_finite, is_whole
 
 
@@ -36,3 +37,54 @@ def checked_names(what: str, names: object) -> list[str]:
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"{what} is {list(names)}: give two names or more, each once")
     return list(names)
+
+
+def inside(model: object) -> nn.Module:
+    """The module inside all wrappers; raise TypeError if it is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {describe_type(model)}: give an nn.Module")
+    return unwrap(model)
+
+
+def check_floats(name: str, value: object) -> None:
+    """Raise TypeError unless the value is a tensor of floating-point numbers: cast to whole ones, a weight would be 0."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} is {_kind(value)}: give a tensor of floating-point numbers")
+
+
+def checked_index(name: str, index: object, count: int) -> Tensor:
+    """The numbers of examples, below ``count``, such that torch takes them neither for a mask nor from the end."""
+    if not isinstance(index, Tensor) or index.dtype is torch.bool or index.is_floating_point() or index.is_complex():
+        raise TypeError(
+            f"{name} is {_kind(index)}: give one number for each example of the batch, a tensor of whole numbers"
+        )
+    index = index.long()
+    return torch.where(index < 0, index - count, index)  # which is an error then, as it is above
+
+
+def check_losses(losses: Tensor, name: str, index: Tensor) -> None:
+    """Raise unless there is a loss for each number of ``index``, the argument of this name."""
+    check_floats("losses", losses)
+    if losses.ndim != 1 or losses.shape != index.shape or not len(losses):
+        raise ValueError(
+            f"losses have shape {tuple(losses.shape)} and {name} {tuple(index.shape)}: give one loss and one number for "
+            'each example of the batch, of shape (B,), from a criterion with reduction="none"'
+        )
+
+
+def weighted_sum(what: str, parts: object, names: Sequence[str], weights: Tensor) -> Tensor:
+    """Σ_k w_k p_k of parts by name; raise unless there is one for each name, all of the same shape."""
+    if not isinstance(parts, Mapping):
+        raise TypeError(f"{what} is {describe_type(parts)}: give a dict of tensors by the names {sorted(names)}")
+    if set(parts) != set(names):
+        raise ValueError(f"{what} has {sorted(map(str, parts))}: give one tensor for each of {sorted(names)}")
+    for name in names:
+        check_floats(f"{what}[{name!r}]", parts[name])
+    if len({part.shape for part in parts.values()}) > 1:
+        shapes = {name: tuple(parts[name].shape) for name in names}
+        raise ValueError(f"{what} has the shapes {shapes}: give tensors of the same shape")
+    return torch.stack([parts[name] * w.to(parts[name].dtype) for name, w in zip(names, weights, strict=True)]).sum(0)
+
+
+def _kind(value: object) -> str:
+    return f"of {value.dtype}" if isinstance(value, Tensor) else describe_type(value)

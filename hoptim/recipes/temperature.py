@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between
+from hoptim.recipes.start import check_between, check_floats
 
 
 class Temperature(HyperParameters):
@@ -21,6 +21,7 @@ class Temperature(HyperParameters):
 
     Raises:
         ValueError: ``start`` is not positive.
+        TypeError: when called, the logits are no tensor of floating-point numbers.
 
     Source: Guo et al. 2017, On calibration of modern neural networks (arXiv 1706.04599).
 
@@ -37,6 +38,7 @@ class Temperature(HyperParameters):
 
     def scaled(self, z: Tensor) -> Tensor:
         """z/T, of any shape."""
+        check_floats("z", z)
         return z / self["temperature"].to(z.dtype)
 
     def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:

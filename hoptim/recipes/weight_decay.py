@@ -12,8 +12,7 @@ from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import check_real
-from hoptim.problem.wrappers import unwrap
-from hoptim.recipes.start import full
+from hoptim.recipes.start import full, inside
 from hoptim.validation import describe_type, is_finite
 
 Per = Literal["global", "tensor", "channel", "weight"]
@@ -42,7 +41,7 @@ class WeightDecay(HyperParameters):
             the rule above.
 
     Raises:
-        TypeError: ``model`` is no module, or a weight is complex.
+        TypeError: ``model`` is no module, ``include`` no function, or a weight is complex.
         ValueError: ``per``, ``start`` or ``norm`` is none of these, there is no weight to decay, or one has no values yet.
 
     Source: Krogh and Hertz 1991, A simple weight decay can improve generalization.
@@ -78,18 +77,18 @@ class WeightDecay(HyperParameters):
         norm: Literal[1, 2] = 2,
         include: Callable[[str, nn.Parameter], bool] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is {describe_type(model)}: give an nn.Module")
+        if not (include is None or callable(include)):
+            raise TypeError(f"include is {describe_type(include)}: give a function include(name, weight) -> bool")
+        module = inside(model)
         if per not in get_args(Per):
             raise ValueError(f"per is {per!r}: give one of {', '.join(map(repr, get_args(Per)))}")
         if norm not in (1, 2):
             raise ValueError(f"norm is {norm!r}: give 2 for ½ Σ λ‖w‖², or 1 for Σ λ|w|")
         if not is_finite(start) or start <= 0:
             raise ValueError(f"start is {start!r}: a decay is learned on a log scale, so start at a positive number")
-        inside = unwrap(model)
-        check_real("weight", inside.named_parameters())
-        decayed = include or _usual(inside)
-        usable = {name: p for name, p in inside.named_parameters() if decayed(name, p)}
+        check_real("weight", module.named_parameters())
+        decayed = include or _usual(module)
+        usable = {name: p for name, p in module.named_parameters() if decayed(name, p)}
         weights = {name: p for name, p in usable.items() if p.requires_grad}
         if not weights:
             raise ValueError(
@@ -113,7 +112,7 @@ class WeightDecay(HyperParameters):
         Raises:
             ValueError: a decayed weight is missing in ``model``, or has another shape.
         """
-        weights = dict(unwrap(model).named_parameters())
+        weights = dict(inside(model).named_parameters())
         self._warn_of_unfrozen(weights)
         together = self["decay"] if self.per == "global" else None
         terms = []

@@ -281,7 +281,7 @@ copy, or dense linear algebra in float64. For models, see `hoptim.problem`.
 | NaN, or an error inside a loss | hyperparameters and outer state stay as they are, to the bit; the failure is named | [faults](tests/integration/test_faults.py) |
 | `scripts/train.py` and SIGKILL at a random moment | `resume=true` ends with identical bits: 50 of 50 in one process, 50 of 50 in two | [kill](tests/integration/test_kill.py) |
 | a full or read-only disk | an error with file and remedy, and the last checkpoint stays whole; trackers warn and continue | [faults](tests/integration/test_faults.py) |
-| a damaged checkpoint, one of another model, an older or newer version | read, or refused as a whole, with names and shapes; `torch.load(weights_only=True)` reads all | [checkpoints](tests/training/test_checkpoints.py) |
+| a damaged checkpoint, one of another model or under other constraints, an older or newer version | read, or refused as a whole, with names and shapes; `torch.load(weights_only=True)` reads all | [checkpoints](tests/training/test_checkpoints.py), [constraints](tests/training/test_other_constraints.py) |
 | 10,000 hypersteps | no more tensors, files or threads than before, and less than 4 MB | [faults](tests/integration/test_faults.py) |
 | wrong calls, 289 of them | each with the error's class and the words that it must contain | [bad input](tests/training/test_bad_input.py), [arguments](tests/training/test_arguments.py) |
 

@@ -228,7 +228,7 @@ class Fit:
         self._add_seconds(phase)
         return {
             "phase": phase,
-            "hparams": dict(self.parts.last.problem.hparams.state_dict()),
+            "hparams": self.parts.last.problem.hparams.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "history": self.history,
             "seconds": dict(self.seconds),

@@ -246,7 +246,7 @@ class BilevelOptimizer(OptimizerProxy):
         If the state is refused, nothing changes.
 
         Raises:
-            ValueError: the state is a bare optimizer's, damaged, of a newer version or of another model.
+            ValueError: the state is a bare optimizer's, damaged, of a newer version, of another model or other constraints.
         """
         state_dict = copy.copy(state_dict)  # hooks may change it in place
         for change in self._optimizer_load_state_dict_pre_hooks.values():
@@ -268,7 +268,7 @@ class BilevelOptimizer(OptimizerProxy):
             "version": VERSION,
             "weights": held_weights(self.inner, self.problem),
             "outer": self.outer.state_dict(),
-            "hparams": dict(self.problem.hparams.state_dict()),
+            "hparams": self.problem.hparams.state_dict(),
             **self._progress.state_dict(),
             "val_batches": self.val_batches.state_dict(),
             "train_batches": None if self.train_batches is None else self.train_batches.state_dict(),

@@ -139,7 +139,7 @@ def dropped(task: Any, model: Any, hparams: Any, batch: Tensor) -> Tensor:
 
 
 def weighted(task: Any, model: Any, hparams: Any, batch: Tensor) -> Tensor:
-    weight = hparams["example_weights"]["example_weight"]
+    weight = hparams["example_weights"]["example_weight"] / 0.5  # relative to the start
     return sum(weight[i] * loss for i, loss in zip(batch, losses(task, model, batch), strict=True)) / len(batch)
 
 

@@ -450,3 +450,61 @@ def test_its_optimizer_has_a_rate_for_each_kind_of_leaf() -> None:
             assert moved.allclose(torch.tensor(kinds.get(name.removeprefix("a."), (None, 0.05))[1])), name
     assert [group["lr"] for group in hparams.optimizer(lr=0.2).param_groups] == [0.2]
     assert [len(group["params"]) for group in hparams.optimizer().param_groups] == [2, 2, 1, 2]
+
+
+# Starts near an edge
+
+
+def float32(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+NEAR: dict[str, tuple[Any, Tensor, str]] = {
+    "a corner of the simplex": (constraints.simplex, float32(1.0, 0.0), "on the edge"),
+    "an edge of the simplex": (constraints.simplex, float32(0.5, 0.5, 0.0), "on the edge"),
+    "a part that is lost beside 1": (constraints.simplex, float32(1.0, 1e-8), "1e-08, and its leaf gives 1.19e-07"),
+    "a part that is coarse beside 1": (constraints.simplex, float32(0.5, 0.5, 1e-7), "1e-07, and its leaf gives"),
+    "the smallest number": (constraints.unit_interval, float32(0.5, 1e-42), "1e-42, and its leaf gives 1.18e-38"),
+    "one inside another": (constraints.independent(constraints.unit_interval, 1), float32(0.5, 1.0), "on the edge"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_start_that_its_leaf_does_not_give_back_is_refused(name: str) -> None:
+    constraint, value, words = NEAR[name]
+    with pytest.raises(ValueError, match=f"'x' starts {words if 'on' in words else f'at {words}'}"):
+        HyperParameters({"x": value}, {"x": constraint})
+    hparams = HyperParameters({"x": torch.full_like(value, 1 / len(value))}, {"x": constraint})
+    before = hparams["x"].detach()
+    with pytest.raises(ValueError, match="'x' starts"):
+        hparams["x"] = value
+    assert torch.equal(hparams["x"], before)
+
+
+INSIDE: dict[str, tuple[Any, Tensor]] = {
+    "an uneven mixture": (constraints.simplex, float32(1 - 1e-5, 1e-5)),
+    "the same in float64": (constraints.simplex, torch.tensor([1 - 1e-8, 1e-8], dtype=torch.float64)),
+    "a thousand classes": (constraints.simplex, float32(*[1e-6] * 500, 1 - 999e-6, *[1e-6] * 499)),
+    "an interval around zero": (constraints.interval(-1.0, 3.0), float32(0.0, 1e-9, -1 + 1e-6, 3 - 1e-6)),
+    "one of many inside another": (constraints.independent(constraints.interval(-1.0, 3.0), 1), float32(0.0, 1e-9)),
+    "very small ones": (constraints.positive, float32(1e-37, 1e-9, 1e30)),
+    "rates in bf16": (constraints.positive, torch.tensor([1e-4, 1e-9], dtype=torch.bfloat16)),
+    "weights near both ends": (constraints.unit_interval, float32(1e-30, 1e-3, 1 - 1e-6)),
+    "zeros of a matrix": (constraints.corr_cholesky, torch.eye(3)),
+    "parts of one vector": (
+        constraints.cat([constraints.interval(-1.0, 3.0), constraints.positive]), float32(0.0, 1e-9)
+    ),
+    "zeros": (constraints.nonnegative, float32(0.0, 1e-42)),
+    "none": (constraints.positive, float32()),
+    "a simplex of one": (constraints.simplex, float32(1.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_start_inside_is_given_back(name: str) -> None:
+    constraint, value = INSIDE[name]
+    hparams = HyperParameters({"x": value}, {"x": constraint})
+    rtol = 0.1 if value.dtype is torch.bfloat16 else 1e-2
+    torch.testing.assert_close(hparams["x"].detach(), value, rtol=rtol, atol=1e-6 if (value <= 0).any() else 0)
+    hparams["x"] = value
+    torch.testing.assert_close(hparams["x"].detach(), value, rtol=rtol, atol=1e-6 if (value <= 0).any() else 0)

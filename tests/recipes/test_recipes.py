@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import classes
@@ -343,12 +344,22 @@ def test_wrong_arguments(arguments: Any, options: Any, error: type[Exception], w
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", [(6, 4), (2, 4, 3)])
-def test_label_smoothing_is_torchs_at_the_same_number(shape: tuple[int, ...], reduction: str) -> None:
-    hparams, z = LabelSmoothing(start=0.2), torch.randn(shape)
-    y = torch.arange(z[:, 0].numel()).reshape(z[:, 0].shape) % 4
+@pytest.mark.parametrize("target", ["classes", "some ignored", "all ignored", "probabilities", "no distribution"])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 4), (1, 4), (4,), (2, 4, 3), (4, 4, 4), (2, 4, 3, 5)])
+def test_label_smoothing_is_torchs_at_the_same_number(shape: tuple[int, ...], target: str, reduction: str) -> None:
+    """Also its derivative in the logits; where the batch has as many examples as there are classes, too."""
+    hparams, z = LabelSmoothing(start=0.2).double(), torch.randn(shape, requires_grad=True)
+    first = z[:, 0] if z.ndim > 1 else z[0]
+    y = torch.arange(first.numel()).reshape(first.shape) % 4
+    if "ignored" in target:
+        y = torch.where(torch.rand(y.shape) < (0.4 if target == "some ignored" else 2.0), -100, y)
+    if target in ("probabilities", "no distribution"):
+        y = torch.rand(shape) if target == "no distribution" else torch.randn(shape).softmax(min(1, z.ndim - 1))
+    found = hparams.cross_entropy(z, y, reduction=reduction)
     expected = F.cross_entropy(z, y, label_smoothing=0.2, reduction=reduction)
-    torch.testing.assert_close(hparams.cross_entropy(z, y, reduction=reduction), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8, equal_nan=True)
+    slopes = [torch.autograd.grad(loss.sum(), z)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-8, equal_nan=True)
 
 
 def test_the_derivative_in_the_smoothing_is_that_of_differences() -> None:
@@ -454,19 +465,33 @@ def weights_of(n: int = 8, trusted: Any = (2, 5)) -> ExampleWeights:
 def test_the_weighted_mean_and_its_gradients_are_those_of_the_formula() -> None:
     hparams, index, losses = weights_of(), torch.tensor([0, 2, 7, 7]), torch.tensor([3.0, 5.0, 7.0, 11.0])
     losses.requires_grad_()
-    low, high = 0.2, 0.9
+    low, high, start = 0.2, 0.9, 0.5
     mean = hparams.mean(losses, index)
-    assert mean.item() == pytest.approx((low * 3 + 1 * 5 + high * 7 + high * 11) / 4, rel=1e-12)
+    assert mean.item() == pytest.approx((low * 3 + 1 * 5 + high * 7 + high * 11) / 4 / start, rel=1e-12)
     mean.backward()
-    torch.testing.assert_close(losses.grad, torch.tensor([low, 1.0, high, high]) / 4)
+    torch.testing.assert_close(losses.grad, torch.tensor([low, 1.0, high, high]) / 4 / start)
     (leaf,) = hparams.parameters()
     expected = torch.zeros(8)  # through the sigmoid, whose slope is w (1 − w)
-    expected[0], expected[7] = low * (1 - low) * 3 / 4, high * (1 - high) * 18 / 4
+    expected[0], expected[7] = low * (1 - low) * 3 / 4 / start, high * (1 - high) * 18 / 4 / start
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize(
-    "trusted", [[2, 5], torch.tensor([5, 2, 2]), torch.arange(8) % 3 == 2, (torch.arange(8) % 3 == 2).tolist()]
+    "trusted",
+    [
+        [2, 5],
+        (5, 2),
+        {5, 2},
+        frozenset((2, 5)),
+        torch.tensor([5, 2, 2]),
+        torch.tensor([2, 5], dtype=torch.uint8),
+        torch.tensor([2, 5], dtype=torch.int16),
+        np.array([2, 5], dtype=np.uint8),
+        range(2, 6, 3),
+        torch.arange(8) % 3 == 2,
+        (torch.arange(8) % 3 == 2).tolist(),
+        np.arange(8) % 3 == 2,
+    ],
 )
 def test_trusted_examples_have_the_weight_one_however_they_are_named(trusted: Any) -> None:
     hparams = weights_of(trusted=trusted)
@@ -476,6 +501,49 @@ def test_trusted_examples_have_the_weight_one_however_they_are_named(trusted: An
     assert (hparams["example_weight"][[2, 5]] == 1).all()
     assert hparams.degrees_of_freedom == 6
     assert repr(hparams) == "ExampleWeights(n=8): 6 learned weights from 0.2 to 0.9, 2 fixed at 1"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [0.5, 0.1, 0.7, 0.999, 1e-4, 1 - 1e-6])
+def test_the_start_is_the_plain_mean_to_the_bit(start: float, dtype: torch.dtype) -> None:
+    """And so is its gradient in the model's weights, at any precision of the losses, the weights and a loaded state."""
+    torch.manual_seed(0)
+    x, y, n, model = torch.randn(37, 5, dtype=dtype), torch.arange(37) % 3, 37, nn.Linear(5, 3, dtype=dtype)
+    torch.set_default_dtype(torch.float32)
+    made = ExampleWeights(n, start=start, trusted=[3])
+    loaded = ExampleWeights(n, start=0.3)
+    loaded.load_state_dict(made.state_dict())
+    index = torch.randperm(n)[:29]
+    index = index[index != 3]
+    for hparams in (made, copy.deepcopy(made).double(), loaded, pickle.loads(pickle.dumps(made))):
+        losses = F.cross_entropy(model(x[index]), y[index], reduction="none")
+        found, expected = hparams.mean(losses, index), losses.mean()
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+        slopes = (torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in (found, expected))
+        assert all(torch.equal(one, other) for one, other in zip(*slopes, strict=True))
+
+
+@pytest.mark.parametrize("none", [None, [], (), set(), torch.tensor([]), torch.tensor([], dtype=torch.uint8), np.array([])])
+def test_an_empty_list_trusts_none(none: Any) -> None:
+    assert not ExampleWeights(3, trusted=none).trusted.any()
+    assert ExampleWeights(3, trusted=none).degrees_of_freedom == 3
+
+
+def test_trusted_examples_count_as_the_best_of_the_learned_ones() -> None:
+    hparams, losses = ExampleWeights(3, start=0.25, trusted=[2]).double(), torch.tensor([1.0, 1.0])
+    hparams["example_weight"] = torch.tensor([1 - 1e-9, 1e-9, 0.5])
+    assert [hparams.mean(losses[:1], torch.tensor([i])).item() for i in range(3)] == pytest.approx([4.0, 0.0, 4.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["", "a."])
+def test_a_state_of_an_earlier_version_goes_on_with_the_mean_that_it_was_learned_with(prefix: str) -> None:
+    """Which was (1/B) Σ w_i ℓ_i."""
+    of, index, losses = weights_of(), torch.tensor([0, 2, 7, 7]), torch.tensor([3.0, 5.0, 7.0, 11.0])
+    state = {prefix + key: value for key, value in of.state_dict().items() if key != "start"}
+    loaded = ExampleWeights(8, start=0.5).double()
+    (nn.ModuleDict({"a": loaded}) if prefix else loaded).load_state_dict(state)
+    assert loaded.mean(losses, index).item() == pytest.approx((0.2 * 3 + 5 + 0.9 * 7 + 0.9 * 11) / 4, rel=1e-12)
 
 
 def test_weights_can_be_set_to_what_they_are_and_copied() -> None:
@@ -496,7 +564,7 @@ def test_the_hypergradient_of_example_weights_is_that_of_the_closed_form() -> No
     (leaf,) = hparams.parameters()
 
     def solution(leaf: Tensor) -> Tensor:
-        w = torch.where(torch.arange(8) % 3 == 2, 1.0, leaf.sigmoid())[index] / len(index)
+        w = torch.where(torch.arange(8) % 3 == 2, 1.0, leaf.sigmoid())[index] / 0.5 / len(index)
         return torch.linalg.solve(x[index].T @ (w[:, None] * x[index]) + 0.1 * torch.eye(3), x[index].T @ (w * y[index]))
 
     def train_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
@@ -560,6 +628,16 @@ EXAMPLE_FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "an index below zero": (lambda: ExampleWeights(3, trusted=[-1]), ValueError, "indices from -1 to -1"),
     "all of them": (lambda: ExampleWeights(2, trusted=[0, 1]), ValueError, "all 2 examples are trusted"),
+    "a mask of numbers": (
+        lambda: ExampleWeights(4, trusted=torch.tensor([1, 0, 0, 1], dtype=torch.uint8)),
+        ValueError,
+        "trusted has 4 numbers that are 0 or 1, as a mask: give it as bool",
+    ),
+    "a mask of numbers in a list": (lambda: ExampleWeights(3, trusted=[1, 0, 1]), ValueError, "trusted has 3 numbers"),
+    "text for trusted": (lambda: ExampleWeights(3, trusted="01"), TypeError, "trusted is a str: give a list of indices"),
+    "one number for trusted": (lambda: ExampleWeights(3, trusted=1), TypeError, r"torch.int64 and shape \(\)"),
+    "nothing in trusted": (lambda: ExampleWeights(3, trusted=[None]), TypeError, "trusted is a list: give a list of ind"),
+    "losses as a list": (lambda: weights_of().mean([1.0], torch.tensor([1])), TypeError, "losses is a list"),
     "weights for trusted": (lambda: ExampleWeights(2, trusted=[0.5, 1.0]), TypeError, "trusted is of torch"),
     "a mean": (
         lambda: weights_of().mean(torch.tensor(1.0), torch.tensor([1])),
@@ -578,14 +656,3 @@ def test_what_example_weights_cannot_do_is_named(name: str) -> None:
     call, error, words = EXAMPLE_FAULTS[name]
     with pytest.raises(error, match=words):
         call()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_ignored_targets_count_neither_in_the_loss_nor_in_its_gradient(reduction: str) -> None:
-    hparams, z, y = LabelSmoothing(start=0.2).double(), torch.randn(8, 5, requires_grad=True), torch.arange(8) % 5
-    y[3:6] = -100
-    found = hparams.cross_entropy(z, y, reduction=reduction)
-    expected = F.cross_entropy(z, y, label_smoothing=0.2, reduction=reduction)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    slopes = [torch.autograd.grad(loss.sum(), z)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-8)

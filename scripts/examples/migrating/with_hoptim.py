@@ -2,6 +2,7 @@
 
 import torch
 from digits_task import EVERY, LR, OUTER_LR, STEPS, WARMUP, ridge, start, test_loss, train, val, x, y
+from torch.distributions.constraints import unit_interval
 from torch.nn import functional as F
 
 import hoptim
@@ -10,12 +11,12 @@ import hoptim
 def with_hoptim(method):
     def train_loss(model, hparams, batch):
         losses = F.cross_entropy(model(x[batch]), y[batch], reduction="none")
-        return hparams.mean(losses, batch) + ridge(model.parameters())
+        return (hparams["weight"][batch] * losses).mean() + ridge(model.parameters())
 
     def val_loss(model, hparams, batch):
         return F.cross_entropy(model(x[batch]), y[batch])
 
-    model, hparams = start(), hoptim.recipes.ExampleWeights(len(train))
+    model, hparams = start(), hoptim.HyperParameters({"weight": torch.full((len(train),), 0.5)}, {"weight": unit_interval})
     optimizer = hoptim.BilevelOptimizer(
         torch.optim.SGD(model.parameters(), lr=LR),
         torch.optim.Adam(hparams.parameters(), lr=OUTER_LR),
