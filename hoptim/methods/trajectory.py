@@ -19,6 +19,7 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.bound_options import Bound
 from hoptim.methods.inner_step import Group, InnerStep, State
 from hoptim.methods.learned_options import LearnedOption
+from hoptim.problem.kept import Kept, noted
 from hoptim.problem.problem import Problem, set_generators
 
 
@@ -72,8 +73,8 @@ def look_ahead(
 ) -> Trajectory:
     """The next ``steps`` steps from the present weights, on batches from ``draw``."""
     dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
-    batches = [draw() for _ in range(steps)]
-    taken = [Step(losses=(RecordedLoss(batch=batch),), dynamics=dynamics) for batch in batches]
+    batches = [noted(draw()) for _ in range(steps)]
+    taken = [Step(losses=(RecordedLoss(batch=batch.get()),), dynamics=dynamics) for batch in batches]
     return Trajectory(begins=((0, present(problem, dynamics)),), steps=tuple(taken))
 
 
@@ -93,6 +94,7 @@ class Recorder:
         self._begins: list[tuple[int, Snapshot]] = []
         self._steps: list[Step] = []
         self._added: list[RecordedLoss] = []
+        self._kept: list[Kept] = []  # the batches of the losses
         self._before: Snapshot | None = None  # before the step whose losses are being computed
         self._dynamics: InnerStep | None = None
 
@@ -101,7 +103,7 @@ class Recorder:
         self._added = []
 
     def record_loss(
-        self, problem: Problem, inner: Optimizer, batch: Any, learned: Sequence[LearnedOption] = (), every: int = 1
+        self, problem: Problem, inner: Optimizer, batch: Kept, learned: Sequence[LearnedOption] = (), every: int = 1
     ) -> Callable[[Tensor], None]:
         """Call this before a training loss is computed; the function it returns is a hook for the loss's backward pass.
 
@@ -115,7 +117,8 @@ class Recorder:
             else:
                 self._before = None
             self._dynamics = replace(dynamics, state={})
-        loss = RecordedLoss(batch=batch, generators=problem.generators())
+        self._kept.append(batch)
+        loss = RecordedLoss(batch=batch.batch, generators=problem.generators())
         return lambda share: self._added.append(replace(loss, share=share.detach()))
 
     def stepped(self) -> None:
@@ -135,12 +138,18 @@ class Recorder:
             )
 
     def trajectory(self) -> Trajectory | None:
-        """The steps kept so far, if any."""
+        """The steps kept so far, if any.
+
+        Raises:
+            ValueError: something was written to one of their batches.
+        """
+        for batch in self._kept:
+            batch.get()
         return Trajectory(begins=tuple(self._begins), steps=tuple(self._steps)) if self._steps else None
 
     def restart(self) -> None:
         """Forget all steps."""
-        self._begins, self._steps, self._added, self._before = [], [], [], None
+        self._begins, self._steps, self._added, self._kept, self._before = [], [], [], [], None
 
     def state_dict(self) -> dict[str, Any] | None:
         """The steps kept so far, for a checkpoint, with their batches as they are."""

@@ -128,13 +128,14 @@ class BilevelOptimizer(OptimizerProxy):
         is_kept, is_watched = left < method.keeps_steps, left in (0, math.inf)  # inf: hypersteps by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
             progress.cleared()  # by model.zero_grad()
-        keep = progress.record_loss(self.problem, self.inner, batch, method.keeps_every) if is_kept else None
+        kept = progress.keep(batch, is_needed=is_kept or (left == 0 and self.train_batches is None))
+        keep = progress.record_loss(self.problem, self.inner, kept, method.keeps_every) if is_kept else None
         found = self.problem.loss(batch)
         loss = found[0] if self.problem.has_aux else found
         if keep is not None:
             loss.register_hook(keep)
         if self.train_batches is None:
-            progress.window.watch(batch, loss) if is_watched else progress.window.note(batch)
+            progress.window.watch(kept, loss) if is_watched else progress.window.note(kept)
         return found
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -21,6 +21,7 @@ from hoptim.methods.method import Method
 from hoptim.methods.trajectory import Recorder
 from hoptim.problem.hyperparameters import transforms_of
 from hoptim.problem.problem import Problem
+from hoptim.problem.kept import Kept, copied, noted
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.training.arguments import OnFailure
 from hoptim.training.first_steps import FirstSteps
@@ -56,6 +57,7 @@ class Progress:
         self.recorder.stepped()
 
     def warn_of_sign(self, method: Method, solution: Solution) -> None:
+    copy: Kept | None = None  # of the batch of the last loss, if a hyperstep needs it
         """Warn once if the sign of a learned option's hypergradient is in doubt."""
         doubt = doubt_of_sign(method, self.learned_options, solution)
         if doubt and Status.NEGATIVE_CURVATURE not in self.warned:
@@ -77,7 +79,12 @@ class Progress:
             return None
         return cosine_in_common(gradient, {name: value.to(gradient[name]) for name, value in last.items()})
 
-    def record_loss(self, problem: Problem, inner: Optimizer, batch: Any, every: int) -> Callable[[Tensor], None]:
+    def keep(self, batch: Any, *, is_needed: bool) -> Kept:
+        """The batch of a loss: a copy if a hyperstep will need it, else by reference, for one that may come by hand."""
+        self.copy = copied(batch, self.copy) if is_needed else None
+        return self.copy or noted(batch)
+
+    def record_loss(self, problem: Problem, inner: Optimizer, batch: Kept, every: int) -> Callable[[Tensor], None]:
         """Call this before a training loss is computed: see :meth:`Recorder.record_loss`."""
         return self.recorder.record_loss(problem, inner, batch, self.learned_options, every)
 
