@@ -148,8 +148,7 @@ class BilevelOptimizer(OptimizerProxy):
         learned = progress.learned_options
         with learned_options.in_effect(self.inner, learned, self.problem.hparams) if learned else nullcontext():
             result = self.inner.step() if closure is None else self.inner.step(closure)
-        progress.stepped()
-        if steps_left(progress.inner_steps, self.every, self.warmup) == 0:
+        if progress.stepped(self.every, self.warmup):
             progress.recorder.check(self.hypergradient.keeps_steps)
             try:
                 self.hyperstep()
@@ -172,7 +171,7 @@ class BilevelOptimizer(OptimizerProxy):
     def _move(self, begun: float, result: Hypergradient) -> Record:
         """The outer step and the record of a hyperstep that began at this time."""
         progress, gradient, moved = self._progress, result.combined(self.val_weights), result.solution.status.ok
-        progress.hyper_steps += 1
+        progress.count_hyperstep()
         cosine_to_last = progress.cosine_to_last(gradient) if moved else None
         before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
         if moved:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +21,31 @@ from hoptim.methods.learned_options import LearnedOption, restarted, starts
 from hoptim.methods.method import Method
 from hoptim.methods.trajectory import Recorder
 from hoptim.problem.hyperparameters import transforms_of
-from hoptim.problem.problem import Problem
 from hoptim.problem.kept import Kept, copied, noted
+from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.training.arguments import OnFailure
 from hoptim.training.first_steps import FirstSteps
 from hoptim.training.record import Record, cosine_in_common
 from hoptim.training.window import Window
+
+
+@dataclass
+class Ahead:
+    """The inner steps that were taken, and how many were left then until the first hyperstep; 0 after it."""
+
+    taken: int = 0
+    left: float = 0
+
+    def tell(self) -> None:
+        """Warn if the training has ended before its first hyperstep."""
+        if 0 < self.left < math.inf:
+            warnings.warn(
+                f"the training ended after {self.taken} steps without a hyperstep, so that no hyperparameter has moved: the "
+                f"first one would have come after step {self.taken + self.left}. Give the BilevelOptimizer a smaller every, "
+                "or a shorter warmup; every=None is for hypersteps by hand",
+                stacklevel=2,
+            )
 
 
 @dataclass
@@ -38,26 +57,38 @@ class Progress:
     solver_state: State = field(default_factory=dict)
     last_gradient: Tree = field(default_factory=dict)
     record: Record | None = None
+    copy: Kept | None = None  # of the batch of the last loss, if a hyperstep needs it
     window: Window = field(default_factory=Window)
     recorder: Recorder = field(default_factory=Recorder)
     first_steps: FirstSteps | None = None  # until they are over
     learned_options: list[LearnedOption] = field(default_factory=list)
     warned: set[Status] = field(default_factory=set)
     unheld: list[tuple[str, str]] = field(default_factory=list)  # tensors in neither optimizer, after a warning
+    ahead: Ahead = field(default_factory=Ahead)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self.ahead.tell)  # also at the end of the process
 
     def cleared(self) -> None:
         """Call this when gradients are cleared."""
         self.window.cleared = True
         self.recorder.cleared()
 
-    def stepped(self) -> None:
-        """Call this after an inner step."""
+    def stepped(self, every: int | None, warmup: int) -> bool:
+        """Call this after an inner step. Returns whether a hyperstep is due."""
         self.inner_steps += 1
         self.window.stepped()
         self.recorder.stepped()
+        left = steps_left(self.inner_steps, every, warmup)
+        self.ahead.taken, self.ahead.left = self.inner_steps, 0 if self.hyper_steps else left
+        return left == 0
+
+    def count_hyperstep(self) -> None:
+        """Call this when there is a hypergradient."""
+        self.hyper_steps += 1
+        self.ahead.left = 0
 
     def warn_of_sign(self, method: Method, solution: Solution) -> None:
-    copy: Kept | None = None  # of the batch of the last loss, if a hyperstep needs it
         """Warn once if the sign of a learned option's hypergradient is in doubt."""
         doubt = doubt_of_sign(method, self.learned_options, solution)
         if doubt and Status.NEGATIVE_CURVATURE not in self.warned:
