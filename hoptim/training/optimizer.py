@@ -20,7 +20,7 @@ from hoptim.problem.data import Batches
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
 from hoptim.training import arguments
-from hoptim.training.checkpoint import KEY, VERSION, check_loadable, held_weights
+from hoptim.training.checkpoint import KEY, VERSION, check_loadable, held_weights, load_bare
 from hoptim.training.first_steps import FirstSteps, dry_run
 from hoptim.training.optimizer_proxy import OptimizerProxy
 from hoptim.training.outer_step import outer_step, warn_of_first_step
@@ -242,10 +242,10 @@ class BilevelOptimizer(OptimizerProxy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
 
-        If the state is refused, nothing changes.
+        From a bare optimizer's state only the inner one, with a warning. If the state is refused, nothing changes.
 
         Raises:
-            ValueError: the state is a bare optimizer's, damaged, of a newer version or of another model.
+            ValueError: the state is damaged, of a newer version or of another model.
         """
         state_dict = copy.copy(state_dict)  # hooks may change it in place
         for change in self._optimizer_load_state_dict_pre_hooks.values():
@@ -254,7 +254,7 @@ class BilevelOptimizer(OptimizerProxy):
         before = self._saved()  # without copies, since a load replaces these tensors
         before[KEY]["hparams"] = copy.deepcopy(before[KEY]["hparams"])  # except for the hyperparameters
         try:
-            self._load(state_dict)
+            self._load(state_dict) if KEY in state_dict else load_bare(self.inner, self._progress, state_dict)
         except Exception:
             self._load(before)
             raise
