@@ -43,7 +43,7 @@ def check_loadable(state_dict: object, weights: Shapes) -> None:
         raise TypeError(f"state_dict is {describe_type(state_dict)}: give what optimizer.state_dict() returned")
     if KEY not in state_dict:
         if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
-            raise ValueError(f"this state_dict has no {missing[0]!r}: it is no optimizer's; give optimizer.state_dict()")
+            raise ValueError(f"this state_dict has no {KEY!r} and no {missing[0]!r}: give optimizer.state_dict()")
         return
     saved = state_dict[KEY]
     version: Any = saved.get("version") if isinstance(saved, Mapping) else None

@@ -221,8 +221,8 @@ class BilevelOptimizer(OptimizerProxy):
         """What a method may need of the loop. Repeats the checks of the construction, since layers may be replaced."""
         progress, learned = self._progress, self._progress.learned_options
         learned_options.check_in_place(self.inner, learned)
-        progress.unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
-        return TrainingContext(inner=self.inner, learned=learned, draw=draw, trajectory=trajectory)
+        progress.unheld = unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
+        return TrainingContext(inner=self.inner, learned=learned, draw=draw, trajectory=trajectory, unheld=unheld)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the weights."""

@@ -241,7 +241,7 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "state of no optimizer": (
         lambda: optimizer().load_state_dict(nn.Linear(1, 1).state_dict()),
         ValueError,
-        ["'state'", "optimizer.state_dict()"],
+        ["'hoptim'", "'state'", "optimizer.state_dict()"],
     ),
     "state of another model's bare optimizer": (
         lambda: optimizer().load_state_dict(torch.optim.SGD(nn.GRUCell(1, 1).parameters()).state_dict()),
