@@ -107,10 +107,13 @@ class Recorder:
     ) -> Callable[[Tensor], None]:
         """Call this before a training loss is computed; the function it returns is a hook for the loss's backward pass.
 
-        A snapshot is kept before the first step and before every ``every``-th step after it.
+        A snapshot is kept before the first step and before every ``every``-th step after it. If layers were frozen,
+        unfrozen or replaced since the last loss, the steps before are forgotten.
         """
+        weights = problem.weights()
+        self._forget_unlike(weights)
         if not self._added:  # options may change between steps, but not between the losses of one
-            is_due, weights, leaves = len(self._steps) % every == 0, problem.weights(), problem.leaves()
+            is_due, leaves = len(self._steps) % every == 0, problem.leaves()
             dynamics = InnerStep.of(inner, weights, leaves, learned=learned, with_state=is_due)
             if is_due and (not self._steps or dynamics.has_live_state(leaves)):
                 self._before = Snapshot(weights=trees.map_tree(_copy, weights), state=dynamics.state)
@@ -129,20 +132,22 @@ class Recorder:
             self._steps.append(Step(losses=tuple(self._added), dynamics=self._dynamics))
         self._added, self._before = [], None
 
-    def check(self, steps: int) -> None:
-        """Raise ``ValueError`` if no step is known, though ``steps`` are to be unrolled."""
+    def check(self, steps: int, weights: Tree) -> None:
+        """Raise ``ValueError`` if no step of these weights is known, though ``steps`` are to be unrolled."""
+        self._forget_unlike(weights)
         if steps and not self._steps:
             raise ValueError(
                 f"none of the last {steps} inner steps, which are to be unrolled, is known: compute the training loss by "
-                "optimizer.loss(batch), and call backward() on it"
+                "optimizer.loss(batch), and call backward() on it; freeze or unfreeze layers before that"
             )
 
-    def trajectory(self) -> Trajectory | None:
-        """The steps kept so far, if any.
+    def trajectory(self, weights: Tree) -> Trajectory | None:
+        """The steps kept so far, if any, of these weights.
 
         Raises:
             ValueError: something was written to one of their batches.
         """
+        self._forget_unlike(weights)
         for batch in self._kept:
             batch.get()
         return Trajectory(begins=tuple(self._begins), steps=tuple(self._steps)) if self._steps else None
@@ -150,6 +155,12 @@ class Recorder:
     def restart(self) -> None:
         """Forget all steps."""
         self._begins, self._steps, self._added, self._kept, self._before = [], [], [], [], None
+
+    def _forget_unlike(self, weights: Tree) -> None:
+        """Forget all steps if other weights were trained in them."""
+        first = self._begins[0][1] if self._begins else self._before
+        if first is not None and _shapes(first.weights) != _shapes(weights):
+            self.restart()
 
     def state_dict(self) -> dict[str, Any] | None:
         """The steps kept so far, for a checkpoint, with their batches as they are."""
@@ -169,9 +180,9 @@ class Recorder:
     def load_state_dict(
         self, saved: dict[str, Any] | None, live: Tree, inner: Optimizer, transforms: Mapping[str, Transform]
     ) -> None:
-        """Restore the steps, for an inner optimizer of the same class; ``live`` are the weights."""
+        """Restore the steps, for an inner optimizer of the same class, unless other weights than ``live`` were trained."""
         self.restart()
-        if saved is None:
+        if saved is None or any(weights.keys() != live.keys() for _, weights, _ in saved["begins"]):
             return
         for number, weights, state in saved["begins"]:
             at = Snapshot(
@@ -225,6 +236,10 @@ def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> 
 
 def _moved(entries: Tree, device: torch.device) -> Tree:
     return {key: value if key == "step" else value.to(device) for key, value in entries.items()}
+
+
+def _shapes(weights: Tree) -> dict[str, torch.Size]:
+    return {name: w.shape for name, w in weights.items()}
 
 
 def _copy(value: Tensor) -> Tensor:

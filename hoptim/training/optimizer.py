@@ -149,7 +149,7 @@ class BilevelOptimizer(OptimizerProxy):
         with learned_options.in_effect(self.inner, learned, self.problem.hparams) if learned else nullcontext():
             result = self.inner.step() if closure is None else self.inner.step(closure)
         if progress.stepped(self.every, self.warmup):
-            progress.recorder.check(self.hypergradient.keeps_steps)
+            progress.recorder.check(self.hypergradient.keeps_steps, self.problem.weights())
             try:
                 self.hyperstep()
             finally:
@@ -203,7 +203,7 @@ class BilevelOptimizer(OptimizerProxy):
         if not progress.hyper_steps:
             self.problem.check_ranks()
         with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
-            loop = self._context(draw, progress.recorder.trajectory())
+            loop = self._context(draw, progress.recorder.trajectory(self.problem.weights()))
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         progress.solver_state = result.solution.state
         if not progress.hyper_steps:

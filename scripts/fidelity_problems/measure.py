@@ -106,7 +106,7 @@ class Case:
                 self.inner.step()
                 if back < kept_steps:
                     recorder.stepped()
-            self._trajectory = recorder.trajectory()
+            self._trajectory = recorder.trajectory(self.problem.weights())
         else:
             self.put(self.found.weights, self.found.velocity)
         return state

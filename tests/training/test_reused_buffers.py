@@ -294,7 +294,7 @@ def test_a_full_batch_is_copied_once_for_all_steps_of_a_window(kind: str) -> Non
         optimizer.zero_grad()
         optimizer.loss(fill(BATCHES[0])).backward()
         optimizer.step()
-    trajectory = optimizer._progress.recorder.trajectory()
+    trajectory = optimizer._progress.recorder.trajectory(optimizer.problem.weights())
     assert trajectory is not None
     batches = [loss.batch for step in trajectory.steps for loss in step.losses]
     assert len(batches) == 4
