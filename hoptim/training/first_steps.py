@@ -71,8 +71,9 @@ class FirstSteps:
         if self._version not in (None, version) and not self._has_closures:
             warnings.warn(
                 f"the weights have moved between losses {self._losses - 1} and {self._losses} without a step of the "
-                "BilevelOptimizer: is the inner optimizer stepped in its place? Call optimizer.step() on the "
-                "BilevelOptimizer, or no hyperstep will come",
+                "BilevelOptimizer. If the inner optimizer is stepped in its place, call optimizer.step() on the "
+                "BilevelOptimizer, or no hyperstep will come. If a step moves the weights twice, as that of SAM does, "
+                "give both losses to it as a closure, optimizer.step(closure)",
                 stacklevel=4,
             )
         self._version = version
