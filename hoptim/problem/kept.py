@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 DEEP = 6  # objects inside one another are opened to this depth
+MANY = 32  # a longer list that begins and ends with plain values has no tensor between them
 _PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None), np.ndarray, torch.dtype, torch.device))
 _CLOSED = (str, bytes, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, nn.Module)
 
@@ -92,7 +93,7 @@ def _note(value: Any, path: Path, found: list[Noted]) -> None:
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, (tuple, list)):
-        return enumerate(value)
+        return () if len(value) > MANY and type(value[0]) in _PLAIN and type(value[-1]) in _PLAIN else enumerate(value)
     if isinstance(value, Mapping):
         return value.items()
     if isinstance(value, _CLOSED):

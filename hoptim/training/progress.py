@@ -113,7 +113,7 @@ class Progress:
     def keep(self, batch: Any, *, is_needed: bool) -> Kept:
         """The batch of a loss: a copy if a hyperstep will need it, else by reference, for one that may come by hand."""
         self.copy = copied(batch, self.copy) if is_needed else None
-        return self.copy or noted(batch)
+        return noted(batch) if self.copy is None else self.copy._replace(leaves=())  # without the original
 
     def record_loss(self, problem: Problem, inner: Optimizer, batch: Kept, every: int) -> Callable[[Tensor], None]:
         """Call this before a training loss is computed: see :meth:`Recorder.record_loss`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
+import weakref
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -300,6 +302,19 @@ def test_a_full_batch_is_copied_once_for_all_steps_of_a_window(kind: str) -> Non
     assert len(batches) == 4
     assert len({id(x) for x, _ in batches}) == 1
     assert batches[0][0] is not BATCHES[0][0]
+
+
+def test_the_originals_of_copies_are_not_kept() -> None:
+    optimizer, alive = optimizer_of(Unrolled(4), every=4), []
+    for number in range(3):
+        x, y = BATCHES[number][0].clone(), BATCHES[number][1]
+        alive.append(weakref.ref(x))
+        optimizer.zero_grad()
+        optimizer.loss((x, y)).backward()
+        optimizer.step()
+        del x
+    gc.collect()
+    assert [one() is None for one in alive] == [True, True, False]  # the last one is compared with the next batch
 
 
 class Named(Tensor):
