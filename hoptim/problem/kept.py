@@ -48,17 +48,26 @@ class Kept(NamedTuple):
         Raises:
             ValueError: a tensor in it was written to, or another one with other values is in its place.
         """
-        now = {path: tensor for path, tensor, _ in noted(self.batch).tensors}
-        for path, tensor, version in self.tensors:
-            there = now.get(path)
-            if _version(tensor) != version or not (there is tensor or _is_equal(there, tensor)):
-                name = "".join(f"[{key!r}]" for key in path)
-                raise ValueError(
-                    f"the tensor batch{name} was written to after the batch was given or drawn, and a hyperstep needs it as "
-                    "it was: give or draw other tensors each time, such as batch.clone(); or give a hyperstep by hand its "
-                    "batch, hyperstep(train_batch=batch)"
-                )
+        for path in self.changed():
+            name = "".join(f"[{key!r}]" for key in path)
+            raise ValueError(
+                f"the tensor batch{name} was written to after the batch was given or drawn, and a hyperstep needs it as it "
+                "was: give or draw other tensors each time, such as batch.clone(); or give a hyperstep by hand its batch, "
+                "hyperstep(train_batch=batch)"
+            )
         return self.batch
+
+    def changed(self) -> list[Path]:
+        """The ways to the tensors that were written to, or in whose places are others with other values."""
+        now = {path: tensor for path, tensor, _ in noted(self.batch).tensors}
+        return [
+            path
+            for path, tensor, version in self.tensors
+            if _version(tensor) != version or not ((there := now.get(path)) is tensor or _is_equal(there, tensor))
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _noted_again, (self.batch, self.changed())  # the versions of a copy are others
 
 
 def noted(batch: Any) -> Kept:
@@ -77,6 +86,12 @@ def noted(batch: Any) -> Kept:
     if type(batch) not in _PLAIN:
         _note(batch, (), found)
     return Kept(batch, found)
+
+
+def _noted_again(batch: Any, changed: Sequence[Path]) -> Kept:
+    return Kept(
+        batch, [(path, tensor, -1 if path in changed else version) for path, tensor, version in noted(batch).tensors]
+    )
 
 
 def _note(value: Any, path: Path, found: list[Noted]) -> None:

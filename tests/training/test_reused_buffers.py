@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import io
+import pickle
 import weakref
 from collections import UserDict
 from collections.abc import Callable
@@ -286,6 +288,29 @@ def test_a_checkpoint_within_a_window_holds_the_batches_of_each_step() -> None:
 
     expected = loop(fresh())
     assert all(same(loop(make()), expected) for make in BUFFERS.values())
+
+
+@pytest.mark.parametrize("by_disk", [True, False])
+def test_a_copy_of_what_is_kept_is_as_good_as_the_original(by_disk: bool) -> None:
+    def again(kept: Any) -> Any:
+        return pickle.loads(pickle.dumps(kept)) if by_disk else copy.deepcopy(kept)
+
+    batch = {"x": torch.zeros(2), "y": torch.zeros(2)}
+    held, own = noted(batch), copied(batch)
+    assert all(again(one).get().keys() == batch.keys() for one in (held, own))
+    later = again(held)
+    batch["y"].add_(1)
+    assert later.get()["y"].tolist() == again(own).get()["y"].tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"batch\['y'\] was written to"):
+        again(held).get()
+
+
+@pytest.mark.parametrize("name", ["averaged", "sampled", "unrolled"])
+def test_objects_that_are_drawn_again_before_they_were_used_are_refused(name: str) -> None:
+    places, fill = iter(range(100)), one_buffer()
+    optimizer = optimizer_of(METHODS[name], every=None, train_batches=lambda: Pair(*fill(BATCHES[next(places) % 6])))
+    with pytest.raises(ValueError, match=r"the tensor batch\['x'\] was written to after .* drawn"):
+        optimizer.hyperstep()
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
