@@ -80,10 +80,10 @@ def noted(batch: Any) -> Kept:
     Traceback (most recent call last):
     ValueError: the tensor batch['x'] was written to after the batch was given or drawn, ...
     """
-    if isinstance(batch, Tensor):
-        return Kept(batch, [((), batch, _version(batch))])
     found: list[Noted] = []
-    if type(batch) not in _PLAIN:
+    if isinstance(batch, Tensor):
+        found.append(((), batch, _version(batch)))
+    elif type(batch) not in _PLAIN:
         _note(batch, (), found)
     return Kept(batch, found)
 
@@ -100,7 +100,7 @@ def _note(value: Any, path: Path, found: list[Noted]) -> None:
         kind = type(part)
         if kind in _PLAIN:
             continue
-        if isinstance(part, Tensor):
+        if kind is Tensor or isinstance(part, Tensor):
             found.append(((*path, key), part, _version(part)))
         elif len(path) < DEEP:
             _note(part, (*path, key), found)
