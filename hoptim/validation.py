@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 _VOWEL_SOUND = re.compile("[aeio]|u(?!ni|[isu])", re.IGNORECASE)  # an Update, a UserDict, a Uniform, a uint8
@@ -25,6 +26,16 @@ def is_finite(value: object) -> bool:
     (True, False, False)
     """
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def listed(names: Sequence[str], shown: int = 4) -> str:
+    """The names for a message: all, or the first few and the number of the others.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c"], shown=2)
+    ("['a', 'b']", "['a', 'b'] and 1 more")
+    """
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return f"{list(names[:shown])}{more}"
 
 
 def describe_type(value: object) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hoptim.training.progress import Ahead
+
 for threads in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):  # of subprocesses too: tests run on all cores already
     os.environ.setdefault(threads, "1")
 torch.set_num_threads(1)
@@ -20,6 +22,13 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def short_trainings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most trainings in tests are too short for a hyperstep, and would say so in whichever test they are collected."""
+    if request.path.name != "test_no_hypersteps.py":
+        monkeypatch.setattr(Ahead, "tell", lambda ahead: None)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from hoptim.curvature.linearization import Curvature, Linearization, Point, chec
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Mean, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
+from hoptim.problem.kept import noted
 from hoptim.validation import is_whole
 
 
@@ -47,9 +48,9 @@ class Averaged(Curvature):
     @contextmanager
     def linearize(self, point: Point) -> Iterator[Linearization]:
         """The mean over the batches, whose graphs are all held."""
-        batches = [point.batch, *(point.another_batch("Averaged") for _ in range(self.batches - 1))]
+        kept = [noted(point.batch), *(noted(point.another_batch("Averaged")) for _ in range(self.batches - 1))]
         with ExitStack() as stack:
-            points = [replace(point, batch=batch) for batch in batches]
+            points = [replace(point, batch=one.get()) for one in kept]
             yield _mean([stack.enter_context(self.curvature.linearize(one)) for one in points], point.weights)
 
 
@@ -80,10 +81,12 @@ class Sampled(Curvature):
     @contextmanager
     def linearize(self, point: Point) -> Iterator[Linearization]:
         """F and B of the hyperstep's own batch, and an A that draws a batch for each product."""
+        kept = noted(point.batch)
         with self.curvature.linearize(point) as base:
 
             def product(v: Tensor) -> Tensor:  # the same batch for all of R vectors
                 fresh = replace(point, batch=point.another_batch("Sampled"))
+                kept.get()
                 with self.curvature.linearize(fresh) as one:
                     return one.on(base.layout).A @ v
 

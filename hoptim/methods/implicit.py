@@ -30,7 +30,7 @@ from hoptim.solvers.minres import MINRES
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.scaled import solve_scaled
 from hoptim.solvers.solution import Solution, State, Status
-from hoptim.validation import describe_type, is_finite
+from hoptim.validation import describe_type, is_finite, listed
 
 TERMS = 5  # of the default solver: stopping early regularises, see scripts/fidelity.py
 
@@ -128,7 +128,7 @@ class Implicit(Method):
         validation = validate(problem, point.weights, leaves, val_batch)
         with chosen.curvature.linearize(point) as local:
             F = self.condition(over_ranks(local, problem.ranks, point), point, loop)
-            _check_weights(F)
+            _check_weights(F, loop)
             g = F.layout.flatten(validation.g, validation.loss.shape)
             solution = self._solve(chosen.solver, F, g, point, loop.inner, state)
             indirect = F.mixed(-solution.value)
@@ -177,19 +177,19 @@ def _stuck(solution: Solution, loop: TrainingContext, leaves: Tree) -> str:
     return f"hyperparameter {zero[0].name!r}, the {zero[0].key}, is 0; hoptim.Unrolled(20) finds a way up" if zero else ""
 
 
-def _check_weights(F: Linearization) -> None:
-    names = list(F.untouched)
+def _check_weights(F: Linearization, loop: TrainingContext) -> None:
     if not F.layout.names:
-        raise ValueError(f"the training loss touches none of the weights {names}: compute it with the model it is given")
-    if names:
+        weights = listed(F.untouched)
+        raise ValueError(f"the training loss touches none of the weights {weights}: compute it with the model it is given")
+    if names := [name for name in F.untouched if ("inner", name) not in loop.unheld]:
         warnings.warn(
-            f"the training loss does not touch the weights {names}: they are left out of the hypergradient. Freeze them "
-            "with requires_grad_(False), or use them in the training loss",
+            f"the training loss does not touch the weights {listed(names)}: they are left out of the hypergradient. Freeze "
+            "them with requires_grad_(False), or use them in the training loss",
             stacklevel=4,
         )
     if F.fixed:
         warnings.warn(
-            f"the inner optimizer does not hold the weights {list(F.fixed)}: they are taken as fixed. Freeze them with "
+            f"the inner optimizer does not hold the weights {listed(F.fixed)}: they are taken as fixed. Freeze them with "
             "requires_grad_(False), or add them to the optimizer",
             stacklevel=4,
         )

@@ -276,6 +276,22 @@ def put_back(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
             group[option.key] = _replaced(group[option.key], option.member, option.value)
 
 
+def resumed(inner: optim.Optimizer, options: Sequence[LearnedOption], before: Sequence[Any]) -> list[LearnedOption]:
+    """The options after ``inner`` got the state of a run that did not learn them; ``before`` is what was in their places.
+
+    A rate goes on as far down as that run's schedule had come: option = t(θ) · number / initial number.
+    """
+    found = []
+    for option, number in zip(options, before, strict=True):
+        group = inner.param_groups[option.group]
+        if option.transform is not None and option.member is None and (initial := group.get("initial_" + option.key)):
+            option = option._replace(start=float(initial))
+        else:
+            group[option.key] = _replaced(group[option.key], option.member, number)
+        found.append(option)
+    return found
+
+
 def check_unscheduled(groups: Iterable[Mapping[str, Any]], leaves: Tree) -> None:
     """Raise ``ValueError`` if the learning rate of one of these groups, which a scheduler sets, is a hyperparameter."""
     rates = [group["lr"] for group in groups if isinstance(group.get("lr"), Tensor)]

@@ -25,12 +25,14 @@ class TrainingContext:
         learned: its options that are hyperparameters.
         draw: draws another training batch.
         trajectory: the last inner steps, if the method asked for them to be kept.
+        unheld: ``("inner", name)`` for each weight of which a warning has said that the inner optimizer does not hold it.
     """
 
     inner: Optimizer | None = None
     learned: Sequence[LearnedOption] = ()
     draw: Callable[[], Any] | None = None
     trajectory: Any = None
+    unheld: Sequence[tuple[str, str]] = ()
 
 
 class Method(ABC):

@@ -21,6 +21,7 @@ from hoptim.methods.inner_step import Group, InnerStep, State
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.problem.functional import Attributes
 from hoptim.problem.hyperparameters import transforms_of
+from hoptim.problem.kept import Kept, noted
 from hoptim.problem.problem import ModuleState, Problem, set_generators
 
 
@@ -75,8 +76,8 @@ def look_ahead(
 ) -> Trajectory:
     """The next ``steps`` steps from the present weights, on batches from ``draw``."""
     dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
-    batches = [draw() for _ in range(steps)]
-    taken = [Step(losses=(RecordedLoss(batch=batch),), dynamics=dynamics) for batch in batches]
+    batches = [noted(draw()) for _ in range(steps)]
+    taken = [Step(losses=(RecordedLoss(batch=batch.get()),), dynamics=dynamics) for batch in batches]
     return Trajectory(begins=((0, present(problem, dynamics)),), steps=tuple(taken))
 
 
@@ -97,6 +98,7 @@ class Recorder:
         self._begins: list[tuple[int, Snapshot]] = []
         self._steps: list[Step] = []
         self._added: list[RecordedLoss] = []
+        self._kept: list[Kept] = []  # the batches of the losses
         self._before: Snapshot | None = None  # before the step whose losses are being computed
         self._dynamics: InnerStep | None = None
 
@@ -105,14 +107,17 @@ class Recorder:
         self._added = []
 
     def record_loss(
-        self, problem: Problem, inner: Optimizer, batch: Any, learned: Sequence[LearnedOption] = (), every: int = 1
+        self, problem: Problem, inner: Optimizer, batch: Kept, learned: Sequence[LearnedOption] = (), every: int = 1
     ) -> Callable[[Tensor], None]:
         """Call this before a training loss is computed; the function it returns is a hook for the loss's backward pass.
 
-        A snapshot is kept before the first step and before every ``every``-th step after it.
+        A snapshot is kept before the first step and before every ``every``-th step after it. If layers were frozen,
+        unfrozen or replaced since the last loss, the steps before are forgotten.
         """
+        weights = problem.weights()
+        self._forget_unlike(weights)
         if not self._added:  # options may change between steps, but not between the losses of one
-            is_due, weights, leaves = len(self._steps) % every == 0, problem.weights(), problem.leaves()
+            is_due, leaves = len(self._steps) % every == 0, problem.leaves()
             dynamics = InnerStep.of(inner, weights, leaves, learned=learned, with_state=is_due)
             if is_due and (not self._steps or dynamics.has_live_state(leaves)):
                 modules = problem.module_state(self._begins[-1][1].modules if self._begins else None)
@@ -120,7 +125,8 @@ class Recorder:
             else:
                 self._before = None
             self._dynamics = replace(dynamics, state={})
-        loss = RecordedLoss(batch=batch, generators=problem.generators())
+        self._kept.append(batch)
+        loss = RecordedLoss(batch=batch.batch, generators=problem.generators())
         return lambda share: self._added.append(replace(loss, share=share.detach()))
 
     def stepped(self) -> None:
@@ -131,21 +137,35 @@ class Recorder:
             self._steps.append(Step(losses=tuple(self._added), dynamics=self._dynamics))
         self._added, self._before = [], None
 
-    def check(self, steps: int) -> None:
-        """Raise ``ValueError`` if no step is known, though ``steps`` are to be unrolled."""
+    def check(self, steps: int, weights: Tree) -> None:
+        """Raise ``ValueError`` if no step of these weights is known, though ``steps`` are to be unrolled."""
+        self._forget_unlike(weights)
         if steps and not self._steps:
             raise ValueError(
                 f"none of the last {steps} inner steps, which are to be unrolled, is known: compute the training loss by "
-                "optimizer.loss(batch), and call backward() on it"
+                "optimizer.loss(batch), and call backward() on it; freeze or unfreeze layers before that"
             )
 
-    def trajectory(self) -> Trajectory | None:
-        """The steps kept so far, if any."""
+    def trajectory(self, weights: Tree) -> Trajectory | None:
+        """The steps kept so far, if any, of these weights.
+
+        Raises:
+            ValueError: something was written to one of their batches.
+        """
+        self._forget_unlike(weights)
+        for batch in self._kept:
+            batch.get()
         return Trajectory(begins=tuple(self._begins), steps=tuple(self._steps)) if self._steps else None
 
     def restart(self) -> None:
         """Forget all steps."""
-        self._begins, self._steps, self._added, self._before = [], [], [], None
+        self._begins, self._steps, self._added, self._kept, self._before = [], [], [], [], None
+
+    def _forget_unlike(self, weights: Tree) -> None:
+        """Forget all steps if other weights were trained in them."""
+        first = self._begins[0][1] if self._begins else self._before
+        if first is not None and _shapes(first.weights) != _shapes(weights):
+            self.restart()
 
     def state_dict(self) -> dict[str, Any] | None:
         """The steps kept so far, for a checkpoint, with their batches as they are."""
@@ -163,11 +183,15 @@ class Recorder:
         }
 
     def load_state_dict(self, saved: dict[str, Any] | None, problem: Problem, inner: Optimizer) -> None:
-        """Restore the steps, for an inner optimizer of the same class. Plain attributes of modules are those of now."""
+        """Restore the steps, for an inner optimizer of the same class, unless other weights were trained in them.
+
+        Plain attributes of modules are those of now.
+        """
+        live = problem.weights()
         self.restart()
-        if saved is None:
+        if saved is None or any(weights.keys() != live.keys() for _, weights, *_ in saved["begins"]):
             return
-        live, now, transforms = problem.weights(), problem.module_state(), transforms_of(problem.hparams)
+        now, transforms = problem.module_state(), transforms_of(problem.hparams)
         for number, weights, state, *buffers in saved["begins"]:  # there were no buffers in early versions
             tensors = {name: value.to(now.tensors[name].device) for one in buffers for name, value in one.items()}
             at = Snapshot(
@@ -245,6 +269,10 @@ def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> 
 
 def _moved(entries: Tree, device: torch.device) -> Tree:
     return {key: value if key == "step" else value.to(device) for key, value in entries.items()}
+
+
+def _shapes(weights: Tree) -> dict[str, torch.Size]:
+    return {name: w.shape for name, w in weights.items()}
 
 
 def _copy(value: Tensor) -> Tensor:

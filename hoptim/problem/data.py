@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from hoptim.problem.kept import copied
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.random_stream import RandomStream, from_tensors, to_tensors
 from hoptim.validation import describe_type
@@ -83,7 +84,15 @@ class Batches:
         self._begun: dict[str, Any] = {}  # the state of the stream at the start of the present pass
 
     def draw(self) -> Any:
-        """The next batch, from a new pass if the last one has ended."""
+        """The next batch, from a new pass if the last one has ended; a copy, unless it is of a list.
+
+        A loader or a function may fill the same tensors each time, and a hyperstep may draw several batches before it uses
+        them.
+        """
+        batch = self._next()
+        return batch if isinstance(self.source, (list, tuple)) else copied(batch).batch
+
+    def _next(self) -> Any:
         with self._stream.drawing(_own_generators(self.source)) as states_now:
             batch = _END if self._iterator is None else next(self._iterator, _END)
             if batch is _END:
@@ -116,7 +125,7 @@ class Batches:
             raise ValueError(f"the state of {self.name} lacks that of torch's generator: it is damaged")
         self._stream.load(begun)
         for _ in range(state["position"]):
-            self.draw()
+            self._next()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": _with_own_iterator(self.source), "name": self.name, "state": self.state_dict()}

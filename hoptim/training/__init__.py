@@ -150,6 +150,7 @@ Errors after an hour of warm-up are expensive, so the first steps are checked, e
   `optimizer.loss` is never called.
 - **The first hyperstep** warns if it takes most of a hyperparameter to zero, since the outer rate is too large then, and
   if it reaches so few entries of a large hyperparameter that each will hardly ever be visited.
+- **The end** of a training that was too short for a hyperstep: a warning with the step after which the first would have come.
 
 # Records, trackers and W&B
 
@@ -167,6 +168,10 @@ account or a network it warns and continues offline. `record.row()` is a flat di
 Both are written as usual. With accumulation, `(optimizer.loss(batch) / n).backward()` for each micro-batch: a hyperstep's
 training loss is the mean over all batches whose losses went backward in the step. `hyperstep()` by hand, at another time
 than `every` says, counts each loss since the last step equally.
+
+A loop may fill the same tensors or arrays with each batch: where a hyperstep follows, the batches are copied. `hyperstep()`
+by hand takes the tensors as they are, and refuses them if they were written to since their loss; writes through NumPy are
+not seen there.
 
 Under a bf16 `autocast` around the whole step, the losses of a hyperstep are computed in bf16 too. If the autocast ends
 before `optimizer.step()`, or is fp16, they are computed in full precision. Products and solvers always have full
@@ -197,6 +202,9 @@ True
 Everything that hoptim saves can be read with `torch.load(weights_only=True)`, the default. Other things in a script's
 checkpoint may not: torchvision's reference script puts an `argparse.Namespace` into its checkpoint. Save `vars(args)`
 instead, or call `torch.serialization.add_safe_globals([argparse.Namespace])` before loading.
+
+The state of a run that was begun without hoptim is taken too, with a warning: the inner optimizer goes on from there, and a
+learned rate as far down as that run's schedule had come.
 
 The helpers of `torch.distributed.checkpoint` drop keys that they do not know. Give them `optimizer.inner`, save
 `optimizer.state_dict()["hoptim"]` beside it, and load both with

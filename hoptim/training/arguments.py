@@ -11,12 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method, check_method, checked_problem, held
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
-from hoptim.validation import describe_type, is_finite, is_whole
+from hoptim.validation import describe_type, is_finite, is_whole, listed
 
 OnFailure = Literal["skip", "raise"]
+UNHELD = "That is right if another optimizer trains them; else add them, or freeze them with requires_grad_(False)"
+COPY = (
+    "They look like a copy of the model, such as an average of its weights: freeze it with requires_grad_(False), or keep "
+    "it outside the model"
+)
 Unheld = list[tuple[str, str]]  # "inner" or "outer", and the name of a tensor that should be in this optimizer but is not
 
 
@@ -100,14 +106,22 @@ def warn_of_unheld(inner: Optimizer, outer: Optimizer, problem: Problem, known: 
         here = held(optimizer)
         unheld = [(name, key) for key, p in live.items() if id(p) not in here]
         if new := [key for which, key in unheld if (which, key) not in known]:
+            own = {key: p for key, p in live.items() if id(p) in here}
+            advice = COPY if all(_is_copy(key, live[key], own) for key in new) else UNHELD
             warnings.warn(
-                f"the {name} optimizer does not hold {new}, though they require a gradient: the hypergradient takes them "
-                "as learned. That is right if another optimizer trains them; else add them, or freeze them with "
-                "requires_grad_(False)",
+                f"the {name} optimizer does not hold {listed(new)}, though they require a gradient: the hypergradient takes "
+                f"them as learned. {advice}",
                 stacklevel=3,
             )
         found += unheld
     return found
+
+
+def _is_copy(name: str, tensor: Tensor, own: Tree) -> bool:
+    """Whether the tensor may be in a copy of the model: its name ends in that of one of its own, of the same shape."""
+    parts = name.split(".")
+    ends = [".".join(parts[place:]) for place in range(1, len(parts))]
+    return any(end in own and own[end].shape == tensor.shape for end in ends)
 
 
 def check_again(inner: Optimizer, outer: Optimizer, problem: Problem, known: Unheld) -> Unheld:

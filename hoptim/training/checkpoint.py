@@ -1,14 +1,17 @@
-"""Checks of a state before BilevelOptimizer loads it: it has to be complete, and of the same model."""
+"""Checks of a state before BilevelOptimizer loads it: it has to be complete, and of the same model. Or it is a bare one."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
 from torch.optim import Optimizer
 
+from hoptim.methods import learned_options
 from hoptim.problem.problem import Problem
+from hoptim.training.progress import Progress
 from hoptim.validation import describe_type, is_whole
 
 KEY = "hoptim"  # the entry that is added to the inner optimizer's own state
@@ -30,19 +33,18 @@ def held_weights(inner: Optimizer, problem: Problem) -> Shapes:
 
 
 def check_loadable(state_dict: object, weights: Shapes) -> None:
-    """Check that a state is that of a BilevelOptimizer, of no newer version, complete, and of these weights.
+    """Check that a state is that of a BilevelOptimizer, of no newer version, complete, and of these weights; or a bare one.
 
     Raises:
         TypeError: it is no dict.
-        ValueError: it is another optimizer's, damaged, of a newer version or of another model.
+        ValueError: it is no optimizer's, damaged, of a newer version or of another model.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict is {describe_type(state_dict)}: give what optimizer.state_dict() returned")
     if KEY not in state_dict:
-        raise ValueError(
-            f"this state_dict has no {KEY!r} entry: it is a bare optimizer's. Load it with optimizer.inner.load_state_dict()"
-            ". Helpers of torch.distributed.checkpoint drop the entry: hand them optimizer.inner, and save the entry beside"
-        )
+        if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
+            raise ValueError(f"this state_dict has no {KEY!r} and no {missing[0]!r}: give optimizer.state_dict()")
+        return
     saved = state_dict[KEY]
     version: Any = saved.get("version") if isinstance(saved, Mapping) else None
     if not is_whole(version):
@@ -58,6 +60,21 @@ def check_loadable(state_dict: object, weights: Shapes) -> None:
             f"this state_dict is another model's: {'; '.join(differing[:SHOWN])}{more}. Build the model as it was; if its "
             f"weights were only renamed, drop state_dict[{KEY!r}]['weights']"
         )
+
+
+def load_bare(inner: Optimizer, progress: Progress, state_dict: Mapping[str, Any]) -> None:
+    """Load the state of a run without hoptim into the inner optimizer; torch refuses that of another model."""
+    numbers = [option.present(inner.param_groups[option.group]) for option in progress.learned_options]
+    inner.load_state_dict(dict(state_dict))
+    progress.learned_options = learned_options.resumed(inner, progress.learned_options, numbers)
+    progress.recorder.restart()  # the next step does not start where the last one ended
+    warnings.warn(
+        f"this state_dict has no {KEY!r} entry: it is a bare optimizer's. It was loaded into the inner optimizer, while "
+        "hyperparameters, the outer optimizer and counters stay as they are. If it was a BilevelOptimizer's, something has "
+        "dropped the entry, as helpers of torch.distributed.checkpoint do: hand them optimizer.inner, and save the entry "
+        "beside",
+        stacklevel=3,
+    )
 
 
 def _shown(weight: tuple[str, list[int]] | None) -> str:

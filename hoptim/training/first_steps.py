@@ -13,6 +13,7 @@ from hoptim.curvature.linearization import as_leaves
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method, TrainingContext
+from hoptim.problem.kept import Kept, copied
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem, set_generators
 from hoptim.problem.wrappers import is_compiled
@@ -59,7 +60,7 @@ class FirstSteps:
         self._steps = self._losses = 0
         self._has_closures = False  # with closures, weights move and losses are computed within a step
         self._version: int | None = None  # of the weights at the last loss, if no step has come since
-        self._since_step: list[tuple[Any, dict[str, Tensor]]] = []  # up to two losses: batch, random states before
+        self._since_step: list[tuple[Kept, dict[str, Tensor]]] = []  # up to two losses: batch, random states before
 
     def before_loss(self, problem: Problem, batch: Any, check: Callable[[], None]) -> None:
         """Call this before a training loss is computed; the first time it calls ``check``."""
@@ -70,13 +71,14 @@ class FirstSteps:
         if self._version not in (None, version) and not self._has_closures:
             warnings.warn(
                 f"the weights have moved between losses {self._losses - 1} and {self._losses} without a step of the "
-                "BilevelOptimizer: is the inner optimizer stepped in its place? Call optimizer.step() on the "
-                "BilevelOptimizer, or no hyperstep will come",
+                "BilevelOptimizer. If the inner optimizer is stepped in its place, call optimizer.step() on the "
+                "BilevelOptimizer, or no hyperstep will come. If a step moves the weights twice, as that of SAM does, "
+                "give both losses to it as a closure, optimizer.step(closure)",
                 stacklevel=4,
             )
         self._version = version
-        if len(self._since_step) < 2:
-            self._since_step.append((batch, problem.generators()))
+        if len(self._since_step) < 2 and not self._steps:
+            self._since_step.append((copied(batch), problem.generators()))
 
     def before_step(self, problem: Problem, *, has_closure: bool) -> FirstSteps | None:
         """Call this before a step is taken. Returns itself, or ``None`` if there is nothing more to check.
@@ -91,7 +93,8 @@ class FirstSteps:
             )
         self._has_closures = has_closure
         if not self._steps and len(self._since_step) == 1 and not has_closure:
-            _check_gradient(problem, *self._since_step[0])
+            kept, generators = self._since_step[0]
+            _check_gradient(problem, kept.batch, generators)
         self._steps += 1
         self._version, self._since_step = None, []
         return self if self._steps < 2 else None

@@ -15,6 +15,7 @@ from hoptim.methods.result import Hypergradient
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import Solution
 from hoptim.training.in_turn import InTurn
+from hoptim.training.progress import Ahead
 from hoptim.training.record import Record
 from hoptim.training.resumable import ResumableOptimizer, State
 
@@ -58,6 +59,7 @@ class FoldOptimizer(ResumableOptimizer):
         shortest = min(b - a for a, b in zip((0, *due), due, strict=False))
         super().__init__(inner, outer, problem, every=shortest, **more)
         self.due, self.steps = tuple(due), due[-1]
+        self._progress.ahead = Ahead()  # the fit itself tells of a training that is too short
         self._await_next()
 
     def loss(self, batch: Any) -> Any:

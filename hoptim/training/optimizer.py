@@ -21,7 +21,7 @@ from hoptim.problem.data import Batches
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
 from hoptim.training import arguments
-from hoptim.training.checkpoint import KEY, VERSION, check_loadable, held_weights
+from hoptim.training.checkpoint import KEY, VERSION, check_loadable, held_weights, load_bare
 from hoptim.training.first_steps import FirstSteps, dry_run
 from hoptim.training.optimizer_proxy import OptimizerProxy
 from hoptim.training.outer_step import outer_step, warn_of_first_step
@@ -129,13 +129,14 @@ class BilevelOptimizer(OptimizerProxy):
         is_kept, is_watched = left < method.keeps_steps, left in (0, math.inf)  # inf: hypersteps by hand
         if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
             progress.cleared()  # by model.zero_grad()
-        keep = progress.record_loss(self.problem, self.inner, batch, method.keeps_every) if is_kept else None
+        kept = progress.keep(batch, is_needed=is_kept or (left == 0 and self.train_batches is None))
+        keep = progress.record_loss(self.problem, self.inner, kept, method.keeps_every) if is_kept else None
         found = self.problem.loss(batch)
         loss = found[0] if self.problem.has_aux else found
         if keep is not None:
             loss.register_hook(keep)
         if self.train_batches is None:
-            progress.window.watch(batch, loss) if is_watched else progress.window.note(batch)
+            progress.window.watch(kept, loss) if is_watched else progress.window.note(kept)
         return found
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -148,9 +149,8 @@ class BilevelOptimizer(OptimizerProxy):
         learned = progress.learned_options
         with learned_options.in_effect(self.inner, learned, self.problem.hparams) if learned else nullcontext():
             result = self.inner.step() if closure is None else self.inner.step(closure)
-        progress.stepped()
-        if steps_left(progress.inner_steps, self.every, self.warmup) == 0:
-            progress.recorder.check(self.hypergradient.keeps_steps)
+        if progress.stepped(self.every, self.warmup):
+            progress.recorder.check(self.hypergradient.keeps_steps, self.problem.weights())
             try:
                 self.hyperstep()
             finally:
@@ -172,7 +172,7 @@ class BilevelOptimizer(OptimizerProxy):
     def _move(self, begun: float, result: Hypergradient) -> Record:
         """The outer step and the record of a hyperstep that began at this time."""
         progress, gradient, moved = self._progress, result.combined(self.val_weights), result.solution.status.ok
-        progress.hyper_steps += 1
+        progress.count_hyperstep()
         cosine_to_last = progress.cosine_to_last(gradient) if moved else None
         before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
         if moved:
@@ -204,7 +204,7 @@ class BilevelOptimizer(OptimizerProxy):
         if not progress.hyper_steps:
             self.problem.check_ranks()
         with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
-            loop = self._context(draw, progress.recorder.trajectory())
+            loop = self._context(draw, progress.recorder.trajectory(self.problem.weights()))
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         progress.solver_state = result.solution.state
         if not progress.hyper_steps:
@@ -222,8 +222,8 @@ class BilevelOptimizer(OptimizerProxy):
         """What a method may need of the loop. Repeats the checks of the construction, since layers may be replaced."""
         progress, learned = self._progress, self._progress.learned_options
         learned_options.check_in_place(self.inner, learned)
-        progress.unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
-        return TrainingContext(inner=self.inner, learned=learned, draw=draw, trajectory=trajectory)
+        progress.unheld = unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
+        return TrainingContext(inner=self.inner, learned=learned, draw=draw, trajectory=trajectory, unheld=unheld)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the weights."""
@@ -243,10 +243,10 @@ class BilevelOptimizer(OptimizerProxy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
 
-        If the state is refused, nothing changes.
+        From a bare optimizer's state only the inner one, with a warning. If the state is refused, nothing changes.
 
         Raises:
-            ValueError: the state is a bare optimizer's, damaged, of a newer version, of another model or other constraints.
+            ValueError: the state is damaged, of a newer version, of another model or of other constraints.
         """
         state_dict = copy.copy(state_dict)  # hooks may change it in place
         for change in self._optimizer_load_state_dict_pre_hooks.values():
@@ -255,7 +255,7 @@ class BilevelOptimizer(OptimizerProxy):
         before = self._saved()  # without copies, since a load replaces these tensors
         before[KEY]["hparams"] = copy.deepcopy(before[KEY]["hparams"])  # except for the hyperparameters
         try:
-            self._load(state_dict)
+            self._load(state_dict) if KEY in state_dict else load_bare(self.inner, self._progress, state_dict)
         except Exception:
             self._load(before)
             raise

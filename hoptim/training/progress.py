@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,31 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.learned_options import LearnedOption, restarted, starts, take_over
 from hoptim.methods.named_options import Learned
 from hoptim.methods.trajectory import Recorder
+from hoptim.problem.kept import Kept, copied, noted
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State, Status
 from hoptim.training.arguments import OnFailure
 from hoptim.training.first_steps import FirstSteps
 from hoptim.training.record import Record, cosine_in_common
 from hoptim.training.window import Window
+
+
+@dataclass
+class Ahead:
+    """The inner steps that were taken, and how many were left then until the first hyperstep; 0 after it."""
+
+    taken: int = 0
+    left: float = 0
+
+    def tell(self) -> None:
+        """Warn if the training has ended before its first hyperstep."""
+        if 0 < self.left < math.inf:
+            warnings.warn(
+                f"the training ended after {self.taken} steps without a hyperstep, so that no hyperparameter has moved: the "
+                f"first one would have come after step {self.taken + self.left}. Give the BilevelOptimizer a smaller every, "
+                "or a shorter warmup; every=None is for hypersteps by hand",
+                stacklevel=2,
+            )
 
 
 @dataclass
@@ -35,12 +55,17 @@ class Progress:
     solver_state: State = field(default_factory=dict)
     last_gradient: Tree = field(default_factory=dict)
     record: Record | None = None
+    copy: Kept | None = None  # of the batch of the last loss, if a hyperstep needs it
     window: Window = field(default_factory=Window)
     recorder: Recorder = field(default_factory=Recorder)
     first_steps: FirstSteps | None = None  # until they are over
     learned_options: list[LearnedOption] = field(default_factory=list)
     warned: set[Status | str] = field(default_factory=set)
     unheld: list[tuple[str, str]] = field(default_factory=list)  # tensors in neither optimizer, after a warning
+    ahead: Ahead = field(default_factory=Ahead)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self.ahead.tell)  # also at the end of the process
 
     def learn(self, options: Sequence[LearnedOption], inner: Optimizer, problem: Problem) -> None:
         """Take over the learned options, and leave on the problem what a retraining has to know of them."""
@@ -53,11 +78,19 @@ class Progress:
         self.window.cleared = True
         self.recorder.cleared()
 
-    def stepped(self) -> None:
-        """Call this after an inner step."""
+    def stepped(self, every: int | None, warmup: int) -> bool:
+        """Call this after an inner step. Returns whether a hyperstep is due."""
         self.inner_steps += 1
         self.window.stepped()
         self.recorder.stepped()
+        left = steps_left(self.inner_steps, every, warmup)
+        self.ahead.taken, self.ahead.left = self.inner_steps, 0 if self.hyper_steps else left
+        return left == 0
+
+    def count_hyperstep(self) -> None:
+        """Call this when there is a hypergradient."""
+        self.hyper_steps += 1
+        self.ahead.left = 0
 
     def warn_of_doubts(self, doubts: Mapping[str, str]) -> None:
         """Warn of each kind of doubt once."""
@@ -81,7 +114,12 @@ class Progress:
             return None
         return cosine_in_common(gradient, {name: value.to(gradient[name]) for name, value in last.items()})
 
-    def record_loss(self, problem: Problem, inner: Optimizer, batch: Any, every: int) -> Callable[[Tensor], None]:
+    def keep(self, batch: Any, *, is_needed: bool) -> Kept:
+        """The batch of a loss: a copy if a hyperstep will need it, else by reference, for one that may come by hand."""
+        self.copy = copied(batch, self.copy) if is_needed else None
+        return noted(batch) if self.copy is None else self.copy._replace(leaves=())  # without the original
+
+    def record_loss(self, problem: Problem, inner: Optimizer, batch: Kept, every: int) -> Callable[[Tensor], None]:
         """Call this before a training loss is computed: see :meth:`Recorder.record_loss`."""
         return self.recorder.record_loss(problem, inner, batch, self.learned_options, every)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hoptim.problem.data import MicroBatches
+from hoptim.problem.kept import Kept
 
 _WHOLE = torch.ones(())
 
@@ -23,8 +24,8 @@ class Window:
 
     def __init__(self) -> None:
         self.cleared = self._stepped = True
-        self._seen: list[tuple[int, Any, Tensor]] = []  # number of the loss, batch, gradient of the loss
-        self._waiting: list[Any] = []  # the batch of the last loss, until it goes backward
+        self._seen: list[tuple[int, Kept, Tensor]] = []  # number of the loss, batch, gradient of the loss
+        self._waiting: list[Kept] = []  # the batch of the last loss, until it goes backward
         self._number = 0
 
     @property
@@ -37,15 +38,15 @@ class Window:
         """Whether any loss has gone backward."""
         return bool(self._seen)
 
-    def note(self, batch: Any) -> None:
+    def note(self, batch: Kept) -> None:
         """Count ``batch`` at once, at a third of the cost of :meth:`watch`, for steps before no hyperstep."""
         if self._stepped:
             self._seen, self.cleared, self._stepped = [], False, False
-        if not (self._seen and self._seen[-1][1] is batch):  # as in repeated calls of a closure
+        if not (self._seen and self._seen[-1][1].batch is batch.batch):  # as in repeated calls of a closure
             self._number += 1
             self._seen.append((self._number, batch, _WHOLE))
 
-    def watch(self, batch: Any, loss: Tensor) -> None:
+    def watch(self, batch: Kept, loss: Tensor) -> None:
         """Count ``batch`` once the backward pass of its ``loss`` begins."""
         self._number = number = self._number + 1
         self._waiting = waiting = [batch]
@@ -68,16 +69,17 @@ class Window:
         """The batch, or several batches as one, weighted by their shares in the gradient.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it has changed.
         """
         if self.cleared and self._waiting:
-            return self._waiting[0]
+            return self._waiting[0].get()
         if not self._seen:
             raise ValueError(
                 "a hyperstep needs a training batch and none has been seen: compute the loss with optimizer.loss(batch), "
                 "or give train_batches"
             )
-        _, batches, shares = zip(*sorted(self._seen, key=lambda one: one[0]), strict=True)
+        _, kept, shares = zip(*sorted(self._seen, key=lambda one: one[0]), strict=True)
+        batches = tuple(one.get() for one in kept)
         if len(batches) == 1:
             return batches[0]
         weights = torch.stack([share.to(torch.promote_types(share.dtype, torch.float32)) for share in shares])

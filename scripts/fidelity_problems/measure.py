@@ -20,6 +20,7 @@ from fidelity_problems.problems import Batch, Setup, Spec
 from fidelity_problems.truth import Trained, Tree
 from hoptim.methods.method import TrainingContext
 from hoptim.methods.trajectory import Recorder, Trajectory
+from hoptim.problem.kept import noted
 
 AT_LEAST = 2e-3  # seconds of training gradients that one measurement of the unit of cost takes
 
@@ -96,15 +97,16 @@ class Case:
             recorder = Recorder()
             for back in reversed(range(self.spec.lag)):
                 self.inner.zero_grad()
-                noted = recorder.record_loss(self.problem, self.inner, self.batch(back)) if back < kept_steps else None
-                loss = self.problem.loss(self.batch(back))
-                if noted is not None:
-                    loss.register_hook(noted)
+                batch = noted(self.batch(back))
+                recorded = recorder.record_loss(self.problem, self.inner, batch) if back < kept_steps else None
+                loss = self.problem.loss(batch.batch)
+                if recorded is not None:
+                    loss.register_hook(recorded)
                 loss.backward()
                 self.inner.step()
                 if back < kept_steps:
                     recorder.stepped()
-            self._trajectory = recorder.trajectory()
+            self._trajectory = recorder.trajectory(self.problem.weights())
         else:
             self.put(self.found.weights, self.found.velocity)
         return state

@@ -238,10 +238,15 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["training batch", "optimizer.loss(batch)", "train_batches"],
     ),
-    "state of a bare optimizer": (
-        lambda: (o := optimizer()).load_state_dict(o.inner.state_dict()),
+    "state of no optimizer": (
+        lambda: optimizer().load_state_dict(nn.Linear(1, 1).state_dict()),
         ValueError,
-        ["'hoptim'", "optimizer.inner.load_state_dict()"],
+        ["'hoptim'", "'state'", "optimizer.state_dict()"],
+    ),
+    "state of another model's bare optimizer": (
+        lambda: optimizer().load_state_dict(torch.optim.SGD(nn.GRUCell(1, 1).parameters()).state_dict()),
+        ValueError,
+        ["doesn't match the size"],
     ),
     # problems
     "model is a function": (lambda: problem(model=lambda x: x), TypeError, ["model", "function", "nn.Module"]),

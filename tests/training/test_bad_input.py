@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import warnings
@@ -841,3 +842,44 @@ def test_what_an_optimizer_does_not_hold_is_said_once() -> None:
         warnings.simplefilter("error")
         for _ in range(2):
             o.hyperstep(X, X)
+
+
+class Net(nn.Module):
+    """A net that may get an average of itself as a part, as by timm's ``setup_ema``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second, self.last = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x).tanh()).tanh())
+
+
+def test_an_average_of_the_weights_that_is_put_into_the_model_is_told_in_one_line(recwarn: pytest.WarningsRecorder) -> None:
+    def train(m: Any, h: Any, b: Any) -> Tensor:
+        return m(b).square().mean() + h["a"] * m.first.weight.square().sum()
+
+    def found(put: Callable[[Net], None]) -> Any:
+        o = optimizer(of=problem(train, val, net := Net()), every=None)
+        put(net)
+        return [o.hyperstep(X, X).result.grads["a"] for _ in range(2)]
+
+    expected = found(lambda net: None)
+    assert not recwarn.list
+    assert found(lambda net: net.add_module("ema", copy.deepcopy(net))) == expected
+    [message] = [str(one.message) for one in recwarn.list]
+    assert "hold ['ema.first.weight', 'ema.first.bias', 'ema.second.weight', 'ema.second.bias'] and 2 more" in message
+    assert "look like a copy of the model" in message
+    assert "freeze it with requires_grad_(False), or keep it outside the model" in message
+    recwarn.clear()
+    assert found(lambda net: net.add_module("ema", copy.deepcopy(net).requires_grad_(False))) == expected
+    assert not recwarn.list
+
+
+def test_other_weights_that_are_not_held_are_no_copy(recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model.add_module("2", nn.Sequential(nn.Linear(2, 3)))  # '2.0.weight' ends in '0.weight', of another shape
+    held = [*model[0].parameters(), *model[1].parameters()]
+    optimizer(of=problem(sequence_loss, val, model), inner=lambda p, sgd: sgd(held))
+    assert "That is right if another optimizer trains them" in str(recwarn.list[0].message)

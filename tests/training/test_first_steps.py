@@ -338,3 +338,80 @@ def test_gradients_that_do_not_fit_are_refused_and_move_nothing(grads: Any, word
     with pytest.raises(ValueError, match=words):
         hoptim.outer_step(optimizer.problem, optimizer.outer, grads)
     assert float(optimizer.problem.hparams["decay"].detach()) == pytest.approx(0.1)
+
+
+# SAM: the weights are moved to w + e for a second gradient, and the step is taken from w ------------------------------
+
+
+class SAM(torch.optim.SGD):
+    """As in the public repositories: either two moves, or a step with a closure that computes the second gradient."""
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        length = torch.stack([p.grad.norm() for p in params]).norm()
+        self.moved = [(p, p.grad * 0.05 / length) for p in params]
+        for p, e in self.moved:
+            p.add_(e)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p, e in self.moved:
+            p.sub_(e)
+        super().step()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.first_step()
+        with torch.enable_grad():
+            loss = closure()
+        self.second_step()
+        return loss
+
+
+def sam(every: int = 2) -> BilevelOptimizer:
+    optimizer = build(every=every, warmup=0)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    problem = optimizer.problem
+    outer = torch.optim.SGD(problem.hparams.parameters(), lr=0.0)
+    return BilevelOptimizer(SAM(params, lr=0.1), outer, problem, val_batches=[BATCH], every=every)
+
+
+def by_closure(optimizer: BilevelOptimizer) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = optimizer.loss(BATCH)
+        loss.backward()
+        return loss
+
+    closure()
+    optimizer.step(closure)
+
+
+def test_sam_by_two_moves_is_told_what_is_right_for_it() -> None:
+    optimizer = sam()
+
+    def run() -> None:
+        optimizer.zero_grad()
+        optimizer.loss(BATCH).backward()
+        optimizer.inner.first_step()  # type: ignore[attr-defined]
+        optimizer.zero_grad()
+        optimizer.loss(BATCH).backward()
+
+    [message] = told(run)
+    assert "the weights have moved between losses 1 and 2" in message
+    assert "as that of SAM does, give both losses to it as a closure, optimizer.step(closure)" in message
+
+
+def test_sam_by_a_closure_is_not_told_and_its_hypergradients_are_those_of_the_loss_at_the_weights() -> None:
+    optimizer = sam()
+    before = [p.detach().clone() for p in optimizer.problem.model.parameters()]
+    messages = told(lambda: [by_closure(optimizer) for _ in range(4)])
+    assert messages == []
+    assert (optimizer.inner_steps, optimizer.hyper_steps) == (4, 2)
+    assert not all(map(torch.equal, before, optimizer.problem.model.parameters()))
+    assert optimizer.record is not None
+    expected = hoptim.hypergradient(optimizer.problem, BATCH, BATCH)
+    for name, found in optimizer.record.result.grads.items():
+        assert torch.equal(found, expected.grads[name])
+        assert found.abs().max() > 0

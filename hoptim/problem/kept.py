@@ -1,0 +1,175 @@
+"""Batches that are used later than they were given: as copies, or by reference if nothing has changed in them since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, repeat
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+DEEP = 6  # objects inside one another are opened to this depth
+MANY = 32  # a longer list that begins and ends with plain values has no tensor between them
+_PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None), np.ndarray, torch.dtype, torch.device))
+_CLOSED = (str, bytes, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, nn.Module)
+
+Path = tuple[Any, ...]
+Noted = tuple[Path, Tensor, int | None]  # a tensor in a batch: the way to it, itself, and its version, which counts writes
+
+
+class Leaf(NamedTuple):
+    """A part of a batch, its version when it was copied, and the copy, which is the part itself if it can't be copied."""
+
+    original: Any
+    version: int | None
+    copy: Any
+
+
+class Kept(NamedTuple):
+    """A batch for later use; made by :func:`noted` or :func:`copied`.
+
+    Attributes:
+        batch: the batch or its copy.
+        tensors: those in ``batch``.
+        leaves: the copied parts, with which the next copy shares what has not changed.
+    """
+
+    batch: Any
+    tensors: Sequence[Noted]
+    leaves: Sequence[Leaf] = ()
+
+    def get(self) -> Any:
+        """The batch, which is as it was when it was kept.
+
+        Raises:
+            ValueError: a tensor in it was written to, or another one with other values is in its place.
+        """
+        for path in self.changed():
+            name = "".join(f"[{key!r}]" for key in path)
+            raise ValueError(
+                f"the tensor batch{name} was written to after the batch was given or drawn, and a hyperstep needs it as it "
+                "was: give or draw other tensors each time, such as batch.clone(); or give a hyperstep by hand its batch, "
+                "hyperstep(train_batch=batch)"
+            )
+        return self.batch
+
+    def changed(self) -> list[Path]:
+        """The ways to the tensors that were written to, or in whose places are others with other values."""
+        now = {path: tensor for path, tensor, _ in noted(self.batch).tensors}
+        return [
+            path
+            for path, tensor, version in self.tensors
+            if _version(tensor) != version or not ((there := now.get(path)) is tensor or _is_equal(there, tensor))
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _noted_again, (self.batch, self.changed())  # the versions of a copy are others
+
+
+def noted(batch: Any) -> Kept:
+    """Keep a batch by reference, in a microsecond. NumPy's arrays have no versions: what is written to them goes unseen.
+
+    >>> x = torch.ones(2)
+    >>> kept = noted({"x": x})
+    >>> _ = x.mul_(2)
+    >>> kept.get()
+    Traceback (most recent call last):
+    ValueError: the tensor batch['x'] was written to after the batch was given or drawn, ...
+    """
+    found: list[Noted] = []
+    if isinstance(batch, Tensor):
+        found.append(((), batch, _version(batch)))
+    elif type(batch) not in _PLAIN:
+        _note(batch, (), found)
+    return Kept(batch, found)
+
+
+def _noted_again(batch: Any, changed: Sequence[Path]) -> Kept:
+    return Kept(
+        batch, [(path, tensor, -1 if path in changed else version) for path, tensor, version in noted(batch).tensors]
+    )
+
+
+def _note(value: Any, path: Path, found: list[Noted]) -> None:
+    """Append the tensors in ``value``, which are found in containers and in the attributes of objects."""
+    for key, part in _parts(value):
+        kind = type(part)
+        if kind in _PLAIN:
+            continue
+        if kind is Tensor or isinstance(part, Tensor):
+            found.append(((*path, key), part, _version(part)))
+        elif len(path) < DEEP:
+            _note(part, (*path, key), found)
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, (tuple, list)):
+        return () if len(value) > MANY and type(value[0]) in _PLAIN and type(value[-1]) in _PLAIN else enumerate(value)
+    if isinstance(value, Mapping):
+        return value.items()
+    if isinstance(value, _CLOSED):
+        return ()
+    slots = {key: getattr(value, key, None) for key in getattr(type(value), "__slots__", ())}
+    return (slots | getattr(value, "__dict__", {})).items()
+
+
+def copied(batch: Any, last: Kept | None = None) -> Kept:
+    """Keep a copy of a batch: of its tensors and arrays. What is inside other objects is kept by reference.
+
+    Args:
+        batch: the batch.
+        last: the copy before this one, to share what has not changed since.
+
+    >>> x = torch.ones(2)
+    >>> kept = copied([x, "a name"])
+    >>> _ = x.mul_(2)
+    >>> kept.get()
+    [tensor([1., 1.]), 'a name']
+    """
+    parts, form = pytree.tree_flatten(batch)
+    before = chain(() if last is None else last.leaves, repeat(None))
+    leaves = [_copied(part, old) for part, old in zip(parts, before, strict=False)]
+    copy = pytree.tree_unflatten([leaf.copy for leaf in leaves], form)
+    return Kept(copy, noted(copy).tensors, leaves)
+
+
+def _copied(part: Any, last: Leaf | None) -> Leaf:
+    if last is not None and last.original is part and _is_unchanged(last):
+        return last
+    if isinstance(part, np.ndarray):
+        return Leaf(part, None, part.copy(order="K"))
+    if not isinstance(part, Tensor):
+        return Leaf(part, None, part)
+    copy = part.detach().clone().requires_grad_(part.requires_grad)
+    if type(part) is Tensor:
+        vars(copy).update(vars(part))  # some loops put attributes there
+    return Leaf(part, _version(part), copy if type(copy) is type(part) else part)
+
+
+def _is_unchanged(leaf: Leaf) -> bool:
+    """Whether the original still has the values of the copy; on an accelerator, without waiting for it."""
+    original, version, copy = leaf
+    if isinstance(original, np.ndarray):
+        return original.dtype == copy.dtype and np.array_equal(original, copy)
+    if not isinstance(original, Tensor):
+        return True
+    if original.is_cpu and original.layout == torch.strided:  # NumPy may have written to it, which no version tells
+        return original.requires_grad == copy.requires_grad and _is_equal(original, copy)
+    return version is not None and _version(original) == version
+
+
+def _is_equal(there: Tensor | None, tensor: Tensor) -> bool:
+    if there is None or there.shape != tensor.shape or tensor.layout != torch.strided or there.layout != torch.strided:
+        return False
+    return torch.equal(there.detach().to(tensor), tensor.detach())
+
+
+def _version(tensor: Tensor) -> int | None:
+    try:
+        return tensor._version
+    except RuntimeError:  # of a tensor that was made in inference mode
+        return None
