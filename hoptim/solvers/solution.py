@@ -25,8 +25,8 @@ class Status(Enum):
 
     FINISHED = (
         "ok",
-        "all terms, or all steps to unroll, were used. How good the answer is, this does not say: look at the last residual. "
-        "Near 1, little of the system is solved",
+        "all terms, or all steps to unroll, were used. How good the answer is, this does not say: look at the last "
+        "residual. Near 1, little of the system is solved",
     )
     CONVERGED = ("ok", "the true residual is below the tolerance")
     NEGATIVE_CURVATURE = (
