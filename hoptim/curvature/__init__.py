@@ -8,7 +8,7 @@ through it. A curvature is passed to `hoptim.Implicit`.
 |---|---|---|
 | `Exact()` | the Hessian ∂²L_T/∂w² | 0.9 to 1.9, through one cached graph |
 | `GaussNewton()` | Jᵀ(∂²criterion/∂z²)J + ∂²penalty/∂w², with z the model's output and J = ∂z/∂w | about the same |
-| `FiniteDifference()` | central differences of gradients | 2 |
+| `FiniteDifference()` | central differences of gradients | 2, and 2 or more to choose the step |
 | `Averaged(batches=n, curvature=...)` | the mean over n training batches | n times that of the curvature |
 | `Sampled(curvature=...)` | a new training batch for each product (stocBiO) | that of the curvature, and a graph |
 
@@ -59,8 +59,9 @@ the same A in each product and refuse it.
 
 Some operations have no second derivative in torch: `once_differentiable` functions, EmbeddingBag, hardsigmoid, fused
 kernels. The error names the operation, and `Implicit(curvature=FiniteDifference())` works instead. It evaluates all
-gradients with the same random state, so that dropout masks agree. It cannot see an autocast *inside* a loss: use
-`FiniteDifference(step=0.1)` there.
+gradients with the same random state, so that dropout masks agree. It chooses its step by comparing two at the first product
+of each hypergradient, and warns if none agree: in float32 a net of ReLUs may have too many kinks. Later products use the
+same step unchecked. It cannot see an autocast *inside* a loss: use `FiniteDifference(step=0.1)` there.
 
 # Compiled products
 

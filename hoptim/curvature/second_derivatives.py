@@ -9,12 +9,12 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
+from hoptim.curvature.finite_difference import first_step
 from hoptim.curvature.linearization import GradientGraph, Point, as_leaves
 from hoptim.linalg import vectors
 from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.vectors import Layout, Tree
 from hoptim.linalg.vjp import no_second_derivative, nodes
-from hoptim.problem.mixed_precision import epsilon_of_losses
 from hoptim.problem.problem import Problem
 
 _CHECKED: WeakSet[Problem] = WeakSet()
@@ -60,7 +60,7 @@ def _error_by_differences(problem: Problem, weights: Tree, leaves: Tree, batch: 
     layout = Layout.of(weights)
     w = layout.flatten(weights).detach()
     v = gaussian(w)
-    step = float(vectors.norm(w) / vectors.norm(v)) * epsilon_of_losses(*layout.dtypes) ** (1 / 3)
+    step = float(vectors.norm(w) / vectors.norm(v)) * first_step(*layout.dtypes)
 
     def at(place: Tensor, product: bool) -> Tensor:
         """∇L_T at these weights, or A v, from the same random state each time."""

@@ -153,6 +153,13 @@ log λ.
 - The formula is exact at a stationary point of the training loss and for an exact solve. A few terms on a model that is
   still training are neither. Look at `residuals` and at `train_gradient_norm` in the record, and judge by a separate test
   set.
+- Early in training the sign may be wrong, and no status says so. On two small PINNs (Poisson, Burgers) with a learned
+  weight of the boundary loss, after 15 to 40 steps of LBFGS, the default had the wrong sign in 40 of the 71 cases in which
+  differences of retraining, over the same number of steps, could be measured; in 14 of them it met no negative curvature
+  and the status was `FINISHED`. More terms do not help, since it is the training that has not ended: 20 terms were wrong
+  in 39 cases, a dense solve in 42. The answer of one term less does not tell right from wrong: it had another sign in 7 of
+  the 40 wrong cases and in 2 of the 31 right ones. Let the training go on first, with a longer `warmup`, or take `Unrolled`
+  with an optimizer that torch can differentiate.
 - *What a forward pass writes.* `Unrolled` and `Replay` carry buffers and plain attributes from step to step, as the training
   does: counters, states of a stateful RNN, codebooks, and running statistics, whose derivative they have for torch's batch
   and instance norms ([tests](tests/methods/test_writing_models.py)). What a model writes under `no_grad()` or detached, as

@@ -22,7 +22,8 @@ times; each product costs about one to two training gradients. A solver is passe
 | `SOBA(step_size)` | one step towards the solution | 1 | single-loop training |
 
 `terms` is the largest number of products. A chosen step size or interval takes 10 the first time. A solve that stops
-earlier, at its `tolerance`, spends one more on the true residual, and only then is its status `CONVERGED`. With a
+earlier, at its `tolerance`, spends one more on the true residual, and only then is its status `CONVERGED`. A tolerance
+of 0 stops at ten rounding errors. With a
 preconditioner the solver sees D^(−1/2) A D^(−1/2).
 
 `WarmStart` begins at zero after a solve that met negative curvature: there the early stop is the regulariser, and many
@@ -76,8 +77,14 @@ value on the worst problem.
 # What a solver returns
 
 A `Solution`: the answer x in `value`, a `Status`, the relative residuals ‖g − Aᵀx‖ / ‖g‖ after each term, and the number
-of products. The residuals are those that the solver tracks, except the last one of a solve that converged; Neumann's last
-is that of one term before the end.
+of products. Why a solve stopped and how good its answer is are two things. The status says the first: `FINISHED` means that
+all terms were used, `FLAT_DIRECTIONS` that the rest of g lies where the curvature is zero within rounding, `CONVERGED` that
+the tolerance is met. The last residual says the second: 0 is exact, and above 1 zero would be the better answer, with the
+status `LARGE_RESIDUAL`. `detail` has both in words, "5 of 5 terms, residual 0.24".
+
+The residuals are those that the solver tracks; Neumann's last is that of one term before the end. The last one is the true
+one, computed by one more product, if the solve converged, and if MINRES sees that rounding may have taken it elsewhere, as
+in a long solve of an ill-conditioned system in float32; if they differ, the status is `INEXACT`.
 
 >>> import torch
 >>> from torch import nn

@@ -20,8 +20,9 @@ class CG(Iterative):
 
     It stops *before* a direction of negative curvature and returns the iterate so far. If already the first direction, g
     itself, has curvature ρ = gᵀAg / gᵀg < 0, it returns x = g / |ρ|, one step down the gradient. Several right-hand sides
-    stop independently. The residual may rise on the way, since CG minimises another norm; one that ends above 10·‖g‖ is a
-    remark: if A is singular and g not in its range, CG does not converge.
+    stop independently. It stops before a flat direction, too, with ``FLAT_DIRECTIONS``. The residual may rise on the way,
+    since CG minimises another norm; one that ends above ‖g‖ is a remark: if A is singular and g not in its range, CG does
+    not converge.
 
     Args:
         terms: the largest number of products, ≥ 1, default 20; if it converges, one more checks the residual. Stopping early

@@ -13,7 +13,7 @@ from hoptim.linalg.lanczos import orthogonalise_
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_, scale_
 from hoptim.solvers.base import Iterative, check_operator, inverse
-from hoptim.solvers.run import Run, SolveHistory
+from hoptim.solvers.run import SLACK, Run, SolveHistory
 from hoptim.solvers.solution import Solution, State, Status
 
 
@@ -23,7 +23,8 @@ class GMRES(Iterative):
 
     It keeps one vector for each product and takes j inner products at product j, so memory grows with ``terms``; for a
     symmetric A, MINRES gives the same x for less. A Ritz value with a negative real part is a remark. Several right-hand
-    sides stop independently, also when a Krylov space ends before its system is solved, as only a singular A allows.
+    sides stop independently, also when a Krylov space ends before its system is solved, as only a singular A allows: the
+    status is then ``FLAT_DIRECTIONS``.
 
     Args:
         terms: the largest number of products, ≥ 1, default 20; if it converges, one more checks the residual.
@@ -60,11 +61,12 @@ class GMRES(Iterative):
             uh = (u * columns[-1][:-1]).sum(0)
             u = torch.cat([u, torch.where(uh == 0, 0.0, -uh / below)[None]])
             residual = torch.where(run.active, beta / torch.linalg.vector_norm(u, dim=0).to(beta), residual)
+            run.stop(below <= 10 * rounding * largest)  # the Krylov space has ended
             run.record_residual(residual)
-            run.stop(below <= 10 * rounding * largest)
             V.append(scale_(w, run.where_active(inverse(below))))  # zero for what has stopped
 
-        beta, *columns = torch.cat([beta[None].double(), *columns]).cpu().split([1, *range(2, len(columns) + 2)])
+        found = torch.cat([beta[None].double(), run.flat[None].double(), *columns]).cpu()
+        beta, flat, *columns = found.split([1, 1, *range(2, len(columns) + 2)])
         H = pad_sequence(columns).movedim((0, 1), (-2, -1))
         if not bool(beta.isfinite().all() and H.isfinite().all()):
             return run.finish(torch.zeros_like(g), run.read(), failed=Status.NON_FINITE_PRODUCT)
@@ -78,7 +80,12 @@ class GMRES(Iterative):
         run.norms[-1] = least.to(residual)
         ritz = torch.linalg.eigvals(H[..., :-1, :]).movedim(-1, 0)  # zero where a right-hand side had stopped
         largest = torch.linalg.matrix_norm(H, 2)
+        left = least * inverse(beta[0])
         history = SolveHistory(
-            start=beta[0], largest=largest, residuals=(least * inverse(beta[0]))[None], curvatures=ritz.real
+            start=beta[0],
+            largest=largest,
+            residuals=left[None],
+            curvatures=ritz.real,
+            flat=bool(((flat[0] > 0) & (left > SLACK * max(self.tolerance, rounding))).any()),
         )
         return run.finish(x, history, met="met a Ritz value with the real part")

@@ -13,6 +13,8 @@ from hoptim.solvers.base import Iterative, check_operator, inverse
 from hoptim.solvers.run import Run
 from hoptim.solvers.solution import Solution, State
 
+NOTHING = 1e-12  # a smaller share of ‖r‖², or of ‖A‖, is taken for zero also in float64
+
 
 @dataclass(frozen=True, kw_only=True)
 class MINRES(Iterative):
@@ -20,7 +22,10 @@ class MINRES(Iterative):
 
     A need not be positive definite; negative curvature along a residual on the way is a remark. Few terms regularise: on an
     indefinite Hessian the exact solution belongs to a saddle point and may point the wrong way. If A is singular and g not
-    in its range, it stops at the least possible residual r: once ‖Ar‖ is negligible beside ‖A‖·‖r‖.
+    in its range, it stops at the least possible residual: once two terms in a row would lower ‖r‖² by less than rounding, or
+    the curvature along r or along the term is zero within rounding. The status is then ``FLAT_DIRECTIONS``. In a long solve
+    of an ill-conditioned system rounding makes the tracked residual too small; where that may show, one product more gives
+    the true one, and the status ``INEXACT`` if they differ.
 
     Args:
         terms: the largest number of products, ≥ 1, default 20; if it converges, one more checks the residual.
@@ -32,7 +37,9 @@ class MINRES(Iterative):
 
     Source: Paige and Saunders 1975, "Solution of sparse indefinite systems of linear equations", with the letters of Choi,
     Paige and Saunders 2011, "MINRES-QLP", section 2; the sign of the curvature: Liu and Roosta 2022, "MINRES: from negative
-    curvature detection to monotonicity properties".
+    curvature detection to monotonicity properties"; rounding, which enters x with the square of the condition: Sleijpen, van
+    der Vorst and Modersitzki 2000, "Differences in the effects of rounding errors in Krylov solvers for symmetric indefinite
+    linear systems".
 
     >>> from hoptim.linalg.operators import Symmetric
     >>> A = Symmetric(lambda v: torch.tensor([-2.0, 4.0]) * v, like=torch.ones(2))
@@ -49,7 +56,8 @@ class MINRES(Iterative):
         v, v_before = g * inverse(beta)[..., None], torch.zeros_like(g)
         x, d, d_before = torch.zeros_like(g), torch.zeros_like(g), torch.zeros_like(g)
         s = delta_bar = epsilon_next = largest = torch.zeros_like(beta)
-        c, rounding = s - 1, torch.finfo(beta.dtype).eps ** 0.5
+        longest, c, rounding = torch.zeros_like(beta), s - 1, torch.finfo(beta.dtype).eps
+        least, flat, idle = max(10 * rounding, NOTHING), max(100 * rounding, NOTHING), beta < 0
         for _ in run:
             p = aypx_(v_before, -beta, A @ v)
             alpha = A.dot(v, p)
@@ -62,16 +70,20 @@ class MINRES(Iterative):
             gamma = torch.hypot(gamma_bar, beta)
             run.record_curvature(-c * gamma_bar)  # along the residual r before this term
             largest = torch.maximum(largest, gamma)
-            run.stop(torch.hypot(gamma_bar, delta_bar) <= rounding * largest)  # ‖Ar‖ / ‖r‖: no smaller r exists
+            left = torch.hypot(gamma_bar, delta_bar)  # ‖Ar‖ / ‖r‖, and (left / gamma)² bounds the fall of ‖r‖² / ‖r‖²
             over_gamma = inverse(gamma)
             c, s = gamma_bar * over_gamma, beta * over_gamma
 
             aypx_(d_before, -epsilon, v_before)
             axpy_(d_before, -delta, d)
             d, d_before = scale_(d_before, over_gamma), d
+            length = A.norm(d)  # ‖Ad‖ = 1, so that the curvature along d is 1 / length
+            idle, idle_before = left <= least**0.5 * gamma, idle
+            run.stop((idle & idle_before) | (torch.minimum(left, inverse(length)) <= flat * largest))
+            longest = torch.maximum(longest, run.where_active(length))
             axpy_(x, run.where_active(c * phi), d)
             phi = torch.where(run.active, s * phi, phi)
             run.record_residual(phi)
 
-        run.largest = largest
+        run.largest, run.drift = largest, rounding * (largest * longest) ** 2
         return run.finish(x, run.read(), met="met a direction of curvature")

@@ -93,7 +93,8 @@ class Neumann(Solver):
                 facts["state"] = {"direction": unit(v.reshape(-1, A.size)[growth.side])}
         else:
             facts = {} if history.is_negative else _remark(A, alpha, history)
-        return run.finish(x, history, met="the curvature along the last term is", step_size=alpha, **facts)
+        spent = f"{len(run.norms)} of {run.terms} terms, before the last of which"
+        return run.finish(x, history, spent=spent, met="the curvature along the last term is", step_size=alpha, **facts)
 
 
 def _remark(A: Operator, alpha: float, history: SolveHistory) -> dict[str, Any]:

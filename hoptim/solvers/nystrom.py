@@ -12,7 +12,7 @@ from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_
 from hoptim.solvers.base import Solver, check_operator
 from hoptim.solvers.run import Run, SolveHistory
-from hoptim.solvers.solution import Solution, State, Status
+from hoptim.solvers.solution import Solution, State
 from hoptim.validation import is_finite, is_whole
 
 
@@ -81,7 +81,7 @@ class Nystrom(Solver):
             x,
             history,
             met="met a curvature of",
-            remark=Status.LARGE_RESIDUAL if bool((damped > 1 + 1e-5).any()) else Status.FINISHED,
+            spent=f"rank {k}",
             detail=f"‖g − (A + {self.rho:g} I)x‖ / ‖g‖ = {float(damped.amax()):.3g}",
         )
         return replace(solution, products=k + 1)

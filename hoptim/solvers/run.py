@@ -13,8 +13,11 @@ from hoptim.linalg.operators import Operator
 from hoptim.solvers.solution import Solution, Status
 
 CHECK_EVERY = 16  # products between two reads of the norms from a device
-GROWTH_LIMIT = 10.0  # an answer whose residual is this many times ‖g‖ is of no use
+GROWTH_LIMIT = 10.0  # a series whose residual grows to this many times ‖g‖ has failed
+LARGE = 1 + 1e-5  # a residual above 1, beyond rounding: zero would solve the system better
 NEGATIVE = -1e-6  # a curvature below this share of the largest one is negative, beyond rounding
+ROUNDING = 10.0  # units in the last place: a residual below this many is rounding alone, also at a tolerance of 0
+DOUBT = 0.1  # of the recorded residual: if rounding may have taken it as far as this from the true one, that one is computed
 SLACK = 2.0  # if the true residual exceeds the tolerance by this factor, the solve has not converged
 
 
@@ -35,14 +38,17 @@ class Run:
     def __init__(
         self, A: Operator, g: Tensor, terms: int, tolerance: float | None = None, stop_on_growth: bool = False
     ) -> None:
-        self.A, self.g, self.terms, self.tolerance = A, g, terms, tolerance
+        least = ROUNDING * torch.finfo(g.dtype).eps
+        self.A, self.g, self.terms, self.tolerance = A, g, terms, None if tolerance is None else max(tolerance, least)
         self.start = A.norm(g)
         self.active = self.start > 0
         self.scale = torch.where(self.active, self.start, 1.0)
         self.largest = self._zero = torch.zeros_like(self.start)  # ‖A‖, if a solver knows more than the curvatures
+        self.drift = self._zero  # how far rounding may have taken the recorded residual from the true one, relative to ‖g‖
+        self.flat = torch.zeros_like(self.active)  # which have stopped for want of curvature
         self.norms: list[Tensor] = []
         self.curvatures: list[Tensor] = []
-        self._goal = None if tolerance is None else tolerance * self.scale
+        self._goal = None if self.tolerance is None else self.tolerance * self.scale
         self._ceiling = GROWTH_LIMIT * self.scale if stop_on_growth else None
         self._is_one_on_cpu = not self.start.ndim and self.start.device.type == "cpu"
 
@@ -60,7 +66,8 @@ class Run:
         return torch.where(self.active, a, self._zero)
 
     def stop(self, where: Tensor) -> None:
-        """Stop these right-hand sides."""
+        """Stop these right-hand sides, whose rest lies where the curvature is flat within rounding."""
+        self.flat = self.flat | (self.active & where)
         self.active = self.active & ~where
 
     def record_curvature(self, curvature: Tensor) -> None:
@@ -83,12 +90,14 @@ class Run:
 
     def read(self) -> SolveHistory:
         """What was recorded, on the host."""
-        found = torch.stack([self.start, self.scale, self.largest, *self.norms, *self.curvatures]).double().cpu()
-        start, scale, largest = found[:3]
-        norms, curvatures = found[3:].split([len(self.norms), len(self.curvatures)])
+        rows = [self.start, self.scale, self.largest, self.drift, self.flat.to(self.start), *self.norms, *self.curvatures]
+        found = torch.stack(rows).double().cpu()
+        start, scale, largest, drift, flat = found[:5]
+        norms, curvatures = found[5:].split([len(self.norms), len(self.curvatures)])
         if len(curvatures):
             largest = torch.maximum(largest, curvatures.abs().amax(0))
-        return SolveHistory(start=start, largest=largest, residuals=norms / scale, curvatures=curvatures)
+        facts = {"residuals": norms / scale, "curvatures": curvatures, "drift": drift, "flat": bool(flat.any())}
+        return SolveHistory(start=start, largest=largest, **facts)
 
     def finish(
         self,
@@ -98,6 +107,7 @@ class Run:
         failed: Status | None = None,
         negative: bool | None = None,
         remark: Status | None = None,
+        spent: str = "",
         met: str = "met a curvature of",
         detail: str = "",
         **rest: Any,
@@ -110,13 +120,14 @@ class Run:
             failed: a failure that the solver has found.
             negative: whether the curvature was negative; ``None`` to take it from the recorded curvatures.
             remark: a remark of the solver.
+            spent: the words for what the residual was reached with, if not the terms.
             met: the words before the lowest curvature, if it is negative.
             detail: the figures behind the status.
             rest: other fields of the solution.
         """
         if negative is None and (negative := history.is_negative):
-            detail = "; ".join(filter(None, [f"{met} {history.lowest:.3g}, within {len(self.norms)} products", detail]))
-        last = history.residuals[-1] if len(history.residuals) else torch.ones_like(history.start)
+            detail = joined(f"{met} {history.lowest:.3g}", detail)
+        last = history.residuals[-1] if len(history.residuals) else torch.zeros_like(history.start)
         candidates = [
             (Status.NON_FINITE_GRADIENT, not bool(history.start.isfinite().all())),
             (Status.NON_FINITE_PRODUCT, not bool(last.isfinite().all())),
@@ -124,41 +135,62 @@ class Run:
             (Status.NO_CURVATURE, history.is_flat),
             (Status.NEGATIVE_CURVATURE, negative),
             (remark, remark is not None),
-            (Status.LARGE_RESIDUAL, bool((last > GROWTH_LIMIT).any())),
+            (Status.LARGE_RESIDUAL, bool((last > LARGE).any())),
+            (Status.FLAT_DIRECTIONS, history.flat),
         ]
         status = next((status for status, holds in candidates if status and holds), Status.FINISHED)
-        facts = {"products": len(self.norms), "negative_curvature": negative, "detail": detail, **rest}
-        solution = Solution(value=x, status=status, residuals=self.residuals, **facts)
-        if status.ok and self.tolerance is not None and bool((last <= self.tolerance * (1 + 1e-6)).all()):
-            return self._check_true_residual(solution, float(last.amax()), self.tolerance)
-        return solution
+        facts = {"products": len(self.norms), "negative_curvature": negative, **rest}
+        solution = Solution(value=x, status=status, residuals=self.residuals, detail=detail, **facts)
+        if not (status.ok and len(self.norms)):
+            return solution
+        spent = spent or f"{len(self.norms)} of {self.terms} terms"
+        goal = self.tolerance or 0.0
+        is_solved = self.tolerance is not None and bool((last <= goal * (1 + 1e-6)).all())
+        if is_solved or bool((DOUBT * last < history.drift).any()):
+            return self._check_true_residual(solution, last, goal, spent)
+        return replace(solution, detail=joined(f"{spent}, residual {float(last.amax()):.3g}", detail))
 
-    def _check_true_residual(self, solution: Solution, recorded: float, tolerance: float) -> Solution:
+    def _check_true_residual(self, solution: Solution, recorded: Tensor, goal: float, spent: str) -> Solution:
         """Check ‖g − Aᵀx‖ by a product with x, since rounding makes the recorded residuals drift away from it."""
         true = self.A.norm(self.g - self.A.T @ solution.value) / self.scale
-        residuals = torch.cat([solution.residuals[:-1], true[None]])
-        solution = replace(solution, residuals=residuals, products=solution.products + 1)
-        worst = float(true.amax())
+        last = true.double().cpu()
+        worst = float(last.amax())
+        facts: dict[str, Any] = {
+            "residuals": torch.cat([solution.residuals[:-1], true[None]]),
+            "products": solution.products + 1,
+            "detail": joined(f"{spent}, residual {worst:.3g}", solution.detail),
+        }
         if not worst < float("inf"):
-            return replace(solution, status=Status.NON_FINITE_PRODUCT, detail="with the solution")
-        if worst > SLACK * tolerance:
-            detail = f"a residual of {worst:.3g}, recorded as {recorded:.3g}"
-            return replace(solution, status=Status.INEXACT, detail="; ".join(filter(None, [detail, solution.detail])))
-        status = solution.status if solution.negative_curvature else Status.CONVERGED
-        return replace(solution, status=status, converged=True)
+            facts |= {"status": Status.NON_FINITE_PRODUCT, "detail": "with the solution"}
+        elif bool((last > SLACK * recorded.clamp(min=goal)).any()):
+            words = f"{spent}, a residual of {worst:.3g}, recorded as {float(recorded.amax()):.3g}"
+            facts |= {"status": Status.INEXACT, "detail": joined(words, solution.detail)}
+        elif worst <= SLACK * goal:
+            facts |= {"converged": True} if solution.negative_curvature else {"converged": True, "status": Status.CONVERGED}
+        elif worst > LARGE and solution.status.kind == "ok":
+            facts |= {"status": Status.LARGE_RESIDUAL}
+        return replace(solution, **facts)
+
+
+def joined(*words: str) -> str:
+    """The words that are there, for a solution's ``detail``."""
+    return "; ".join(filter(None, words))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolveHistory:
     """The records of a solve, in float64 on the host: ‖g‖, a lower bound on ‖A‖, and a row for each term.
 
-    Residuals are relative to ‖g‖; curvatures are zero for right-hand sides that had stopped.
+    Residuals are relative to ‖g‖; curvatures are zero for right-hand sides that had stopped. ``drift`` bounds how far the
+    last residual may be from the true one, ``flat`` says whether a right-hand side has stopped for want of curvature.
     """
 
     start: Tensor
     largest: Tensor
     residuals: Tensor
     curvatures: Tensor
+    drift: Tensor | float = 0.0
+    flat: bool = False
 
     @property
     def lowest(self) -> float:

@@ -15,15 +15,20 @@ class Status(Enum):
     """How a solve ended. ``status.ok`` says whether its answer may be used, ``status.message`` what to do.
 
     There are three kinds: ok; ok with a remark; failed. After a failed solve the hyperparameters do not move. If several
-    apply, the order is: a failure, ``INEXACT``, ``NEGATIVE_CURVATURE``, ``CONVERGED``, the other remarks. The flags
-    ``converged`` and ``negative_curvature`` of the solution are set whichever is the status.
+    apply, the order is: a failure, ``INEXACT``, ``NEGATIVE_CURVATURE``, ``CONVERGED``, the other remarks, ``LARGE_RESIDUAL``
+    before ``FLAT_DIRECTIONS``. The flags ``converged`` and ``negative_curvature`` of the solution are set whichever is the
+    status, and ``detail`` has the number of terms and the last residual.
 
     >>> Status.NEGATIVE_CURVATURE.ok, Status.STEP_TOO_LARGE.ok
     (True, False)
     """
 
-    FINISHED = ("ok", "all terms were used and the answer is sane")
-    CONVERGED = ("ok", "the residual is below the tolerance")
+    FINISHED = (
+        "ok",
+        "all terms, or all steps to unroll, were used. How good the answer is, this does not say: look at the last "
+        "residual. Near 1, little of the system is solved",
+    )
+    CONVERGED = ("ok", "the true residual is below the tolerance")
     NEGATIVE_CURVATURE = (
         "remark",
         "the training loss curves downward along some direction, so its stationary point is no minimum there; the answer "
@@ -37,14 +42,20 @@ class Status(Enum):
     LARGE_RESIDUAL = (
         "remark",
         "the residual of the answer is longer than the right-hand side, so zero would solve the system better: the "
-        "curvature is nearly singular, or the rank too low to cover the curvatures above rho. Add damping, or take MINRES, "
-        "a higher rank or a larger rho, if progress is poor",
+        "curvature is nearly singular, or the rank too low to cover the curvatures above rho; the answer is used. Add "
+        "damping, or take MINRES, a higher rank or a larger rho",
+    )
+    FLAT_DIRECTIONS = (
+        "remark",
+        "the solve stopped before all terms were used: within rounding, the rest of the right-hand side lies along "
+        "directions in which the training loss has no curvature, so the solver cannot solve more of it; the answer is used. "
+        "If the last residual is large, add damping or a penalty, or compute in float64",
     )
     INEXACT = (
         "remark",
-        "the residual that the solver computed along the way is below the tolerance, the true one is not: rounding, finite "
-        "differences or fresh batches change the products, which adds up where the curvature is ill-conditioned; the answer "
-        "is used. Add damping or a preconditioner, or take a larger tolerance or fewer terms",
+        "the true residual is larger than the one that the solver computed along the way, or than the tolerance that this "
+        "one met: rounding, finite differences or fresh batches change the products, which adds up where the curvature is "
+        "ill-conditioned; the answer is used. Add damping or a preconditioner, or take a larger tolerance or fewer terms",
     )
     REPLAY_DIFFERS = (
         "remark",
@@ -113,7 +124,7 @@ class Solution:
         value: x. From a solver a vector of shape (n,), or (R, n) for R right-hand sides; from ``hypergradient`` and in the
             record a dict of tensors by weight name.
         status: how the solve ended.
-        detail: the figures behind the status, in words; empty if there is nothing to add.
+        detail: the number of terms, the last residual and the figures behind the status, in words.
         converged: whether the true residual ‖g − Aᵀx‖ / ‖g‖, computed by a product with x, is within twice the tolerance for
             every right-hand side. Always false for a solver without a tolerance.
         negative_curvature: whether negative curvature was met on the way.

@@ -13,7 +13,7 @@ from hoptim.linalg.operators import Operator
 from hoptim.solvers.base import Solver, carried, inverse, rayleigh
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.nystrom import Nystrom
-from hoptim.solvers.run import GROWTH_LIMIT, NEGATIVE
+from hoptim.solvers.run import GROWTH_LIMIT, LARGE, NEGATIVE, joined
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import describe_type, is_finite
 
@@ -75,17 +75,27 @@ class WarmStart(Solver):
         left = torch.where(kept, start.residuals[0], 1.0)
         ended = inner.residuals[-1] if len(inner.residuals) else torch.zeros_like(left)
         refused = kept & (ended > (LIMIT / left).clamp(max=GROWTH_LIMIT))
-        if inner.status.ok and worst * GROWTH_LIMIT > LIMIT and bool(refused.any()):  # else it has this status already
-            inner = replace(inner, status=Status.LARGE_RESIDUAL, detail="a step was not taken")
-        solution = replace(
+        residuals = torch.cat([start.residuals, inner.residuals.where(~refused, 1.0) * left])
+        status, words = inner.status, inner.detail
+        if status in (Status.LARGE_RESIDUAL, Status.GROWING) or (status.kind != "failed" and worst > LARGE):
+            not_taken, large = torch.stack([refused.any(), (residuals[-1] > LARGE).any()]).tolist()
+            words = joined("a step was not taken" if not_taken else "", words)
+            if status.kind == "ok" or status is Status.LARGE_RESIDUAL:  # whose residual is relative to the rest
+                status = Status.LARGE_RESIDUAL if not_taken or large else self._how_it_ended(inner)
+        if start.status.kind == "remark" and status.kind == "ok":
+            status = start.status
+        return replace(
             _carrying(replace(inner, value=start.value + torch.where(refused[..., None], 0.0, inner.value))),
-            residuals=torch.cat([start.residuals, inner.residuals.where(~refused, 1.0) * left]),
+            status=status,
+            detail=joined(start.detail, words and f"of the rest: {words}"),
+            residuals=residuals,
             products=1 + inner.products,
             negative_curvature=start.negative_curvature or inner.negative_curvature,
         )
-        if start.status.kind == "remark" and inner.status.kind == "ok":
-            solution = replace(solution, status=start.status, detail=start.detail)
-        return solution
+
+    def _how_it_ended(self, inner: Solution) -> Status:
+        all_terms = len(inner.residuals) >= getattr(self.solver, "terms", 0)
+        return Status.FINISHED if all_terms else Status.FLAT_DIRECTIONS
 
     def _solve_rest(self, A: Operator, r: Tensor, worst: float, state: State | None) -> Solution:
         """The inner solver on the residual r of the start, at most ``worst`` times ‖g‖; its tolerance is relative to ‖g‖."""
@@ -137,10 +147,12 @@ class SOBA(Solver):
         last = carried(state, "solution", g)
         if last is None:
             first = Neumann(terms=0, step_size=self.step_size).solve(A, g)
-            return replace(_carrying(first), value=torch.zeros_like(g))
-        start, r, *_ = _begin(A, g, last)
+            return replace(_carrying(first), value=torch.zeros_like(g), detail="the first call, which starts at zero")
+        start, r, _, worst = _begin(A, g, last)
         if not start.status.ok:
             return start
+        if worst > LARGE and start.status.kind == "ok":
+            start = replace(start, status=Status.LARGE_RESIDUAL)
         return replace(start, step_size=self.step_size, state={"solution": start.value + self.step_size * r})
 
 
@@ -162,9 +174,9 @@ def _begin(A: Operator, g: Tensor, last: Tensor) -> tuple[Solution, Tensor, Tens
         torch.where(negative, curvature, 0.0).amin(),
     ]
     longest, highest, worst, lowest = torch.stack(figures).tolist()
-    status, detail = Status.FINISHED, ""
+    status, detail = Status.FINISHED, f"the start has a residual of {worst:.3g}"
     if not math.isfinite(longest):
-        status = Status.NON_FINITE_GRADIENT
+        status, detail = Status.NON_FINITE_GRADIENT, ""
     elif not math.isfinite(highest):
         status, detail = Status.NON_FINITE_PRODUCT, "with the solution that was carried over"
     elif lowest < 0:
