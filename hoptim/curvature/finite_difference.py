@@ -39,8 +39,8 @@ class FiniteDifference(Curvature):
     which grows as the step falls. Where their sum is least depends on the model. So the first difference of each
     hypergradient is compared with one over a quarter of the step. Within 1 % the quarter is used for all products. Else
     smaller steps are tried, and then larger ones, until two agree. If none do, those that agree best are used, and if they
-    are more than 6 % apart, as at the kinks of a ReLU, a warning says so, once for each problem. In half precision these
-    two are more.
+    are more than 6 % apart, as at the kinks of a ReLU, a warning says so, once for each problem. Bᵀx is compared with
+    one over four times the step, for each hyperparameter by itself. In half precision these two are more.
 
     Args:
         step: the length of εv relative to that of w, > 0, which is used as it is; ``None``, the default, to choose it: it is
@@ -92,16 +92,18 @@ class FiniteDifference(Curvature):
             rounding = epsilon_of_losses(*dtypes)
             within = max(AGREE, rounding ** (2 / 3))
             chosen, found, apart = _best_step(lambda step: at(step, v)[part], first_step(*dtypes), 50 * rounding, within)
+            tell("the products differ", apart, within)
+            return found
+
+        def tell(words: str, apart: float, within: float) -> None:
             if apart > TELL * within and point.problem not in _TOLD:
                 _TOLD.add(point.problem)
                 warnings.warn(
-                    f"FiniteDifference: over steps of {chosen:.1g} and {chosen / APART:.1g} times the length of the weights "
-                    f"the products differ by {apart:.0%}, and no other pair of steps does better, for rounding or for kinks "
-                    "such as those of ReLU. Compute in float64, or give a step=..., or take curvature=hoptim.Exact() if "
-                    "autograd knows the second derivatives",
+                    f"FiniteDifference: over steps of about {chosen:.1g} times the length of the weights {words} by "
+                    f"{apart:.0%} from one step to the next, for rounding or for kinks such as those of ReLU. Compute in "
+                    "float64, or give a step=..., or take curvature=hoptim.Exact() if autograd knows the second derivatives",
                     stacklevel=2,
                 )
-            return found
 
         def product(v: Tensor) -> Tensor:
             if v.ndim > 1:
@@ -109,7 +111,14 @@ class FiniteDifference(Curvature):
             return layout.flatten(difference(v, 0))
 
         def mixed(x: Tensor) -> OptionalTree:
-            return trees.stack([difference(row, 1) for row in x]) if x.ndim > 1 else difference(x, 1)
+            if x.ndim > 1:
+                return trees.stack([mixed(row) for row in x])
+            found = difference(x, 1)
+            if self.step is None and chosen is not None:  # checked by itself: it is the answer, and x another direction
+                name, apart = _farthest(found, at(chosen * APART, x)[1])
+                within = max(AGREE, epsilon_of_losses(*(weight.dtype for weight in point.weights.values())) ** (2 / 3))
+                tell(f"the derivative in {name!r} differs", apart, within)
+            return found
 
         yield Linearization(
             loss=loss,
@@ -162,6 +171,18 @@ def _best_step(
     agreed = least <= within and first * APART ** (best - 1) >= shortest
     used = best - 1 if agreed else best  # of two that agree the smaller is the better one, unless it is lost in rounding
     return first * APART**used, found(used), least if math.isfinite(least) else 0.0
+
+
+def _farthest(found: OptionalTree, other: OptionalTree) -> tuple[str, float]:
+    """The name whose tensors differ most, relative to their length, or to a thousandth of that of all if this is longer."""
+    one, two = trees.present(found), trees.present(other)
+    if not one:
+        return "", 0.0
+    least = 1e-3 * trees.norm(one)
+    sizes = {name: torch.maximum(vectors.norm(t.detach().reshape(-1)), least) for name, t in one.items()}
+    apart = {name: float((one[name] - two[name]).norm() / size) if size > 0 else 0.0 for name, size in sizes.items()}
+    name = max(apart, key=lambda name: apart[name])
+    return name, apart[name] if math.isfinite(apart[name]) else 0.0
 
 
 def gradients(point: Point, weights: Tree, states: Tree | None = None) -> tuple[Tensor, OptionalTree, OptionalTree]:
