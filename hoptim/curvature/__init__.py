@@ -61,7 +61,8 @@ Some operations have no second derivative in torch: `once_differentiable` functi
 kernels. The error names the operation, and `Implicit(curvature=FiniteDifference())` works instead. It evaluates all
 gradients with the same random state, so that dropout masks agree. It chooses its step by comparing two at the first product
 of each hypergradient, and warns if none agree: in float32 a net of ReLUs may have too many kinks. Later products use the
-same step unchecked. It cannot see an autocast *inside* a loss: use `FiniteDifference(step=0.1)` there.
+same step unchecked, but for Bᵀx, which is the answer. It cannot see an autocast *inside* a loss: use
+`FiniteDifference(step=0.1)` there.
 
 # Compiled products
 

@@ -110,9 +110,8 @@ class ExampleWeights(HyperParameters):
         """
         index = checked_index("index", index, len(self.trusted))
         check_losses(losses, "index", index)
-        weight = self._transforms[NAME]
-        now = weight(self._leaf(NAME)[index]).masked_fill(self.trusted[index], 1.0)  # of the batch alone, as n may be large
-        return ((now / weight(self.start[index])).to(losses.dtype) * losses).mean()
+        first = self._transforms[NAME](self.start)
+        return ((self[NAME][index] / first[index]).to(losses.dtype) * losses).mean()
 
     @property
     def degrees_of_freedom(self) -> int:
