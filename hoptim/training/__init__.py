@@ -245,6 +245,10 @@ differ between ranks, the first loss raises an error; if they come apart later, 
 first hyperstep. A NaN on one rank gives the same status on all. Only rank 0 logs. An audit is for one process.
 Give `process_group=None` if each rank trains alone.
 
+The state of rank 0 alone, loaded on all ranks, resumes a run to the bit if its `val_batches` draw no random numbers. If they
+do, the other ranks go on with rank 0's numbers; and if `Unrolled` steps are under way, with rank 0's batches, which the status
+`REPLAY_DIFFERS` tells. Then save `optimizer.state_dict()` of each rank, and load it on the same rank, as `scripts/train.py` does.
+
 *What N ranks cost.* A hypergradient makes K + 3 all-reduces: L_V with g and ∂L_V/∂λ (n + h numbers for n weights and h
 hyperparameters), L_T with F (n), one of n for each of K products, and Bᵀx (h). A training step makes one of n. With the
 default, K = 5 and `every=100`, that is 8 for every 100, not overlapped with computation. A ring sends 2n(N − 1)/N numbers
