@@ -202,11 +202,12 @@ The helpers of `torch.distributed.checkpoint` drop keys that they do not know. G
 `optimizer.state_dict()["hoptim"]` beside it, and load both with
 `optimizer.load_state_dict({**optimizer.inner.state_dict(), "hoptim": saved})`.
 
-# Seven public scripts
+# Ten public scripts
 
-hoptim was dropped into seven scripts as they are, with a learned decay for each tensor: pytorch/examples `mnist`,
-`word_language_model` and `imagenet`, nanoGPT, torchvision's `references/classification`, and an example each of Lightning
-and Accelerate. It took 9 or 10 added lines, losses included, and 1 or 2 changed ones. With `every=None` and a penalty of
+hoptim was dropped into ten scripts as they are, with a learned decay for each tensor: pytorch/examples `mnist`,
+`word_language_model`, `imagenet`, `vae` and `time_sequence_prediction`, nanoGPT, torchvision's `references/classification`,
+and an example each of Lightning, Accelerate and PyG. It took 9 to 14 added lines, losses included, and 1 to 3 changed ones;
+more, up to 19, in scripts whose loss is written inside the loop or serves validation too. With `every=None` and a penalty of
 zero each ends in the bits of the original. Learning the decays gained nothing in any of them; where validation data may be
 trained on, that is worth more. Weights for the examples gained in loss where 40 % of the labels were wrong. [The changes,
 their counts and the figures](scripts/examples/public/README.md).
