@@ -210,11 +210,12 @@ The helpers of `torch.distributed.checkpoint` drop keys that they do not know. G
 `optimizer.state_dict()["hoptim"]` beside it, and load both with
 `optimizer.load_state_dict({**optimizer.inner.state_dict(), "hoptim": saved})`.
 
-# Seven public scripts
+# Ten public scripts
 
-hoptim was dropped into seven scripts as they are, with a learned decay for each tensor: pytorch/examples `mnist`,
-`word_language_model` and `imagenet`, nanoGPT, torchvision's `references/classification`, and an example each of Lightning
-and Accelerate. It took 9 or 10 added lines, losses included, and 1 or 2 changed ones. With `every=None` and a penalty of
+hoptim was dropped into ten scripts as they are, with a learned decay for each tensor: pytorch/examples `mnist`,
+`word_language_model`, `imagenet`, `vae` and `time_sequence_prediction`, nanoGPT, torchvision's `references/classification`,
+and an example each of Lightning, Accelerate and PyG. It took 9 to 14 added lines, losses included, and 1 to 3 changed ones;
+more, up to 19, in scripts whose loss is written inside the loop or serves validation too. With `every=None` and a penalty of
 zero each ends in the bits of the original. Learning the decays gained nothing in any of them; where validation data may be
 trained on, that is worth more. Weights for the examples gained in loss where 40 % of the labels were wrong. [The changes,
 their counts and the figures](scripts/examples/public/README.md).
@@ -252,6 +253,10 @@ rank 0's values, and after 200 hypersteps they and the outer optimizer's state a
 differ between ranks, the first loss raises an error; if they come apart later, because gradients are not averaged, the
 first hyperstep. A NaN on one rank gives the same status on all. Only rank 0 logs. An audit is for one process.
 Give `process_group=None` if each rank trains alone.
+
+The state of rank 0 alone, loaded on all ranks, resumes a run to the bit if its `val_batches` draw no random numbers. If they
+do, the other ranks go on with rank 0's numbers; and if `Unrolled` steps are under way, with rank 0's batches, which the status
+`REPLAY_DIFFERS` tells. Then save `optimizer.state_dict()` of each rank, and load it on the same rank, as `scripts/train.py` does.
 
 *What N ranks cost.* A hypergradient makes K + 3 all-reduces: L_V with g and ∂L_V/∂λ (n + h numbers for n weights and h
 hyperparameters), L_T with F (n), one of n for each of K products, and Bᵀx (h). A training step makes one of n. With the

@@ -42,17 +42,18 @@ def fingerprint(cfg: DictConfig, processes: int) -> str:
 
 
 def save_checkpoint(path: Path, run: Run, outer_step: int, boards: list[Board]) -> None:
-    """Write all that the rest of the run depends on, as tensors and plain values."""
-    generators = run.processes.gather(torch.get_rng_state())
-    batches = run.processes.gather(run.batches.state_dict())
+    """Write all that the rest of the run depends on, as tensors and plain values.
+
+    Each process has its own state: besides its training batches and random numbers, the optimizer's has where it is in its
+    validation batches and in what order these come, and the model's has buffers, such as the statistics of its own batches.
+    """
+    ranks = run.processes.gather({**run.state_dict(), "rng": torch.get_rng_state()})
     if not run.processes.is_main:
         return
     state = {
         "fingerprint": fingerprint(run.cfg, run.processes.size),
         "outer_step": outer_step,
-        **run.state_dict(),
-        "batches": batches,
-        "rng": generators,
+        "ranks": ranks,
         "boards": ids(boards),
     }
     with open(path.with_name("metrics.jsonl"), "rb") as rows:
@@ -68,14 +69,15 @@ def load_checkpoint(path: Path, run: Run) -> Any:
         log.info("no checkpoint in %s yet: the run starts from its beginning", path.parent)
         return None
     saved = read_checkpoint(path)
-    if saved["fingerprint"] != (own := fingerprint(run.cfg, run.processes.size)):
-        raise ResumeError(f"{path} is of another run: {saved['fingerprint']} is not {own}; use resume=false")
+    if saved["fingerprint"] != (here := fingerprint(run.cfg, run.processes.size)):
+        raise ResumeError(f"{path} is of another run: {saved['fingerprint']} is not {here}; use resume=false")
     if saved["outer_step"] > run.outer_steps:
         raise ResumeError(
             f"{path} is at outer step {saved['outer_step']}, past outer_steps={run.outer_steps}; use resume=false"
         )
-    run.load_state_dict({**saved, "batches": saved["batches"][run.processes.rank]})
-    torch.set_rng_state(saved["rng"][run.processes.rank])
+    own = saved["ranks"][run.processes.rank]
+    run.load_state_dict(own)
+    torch.set_rng_state(own["rng"])
     return saved
 
 
@@ -83,8 +85,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint; raise ``ResumeError`` if it is damaged or not one of scripts/train.py."""
     try:
         saved = files.read_whole(path)
-        if "fingerprint" not in saved:
-            raise ValueError("it was not written by scripts/train.py")
+        if not {"fingerprint", "ranks"} <= saved.keys():
+            raise ValueError("it was not written by this scripts/train.py")
         return saved
     except Exception as error:
         reason, remedy = str(error).partition(". ")[0], "put a copy in its place, or start over: resume=false"

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from jobs import ROOT, command, env, result, rows, run, start, timeless, train
+from jobs import ROOT, command, env, result, rows, run, run_ranks, start, timeless, train
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tasks import schema
@@ -212,6 +212,30 @@ def test_mini_batches_schedules_and_recipes_resume_to_the_same_bits(tmp_path):
     assert final["products"] == sum(row["products"] for row in rows(whole)) == 12 * 5
     assert 0 < final["retrained_test_loss"] < 2.3
     assert "label_smoothing.smoothing" in load_file(whole / "hyperparameters.safetensors")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("val_batch_size=25", "every=10"),  # one hyperstep after the resume, at the last step: only the retraining has it
+        ("hoptim/method=unrolled", "hoptim.method.steps=5", "every=33"),  # steps 28 to 33, of which two are saved
+    ],
+)
+def test_two_ranks_resume_to_the_same_bits_each_with_its_own_batches(tmp_path, options):
+    options = (
+        "experiment=[]", "name=try", "task=classification", "task.train=90", "task.val=60", "outer=by_constraint",
+        "hoptim/recipe=[weight_decay]", "hoptim.recipe.weight_decay.start=0.001", "batch_size=20", "inner_steps=10",
+        "inner.lr=0.05", "retrain=true", "checkpoint_every=1", *options, *QUIET,
+    )  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(2, "train.py", f"hydra.run.dir={whole}", *options, "outer_steps=4")
+    run_ranks(2, "train.py", f"hydra.run.dir={parts}", *options, "outer_steps=3")
+    run_ranks(2, "train.py", f"hydra.run.dir={parts}", *options, "outer_steps=4", "resume=true")
+    assert result(whole)["hypersteps"] > 0
+    assert result(parts) == result(whole)
+    assert [timeless(row) for row in rows(parts)] == [timeless(row) for row in rows(whole)]
+    values = [load_file(folder / "hyperparameters.safetensors") for folder in (whole, parts)]
+    assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
 
 
 @pytest.mark.skipif(find_spec("hydra_plugins.hydra_submitit_launcher") is None, reason="hydra-submitit-launcher is missing")

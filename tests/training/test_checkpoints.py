@@ -460,7 +460,8 @@ def test_all_files_of_a_run_are_read_without_code(tmp_path: Path, name: str) -> 
         "checkpoint.pt", "config.yaml", "hyperparameters.safetensors", "metrics.jsonl", "result.json"
     }  # fmt: skip
     saved = read_checkpoint(tmp_path / "checkpoint.pt")
-    assert (saved["outer_step"], saved["optimizer"]["hoptim"]["inner_steps"]) == (6, 24)
+    (own,) = saved["ranks"]
+    assert (saved["outer_step"], own["optimizer"]["hoptim"]["inner_steps"]) == (6, 24)
     values = load_file(tmp_path / "hyperparameters.safetensors")
     assert {name: value.numel() for name, value in values.items()} == {"0.weight": 32, "3.weight": 64, "6.weight": 24}
     for text in ("config.yaml", "metrics.jsonl", "result.json"):

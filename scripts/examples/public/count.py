@@ -1,4 +1,4 @@
-"""Seven public scripts with hoptim in them: how many lines that takes, and how to run them.
+"""Ten public scripts with hoptim in them: how many lines that takes, and how to run them.
 
     python scripts/examples/public/count.py                       # the table of added, changed and dropped lines
     python scripts/examples/public/count.py --originals DIR       # also writes hoptim_NAME.py beside each original
@@ -73,6 +73,17 @@ SCRIPTS = {
         "7f7877120fd240f0b7d0d7c152aaa4479d648bbf",
         "--cpu",
     ),
+    "vae": Script(*EXAMPLES, "vae/main.py", "63909658102e8f7e0ab7f2ee12d229841cc45e02", "--epochs 3"),
+    "time_sequence_prediction": Script(
+        *EXAMPLES, "time_sequence_prediction/train.py", "2ccc85dc5a8f340c632bfa307e7b049d9fc2286e", "--steps 8"
+    ),
+    "gcn": Script(
+        "pyg-team/pytorch_geometric",
+        "5c6461b2305ad068a6d61165b3c55852a11aaa41",
+        "examples/gcn.py",
+        "390fc9a7b3abec8b40a1ec1dd8c912ff514f5420",
+        "",
+    ),
 }
 
 
@@ -134,10 +145,13 @@ def main(arguments=None):
     )
     parser.add_argument("--originals", metavar="DIR", help="a folder with the checkouts below")
     options = parser.parse_args(arguments)
-    print(f"{'':20} added  changed  dropped")
+    print(f"{'':24} added  changed  dropped")
     for name in SCRIPTS:
-        print("{:20} {:5} {:8} {:8}".format(name, *counts((HERE / f"{name}.ed").read_text())))
+        print("{:24} {:5} {:8} {:8}".format(name, *counts((HERE / f"{name}.ed").read_text())))
     for name, script in SCRIPTS.items() if options.originals else ():
+        if not (Path(options.originals) / script.folder).is_dir():
+            print(f"\n{name}: there is no {script.folder} in {options.originals}")
+            continue
         target = apply(name, options.originals)
         print(f"\n{name}: cd {target.parent}\n  python {HERE / 'run.py'} {target.name} {script.arguments}")
 

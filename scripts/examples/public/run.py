@@ -1,11 +1,11 @@
 """Run one of the public scripts, changed or not, and report what hoptim did in it.
 
-    python scripts/examples/public/run.py [--every N] [--warmup N] [--inert] SCRIPT [ARGUMENTS]
+    python scripts/examples/public/run.py [--every N] [--warmup N] [--inert] [--seed N] SCRIPT [ARGUMENTS]
 
 At the end it prints a digest of the trained weights, and for a changed script how its hypersteps ended, how far the
 hyperparameters moved, and what a hyperstep cost in training steps. `--every` and `--warmup` replace the script's own values,
 so that a short run has hypersteps. With `--inert` there are no hypersteps and the penalty is zero: the digest is then that
-of the original. SCRIPT finds the modules beside it, as with `python SCRIPT`.
+of the original. `--seed` is for a script that sets none itself. SCRIPT finds the modules beside it, as with `python SCRIPT`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Watch:
 
     def digest(self):
         weights = [w for group in self.trained.param_groups for w in group["params"]]
-        whole = b"".join(w.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for w in weights)
+        whole = b"".join(w.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for w in weights)
         return f"{hashlib.sha256(whole).hexdigest()[:16]} of {len(weights)} tensors after {len(self.times)} steps"
 
     def report(self):
@@ -83,12 +83,15 @@ if __name__ == "__main__":
     parser.add_argument("--every", type=int)
     parser.add_argument("--warmup", type=int)
     parser.add_argument("--inert", action="store_true")
+    parser.add_argument("--seed", type=int)
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     watch = Watch()
     register_optimizer_step_post_hook(watch.stepped)
     prepared(watch, options)
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
     atexit.register(lambda: print(watch.report(), flush=True))
     sys.argv = [options.script, *options.arguments]
     sys.path[0] = str(Path(options.script).resolve().parent)
