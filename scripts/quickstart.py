@@ -22,7 +22,7 @@ def make():
 
 
 def inner(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=2e-3)
 
 
 def train(model, optimizer, examples):
