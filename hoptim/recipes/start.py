@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,9 @@ def checked_names(what: str, names: object) -> list[str]:
     return list(names)
 
 
-def inside(model: object) -> nn.Module:
-    """The module inside all wrappers; raise TypeError if it is none."""
-    if not isinstance(model, nn.Module):
+def inside(model: Any) -> nn.Module:
+    """The module inside all wrappers; raise TypeError if it is none, nor passes for one."""
+    if not hasattr(model, "named_modules"):
         raise TypeError(f"model is {describe_type(model)}: give an nn.Module")
     return unwrap(model)
 
