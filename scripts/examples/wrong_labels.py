@@ -12,8 +12,9 @@ ways:
 - clean: on the 1,000 alone; all + clean: on all 6,000;
 - GCE: the loss (1 − p^q)/q of Zhang and Sabuncu 2018 (arXiv 1805.07836) instead of cross-entropy, on all 6,000;
 - filter: a model trained on the 1,000 removes those of the 5,000 whose label it finds unlikely; then train on the rest;
-- hoptim, the run: on the 5,000, while a weight for each of them is learned with the 1,000 as validation data;
-- hoptim, retrained: hoptim.retrain on all 6,000 with the learned weights; the 1,000 have the weight 1;
+- hoptim, the run: on the 5,000, while a weight for each of them is learned with the 1,000 as validation data; since they
+  start at half their largest weight and count relative to that, the rate is half that of the others, and the decay twice;
+- hoptim, retrained: hoptim.retrain on all 6,000 with the learned weights; the 1,000 have the largest weight;
 - oracle: on those of the 6,000 that have the right label.
 
 Each training takes the same number of steps. Weight decay, q and the filter's threshold are chosen for each way and metric,
@@ -89,8 +90,10 @@ class Labels:
         self.problem = None  # what was learned, after :meth:`learn`
         self.likely = None  # the probabilities of the noisy labels by a model of the clean examples, after :meth:`judge`
 
-    def inner(self, decay):
-        return lambda model: torch.optim.SGD(model.parameters(), lr=self.rate, momentum=0.9, weight_decay=decay)
+    def inner(self, decay, counts=1):
+        """The optimizer for examples that count up to so many times: the same steps as at ``counts=1`` if they do."""
+        rates = {"lr": self.rate / counts, "weight_decay": decay * counts}
+        return lambda model: torch.optim.SGD(model.parameters(), momentum=0.9, **rates)
 
     def train(self, model, optimizer, examples):
         schedule, steps = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS), 0
@@ -130,7 +133,12 @@ class Labels:
         self.problem = hoptim.Problem(model, hparams, loss, self.val_loss)
         batches = {"val_batches": [self.clean], "train_batches": self.noisy.split(DRAWN)}
         optimizer = hoptim.BilevelOptimizer(
-            self.inner(decay)(model), hparams.optimizer(OUTER), self.problem, **batches, every=EVERY, warmup=STEPS // 4
+            self.inner(decay, counts=2)(model),
+            hparams.optimizer(OUTER),
+            self.problem,
+            **batches,
+            every=EVERY,
+            warmup=STEPS // 4,
         )
         self.train(model, optimizer, self.noisy)
         return model
@@ -138,7 +146,7 @@ class Labels:
     def retrain(self, decay):
         """Train a new model on everything with the weights that were learned last."""
         torch.manual_seed(self.seed)
-        return hoptim.retrain(self.problem, self.make, self.train, self.everything, inner=self.inner(decay))
+        return hoptim.retrain(self.problem, self.make, self.train, self.everything, inner=self.inner(decay, counts=2))
 
     def judge(self, decay):
         """Train a model on the clean examples, and keep the probabilities that it gives the noisy labels."""
