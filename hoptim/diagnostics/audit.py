@@ -251,6 +251,11 @@ def _advice(found: Audit, method: Method, shows_parts: bool) -> Iterator[str]:
         )
     if own and own.verdict == "diverges":
         yield "retraining diverges: take fewer steps (steps=), or an inner optimizer with a smaller learning rate"
+    if own and own.verdict == "does not move":
+        yield (
+            "retraining ends at the same loss with other hyperparameters: is a tolerance of the inner optimizer, as "
+            "tolerance_grad and tolerance_change of LBFGS, larger than the change? Give the audit one with smaller ones"
+        )
     if own and own.verdict == "lost in noise":
         yield "along the hypergradient retraining shows no slope beyond its noise: retrain for longer (steps=) to be sure"
     if isinstance(method, Implicit) and found.compared and found.compared[0].cosine < 0.9:

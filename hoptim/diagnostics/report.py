@@ -39,6 +39,8 @@ class Direction:
         """What retraining says about the prediction."""
         if not math.isfinite(self.measured):
             return "diverges"
+        if self.measured == 0 and self.predicted:
+            return "does not move"
         if abs(self.measured) <= 2 * self.noise:
             return "lost in noise"
         if self.predicted * self.measured <= 0:

@@ -33,7 +33,8 @@ class Gradient(Condition):
     H is the Hessian, or what the curvature puts in its place. If the decay is coupled, as in SGD and Adam, it is added to
     the gradient, and c = ``weight_decay``. If it is decoupled, as in AdamW, c = ``weight_decay``·(√v̂ + ε), with Adam's
     second moments v̂ held fixed. Without a decay, or if the inner optimizer is not known, c = 0 and A is the Hessian. Where
-    the loss is flat, c > 0 makes A positive. Of optimizers with another kind of decay a warning says that it is left out.
+    the loss is flat, c > 0 makes A positive. If hoptim does not know how an optimizer applies its ``weight_decay``, a
+    warning says that it is left out; a decay under another name, or in a hook, it can't see.
 
     Source: Lorraine, Vicol and Duvenaud 2019 (arXiv 1911.02590), theorem 1.
 

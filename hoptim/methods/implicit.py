@@ -18,7 +18,7 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.conditions import Condition, Gradient, Update
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
-from hoptim.methods.own_decay import doubt_of_decay
+from hoptim.methods.own_decay import doubt_of_decay, doubt_of_momentum
 from hoptim.methods.preconditioners import Preconditioner
 from hoptim.methods.result import Hypergradient, assemble
 from hoptim.methods.validation_loss import validate
@@ -150,9 +150,10 @@ def doubts(method: Method, loop: TrainingContext, weights: Tree, solution: Solut
     """Why a hypergradient may be wrong though its solve went well, by kind of the reason; empty without one."""
     on_gradient = isinstance(method, Implicit) and isinstance(method.condition, Gradient)
     used = {name: w for name, w in weights.items() if name in solution.value}
+    on_update = isinstance(method, Implicit) and isinstance(method.condition, Update)
     found = {
         "sign": _doubt_of_sign(method, loop.learned, solution),
-        "decay": doubt_of_decay(loop, used) if on_gradient else None,
+        "decay": doubt_of_decay(loop, used) if on_gradient else doubt_of_momentum(loop) if on_update else None,
     }
     return {kind: doubt for kind, doubt in found.items() if doubt}
 

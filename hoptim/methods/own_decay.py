@@ -41,7 +41,10 @@ def own_decay(loop: TrainingContext, live: tuple[Tree, Tree], leaves: Tree, grad
             if name in gradient and any(isinstance(value, Tensor) or value for value in values):
                 decay = sum(values) * (-1 if group.get("maximize") else 1)
                 scale = _scale(kind, group, inner.state.get(p, {}), gradient[name]) if _is_decoupled(group) else 1.0
-                found[name] = torch.as_tensor(decay * scale, device=p.device)
+                product = decay * scale
+                found[name] = (
+                    product if isinstance(product, Tensor) else torch.full((), product, dtype=p.dtype, device=p.device)
+                )
     return found
 
 
@@ -53,7 +56,7 @@ def doubt_of_decay(loop: TrainingContext, weights: Tree) -> str | None:
     name = type(inner).__name__
     if not is_differentiable(inner):
         return (
-            f"hoptim does not know how {name} applies its weight_decay of {groups[0]['weight_decay']:g}, so that the "
+            f"hoptim does not know how {name} applies its weight_decay of {groups[0]['weight_decay']}, so that the "
             "condition Gradient() leaves it out, and the hypergradient is that of a training without it. Set it to 0 and "
             "put the decay into train_loss, as hoptim.recipes.WeightDecay does"
         )
@@ -67,9 +70,21 @@ def doubt_of_decay(loop: TrainingContext, weights: Tree) -> str | None:
     )
 
 
+def doubt_of_momentum(loop: TrainingContext) -> str | None:
+    """Why the condition ``Update`` may be off: the first moment is fixed in it, and a decoupled decay is not."""
+    groups = [] if loop.inner is None else [group for group in loop.inner.param_groups if _decays(group)]
+    if not any(_is_decoupled(group) and float(group["betas"][0]) > 0 for group in groups):
+        return None
+    return (
+        f"the condition Update() holds the first moment of {type(loop.inner).__name__} fixed, so that its decoupled "
+        "weight_decay counts 1 / (1 - beta1) times beside the gradient. Take the condition Gradient(), which has it right, "
+        "or hoptim.Unrolled"
+    )
+
+
 def _decays(group: Mapping[str, Any]) -> bool:
     decay = group.get("weight_decay", 0)
-    return isinstance(decay, (int, float, Tensor)) and bool(decay != 0)
+    return isinstance(decay, (int, float, Tensor)) and bool(torch.as_tensor(decay).any())
 
 
 def _is_decoupled(group: Mapping[str, Any]) -> bool:

@@ -28,9 +28,9 @@ class Replay(Method):
 
     The inner optimizer trains from the present weights and state, on the given batches in their order. The model does not
     move, so hyperparameters can be learned over many trainings from one start, before the final training. The result is
-    exact, unless the forward pass writes what autograd does not see (``UNSEEN_WRITES``). Steps are repeated rather than
-    stored: for T steps and k segments about k·log_k T copies of weights and state are held, and a step is taken once without
-    a graph on each of log_k T levels, and once with a graph.
+    exact, unless the forward pass writes what autograd does not see (``UNSEEN_WRITES``), or a loss itself detaches a part.
+    Steps are repeated rather than stored: for T steps and k segments about k·log_k T copies of weights and state are held,
+    and a step is taken once without a graph on each of log_k T levels, and once with a graph.
 
     Random numbers, such as those of dropout, are the same each time, and so are those that ``batches`` draws from torch. If
     a repeated step ends elsewhere, for example because batches draw from another source, the status says so.

@@ -33,6 +33,7 @@ from hoptim.solvers.solution import Solution, Status
 SAME = 1e-3  # how far a repeated step may end from where it ended before, relative to the length of the step
 LOST = 0.5  # if all steps together end farther away than this, they are different steps
 ULPS = 2.0  # how far two ways of computing a step may differ, in units in the last place
+TRIED = 3  # on so many steps it is tried what is written without a derivative
 SHOWN = 5  # names in a detail
 GROWN = 10.0  # if ∂L_V/∂w grows more than this, training is sensitive to its start
 
@@ -58,10 +59,9 @@ def through_steps(
     else:
         begins = reverse.begins(0, trajectory.begins[0][1], steps)
         end = reverse.end(begins, steps)
-    before, after = begins[0][1].modules, end.modules
-    reverse = replace(reverse, moving=_moving(before.tensors, after.tensors))
-    writes = bool(reverse.moving or before.attributes.differing(after.attributes))
-    unseen = reverse.unseen(begins[-1], val_batch) if any(problem.ranks.gathered(writes)) else []
+    states = [*(at.modules for _, at in begins), end.modules]
+    reverse = replace(reverse, moving=_moving([state.tensors for state in states]))
+    unseen = reverse.unseen(begins, states, val_batch)
     validation = reverse.validate(end, val_batch)
     g = {name: validation.g[name] for name in end.weights}
     back = Back(
@@ -71,7 +71,7 @@ def through_steps(
     assert back.last is not None  # there is one step at least
     loss, gradient = back.last
     indirect = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
-    solution = _solution_of(back, expected, end.weights, begins[0][1].weights, unseen + sorted(back.renormed))
+    solution = _solution_of(back, expected, end.weights, begins[0][1].weights, sorted({*unseen, *back.unseen}))
     return assemble(validation, indirect, solution, leaves, loss, Layout.of(gradient).flatten(gradient))
 
 
@@ -81,9 +81,13 @@ def loss_at_end(problem: Problem, trajectory: Trajectory, leaves: Tree, val_batc
     return reverse.validate(reverse.end(list(trajectory.begins[:1]), len(trajectory.steps)), val_batch).loss
 
 
-def _moving(begin: Tree, end: Tree) -> tuple[str, ...]:
-    """The floating-point buffers that have changed: those whose derivative is carried from step to step."""
-    return tuple(name for name, t in end.items() if t.is_floating_point() and not trees.is_same(t, begin.get(name)))
+def _moving(buffers: Sequence[Tree]) -> tuple[str, ...]:
+    """The floating-point buffers that change: those whose derivative is carried from step to step."""
+    return tuple(
+        name
+        for name, t in buffers[0].items()
+        if t.is_floating_point() and any(not trees.is_same(t, later.get(name)) for later in buffers[1:])
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +104,8 @@ class Back:
         went: for each step, its length before.
         off: the sum of the differences between these ends.
         last: the training loss and its gradient in the last of all steps.
-        renormed: the weights to which a forward pass has written, as embeddings with a ``max_norm`` do.
+        unseen: what a forward pass has written without a derivative: weights of embeddings with a ``max_norm``, and
+            running statistics where :class:`DifferentiableStatistics` can't follow.
     """
 
     weights: Tree
@@ -112,7 +117,7 @@ class Back:
     went: tuple[Tensor, ...] = ()
     off: Tree = field(default_factory=dict)
     last: tuple[Tensor, Tree] | None = None
-    renormed: frozenset[str] = frozenset()
+    unseen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +175,7 @@ class Reverse:
                 modules = ModuleState(trees.shared(tensors, at.modules.tensors), found.attributes())
             return Snapshot(weights=new, state=state, modules=modules, generators=problem.generators())
 
-        with problem.differentiable_statistics():
-            return problem.call(weights, leaves, inside)
+        return problem.call(weights, leaves, inside, at.modules.tensors)
 
     def validate(self, end: Snapshot, batch: Any) -> Validation:
         """The validation loss at the end and its derivatives, also in the buffers that the steps have changed."""
@@ -180,13 +184,29 @@ class Reverse:
         buffers = as_leaves({name: tensors[name] for name in self.moving})
         start = {**tensors, **buffers}
         with problem.differentiable_statistics(), problem.with_attributes(end.modules.attributes):
-            return problem.call(weights, leaves, lambda: validate(problem, weights, leaves, batch, start, buffers))
+            return problem.call(weights, leaves, lambda: validate(problem, weights, leaves, batch, start, buffers), start)
 
-    def unseen(self, begin: tuple[int, Snapshot], batch: Any) -> list[str]:
-        """What steps write without a derivative, though losses read it: tried on the first step of the last segment."""
-        number, at = begin
+    def unseen(self, begins: list[tuple[int, Snapshot]], states: Sequence[ModuleState], batch: Any) -> list[str]:
+        """What steps write without a derivative, though losses read it: tried on some steps after which it has changed.
+
+        Not on the first one if there are others: from a fixed start it writes the same, whatever the hyperparameters are.
+        """
         plain = replace(self, moving=())
-        return unseen_writes(self.problem, self.steps[number], at, self.leaves, lambda end: plain.validate(end, batch).loss)
+        changed = [
+            begin
+            for begin, before, after in zip(begins, states[:-1], states[1:], strict=True)
+            if _moving([before.tensors, after.tensors]) or before.attributes.differing(after.attributes)
+        ]
+        later = [begin for begin in changed if begin[0]] or changed
+        count = min(TRIED, max(self.problem.ranks.gathered(len(later))))
+        found: set[str] = set()
+        for place in range(count):
+            number, at = (later or begins)[place * len(later or begins) // count]
+            step = self.steps[number]
+            found |= {
+                *unseen_writes(self.problem, step, at, self.leaves, self.moving, lambda end: plain.validate(end, batch).loss)
+            }
+        return sorted(found)
 
     def _through(self, number: int, at: Snapshot, end: Snapshot, back: Back) -> Back:
         """Back through one step from ``at`` to ``end``; its graph lives only here."""
@@ -200,7 +220,10 @@ class Reverse:
         batched = next(iter(back.weights.values())).ndim > next(iter(w.values())).ndim
 
         def inside() -> Back:
-            with evaluated_losses(problem, step.losses, w, leaves, modules, graph=True) as here:
+            with (
+                problem.differentiable_statistics() as statistics,
+                evaluated_losses(problem, step.losses, w, leaves, modules, statistics, graph=True) as here,
+            ):
                 gradient = here.gradient
                 if not gradient:
                     raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
@@ -212,6 +235,8 @@ class Reverse:
                 found = VJP(outputs, inputs)(cotangents, batched)
             off = _difference(end.weights, weights)
             written = {name for name, t in here.weights.items() if t is not w[name] and not trees.is_same(t, w[name])}
+            if statistics.is_stale and self.moving:
+                written.add("running statistics")
             before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
             return Back(
                 weights=before,
@@ -223,11 +248,10 @@ class Reverse:
                 went=(*back.went, trees.norm(_difference(end.weights, at.weights))),
                 off={name: back.off[name] + part for name, part in off.items()} if back.off else off,
                 last=back.last or (here.loss, trees.map_tree(Tensor.detach, gradient)),
-                renormed=back.renormed | (written if number else set()),  # the start is fixed, so nothing is missing there
+                unseen=back.unseen | (written if number else set()),  # the start is fixed, so nothing is missing there
             )
 
-        with problem.differentiable_statistics():
-            return problem.call(w, leaves, inside)
+        return problem.call(w, leaves, inside, modules.tensors)
 
 
 def _solution_of(back: Back, steps: int, end: Tree, begin: Tree, unseen: Sequence[str]) -> Solution:

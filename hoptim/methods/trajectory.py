@@ -19,7 +19,7 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.bound_options import Bound
 from hoptim.methods.inner_step import Group, InnerStep, State
 from hoptim.methods.learned_options import LearnedOption
-from hoptim.problem.functional import Attributes
+from hoptim.problem.functional import Attributes, DifferentiableStatistics
 from hoptim.problem.hyperparameters import transforms_of
 from hoptim.problem.kept import Kept, noted
 from hoptim.problem.problem import ModuleState, Problem, set_generators
@@ -193,7 +193,8 @@ class Recorder:
             return
         now, transforms = problem.module_state(), transforms_of(problem.hparams)
         for number, weights, state, *buffers in saved["begins"]:  # there were no buffers in early versions
-            tensors = {name: value.to(now.tensors[name].device) for one in buffers for name, value in one.items()}
+            pairs = [(name, value) for one in buffers for name, value in one.items() if name in now.tensors]
+            tensors = {name: value.to(now.tensors[name].device) for name, value in pairs}
             at = Snapshot(
                 weights={name: value.to(live[name].device) for name, value in weights.items()},
                 state={name: _moved(entries, live[name].device) for name, entries in state.items()},
@@ -230,11 +231,21 @@ class Losses:
 
 @contextmanager
 def evaluated_losses(
-    problem: Problem, losses: Sequence[RecordedLoss], weights: Tree, leaves: Tree, modules: ModuleState, *, graph: bool
+    problem: Problem,
+    losses: Sequence[RecordedLoss],
+    weights: Tree,
+    leaves: Tree,
+    modules: ModuleState,
+    statistics: DifferentiableStatistics | None = None,
+    *,
+    graph: bool,
 ) -> Iterator[Losses]:
     """The losses of a step times their shares, at tensors that stand in for the model's.
 
-    With ``graph`` the gradient has a graph, which works inside the context.
+    With ``graph`` the gradient has a graph, which works inside the context. With ``statistics`` the buffers have one.
+
+    Raises:
+        ValueError: a forward pass registers or fills a buffer.
     """
     slope: Tree = {}
     total = next(iter(weights.values())).new_zeros(())
@@ -246,7 +257,8 @@ def evaluated_losses(
             at = stack.enter_context(problem.evaluated("train_loss", one.batch, tensors))
             if graph:
                 check_twice_differentiable(problem, at.loss, weights, leaves, one.batch)
-            loss, tensors = at.loss * one.share, at.written
+            loss = at.loss * one.share
+            tensors = {name: t if statistics is None else statistics.graph_of(t) for name, t in at.written.items()}
             now = {name: at.written.get(f"model.{name}", w) for name, w in now.items()}
             parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
             touched = trees.present(dict(zip(weights, parts, strict=True)))

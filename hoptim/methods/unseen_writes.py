@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from hoptim.curvature.linearization import as_leaves
 from hoptim.linalg import trees
 from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vjp import nodes
 from hoptim.methods.trajectory import Snapshot, Step, evaluated_losses
 from hoptim.problem.problem import ModuleState, Problem, set_generators
 
@@ -21,15 +22,23 @@ REACH = 1e-2  # how far the weights are moved, relative to their size, to see wh
 
 @dataclass(frozen=True, kw_only=True)
 class _Pass:
-    """The gradient of a step's losses, what they have written, and the names of buffers that have a graph to the weights."""
+    """The gradient of a step's losses and what they have written.
+
+    Attributes:
+        gradient: the gradient.
+        modules: what was written.
+        seen: the names of buffers that have a graph to the weights.
+        cut: those of them that have none to themselves before the step, as the mean in ``0.9 * m.detach() + 0.1 * x``.
+    """
 
     gradient: Tree
     modules: ModuleState
     seen: frozenset[str]
+    cut: frozenset[str]
 
 
 def unseen_writes(
-    problem: Problem, step: Step, at: Snapshot, leaves: Tree, val_loss: Callable[[Snapshot], Any]
+    problem: Problem, step: Step, at: Snapshot, leaves: Tree, moving: Sequence[str], val_loss: Callable[[Snapshot], Any]
 ) -> list[str]:
     """The buffers and attributes by which weights act on later losses, but not in autograd's graph.
 
@@ -41,40 +50,57 @@ def unseen_writes(
         step: an inner step.
         at: the snapshot before it.
         leaves: the hyperparameters.
+        moving: the floating-point buffers that change in the training.
         val_loss: the validation loss at a snapshot.
     """
-    here = _passed(problem, step, at, leaves)
+    here = _passed(problem, step, at, leaves, moving)
     elsewhere = replace(at, weights={name: w + REACH * _noise(w) for name, w in at.weights.items()})
-    there = _passed(problem, step, elsewhere, leaves)
-    before, after = here.modules, there.modules
-    written = [name for name, t in after.tensors.items() if t.is_floating_point() and name not in here.seen]
-    buffers = [name for name in written if not trees.is_same(after.tensors[name], before.tensors[name])]
-    own = [name.partition(".")[2] for name in buffers] + before.attributes.differing(after.attributes)
+    there = _passed(problem, step, elsewhere, leaves, moving).modules
+    before = here.modules
+    differing = {name: t for name, t in there.tensors.items() if t.is_floating_point() and name not in here.seen}
+    if any(problem.ranks.gathered(bool(here.cut))):
+        tensors = {name: t + REACH * _noise(t) if name in here.cut else t for name, t in at.modules.tensors.items()}
+        moved = _passed(problem, step, replace(at, modules=replace(at.modules, tensors=tensors)), leaves, moving).modules
+        differing |= {name: moved.tensors[name] for name in here.cut}
+    changed = {name: t for name, t in differing.items() if not trees.is_same(t, before.tensors[name])}
+    own = [name.partition(".")[2] for name in changed] + before.attributes.differing(there.attributes)
     names = sorted({name for names in problem.ranks.gathered(own) for name in names})
     if not names:
         return []
-    changed = ModuleState({**before.tensors, **{name: after.tensors[name] for name in buffers}}, after.attributes)
-    one, other = (replace(at, modules=modules) for modules in (before, changed))
-    gradients = [_passed(problem, step, place, leaves).gradient for place in (one, other)]
+    places = before, ModuleState({**before.tensors, **changed}, there.attributes)
+    one, other = (replace(at, modules=modules) for modules in places)
+    gradients = [_passed(problem, step, place, leaves, moving).gradient for place in (one, other)]
     is_read = any(not trees.is_same(g, gradients[1].get(name)) for name, g in gradients[0].items())
     if not is_read and trees.is_same(val_loss(one), val_loss(other)):
         return []
     return names
 
 
-def _passed(problem: Problem, step: Step, at: Snapshot, leaves: Tree) -> _Pass:
+def _passed(problem: Problem, step: Step, at: Snapshot, leaves: Tree, moving: Sequence[str]) -> _Pass:
     weights = as_leaves(at.weights)
+    begin = as_leaves({name: at.modules.tensors[name] for name in moving})
+    modules_at = replace(at.modules, tensors={**at.modules.tensors, **begin})
 
     def inside() -> _Pass:
-        with evaluated_losses(problem, step.losses, weights, leaves, at.modules, graph=False) as found:
+        with (
+            problem.differentiable_statistics() as statistics,
+            evaluated_losses(problem, step.losses, weights, leaves, modules_at, statistics, graph=False) as found,
+        ):
             tensors = {name: found.tensors[name] for name in at.modules.tensors}
-            seen = frozenset(name for name, t in tensors.items() if t.requires_grad)
+            ends = {name: _leaves(t) for name, t in tensors.items() if t.requires_grad}
+            inputs = {id(w) for w in weights.values()}
+            seen = frozenset(name for name, found_ends in ends.items() if found_ends & inputs)
+            cut = frozenset(name for name in seen if name in begin and id(begin[name]) not in ends[name])
             modules = ModuleState(trees.map_tree(Tensor.detach, tensors), found.attributes())
-            return _Pass(gradient=found.gradient, modules=modules, seen=seen)
+            return _Pass(gradient=found.gradient, modules=modules, seen=seen, cut=cut)
 
     set_generators(at.generators)
-    with problem.differentiable_statistics():
-        return problem.call(weights, leaves, inside)
+    return problem.call(weights, leaves, inside, modules_at.tensors)
+
+
+def _leaves(t: Tensor) -> set[int]:
+    """The ids of the leaves in the graph of a tensor."""
+    return {id(t)} if t.grad_fn is None else {id(node.variable) for node in nodes([t]) if hasattr(node, "variable")}
 
 
 def _noise(w: Tensor) -> Tensor:

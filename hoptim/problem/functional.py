@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from torch.utils import checkpoint
 R = TypeVar("R")
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+MANY = 1000  # a longer list or dict is restored, but what is in its items is not looked at
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -55,7 +57,8 @@ def renormed_weights(parts: Sequence[nn.Module]) -> list[Tensor]:
 class Attributes:
     """Modes and plain attributes of modules as they are now: caches, counters, contents of lists, dicts and tensors.
 
-    These include the list in which an RNN keeps its weights.
+    Lists and dicts may be inside one another; what other objects hold is left alone. These include the list in which an RNN
+    keeps its weights.
 
     >>> module = nn.Module()
     >>> module.count, module.seen = 1, [1]
@@ -69,42 +72,60 @@ class Attributes:
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         self._kinds = [type(part).__name__ for part in parts]
         self._owned = [(own := vars(part), own.copy()) for part in parts]
-        self._buffers = [(part._buffers, len(part._buffers)) for part in parts]
+        self._buffers = [(part._buffers, {key for key, t in part._buffers.items() if t is not None}) for part in parts]
+        self._empty = [{key for key, t in part._buffers.items() if t is None} for part in parts]
         plain = [own[key] for own, _ in self._owned for key in own.keys() - _TORCH_ATTRIBUTES]
-        self._held = [(container, container.copy()) for container in plain if type(container) in (list, dict)]
-        tensors = [t for t in plain if isinstance(t, Tensor) and not t.is_inference()]  # such as the states of a metric
-        self._values = [(t, t._version, t.detach().clone()) for t in tensors]
+        self._held: list[tuple[Any, Any]] = []  # lists and dicts, also inside one another, with their contents
+        self._values: list[tuple[Tensor, int, Tensor]] = []  # such as the states of a metric
+        self._hold(plain)
+
+    def _hold(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+                self._values.append((value, value._version, value.detach().clone()))
+            elif type(value) in (list, dict) and all(value is not container for container, _ in self._held):
+                self._held.append((value, value.copy()))
+                if len(value) <= MANY:
+                    self._hold(value.values() if isinstance(value, dict) else value)
 
     def differing(self, other: Attributes) -> list[str]:
         """Names of the attributes of which a floating-point number, also in a list or dict, was another one in ``other``."""
         found = []
         for kind, (_, mine), (_, theirs) in zip(self._kinds, self._owned, other._owned, strict=True):
             for key in mine.keys() - _TORCH_ATTRIBUTES - {"_flat_weights"}:  # which are parameters
-                pairs = zip(self._numbers(mine[key]), other._numbers(theirs.get(key)), strict=False)
-                if any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs):
+                one, two = list(self._numbers(mine[key])), list(other._numbers(theirs.get(key)))
+                if len(one) != len(two) or any(
+                    a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, two, strict=True)
+                ):
                     found.append(f"{kind}.{key}")
+            found += [
+                f"{kind}.{key}" for key in theirs.keys() - mine.keys() if next(other._numbers(theirs[key]), None) is not None
+            ]
         return found
 
     def _numbers(self, value: Any) -> Iterator[Tensor]:
         """The floating-point numbers in an attribute, as they were."""
-        lists = {id(container): items for container, items in self._held}
-        values = {id(t): before for t, _, before in self._values}
-        whole = lists.get(id(value), value)
-        for one in whole.values() if isinstance(whole, dict) else whole if isinstance(whole, (list, tuple)) else [whole]:
-            if isinstance(one, float) or (isinstance(one, Tensor) and one.is_floating_point()):
-                yield torch.as_tensor(values.get(id(one), one)).detach()
+        if isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point()):
+            yield next((before for t, _, before in self._values if t is value), torch.as_tensor(value)).detach()
+        elif isinstance(value, (list, dict, tuple)) and len(value) <= MANY:
+            whole = next((items for container, items in self._held if container is value), value)
+            for one in whole.values() if isinstance(whole, dict) else whole:
+                yield from self._numbers(one)
 
     def put(self) -> None:
-        """Restore them. A buffer that was registered later is removed."""
+        """Restore them. A buffer that was registered later is removed, and one that was ``None`` is so again."""
         for own, attributes in self._owned:
             if len(own) == len(attributes) and all(map(operator.is_, own.values(), attributes.values())):
                 continue
             for key in own.keys() - attributes.keys():
                 del own[key]
             own.update({key: value for key, value in attributes.items() if own.get(key) is not value})
-        for registered, count in self._buffers:
-            for key in list(registered)[count:]:
-                del registered[key]
+        for (registered, filled), empty in zip(self._buffers, self._empty, strict=True):
+            for key in registered.keys() - filled:
+                if key in empty:
+                    registered[key] = None
+                else:
+                    del registered[key]
         for t, version, value in self._values:
             if t._version != version:
                 t.detach().copy_(value)
@@ -197,61 +218,88 @@ _FOR_ALL_MODULES = _ProcessWide(
 _WITHOUT_CUDNN = _ProcessWide(lambda: torch.backends.cudnn.flags(enabled=False))
 
 
-def differentiable_statistics(parts: Sequence[nn.Module]) -> AbstractContextManager[Any]:
-    """Inside, the running statistics of torch's batch norm and instance norm have a derivative."""
-    keeps = any(getattr(part, "running_mean", None) is not None for part in parts)
-    return _DifferentiableStatistics() if keeps else nullcontext()
+class DifferentiableStatistics(TorchFunctionMode):
+    """Running statistics with a derivative: r ← m·x̄ + (1 − m)·r, with the mean or variance x̄ of the batch.
 
+    They are those of torch's batch norm and instance norm. For the backward pass of a loss they stay the constants that they
+    are in torch; :meth:`graph_of` gives them as functions of what came before. The mode is for the forward pass of a layer,
+    also when a checkpoint runs it again: :meth:`around` enters it there.
 
-class _DifferentiableStatistics(TorchFunctionMode):
-    """Running statistics as a function with a derivative: r ← m·x̄ + (1 − m)·r, with the mean or variance x̄ of the batch."""
+    Attributes:
+        is_stale: whether they were read after they were written in the same step, or written by a checkpoint that runs a
+            layer again. Then a part of the second derivative is missing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._graphs: dict[int, tuple[Tensor, Tensor]] = {}  # by memory: the statistic, and the same with its graph
+        self.is_stale = False
+
+    @contextmanager
+    def around(self, parts: Sequence[nn.Module]) -> Iterator[None]:
+        """Inside, it is the mode of each forward pass of a layer with running statistics."""
+        with ExitStack() as stack:
+            for part in parts:
+                if getattr(part, "running_mean", None) is not None:
+                    enter = part.register_forward_pre_hook(lambda *_: self.__enter__() and None)
+                    leave = part.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
+                    stack.callback(enter.remove)
+                    stack.callback(leave.remove)
+            yield
+
+    def graph_of(self, t: Tensor) -> Tensor:
+        """A buffer with its graph, if it is a statistic that was written; else the buffer."""
+        return self._graphs[t.data_ptr()][1] if t.data_ptr() in self._graphs else t
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}.get(func, func)
-        return own(*args, **(kwargs or {}))
+        if func not in (F.batch_norm, F.instance_norm):
+            return func(*args, **(kwargs or {}))
+        call = inspect.signature(func).bind(*args, **(kwargs or {}))
+        call.apply_defaults()
+        given, over_batch = call.arguments, func is F.batch_norm
+        mean, var = given["running_mean"], given["running_var"]
+        if mean is None or var is None:
+            return func(**given)
+        if not given["training" if over_batch else "use_input_stats"]:
+            return self._normalised(func, {**given, "running_mean": self._read(mean), "running_var": self._read(var)})
+        if torch._C._current_graph_task_id() != -1:
+            self.is_stale = True
+        elif torch.is_grad_enabled():
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # not those of a checkpoint around it
+                self._write(given["input"].to(mean.dtype), mean, var, over_batch, given["momentum"])
+        return func(**{**given, "running_mean": mean.detach(), "running_var": var.detach()})
 
+    def _write(self, x: Tensor, mean: Tensor, var: Tensor, over_batch: bool, momentum: float) -> None:
+        if over_batch:
+            axes = [axis for axis in range(x.ndim) if axis != 1]
+            now = x.mean(axes), x.var(axes)
+        else:
+            now = x.flatten(2).mean(2).mean(0), x.flatten(2).var(2).mean(0)
+        for running, value in zip((mean, var), now, strict=True):
+            before = self.graph_of(running).clone()  # the statistic itself is about to be written
+            self._graphs[running.data_ptr()] = running, (1 - momentum) * before + momentum * value
 
-def _batch_norm(
-    x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: Any = False, momentum: Any = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
-    if mean is None or var is None:
-        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    if not training:
-        return _normalised(x, mean, var, weight, bias, eps)
-    wide = x.to(mean.dtype)
-    axes = [axis for axis in range(x.ndim) if axis != 1]
-    _average_(mean, wide.mean(axes), momentum)
-    _average_(var, wide.var(axes), momentum)
-    return F.batch_norm(x, None, None, weight, bias, True, momentum, eps)
+    def _read(self, running: Tensor) -> Tensor:
+        """A statistic as a constant, or with a derivative if it is that from before the step."""
+        node = running.grad_fn
+        if running.data_ptr() not in self._graphs and node is None:
+            return running
+        is_first = node is not None and hasattr(node.next_functions[0][0], "variable")
+        if running.data_ptr() not in self._graphs and is_first:
+            return running.clone()
+        self.is_stale = True
+        return running.detach()
 
-
-def _instance_norm(
-    x: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
-    use_input_stats: bool = True, momentum: Any = 0.1, eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
-    if running_mean is None or running_var is None:
-        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    if not use_input_stats:
-        return _normalised(x, running_mean, running_var, weight, bias, eps)
-    wide = x.to(running_mean.dtype).flatten(2)
-    _average_(running_mean, wide.mean(2).mean(0), momentum)
-    _average_(running_var, wide.var(2).mean(0), momentum)
-    return F.instance_norm(x, None, None, weight, bias, True, momentum, eps)
-
-
-def _average_(running: Tensor, now: Tensor, momentum: float) -> None:
-    running.mul_(1 - momentum).add_(momentum * now)
-
-
-def _normalised(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-    """(x − mean) / √(var + eps) · weight + bias; torch's own has no derivative in mean and var."""
-    if not (mean.requires_grad or var.requires_grad):
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-    columns = (1, -1, *[1] * (x.ndim - 2))
-    scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return (x * scale.reshape(columns) + shift.reshape(columns)).to(x.dtype)
+    @staticmethod
+    def _normalised(func: Any, given: dict[str, Any]) -> Tensor:
+        """(x − mean) / √(var + eps) · weight + bias; torch's own has no derivative in mean and var."""
+        x, mean, var, weight, bias = (given[key] for key in ("input", "running_mean", "running_var", "weight", "bias"))
+        if not (mean.requires_grad or var.requires_grad):
+            return func(**given)
+        columns = (1, -1, *[1] * (x.ndim - 2))
+        scale = (var + given["eps"]).rsqrt() if weight is None else weight * (var + given["eps"]).rsqrt()
+        shift = -mean * scale if bias is None else bias - mean * scale
+        return (x * scale.reshape(columns) + shift.reshape(columns)).to(x.dtype)
 
 
 def _has_weight_norm(part: nn.Module) -> bool:

@@ -127,6 +127,12 @@ class HyperParameters(nn.Module):
                     f"hyperparameter {prefix + name!r} was saved under {there[name]:.200} and is {here:.200} here, where "
                     "its leaf means another value: give it the constraint that it was saved with, or set its value instead"
                 )
+            leaf = state_dict.get(prefix + name)
+            if is_nonnegative(constraint) and isinstance(leaf, Tensor) and bool((leaf < 0).any()):
+                raise ValueError(
+                    f"the state of hyperparameter {prefix + name!r} is {float(leaf.min()):.3g}, and it is nonnegative here: "
+                    "it was saved under another constraint. Give it that one, or set its value instead"
+                )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -113,7 +113,7 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
         return value.items()
     if isinstance(value, _CLOSED):
         return ()
-    slots = {key: getattr(value, key, None) for key in getattr(type(value), "__slots__", ())}
+    slots = {key: getattr(value, key, None) for kind in type(value).__mro__ for key in vars(kind).get("__slots__", ())}
     return (slots | getattr(value, "__dict__", {})).items()
 
 

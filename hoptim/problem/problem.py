@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -20,8 +20,8 @@ from hoptim.problem.detached_view import DetachedView
 from hoptim.problem.distributed import Ranks
 from hoptim.problem.functional import (
     Attributes,
+    DifferentiableStatistics,
     Joint,
-    differentiable_statistics,
     renormed_weights,
     restore_attributes,
     twice_differentiable,
@@ -208,8 +208,10 @@ class Problem:
             self._constants.check_detached(loss)
             return (loss, aux) if self.has_aux else loss
 
-    def call(self, weights: Tree, leaves: Tree, function: Callable[[], R]) -> R:
+    def call(self, weights: Tree, leaves: Tree, function: Callable[[], R], buffers: Tree | None = None) -> R:
         """``function()`` with these tensors in place of weights and hyperparameters, and with clones of the buffers.
+
+        These are the present buffers, or those of ``buffers``, by their names in the joint module.
 
         This is ``torch.func.functional_call`` on model and hyperparameters as one module. Inside, :meth:`evaluated` gives
         losses as functions of the tensors. Backward passes must also be inside: activation checkpointing runs the model
@@ -219,10 +221,11 @@ class Problem:
             given = {"model." + name: t for name, t in weights.items()}
             given |= {"hparams." + name: t for name, t in leaves.items()}
             outside = self._given
-            buffers: Tree = dict(self.joint.named_buffers()) if live.buffers else {}  # perhaps replaced by others already
-            self._given = {"weights": live.weights | weights, "leaves": live.leaves | leaves, "buffers": buffers}
+            present: Tree = dict(self.joint.named_buffers()) if live.buffers else {}  # perhaps replaced by others already
+            here = present | (buffers or {})
+            self._given = {"weights": live.weights | weights, "leaves": live.leaves | leaves, "buffers": here}
             try:
-                return functional_call(self.joint, given | _clones(buffers), (function,))
+                return functional_call(self.joint, given | _clones(here), (function,))
             finally:
                 self._given = outside
 
@@ -245,7 +248,7 @@ class Problem:
         with uncompiled(), restore_attributes(live.parts):
             looked_at = warn_of_training_mode(self.model) if first and name == "val_loss" else nullcontext()
             with losses_precision(), forbid_writes(name, weights, leaves, values=first), looked_at:
-                losses = partial(self._losses_and_buffers, name, batch, bool(self._given["buffers"]))
+                losses = partial(self._losses_and_buffers, name, batch, start is not None)
                 (loss, parts), buffers = functional_call(self.joint, given, (losses,)) if given else losses()
             if first:
                 pairs = ((live.weights, weights), (live.leaves, leaves))
@@ -255,6 +258,11 @@ class Problem:
                 # The first forward pass may have built layers.
                 live.parts, live.buffers = list(self.joint.modules()), dict(self.joint.named_buffers())
                 self._given["buffers"] = live.buffers
+            if start is not None and (new := sorted(buffers.keys() - given.keys())):
+                raise ValueError(
+                    f"the forward pass registers or fills the buffer {new[0].partition('.')[2]!r}, so that the first step "
+                    "can't be repeated as the others: run the model on one batch before"
+                )
             written = given | buffers
             for key, t in (
                 start or {}
@@ -275,9 +283,9 @@ class Problem:
         with self._looked_up() as live, twice_differentiable(live.parts):
             return self.call(weights, leaves, inside)
 
-    def _losses_and_buffers(self, name: LossName, batch: Any, has_buffers: bool) -> tuple[tuple[Tensor, Any], Tree]:
-        """The loss and its parts, and the buffers after it, which may be other tensors than before."""
-        return self._losses(name, batch), dict(self.joint.named_buffers()) if has_buffers else {}
+    def _losses_and_buffers(self, name: LossName, batch: Any, are_needed: bool) -> tuple[tuple[Tensor, Any], Tree]:
+        """The loss and its parts, and if they are needed the buffers after it, which may be other tensors than before."""
+        return self._losses(name, batch), dict(self.joint.named_buffers()) if are_needed else {}
 
     def _losses(self, name: LossName, batch: Any) -> tuple[Tensor, LossParts | None]:
         """The loss and its parts, checked."""
@@ -294,10 +302,13 @@ class Problem:
             copies = {name: t.detach().clone() if t is live.buffers[name] else t for name, t in now.items()}
             return ModuleState(copies, Attributes(live.parts))
 
-    def differentiable_statistics(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def differentiable_statistics(self) -> Iterator[DifferentiableStatistics]:
         """Inside, running statistics have a derivative."""
         with self._looked_up() as live:
-            return differentiable_statistics(live.parts)
+            statistics = DifferentiableStatistics()
+            with statistics.around(live.parts):
+                yield statistics
 
     @contextmanager
     def with_attributes(self, attributes: Attributes) -> Iterator[Callable[[], Attributes]]:

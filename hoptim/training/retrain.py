@@ -44,7 +44,8 @@ def retrain(
         examples: passed on to ``train``, in general a tensor of indices.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of the model's weights.
         options: the options of that optimizer that are hyperparameters, as in :class:`BilevelOptimizer`. Those that were
-            learned need not be named again: the optimizer has them with what was learned, with or without a schedule.
+            learned on this ``problem``, or loaded by its BilevelOptimizer, need not be named again: the optimizer has them
+            with what was learned, with or without a schedule.
             ``{"lr": None}`` leaves the number of ``inner``.
 
     Returns:

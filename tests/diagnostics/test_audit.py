@@ -278,6 +278,14 @@ def test_a_step_of_ones_own_is_retrained_on_a_copy() -> None:
     assert same(before, snapshot(problem))
 
 
+def test_an_optimizer_whose_tolerance_stops_it_is_told() -> None:
+    case = Trained()
+    inner = torch.optim.LBFGS(case.model.parameters(), tolerance_grad=1.0)
+    found = quick(case.problem(), Implicit(CG(terms=60, tolerance=1e-12)), inner=inner)
+    assert [line.verdict for line in found.directions] == ["does not move"] * 2
+    assert any("tolerance_grad and tolerance_change of LBFGS" in line for line in found.advice)
+
+
 def test_a_copy_that_cannot_be_made_is_told() -> None:
     problem = RIDGES["scalar"].problem()
     problem.model.lock = threading.Lock()

@@ -264,3 +264,14 @@ def test_an_audit_knows_the_decay() -> None:
     assert found.distance < 1e-6
     assert found.spectrum.lowest > 2.0
     assert not any("train longer" in line for line in found.advice)
+
+
+def test_update_with_a_moment_and_a_decoupled_decay_is_told() -> None:
+    problem, inner = held(beta1=0.5)
+    update = Implicit(GMRES(terms=20), curvature=Exact(), condition=Update())
+    with pytest.warns(UserWarning, match="holds the first moment of AdamW fixed"):
+        hypergradient(problem, BATCHES[0], VAL, update, inner=inner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem, inner = held()
+        hypergradient(problem, BATCHES[0], VAL, update, inner=inner)

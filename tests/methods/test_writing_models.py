@@ -11,7 +11,7 @@ from cases import through_disk
 from torch import Tensor, nn, optim
 
 from hoptim import BilevelOptimizer, Problem, Replay, Unrolled, audit, hypergradient
-from hoptim.problem.functional import differentiable_statistics
+from hoptim.problem.functional import DifferentiableStatistics
 from hoptim.solvers.solution import Status
 
 STEPS = 8
@@ -144,6 +144,71 @@ class Words(nn.Module):
         return self.head(self.table(index[:, 0]) + self.table(index[:, 1]))
 
 
+class Hidden(nn.Module):
+    """A layer whose outputs are moved by a state, which is written in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Linear(4, 5), nn.Linear(5, 2), how
+        self.count, self.held = 0, {"inside": [torch.zeros(5)]}
+        self.register_buffer("state", torch.zeros(5))
+        self.register_buffer("weight", self.first.weight.detach().clone())
+        if how == "at first None":
+            self.later = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        now = z.detach().mean(0)
+        if not self.training:
+            pass
+        elif self.how == "reset":
+            self.count += 1
+            self.state = now if self.count % 3 else torch.zeros(5)
+        elif self.how == "nested":
+            self.held["inside"][0] = now
+        elif self.how in ("at first None", "at first missing"):
+            self.later = now if getattr(self, "later", None) is None else 0.9 * self.later + 0.1 * now
+        elif self.how == "partly":
+            self.weight = 0.8 * self.weight.detach() + 0.2 * self.first.weight
+        if self.how == "partly":
+            return self.last((x @ (self.first.weight if self.training else self.weight).T).tanh())
+        later = getattr(self, "later", None)
+        return self.last((z - self.state - self.held["inside"][0] - (0 if later is None else later)).tanh())
+
+
+class Recomputed(nn.Module):
+    """A batch norm inside activation checkpointing, which writes its statistics twice a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.utils.checkpoint.checkpoint(lambda x: self.norm(self.first(x)), x, use_reentrant=False)
+        return self.last(z.tanh())
+
+
+class Filled(nn.Module):
+    """A buffer that the first forward pass fills, or registers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(4, 2), how
+        if how == "filled":
+            self.register_buffer("mean", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        if self.training and getattr(self, "mean", None) is None:
+            if self.how == "filled":
+                self.mean = z.detach().mean(0)
+            else:
+                self.register_buffer("mean", z.detach().mean(0))
+        elif self.training:
+            self.mean = 0.9 * self.mean + 0.1 * z.detach().mean(0)
+        return z - self.mean
+
+
 def spectral() -> nn.Module:
     norm = nn.utils.parametrizations.spectral_norm
     return nn.Sequential(norm(nn.Linear(4, 6)), nn.Tanh(), norm(nn.Linear(6, 2)))
@@ -162,6 +227,10 @@ TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "running scale, a plain number": (lambda: Scaled("a plain number"), "Scaled.size"),
     "max_norm": (Words, "table.weight"),
     "hidden state": (Remembering, "Remembering.state"),
+    "hidden, reset": (lambda: Hidden("reset"), "state"),
+    **{f"hidden, {how}": (lambda how=how: Hidden(how), "later") for how in ("at first None", "at first missing")},
+    "hidden, nested": (lambda: Hidden("nested"), "held"),
+    "hidden, partly": (lambda: Hidden("partly"), "weight"),
     "codebook": (Codebook, "codes"),
     "observer": (Observed, "observer.max_val, observer.min_val"),
 }
@@ -253,7 +322,68 @@ def test_what_is_written_without_a_derivative_is_told_and_its_values_are_carried
         assert abs(found.grads["decay"].item() / truth - 1) > 1e-3, way  # else there would be nothing to tell
 
 
-@pytest.mark.parametrize("name", ["batch norm", "instance norm", "max_norm", "hidden state", "counter, a list"])
+@pytest.mark.parametrize("how", ["filled", "registered"])
+def test_a_buffer_that_the_first_forward_pass_makes_is_refused_and_leaves_no_trace(how: str) -> None:
+    case = Case("notes")
+    case.make = lambda: Filled(how)
+    with pytest.raises(ValueError, match=r"registers or fills the buffer 'mean'.*run the model on one batch before"):
+        case.replayed()
+    problem, inner = case.problem()
+    with pytest.raises(ValueError, match="registers or fills"):
+        hypergradient(problem, None, None, Replay([None] * 2), inner=inner)
+    assert getattr(problem.model, "mean", None) is None
+    problem.loss(None)
+    assert hypergradient(problem, None, None, Replay([None] * 2), inner=inner).solution.status is Status.UNSEEN_WRITES
+
+
+def train_then_eval(model: nn.Module, x: Tensor) -> Tensor:
+    z = model.train()(x)
+    return (model.eval()(x) - z).square().mean()
+
+
+def test_statistics_are_constants_for_a_step_and_what_is_missing_in_its_derivative_is_told() -> None:
+    """The steps are those of plain torch, to the bit of the validation loss."""
+    case = Case("batch norm")
+    plain = case.train_loss
+    case.train_loss = lambda m, h, b: plain(m, h, b) + h["decay"].exp() * train_then_eval(m, case.x)
+    found = case.replayed()
+    assert found.val_loss.item() == pytest.approx(case.trained(-2.0), rel=1e-12)
+    assert found.solution.status is Status.UNSEEN_WRITES
+    assert found.solution.detail == "written: running statistics"
+    unrolled = case.unrolled().record
+    assert (unrolled.status, unrolled.result.solution.detail) == (Status.UNSEEN_WRITES, found.solution.detail)
+
+
+def test_statistics_that_a_checkpoint_writes_again_are_told() -> None:
+    case = Case("batch norm")
+    case.make = Recomputed
+    found = case.replayed()
+    assert found.solution.status is Status.UNSEEN_WRITES
+    assert "running statistics" in found.solution.detail
+
+
+def test_a_micro_batch_in_eval_mode_after_one_in_training_mode() -> None:
+    case = Case("batch norm")
+
+    def losses(model: nn.Module, hparams: Any, half: int) -> Tensor:
+        z = model.train(half == 0)(case.x)
+        return (z - case.y).square().mean() + hparams["decay"].exp() * sum(p.square().sum() for p in model.parameters())
+
+    model, inner = case.begin()
+    problem = Problem(model, nn.ParameterDict({"decay": torch.tensor(-2.0)}), losses, case.val_loss)
+    outer = optim.SGD(problem.hparams.parameters(), lr=0.0)
+    optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[None], hypergradient=Unrolled(3), every=3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for half in (0, 1):
+            optimizer.loss(half).backward()
+        optimizer.step()
+    assert optimizer.record.status is Status.UNSEEN_WRITES
+
+
+@pytest.mark.parametrize(
+    "name", ["batch norm", "instance norm", "max_norm", "hidden state", "counter, a list", "hidden, nested"]
+)
 def test_a_replay_leaves_no_trace(name: str) -> None:
     problem, inner = Case(name).problem()
     before = {key: value.clone() for key, value in problem.model.state_dict().items()}
@@ -347,6 +477,6 @@ def test_differentiable_statistics_are_torchs_do(name: str, dtype: torch.dtype) 
     x = torch.randn(shape, dtype=dtype)
     for mode in (True, True, False):
         expected = plain.train(mode)(x)
-        with differentiable_statistics([ours]):
+        with DifferentiableStatistics().around([ours]):
             torch.testing.assert_close(ours.train(mode)(x), expected)
         torch.testing.assert_close(ours.state_dict(), plain.state_dict())

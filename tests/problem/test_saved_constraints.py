@@ -122,3 +122,11 @@ def test_a_part_of_a_state_is_checked_by_its_own_names() -> None:
     two = HyperParameters({"net.decay": torch.tensor(0.5), "new": torch.tensor(1.0)}, {"net.decay": POSITIVE})
     assert two.load_state_dict(state, strict=False).missing_keys == ["new"]
     assert two["net.decay"].item() == pytest.approx(0.068)
+
+
+def test_a_negative_leaf_is_refused_where_a_plain_dict_has_lost_the_constraint() -> None:
+    saved = HyperParameters({"decay": torch.tensor(0.068)}, {"decay": constraints.positive}).state_dict()
+    there = HyperParameters({"decay": torch.tensor(0.1)}, {"decay": constraints.nonnegative})
+    with pytest.raises(ValueError, match=r"'decay' is -2.69, and it is nonnegative here"):
+        there.load_state_dict({name: leaf.clone() for name, leaf in saved.items()})
+    assert there["decay"].item() == pytest.approx(0.1)

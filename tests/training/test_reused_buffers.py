@@ -238,6 +238,11 @@ class Slotted:
         return (self.x, self.y)[place]
 
 
+@dataclasses.dataclass(slots=True)
+class Inherited(Slotted):
+    more: int = 0
+
+
 class Nested:
     """Like a Data of torch_geometric: the tensors are in a dict of an object inside."""
 
@@ -252,6 +257,7 @@ class Nested:
 OPAQUE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "dataclass": Pair,
     "slots": Slotted,
+    "inherited slots": Inherited,
     "nested": Nested,
     "mapping": lambda x, y: UserDict({0: x, 1: y}),  # as a BatchEncoding is
 }
