@@ -71,9 +71,12 @@ def doubt_of_decay(loop: TrainingContext, weights: Tree) -> str | None:
 
 
 def doubt_of_momentum(loop: TrainingContext) -> str | None:
-    """Why the condition ``Update`` may be off: the first moment is fixed in it, and a decoupled decay is not."""
+    """Why the condition ``Update`` may be off: the first moment is fixed in it, and a decoupled decay is not.
+
+    ``None`` if options are learned, which ``Gradient`` does not see.
+    """
     groups = [] if loop.inner is None else [group for group in loop.inner.param_groups if _decays(group)]
-    if not any(_is_decoupled(group) and float(group["betas"][0]) > 0 for group in groups):
+    if loop.learned or not any(_is_decoupled(group) and float(group["betas"][0]) > 0 for group in groups):
         return None
     return (
         f"the condition Update() holds the first moment of {type(loop.inner).__name__} fixed, so that its decoupled "
