@@ -200,12 +200,14 @@ class Reverse:
         later = [begin for begin in changed if begin[0]] or changed
         count = min(TRIED, max(self.problem.ranks.gathered(len(later))))
         found: set[str] = set()
+        generators = self.problem.generators()
         for place in range(count):
             number, at = (later or begins)[place * len(later or begins) // count]
             step = self.steps[number]
             found |= {
                 *unseen_writes(self.problem, step, at, self.leaves, self.moving, lambda end: plain.validate(end, batch).loss)
             }
+        set_generators(generators)  # for the validation loss, which comes next
         return sorted(found)
 
     def _through(self, number: int, at: Snapshot, end: Snapshot, back: Back) -> Back:

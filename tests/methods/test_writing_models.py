@@ -480,3 +480,13 @@ def test_differentiable_statistics_are_torchs_do(name: str, dtype: torch.dtype) 
         with DifferentiableStatistics().around([ours]):
             torch.testing.assert_close(ours.train(mode)(x), expected)
         torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("name", ["notes", "running scale, in place"])
+def test_what_is_tried_draws_no_random_numbers_of_the_validation_loss(name: str) -> None:
+    case = Case(name)
+    plain = case.val_loss
+    case.val_loss = lambda m, h, b: plain(m, h, b) * (1 + torch.rand(()))
+    found = case.replayed()
+    assert found.val_loss.item() == pytest.approx(case.trained(-2.0), rel=1e-12)
+    assert (found.solution.status is Status.FINISHED) is (name == "notes")
