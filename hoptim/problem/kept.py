@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -130,11 +130,24 @@ def copied(batch: Any, last: Kept | None = None) -> Kept:
     >>> kept.get()
     [tensor([1., 1.]), 'a name']
     """
-    parts, form = pytree.tree_flatten(batch)
     before = chain(() if last is None else last.leaves, repeat(None))
-    leaves = [_copied(part, old) for part, old in zip(parts, before, strict=False)]
-    copy = pytree.tree_unflatten([leaf.copy for leaf in leaves], form)
+    leaves: list[Leaf] = []
+
+    def copied_part(part: Any) -> Any:
+        leaves.append(_copied(part, next(before)))
+        return leaves[-1].copy
+
+    copy = _mapped(copied_part, batch)
     return Kept(copy, noted(copy).tensors, leaves)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """``function`` of each leaf. ``tree_map`` alone would leave a reference cycle behind each time it is called."""
+    if type(value) in (list, tuple):
+        return type(value)([_mapped(function, one) for one in value])
+    if type(value) is dict:
+        return {key: _mapped(function, one) for key, one in value.items()}
+    return function(value) if pytree.tree_is_leaf(value) else pytree.tree_map(function, value)
 
 
 def _copied(part: Any, last: Leaf | None) -> Leaf:
