@@ -93,8 +93,8 @@ Each row is tested against plain autograd on a copy, or against dense linear alg
 
 # Limits
 
-- A hyperstep restores buffers and tensors that are attributes of a module. A tensor in a list or dict keeps what a forward
-  pass writes into it in place.
+- A hyperstep restores buffers and what attributes of a module hold: tensors, numbers, and lists and dicts of them, of up to
+  1,000 items. What other objects hold, such as a cache of a class of your own, keeps what a forward pass writes into it.
 - A loss that draws from Python's or NumPy's random generators, instead of torch's, gets other numbers in each evaluation of
   one hyperstep, so that `FiniteDifference` and `Unrolled` see noise. A hyperstep restores all three generators.
 - Call `torch.compile(model)` first and give `Problem` what it returns; `model.compile()` may come later. If `torch.compile`

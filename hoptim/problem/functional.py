@@ -6,7 +6,7 @@ import inspect
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import Context
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from torch.utils import checkpoint
 R = TypeVar("R")
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+_OF_RNN = "_flat_weights"  # the list in which an RNN keeps its parameters
 MANY = 1000  # a longer list or dict is restored, but what is in its items is not looked at
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -72,27 +73,26 @@ class Attributes:
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         self._kinds = [type(part).__name__ for part in parts]
         self._owned = [(own := vars(part), own.copy()) for part in parts]
-        self._buffers = [(part._buffers, {key for key, t in part._buffers.items() if t is not None}) for part in parts]
-        self._empty = [{key for key, t in part._buffers.items() if t is None} for part in parts]
-        plain = [own[key] for own, _ in self._owned for key in own.keys() - _TORCH_ATTRIBUTES]
-        self._held: list[tuple[Any, Any]] = []  # lists and dicts, also inside one another, with their contents
-        self._values: list[tuple[Tensor, int, Tensor]] = []  # such as the states of a metric
-        self._hold(plain)
+        self._buffers = [(part._buffers, {key: t is None for key, t in part._buffers.items()}) for part in parts]
+        self._held: dict[int, tuple[Any, Any]] = {}  # lists and dicts, also inside one another, with their contents
+        self._values: dict[int, tuple[Tensor, int, Tensor]] = {}  # such as the states of a metric
+        for own, _ in self._owned:
+            for key in own.keys() - _TORCH_ATTRIBUTES:
+                self._hold(own[key], deep=key != _OF_RNN)
 
-    def _hold(self, values: Iterable[Any]) -> None:
-        for value in values:
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
-                self._values.append((value, value._version, value.detach().clone()))
-            elif type(value) in (list, dict) and all(value is not container for container, _ in self._held):
-                self._held.append((value, value.copy()))
-                if len(value) <= MANY:
-                    self._hold(value.values() if isinstance(value, dict) else value)
+    def _hold(self, value: Any, *, deep: bool = True) -> None:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+            self._values[id(value)] = value, value._version, value.detach().clone()
+        elif type(value) in (list, dict) and id(value) not in self._held:
+            self._held[id(value)] = value, value.copy()
+            for one in (value.values() if isinstance(value, dict) else value) if deep and len(value) <= MANY else ():
+                self._hold(one)
 
     def differing(self, other: Attributes) -> list[str]:
         """Names of the attributes of which a floating-point number, also in a list or dict, was another one in ``other``."""
         found = []
         for kind, (_, mine), (_, theirs) in zip(self._kinds, self._owned, other._owned, strict=True):
-            for key in mine.keys() - _TORCH_ATTRIBUTES - {"_flat_weights"}:  # which are parameters
+            for key in mine.keys() - _TORCH_ATTRIBUTES - {_OF_RNN}:
                 one, two = list(self._numbers(mine[key])), list(other._numbers(theirs.get(key)))
                 if len(one) != len(two) or any(
                     a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, two, strict=True)
@@ -106,9 +106,9 @@ class Attributes:
     def _numbers(self, value: Any) -> Iterator[Tensor]:
         """The floating-point numbers in an attribute, as they were."""
         if isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point()):
-            yield next((before for t, _, before in self._values if t is value), torch.as_tensor(value)).detach()
+            yield (self._values[id(value)][2] if id(value) in self._values else torch.as_tensor(value)).detach()
         elif isinstance(value, (list, dict, tuple)) and len(value) <= MANY:
-            whole = next((items for container, items in self._held if container is value), value)
+            whole = self._held[id(value)][1] if id(value) in self._held else value
             for one in whole.values() if isinstance(whole, dict) else whole:
                 yield from self._numbers(one)
 
@@ -120,16 +120,16 @@ class Attributes:
             for key in own.keys() - attributes.keys():
                 del own[key]
             own.update({key: value for key, value in attributes.items() if own.get(key) is not value})
-        for (registered, filled), empty in zip(self._buffers, self._empty, strict=True):
-            for key in registered.keys() - filled:
-                if key in empty:
-                    registered[key] = None
-                else:
+        for registered, is_empty in self._buffers:
+            for key in list(registered):
+                if key not in is_empty:
                     del registered[key]
-        for t, version, value in self._values:
+                elif is_empty[key]:
+                    registered[key] = None
+        for t, version, value in self._values.values():
             if t._version != version:
                 t.detach().copy_(value)
-        for container, items in self._held:
+        for container, items in self._held.values():
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(items)
 
