@@ -164,6 +164,9 @@ class Hidden(nn.Module):
         elif self.how == "reset":
             self.count += 1
             self.state = now if self.count % 3 else torch.zeros(5)
+        elif self.how == "late":
+            self.count += 1
+            self.state = {1: torch.ones(5), 5: now}.get(self.count, self.state)
         elif self.how == "nested":
             self.held["inside"][0] = now
         elif self.how in ("at first None", "at first missing"):
@@ -490,3 +493,11 @@ def test_what_is_tried_draws_no_random_numbers_of_the_validation_loss(name: str)
     found = case.replayed()
     assert found.val_loss.item() == pytest.approx(case.trained(-2.0), rel=1e-12)
     assert (found.solution.status is Status.FINISHED) is (name == "notes")
+
+
+def test_a_write_that_depends_on_the_weights_in_a_later_step_alone_is_told() -> None:
+    case = Case("notes")
+    case.make = lambda: Hidden("late")
+    for found in (case.replayed(), case.unrolled().record.result):
+        assert found.solution.status is Status.UNSEEN_WRITES
+        assert found.solution.detail == "written: state"
