@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from textwrap import indent
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, ExpTransform, SigmoidTransform, Transform
 
 from hoptim.problem.constraint import bijection, described, is_nonnegative, to_leaf
+from hoptim.problem.level_adam import Level, LevelAdam
 from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 from hoptim.validation import describe_type
 
@@ -20,6 +22,7 @@ SHOWN = 5  # names that an error lists
 # Adam's rates for the leaves, from scripts/defaults.py: for a leaf that is a logarithm, the argument of a logistic function,
 # the value itself kept by projection, and the value itself without bounds. The last is also for maps that were not studied.
 LOGARITHM, LOGISTIC, PROJECTED, FREE = 0.05, 0.3, 0.01, 0.1
+LEVELS = (4.0, 2.0)  # the rates of levels, the coarsest first, in those of their entries
 
 
 class HyperParameters(nn.Module):
@@ -37,6 +40,10 @@ class HyperParameters(nn.Module):
     Args:
         values: initial natural values by name, of any shapes, floating point. The tensors are copied.
         constraints: constraints of ``torch.distributions.constraints`` by name; ``real`` for a name without one.
+        levels: what moves together as well as by itself under :meth:`optimizer`: up to two dicts of whole numbers by name,
+            the coarser one first, which broadcast to the shapes of the values. Entries with the same number in a dict share
+            a level: ``[{"decay": torch.tensor(0)}]`` is one for all of ``decay``, with ``torch.arange(9)[:, None]`` each of
+            its nine rows has its own. Default: none.
 
     Raises:
         TypeError: a value is no floating-point tensor, a name no ``str``, or a constraint no ``Constraint``.
@@ -55,7 +62,12 @@ class HyperParameters(nn.Module):
     [0.0, 0.0]
     """
 
-    def __init__(self, values: Mapping[str, Tensor], constraints: Mapping[str, Constraint] | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        constraints: Mapping[str, Constraint] | None = None,
+        levels: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
         super().__init__()
         if not isinstance(values, Mapping):
             raise TypeError(f"values is {describe_type(values)}: give a dict of named tensors")
@@ -74,6 +86,27 @@ class HyperParameters(nn.Module):
             constraint, transform = bijection(name, given.get(name))
             self._add(name, nn.Parameter(to_leaf(name, value, constraint, transform)))
             self._constraints[name], self._transforms[name] = constraint, transform
+        if len(levels) > len(LEVELS):
+            raise ValueError(f"levels has {len(levels)} dicts: give at most {len(LEVELS)}, the coarser one first")
+        if not all(levels):
+            raise ValueError("levels has an empty dict: give the numbers of levels by the names of hyperparameters")
+        self._levels = [{name: self._checked_index(name, index) for name, index in level.items()} for level in levels]
+
+    def _checked_index(self, name: str, index: object) -> Tensor:
+        """The numbers of the levels of a hyperparameter's entries."""
+        shape = self._leaf(name).shape
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype is torch.bool:
+            raise TypeError(f"the level of {name!r} is {describe_type(index)}: give a tensor of whole numbers from 0")
+        try:
+            fits = torch.broadcast_shapes(index.shape, shape) == shape and not (index < 0).any()
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"the level of {name!r} has shape {tuple(index.shape)} and numbers from {int(index.min())}: give whole "
+                f"numbers from 0, of a shape that broadcasts to {tuple(shape)}"
+            )
+        return index.long()
 
     def _add(self, name: str, leaf: nn.Parameter) -> None:
         *groups, last = name.split(".")
@@ -164,7 +197,7 @@ class HyperParameters(nn.Module):
         return sum(leaf.numel() for leaf in self.parameters())
 
     def optimizer(self, lr: float | None = None) -> torch.optim.Adam:
-        """An outer optimizer: Adam on the leaves, with a group for each rate.
+        """An outer optimizer: Adam on the leaves, with a group for each rate, and on the levels that they share.
 
         The study of defaults (scripts/README.md) found these rates for some forty hypersteps: 0.05 for ``positive``, whose
         leaf is a logarithm, 0.3 for ``unit_interval``, 0.1 for ``real`` and 0.01 for ``nonnegative``. Any other constraint
@@ -180,10 +213,14 @@ class HyperParameters(nn.Module):
         >>> [group["lr"] for group in hparams.optimizer().param_groups], hparams.optimizer(lr=0.1).param_groups[0]["lr"]
         ([0.05, 0.3], 0.1)
         """
+        rates = {name: _rate(kind, self._transforms[name]) if lr is None else lr for name, kind in self._constraints.items()}
+        levels = [
+            Level([(self._leaf(name), index) for name, index in level.items()], factor * rates[next(iter(level))])
+            for level, factor in zip(self._levels, LEVELS, strict=False)
+        ]
         if lr is not None:
-            return torch.optim.Adam(self.parameters(), lr=lr)
-        kinds = self._constraints.items()
-        return _joined(self, {id(self._leaf(name)): _rate(kind, self._transforms[name]) for name, kind in kinds})
+            return LevelAdam(self.parameters(), levels, lr=lr)
+        return _joined(self, {id(self._leaf(name)): rate for name, rate in rates.items()}, levels)
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -224,7 +261,7 @@ def outer_adam(hparams: nn.Module, lr: float | None = None) -> torch.optim.Optim
     if lr is not None:
         return torch.optim.Adam(hparams.parameters(), lr=lr)
     own = _optimizer_of(hparams)
-    return _joined(hparams, {}) if own is None else own()
+    return _joined(hparams) if own is None else own()
 
 
 def _optimizer_of(module: Any) -> Callable[[], torch.optim.Optimizer] | None:
@@ -232,10 +269,12 @@ def _optimizer_of(module: Any) -> Callable[[], torch.optim.Optimizer] | None:
     return module.optimizer if callable(getattr(type(module), "optimizer", None)) else None
 
 
-def _joined(hparams: nn.Module, rates: Mapping[int, float]) -> torch.optim.Adam:
+def _joined(
+    hparams: nn.Module, rates: Mapping[int, float] = MappingProxyType({}), levels: Sequence[Level] = ()
+) -> LevelAdam:
     """Adam at these rates, by the ids of leaves; for others as the outermost module inside with an ``optimizer()`` says."""
     usual = torch.optim.Adam([torch.zeros(())], lr=LOGARITHM).defaults
-    options = {leaf: {**usual, "lr": rate} for leaf, rate in rates.items()}
+    options, shared = {leaf: {**usual, "lr": rate} for leaf, rate in rates.items()}, list(levels)
     for path, module in hparams.named_modules():
         own = _optimizer_of(module)
         if not path or own is None:
@@ -245,13 +284,15 @@ def _joined(hparams: nn.Module, rates: Mapping[int, float]) -> torch.optim.Adam:
             raise TypeError(
                 f"{path}.optimizer() returns {type(found).__name__}, and all hyperparameters share an Adam: give outer"
             )
+        of_levels = getattr(found, "levels", ())
+        shared += [level for level in of_levels if not any(id(leaf) in options for leaf, _ in level.members)]
         for group in found.param_groups:
             chosen = {key: value for key, value in group.items() if key != "params"}
             options = {**{id(leaf): chosen for leaf in group["params"]}, **options}
     groups: dict[frozenset[tuple[str, Any]], list[nn.Parameter]] = {}
     for leaf in hparams.parameters():
         groups.setdefault(frozenset(options.get(id(leaf), usual).items()), []).append(leaf)
-    return torch.optim.Adam([{**dict(chosen), "params": leaves} for chosen, leaves in groups.items()])
+    return LevelAdam([{**dict(chosen), "params": leaves} for chosen, leaves in groups.items()], shared)
 
 
 def _rate(constraint: Constraint, transform: Transform) -> float:

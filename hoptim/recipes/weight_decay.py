@@ -98,7 +98,9 @@ class WeightDecay(HyperParameters):
         if per != "global":
             axes = {"tensor": 0, "channel": 1, "weight": None}[per]
             values = {f"decay.{name}": full(p.shape[:axes], start, p) for name, p in weights.items()}
-        super().__init__(values, dict.fromkeys(values, constraints.positive))
+        one_for_all = {name: torch.tensor(0) for name in values}
+        one_a_tensor = {name: torch.tensor(number) for number, name in enumerate(values)}
+        super().__init__(values, dict.fromkeys(values, constraints.positive), [one_for_all, one_a_tensor])
         self.per, self.norm = per, norm
         self._shapes = {name: p.shape for name, p in weights.items()}
         self._frozen = [name for name in usable if name not in weights]  # emptied after the warning
