@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,12 @@ from hoptim.validation import describe_type, is_finite, is_whole
 def full(shape: tuple[int, ...], value: float, like: Tensor) -> Tensor:
     """A first value on the device of ``like``, in float32 or more: a log in bf16 would be too coarse for an outer step."""
     return torch.full(shape, value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def shared(names: Iterable[str]) -> list[dict[str, Tensor]]:
+    """The levels of hyperparameters of one kind: one for all of them, and one for each tensor."""
+    numbered = {name: torch.tensor(number) for number, name in enumerate(names)}
+    return [dict.fromkeys(numbered, torch.tensor(0)), numbered]
 
 
 def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:

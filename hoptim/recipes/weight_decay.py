@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import check_real
-from hoptim.recipes.start import full, inside
+from hoptim.recipes.start import full, inside, shared
 from hoptim.validation import describe_type, is_finite
 
 Per = Literal["global", "tensor", "channel", "weight"]
@@ -98,9 +98,7 @@ class WeightDecay(HyperParameters):
         if per != "global":
             axes = {"tensor": 0, "channel": 1, "weight": None}[per]
             values = {f"decay.{name}": full(p.shape[:axes], start, p) for name, p in weights.items()}
-        one_for_all = {name: torch.tensor(0) for name in values}
-        one_a_tensor = {name: torch.tensor(number) for number, name in enumerate(values)}
-        super().__init__(values, dict.fromkeys(values, constraints.positive), [one_for_all, one_a_tensor])
+        super().__init__(values, dict.fromkeys(values, constraints.positive), shared(values))
         self.per, self.norm = per, norm
         self._shapes = {name: p.shape for name, p in weights.items()}
         self._frozen = [name for name in usable if name not in weights]  # emptied after the warning
