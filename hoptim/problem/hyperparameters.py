@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from textwrap import indent
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +21,11 @@ SHOWN = 5  # names that an error lists
 # Adam's rates for the leaves, from scripts/defaults.py: for a leaf that is a logarithm, the argument of a logistic function,
 # the value itself kept by projection, and the value itself without bounds. The last is also for maps that were not studied.
 LOGARITHM, LOGISTIC, PROJECTED, FREE = 0.05, 0.3, 0.01, 0.1
-LEVELS = (4.0, 2.0)  # the rates of levels, the coarsest first, in those of their entries
+
+# Those of leaves that share levels, from scripts/arrive.py: of the levels, the coarser one first, and of the entries.
+FALLING: dict[str, Any] = {"eps": 1e-12, "fall_after": 2.0}
+LEVELS: list[dict[str, Any]] = [{"lr": lr, "betas": (0.5, 0.9), **FALLING} for lr in (0.6, 0.2)]
+ENTRIES: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), **FALLING}
 
 
 class HyperParameters(nn.Module):
@@ -213,14 +216,17 @@ class HyperParameters(nn.Module):
         >>> [group["lr"] for group in hparams.optimizer().param_groups], hparams.optimizer(lr=0.1).param_groups[0]["lr"]
         ([0.05, 0.3], 0.1)
         """
-        rates = {name: _rate(kind, self._transforms[name]) if lr is None else lr for name, kind in self._constraints.items()}
+        sharing = {name for level in self._levels for name in level}
+        options = {} if lr is None else {id(leaf): {**_usual(), "lr": lr} for leaf in self.parameters()}
+        for name, kind in self._constraints.items():
+            own = ENTRIES if name in sharing else {"lr": _rate(kind, self._transforms[name])}
+            options[id(self._leaf(name))] = {**_usual(), **own, **({} if lr is None else {"lr": lr})}
+        factor = 1.0 if lr is None else lr / ENTRIES["lr"]
         levels = [
-            Level([(self._leaf(name), index) for name, index in level.items()], factor * rates[next(iter(level))])
-            for level, factor in zip(self._levels, LEVELS, strict=False)
+            Level([(self._leaf(name), index) for name, index in level.items()], {**own, "lr": factor * own["lr"]})
+            for level, own in zip(self._levels, LEVELS, strict=False)
         ]
-        if lr is not None:
-            return LevelAdam(self.parameters(), levels, lr=lr)
-        return _joined(self, {id(self._leaf(name)): rate for name, rate in rates.items()}, levels)
+        return _joined(self, options, levels)
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -261,7 +267,7 @@ def outer_adam(hparams: nn.Module, lr: float | None = None) -> torch.optim.Optim
     if lr is not None:
         return torch.optim.Adam(hparams.parameters(), lr=lr)
     own = _optimizer_of(hparams)
-    return _joined(hparams) if own is None else own()
+    return _joined(hparams, {}, []) if own is None else own()
 
 
 def _optimizer_of(module: Any) -> Callable[[], torch.optim.Optimizer] | None:
@@ -269,12 +275,14 @@ def _optimizer_of(module: Any) -> Callable[[], torch.optim.Optimizer] | None:
     return module.optimizer if callable(getattr(type(module), "optimizer", None)) else None
 
 
-def _joined(
-    hparams: nn.Module, rates: Mapping[int, float] = MappingProxyType({}), levels: Sequence[Level] = ()
-) -> LevelAdam:
-    """Adam at these rates, by the ids of leaves; for others as the outermost module inside with an ``optimizer()`` says."""
-    usual = torch.optim.Adam([torch.zeros(())], lr=LOGARITHM).defaults
-    options, shared = {leaf: {**usual, "lr": rate} for leaf, rate in rates.items()}, list(levels)
+def _usual() -> dict[str, Any]:
+    """The options of a leaf of which nothing is known."""
+    return torch.optim.Adam([torch.zeros(())], lr=LOGARITHM).defaults
+
+
+def _joined(hparams: nn.Module, options: Mapping[int, Mapping[str, Any]], levels: Sequence[Level]) -> LevelAdam:
+    """Adam with these options, by the ids of leaves; for others as the outermost module inside with ``optimizer()`` says."""
+    shared = list(levels)
     for path, module in hparams.named_modules():
         own = _optimizer_of(module)
         if not path or own is None:
@@ -291,7 +299,7 @@ def _joined(
             options = {**{id(leaf): chosen for leaf in group["params"]}, **options}
     groups: dict[frozenset[tuple[str, Any]], list[nn.Parameter]] = {}
     for leaf in hparams.parameters():
-        groups.setdefault(frozenset(options.get(id(leaf), usual).items()), []).append(leaf)
+        groups.setdefault(frozenset(options.get(id(leaf), _usual()).items()), []).append(leaf)
     return LevelAdam([{**dict(chosen), "params": leaves} for chosen, leaves in groups.items()], shared)
 
 

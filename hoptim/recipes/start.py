@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ def full(shape: tuple[int, ...], value: float, like: Tensor) -> Tensor:
     return torch.full(shape, value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def shared(names: Iterable[str]) -> list[dict[str, Tensor]]:
-    """The levels of hyperparameters of one kind: one for all of them, and one for each tensor."""
-    numbered = {name: torch.tensor(number) for number, name in enumerate(names)}
-    return [dict.fromkeys(numbered, torch.tensor(0)), numbered]
+def shared(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The levels of hyperparameters of one kind: one for all of them, and one for each tensor, if there are several."""
+    numbered = {name: torch.tensor(number) for number, name in enumerate(values)}
+    one_for_all = dict.fromkeys(numbered, torch.tensor(0))
+    return [one_for_all, numbered] if len(values) < sum(value.numel() for value in values.values()) else [one_for_all]
 
 
 def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:

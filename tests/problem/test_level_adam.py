@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 import hoptim
 from hoptim.problem.hyperparameters import outer_adam
-from hoptim.problem.level_adam import LevelAdam
+from hoptim.problem.level_adam import Level, LevelAdam
 from hoptim.recipes import LabelSmoothing, WeightDecay
 
 ROWS, ALL = torch.arange(4)[:, None], torch.tensor(0)
@@ -43,19 +43,21 @@ def moved(hparams: nn.Module, outer: torch.optim.Optimizer, steps: int, loss: Ca
     return torch.cat([leaf.detach().flatten() for leaf in hparams.parameters()])
 
 
-def test_it_is_adam_on_a_sum_of_levels_and_offsets() -> None:
+def test_it_is_adam_on_a_sum_of_levels_and_offsets_at_falling_rates() -> None:
     hparams = made()
     found = moved(hparams, hparams.optimizer(), 30)
     top, rows = torch.zeros((), dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     parts = {"top": top, "rows": rows, **{name: torch.zeros_like(value) for name, value in TARGET.items()}}
     for part in parts.values():
         part.requires_grad_()
-    groups = [([parts["a"], parts["b"]], 0.05), ([top], 0.2), ([rows], 0.1)]
-    adam = torch.optim.Adam([{"params": params, "lr": lr} for params, lr in groups])
+    groups = [([parts["a"], parts["b"]], 0.1, (0.9, 0.99)), ([top], 0.6, (0.5, 0.9)), ([rows], 0.2, (0.5, 0.9))]
+    adam = torch.optim.Adam([{"params": params, "lr": lr, "betas": betas} for params, lr, betas in groups], eps=1e-12)
+    fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: (1 + t / 2) ** -0.5)
     for _ in range(30):
         adam.zero_grad()
         loss_of({"a": top + rows[:4, None] + parts["a"], "b": top + rows[4] + parts["b"]}).backward()
         adam.step()
+        fall.step()
     own = torch.cat([(top + rows[:4, None] + parts["a"]).flatten(), top + rows[4] + parts["b"]])
     torch.testing.assert_close(found, own.detach(), rtol=1e-12, atol=1e-12)
 
@@ -85,6 +87,11 @@ def test_a_state_resumes_to_the_bit() -> None:
     assert torch.equal(moved(second, again, 13), expected)
 
 
+def _levels(outer: torch.optim.Optimizer) -> list[Level]:
+    assert isinstance(outer, LevelAdam)
+    return outer.levels
+
+
 def test_a_state_of_adam_from_before_there_were_levels_loads() -> None:
     """The leaves go on with their moments, and the levels begin: the next step is that of both."""
     hparams, alone, begun = made(), made(), made()
@@ -95,7 +102,7 @@ def test_a_state_of_adam_from_before_there_were_levels_loads() -> None:
     outer = begun.optimizer()
     outer.load_state_dict(through_a_file(old))
     start = torch.cat([leaf.detach().flatten() for leaf in hparams.parameters()])
-    new_levels = LevelAdam([torch.zeros(1)], alone.optimizer().levels)
+    new_levels = LevelAdam([torch.zeros(1)], _levels(alone.optimizer()))
     step = moved(begun, outer, 1) - start
     of_leaves, of_levels = moved(hparams, old, 1) - start, moved(alone, new_levels, 1) - start
     assert bool((of_levels.abs() > 0.05).all())
@@ -156,19 +163,36 @@ def test_a_scheduler_moves_the_rates_of_levels_too() -> None:
     torch.optim.lr_scheduler.LambdaLR(outer, lambda _: 0.1)
     start = torch.cat([leaf.detach().flatten() for leaf in hparams.parameters()])
     step = (moved(hparams, outer, 1) - start).abs()
-    assert float(step.max()) == pytest.approx(0.1 * (0.2 + 0.1 + 0.05))
+    assert float(step.max()) == pytest.approx(0.1 * (0.6 + 0.2 + 0.1))
+
+
+def test_a_step_that_failed_leaves_the_rates_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    hparams, others = made(), made()
+    outer = hparams.optimizer()
+    moved(hparams, outer, 2)
+    rates = [group["lr"] for group in outer.param_groups]
+    outer.param_groups[0]["betas"] = None  # at which Adam raises an error, half way through a step
+    with pytest.raises(TypeError):
+        moved(hparams, outer, 1)
+    outer.param_groups[0]["betas"] = (0.9, 0.99)
+    moved(hparams, outer, 1)
+    assert [group["lr"] for group in outer.param_groups] == rates
+    again = others.optimizer()
+    again.load_state_dict(outer.state_dict())
+    assert [group["lr"] for group in again.param_groups] == rates
 
 
 def test_leaves_without_a_gradient_stay_and_so_do_levels_of_none() -> None:
     hparams = made()
     outer = hparams.optimizer()
+    levels = _levels(outer)
     start = hparams["b"].detach().log()
     moved(hparams, outer, 3, lambda leaves: (leaves["a"] - TARGET["a"]).square().sum())  # zero_grad() leaves None
-    own = outer.levels[1].zeros()
+    own = levels[1].zeros()
     assert bool((hparams["b"].log() != start).all()), "the level of all has moved"
-    assert outer.levels[1].gathered(own) is not None
+    assert levels[1].gathered(own) is not None
     outer.zero_grad()
-    assert outer.levels[1].gathered(own) is None
+    assert levels[1].gathered(own) is None
     before = hparams["b"].detach().clone()
     outer.step()
     assert torch.equal(hparams["b"], before)
@@ -178,14 +202,13 @@ def test_one_optimizer_for_several_recipes_has_the_levels_of_each() -> None:
     model = nn.Linear(3, 2)
     hparams = nn.ModuleDict({"decay": WeightDecay(model, per="weight"), "smoothing": LabelSmoothing(), "own": made()})
     outer = outer_adam(hparams.double())
-    assert isinstance(outer, LevelAdam)
-    assert len(outer.levels) == 4
+    assert len(_levels(outer)) == 4
     before = {name: leaf.detach().clone() for name, leaf in hparams.named_parameters()}
     for leaf in hparams.parameters():
         leaf.grad = torch.full_like(leaf, 2.0)
     outer.step()
     sizes = {name: (before[name] - leaf).detach() for name, leaf in hparams.named_parameters()}
-    assert all(value.allclose(torch.tensor(0.35).double()) for name, value in sizes.items() if "smoothing" not in name)
+    assert all(value.allclose(torch.tensor(0.9).double()) for name, value in sizes.items() if "smoothing" not in name)
     assert sizes["smoothing.smoothing"].item() == pytest.approx(0.3)
 
 
@@ -210,16 +233,15 @@ def test_levels_that_fit_nothing_are_refused(levels: Any, error: type[Exception]
 
 def sums(per: str) -> Iterator[Tensor]:
     decay = WeightDecay(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), per=per)  # type: ignore[arg-type]
-    outer = decay.optimizer()
     for leaf in decay.parameters():
         leaf.grad = torch.ones_like(leaf)
-    assert isinstance(outer, LevelAdam)
-    for level in outer.levels:
+    for level in _levels(decay.optimizer()):
         gathered = level.gathered(level.zeros())
         assert gathered is not None
         yield gathered
 
 
 @pytest.mark.parametrize(("per", "entries"), [("global", [1]), ("tensor", [1, 1]), ("channel", [3, 2]), ("weight", [12, 6])])
-def test_decays_have_a_level_for_all_and_one_for_each_tensor(per: str, entries: list[int]) -> None:
-    assert [found.tolist() for found in sums(per)] == [[sum(entries)], entries]
+def test_decays_have_a_level_for_all_and_one_for_each_tensor_of_several(per: str, entries: list[int]) -> None:
+    several = [[sum(entries)], entries] if per in ("channel", "weight") else [[sum(entries)]]
+    assert [found.tolist() for found in sums(per)] == several
