@@ -25,6 +25,7 @@ LOGARITHM, LOGISTIC, PROJECTED, FREE = 0.05, 0.3, 0.01, 0.1
 # Those of leaves that share levels, from scripts/arrive.py: of the levels, the coarser one first, and of the entries.
 FALLING: dict[str, Any] = {"eps": 1e-12, "fall_after": 2.0}
 LEVELS: list[dict[str, Any]] = [{"lr": lr, "betas": (0.5, 0.9), **FALLING} for lr in (0.6, 0.2)]
+PULL, VALIDATION = 50.0, 200  # an offset of 1 is drawn as much as Adam moves it, if there are 50 validation examples
 ENTRIES: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), **FALLING}
 
 
@@ -64,6 +65,8 @@ class HyperParameters(nn.Module):
     >>> hparams.weight_decay.tolist()
     [0.0, 0.0]
     """
+
+    outer_rate: float | None = None  # of a kind of hyperparameters whose leaves need another one than their constraints say
 
     def __init__(
         self,
@@ -199,7 +202,7 @@ class HyperParameters(nn.Module):
         """How many numbers are learned; for a simplex, one fewer than it has values."""
         return sum(leaf.numel() for leaf in self.parameters())
 
-    def optimizer(self, lr: float | None = None) -> torch.optim.Adam:
+    def optimizer(self, lr: float | None = None, *, validation: int = VALIDATION) -> torch.optim.Adam:
         """An outer optimizer: Adam on the leaves, with a group for each rate, and on the levels that they share.
 
         The study of defaults (scripts/README.md) found these rates for some forty hypersteps: 0.05 for ``positive``, whose
@@ -208,7 +211,9 @@ class HyperParameters(nn.Module):
         rate should be small compared with the value.
 
         Args:
-            lr: one rate for all leaves instead; default ``None``.
+            lr: one rate for all leaves instead, to which those of levels keep their proportion; default ``None``.
+            validation: how many validation examples there are, default 200. The fewer, the more entries are drawn to their
+                level, as :class:`LevelAdam` says, with δ = 50/``validation``.
 
         >>> from torch.distributions import constraints
         >>> kinds = {"decay": constraints.positive, "weight": constraints.unit_interval}
@@ -216,16 +221,18 @@ class HyperParameters(nn.Module):
         >>> [group["lr"] for group in hparams.optimizer().param_groups], hparams.optimizer(lr=0.1).param_groups[0]["lr"]
         ([0.05, 0.3], 0.1)
         """
+        lr = self.outer_rate if lr is None else lr
         sharing = {name for level in self._levels for name in level}
         options = {} if lr is None else {id(leaf): {**_usual(), "lr": lr} for leaf in self.parameters()}
         for name, kind in self._constraints.items():
-            own = ENTRIES if name in sharing else {"lr": _rate(kind, self._transforms[name])}
+            rate = {"lr": _rate(kind, self._transforms[name])}
+            own = {**ENTRIES, "pull": PULL / validation} if name in sharing else rate
             options[id(self._leaf(name))] = {**_usual(), **own, **({} if lr is None else {"lr": lr})}
         factor = 1.0 if lr is None else lr / ENTRIES["lr"]
-        levels = [
-            Level([(self._leaf(name), index) for name, index in level.items()], {**own, "lr": factor * own["lr"]})
-            for level, own in zip(self._levels, LEVELS, strict=False)
-        ]
+        levels: list[Level] = []
+        for level, own in zip(self._levels, LEVELS, strict=False):
+            members = [(self._leaf(name), index) for name, index in level.items()]
+            levels.append(Level(members, {**own, "lr": factor * own["lr"]}, levels[-1] if levels else None))
         return _joined(self, options, levels)
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ class DistilledData(HyperParameters):
     """
 
     labels: Tensor
+    outer_rate = 0.03  # a third of the size that the inputs start from
 
     def __init__(self, classes: int, shape: Sequence[int], per_class: int = 1, *, size: float = 0.1) -> None:
         check_count("classes", classes)
@@ -54,7 +55,3 @@ class DistilledData(HyperParameters):
     def examples(self) -> tuple[Tensor, Tensor]:
         """The inputs, shape (K·per_class, …), and their classes."""
         return self["input"], self.labels
-
-    def optimizer(self, lr: float | None = 0.03) -> torch.optim.Adam:
-        """The outer optimizer for it: Adam on the inputs, at a third of the size that they start from."""
-        return super().optimizer(lr)

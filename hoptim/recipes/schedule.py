@@ -43,6 +43,8 @@ class Schedule(HyperParameters):
     >>> scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda t: rate.at(t).item())
     """
 
+    outer_rate = 0.3  # since there is a hyperstep only for each whole training
+
     def __init__(self, steps: int, knots: int = 5, *, start: float = 0.1) -> None:
         check_count("steps", steps, "how many steps the training has", least=2)
         if not (is_whole(knots) and 2 <= knots <= steps):
@@ -59,7 +61,3 @@ class Schedule(HyperParameters):
         left = min(int(place), self.knots - 2)
         logs = self["value"].log()
         return torch.lerp(logs[left], logs[left + 1], place - left).exp()
-
-    def optimizer(self, lr: float | None = 0.3) -> torch.optim.Adam:
-        """The outer optimizer for it: Adam at 0.3, since there is a hyperstep only for each whole training."""
-        return super().optimizer(lr)

@@ -43,23 +43,49 @@ def moved(hparams: nn.Module, outer: torch.optim.Optimizer, steps: int, loss: Ca
     return torch.cat([leaf.detach().flatten() for leaf in hparams.parameters()])
 
 
-def test_it_is_adam_on_a_sum_of_levels_and_offsets_at_falling_rates() -> None:
+class Moves:
+    """The moves of torch's Adam, at the falling rate."""
+
+    def __init__(self, lr: float, betas: tuple[float, float], shape: tuple[int, ...]) -> None:
+        self.at = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        self.adam = torch.optim.Adam([self.at], lr=lr, betas=betas, eps=1e-12)
+        self.fall = torch.optim.lr_scheduler.LambdaLR(self.adam, lambda t: (1 + t / 2) ** -0.5)
+
+    def after(self, grad: Tensor) -> Tensor:
+        before, self.at.grad = self.at.detach().clone(), grad
+        self.adam.step()
+        self.fall.step()
+        return self.at.detach() - before
+
+
+@pytest.mark.parametrize("validation", [50, 200])
+def test_the_step_is_the_sum_of_a_level_and_what_sets_finer_ones_and_entries_apart(validation: int) -> None:
     hparams = made()
-    found = moved(hparams, hparams.optimizer(), 30)
-    top, rows = torch.zeros((), dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    parts = {"top": top, "rows": rows, **{name: torch.zeros_like(value) for name, value in TARGET.items()}}
-    for part in parts.values():
-        part.requires_grad_()
-    groups = [([parts["a"], parts["b"]], 0.1, (0.9, 0.99)), ([top], 0.6, (0.5, 0.9)), ([rows], 0.2, (0.5, 0.9))]
-    adam = torch.optim.Adam([{"params": params, "lr": lr, "betas": betas} for params, lr, betas in groups], eps=1e-12)
-    fall = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: (1 + t / 2) ** -0.5)
-    for _ in range(30):
-        adam.zero_grad()
-        loss_of({"a": top + rows[:4, None] + parts["a"], "b": top + rows[4] + parts["b"]}).backward()
-        adam.step()
-        fall.step()
-    own = torch.cat([(top + rows[:4, None] + parts["a"]).flatten(), top + rows[4] + parts["b"]])
-    torch.testing.assert_close(found, own.detach(), rtol=1e-12, atol=1e-12)
+    found = moved(hparams, hparams.optimizer(validation=validation), 30)
+    top, rows = Moves(0.6, (0.5, 0.9), ()), Moves(0.2, (0.5, 0.9), (5,))
+    own = {name: Moves(0.1, (0.9, 0.99), tuple(value.shape)) for name, value in TARGET.items()}
+    leaves = {name: torch.zeros_like(value) for name, value in TARGET.items()}
+    for step in range(30):
+        grads = {name: 2 * (leaves[name] - value) for name, value in TARGET.items()}
+        by_row = torch.cat([grads["a"].sum(1), grads["b"].sum()[None]])
+        level, of_rows = top.after(by_row.sum()), rows.after(by_row)
+        of_rows = of_rows - of_rows.mean()
+        pull = 0.1 * (1 + step / 2) ** -0.5 * 50 / validation
+        for name, shared in (("a", of_rows[:4, None]), ("b", of_rows[4])):
+            move, offset = own[name].after(grads[name]), leaves[name] - leaves[name].mean(-1, keepdim=True)
+            leaves[name] = leaves[name] + level + shared + move - move.mean(-1, keepdim=True) - pull * offset
+    torch.testing.assert_close(found, torch.cat([leaf.flatten() for leaf in leaves.values()]), rtol=1e-11, atol=1e-11)
+    assert float((leaves["a"] - TARGET["a"]).std()) < float(TARGET["a"].std()), "entries are on their way"
+
+
+def test_what_all_entries_have_in_common_takes_one_way_however_many_they_are() -> None:
+    """A level over 12 entries that all agree is the level of one."""
+
+    def way(count: int) -> Tensor:
+        hparams = hoptim.HyperParameters({"a": torch.ones(count).double()}, levels=[{"a": ALL}])
+        return moved(hparams, hparams.optimizer(), 9, lambda leaves: (leaves["a"] - 3).square().sum())
+
+    torch.testing.assert_close(way(12), way(1).expand(12), rtol=1e-12, atol=1e-12)
 
 
 def test_without_levels_it_is_adam_to_the_bit() -> None:
@@ -106,7 +132,9 @@ def test_a_state_of_adam_from_before_there_were_levels_loads() -> None:
     step = moved(begun, outer, 1) - start
     of_leaves, of_levels = moved(hparams, old, 1) - start, moved(alone, new_levels, 1) - start
     assert bool((of_levels.abs() > 0.05).all())
-    torch.testing.assert_close(step, of_leaves + of_levels, rtol=1e-12, atol=1e-14)
+    apart = torch.cat([of_leaves[:12].reshape(4, 3), of_leaves[12:].reshape(1, 3)])
+    apart = (apart - apart.mean(1, keepdim=True)).flatten()
+    torch.testing.assert_close(step, apart + of_levels, rtol=1e-12, atol=1e-14)
 
 
 def test_a_run_that_was_saved_with_adam_resumes() -> None:
@@ -163,7 +191,9 @@ def test_a_scheduler_moves_the_rates_of_levels_too() -> None:
     torch.optim.lr_scheduler.LambdaLR(outer, lambda _: 0.1)
     start = torch.cat([leaf.detach().flatten() for leaf in hparams.parameters()])
     step = (moved(hparams, outer, 1) - start).abs()
-    assert float(step.max()) == pytest.approx(0.1 * (0.6 + 0.2 + 0.1))
+    full = made()
+    expected = moved(full, full.optimizer(), 1) - start
+    torch.testing.assert_close(step, 0.1 * expected.abs(), rtol=1e-12, atol=0)
 
 
 def test_a_step_that_failed_leaves_the_rates_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,17 +212,15 @@ def test_a_step_that_failed_leaves_the_rates_as_they_were(monkeypatch: pytest.Mo
     assert [group["lr"] for group in again.param_groups] == rates
 
 
-def test_leaves_without_a_gradient_stay_and_so_do_levels_of_none() -> None:
+def test_levels_without_a_gradient_stay_and_a_leaf_without_one_moves_with_the_level_alone() -> None:
     hparams = made()
     outer = hparams.optimizer()
-    levels = _levels(outer)
-    start = hparams["b"].detach().log()
-    moved(hparams, outer, 3, lambda leaves: (leaves["a"] - TARGET["a"]).square().sum())  # zero_grad() leaves None
-    own = levels[1].zeros()
-    assert bool((hparams["b"].log() != start).all()), "the level of all has moved"
-    assert levels[1].gathered(own) is not None
+    before = hparams["b"].detach().log()
+    moved(hparams, outer, 1, lambda leaves: (leaves["a"] - TARGET["a"]).square().sum())  # zero_grad() leaves None
+    step = hparams["b"].detach().log() - before
+    assert step.unique().numel() == 1, "entries have no gradient and no step of their own"
+    assert step[0].abs() == pytest.approx(0.6, abs=0.2), "the level of all has moved, and their own by 0 less the mean"
     outer.zero_grad()
-    assert levels[1].gathered(own) is None
     before = hparams["b"].detach().clone()
     outer.step()
     assert torch.equal(hparams["b"], before)
@@ -208,7 +236,7 @@ def test_one_optimizer_for_several_recipes_has_the_levels_of_each() -> None:
         leaf.grad = torch.full_like(leaf, 2.0)
     outer.step()
     sizes = {name: (before[name] - leaf).detach() for name, leaf in hparams.named_parameters()}
-    assert all(value.allclose(torch.tensor(0.9).double()) for name, value in sizes.items() if "smoothing" not in name)
+    assert all(value.allclose(torch.tensor(0.6).double()) for name, value in sizes.items() if "smoothing" not in name)
     assert sizes["smoothing.smoothing"].item() == pytest.approx(0.3)
 
 
@@ -233,12 +261,8 @@ def test_levels_that_fit_nothing_are_refused(levels: Any, error: type[Exception]
 
 def sums(per: str) -> Iterator[Tensor]:
     decay = WeightDecay(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), per=per)  # type: ignore[arg-type]
-    for leaf in decay.parameters():
-        leaf.grad = torch.ones_like(leaf)
     for level in _levels(decay.optimizer()):
-        gathered = level.gathered(level.zeros())
-        assert gathered is not None
-        yield gathered
+        yield level.sums([torch.ones_like(leaf) for leaf, _ in level.members])
 
 
 @pytest.mark.parametrize(("per", "entries"), [("global", [1]), ("tensor", [1, 1]), ("channel", [3, 2]), ("weight", [12, 6])])
