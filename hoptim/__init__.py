@@ -100,7 +100,7 @@ from hoptim.methods.replay import Replay
 from hoptim.methods.result import Hypergradient
 from hoptim.methods.unrolled import Unrolled
 from hoptim.problem.composite_loss import CompositeLoss
-from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.problem.hyperparameters import HyperParameters, outer_adam
 from hoptim.problem.problem import Problem
 from hoptim.solvers.base import Solver
 from hoptim.solvers.cg import CG
@@ -155,6 +155,7 @@ __all__ = [
     "WarmStart",
     "audit",
     "hypergradient",
+    "outer_adam",
     "outer_step",
     "recipes",
     "retrain",

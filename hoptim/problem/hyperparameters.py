@@ -266,15 +266,30 @@ def transforms_of(hparams: nn.Module) -> dict[str, Transform]:
     }
 
 
-def outer_adam(hparams: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+def outer_adam(hparams: nn.Module, lr: float | None = None, *, validation: int | None = None) -> torch.optim.Optimizer:
     """The outer optimizer of any module: its own ``optimizer()``, or Adam as each module in it that has one says.
 
-    Leaves of other modules have a logarithm's rate. With ``lr`` all leaves have this one.
+    Args:
+        hparams: a :class:`HyperParameters`, a module of several of them, or any other, whose leaves have the rate 0.05.
+        lr: one rate for all leaves instead, without levels; default ``None``.
+        validation: how many validation examples there are, as for :meth:`HyperParameters.optimizer`; default: as there.
+
+    Raises:
+        TypeError: the ``optimizer()`` of one of several modules makes another optimizer than Adam.
+
+    >>> from hoptim.recipes import LabelSmoothing, WeightDecay
+    >>> hparams = nn.ModuleDict({"decay": WeightDecay(nn.Linear(2, 3), per="weight"), "smoothing": LabelSmoothing()})
+    >>> [group["lr"] for group in outer_adam(hparams).param_groups]                       # entries, smoothing, their level
+    [0.1, 0.3, 0.6]
     """
     if lr is not None:
         return torch.optim.Adam(hparams.parameters(), lr=lr)
     own = _optimizer_of(hparams)
-    return _joined(hparams, {}, []) if own is None else own()
+    outer = _joined(hparams, {}, []) if own is None else own()
+    for group in outer.param_groups:
+        if "pull" in group and validation is not None:
+            group["pull"] = PULL / validation
+    return outer
 
 
 def _optimizer_of(module: Any) -> Callable[[], torch.optim.Optimizer] | None:

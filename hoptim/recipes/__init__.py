@@ -44,7 +44,7 @@ has the results.
 
 | recipe | outer rate | warm-up | validation |
 |---|---|---|---|
-| `WeightDecay`, `PriorScale` | 0.05 | a quarter, or none | folds where there are few; a large set for one a weight |
+| `WeightDecay`, `PriorScale` | 0.6 | a quarter | folds where there are few; a large set for one a weight |
 | `NoiseWidth`, `Dropout`, `LabelSmoothing` | 0.3 | a quarter | folds |
 | `Temperature` in the training loss | 0.05 | a quarter | folds |
 | `Temperature` in the validation loss alone | 0.05 | a quarter or more | a part; nothing to retrain |
@@ -63,9 +63,15 @@ has the results.
 *The outer optimizer* is `hparams.optimizer()`, Adam with a rate for each constraint: 0.05 for `positive`, where a step is
 about 5 %, 0.3 for `unit_interval`, 0.1 for `real` and `simplex`. For a `real` hyperparameter the rate should be small
 compared to its size; for a learned momentum it should be below 0.3, which took one to 0.999. `AugmentationNet`,
-`DistilledData` and `Schedule` have the rates of this table instead. For recipes in an `nn.ModuleDict`, give Adam the groups
-of each (`hoptim.CrossValidated` does so by itself):
-`[group for one in hparams.values() for group in one.optimizer().param_groups]`.
+`DistilledData` and `Schedule` have the rates of this table instead. For recipes in an `nn.ModuleDict` it is
+`hoptim.outer_adam(hparams)`, with the rates and levels of each, which `hoptim.CrossValidated` takes by itself.
+
+*Levels.* Decays move together as well as each by itself. What is wrong at first is their common size, and the sum of their
+hypergradients says which way, where each alone is noise. So all decays of a recipe share a level, which Adam moves at 0.6,
+those of a tensor another one at 0.2, and each moves at 0.1 by what sets it apart from the others of its tensor. All three
+rates fall, by 1/√(1 + t/2) after t hypersteps, since weights follow late, and a level that goes on at full speed swings. A
+decay is drawn to the mean of its tensor, the more, the fewer validation examples there are: give their number, as in
+`hparams.optimizer(validation=100)`; the default is 200. For levels of your own see `hoptim.HyperParameters`.
 
 *Warm-up.* A quarter of the steps for what acts on a trained model, as decays and noise do; on twelve tasks none at all did
 about as well. A schedule learned by `Replay` needs none, since it differentiates through the whole training.

@@ -22,7 +22,8 @@ def shared(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """The levels of hyperparameters of one kind: one for all of them, and one for each tensor, if there are several."""
     numbered = {name: torch.tensor(number) for number, name in enumerate(values)}
     one_for_all = dict.fromkeys(numbered, torch.tensor(0))
-    return [one_for_all, numbered] if len(values) < sum(value.numel() for value in values.values()) else [one_for_all]
+    several = 1 < len(values) < sum(value.numel() for value in values.values())
+    return [one_for_all, numbered] if several else [one_for_all]
 
 
 def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:

@@ -46,14 +46,15 @@ Adam, as for a learned rate, changes the last bits, with or without hoptim.)
   without a warm-up. On the twelve tasks of [the study of defaults](scripts/README.md#the-study-of-defaults) it hardly
   mattered: without one the test loss was 0.2 ± 1.7 % lower at 12 % more time, with a half 1.4 ± 2.1 % higher.
 - **The outer optimizer**: `hparams.optimizer()`, which is Adam on the leaves at the rates below. Adam moves a leaf by about
-  its rate in a hyperstep. The study had about 40 hypersteps: for many more take a lower rate. A rate that is too large shows
-  as a `cosine_to_last` around 0. This is over the entries that are zero in neither hypergradient, and `None` without any, as
+  its rate in a hyperstep. The study had about 40 hypersteps: for many more take a lower rate. Decays of `WeightDecay` share
+  levels, whose rates fall by themselves (`hoptim.recipes`). A rate that is too large shows as a
+  `cosine_to_last` around 0. This is over the entries that are zero in neither hypergradient, and `None` without any, as
   for example weights if two batches share no example. For a schedule of the outer rate, build the scheduler on
   `optimizer.outer`.
 
 | constraint | the leaf | rate | test loss against that at 0.05, at rates of 0.01, 0.1, 0.3 |
 |---|---|---|---|
-| `positive`: decays | log λ | 0.05, a step of 5 % | 2, 2, 13 % |
+| `positive` | log λ | 0.05, a step of 5 % | 2, 2, 13 % |
 | `unit_interval`: example weights | log λ/(1 − λ) | 0.3 | 8, −17, −33 % |
 | `real`: logits | λ | 0.1, for logits up to 0.3 | 43, −15, −29 % |
 | `nonnegative`: decays, weights of losses | λ, clamped | 0.01 | −1, 12, 43 % |
@@ -116,8 +117,8 @@ True
   have the folds of the first.
 - **Cost.** K trainings on a part of the data, one on all of it, and K solves for each of 60 hypersteps. `found.cost` is the
   wall-clock time in plain trainings. In the study below it was 8 to 9 for a small net, in the example 4.5.
-- **The outer rate.** It is that of the table above, so 60 hypersteps change a decay by a factor of at most 20. If less is
-  known about the start, take `outer=torch.optim.Adam(hparams.parameters(), lr=0.1)`, for a factor of up to 400.
+- **The outer optimizer.** It is `hoptim.outer_adam(hparams, validation=examples)`, with the rates of the table above and the
+  levels of decays, which may change them all by a factor of thousands.
 
 [cross_validated.py](scripts/examples/cross_validated.py) is an example on 200 digits. Over ten splits this was better than
 each of five fixed decays and than the best of them by the same folds, on digits and with a CNN on Fashion-MNIST; on diabetes

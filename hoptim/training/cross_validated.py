@@ -107,9 +107,7 @@ class CrossValidated:
         val_loss: as in :class:`Problem`.
         has_aux: as in :class:`Problem`.
         inner: ``inner(model) -> optimizer``, a function that makes the optimizer of a model's weights.
-        outer: the optimizer of ``hparams.parameters()``; default ``hparams.optimizer()``, or Adam at the rates of the
-            ``optimizer()`` of each module in it, such as :meth:`HyperParameters.optimizer`, and 0.05 for other modules. In
-            60 hypersteps ``positive`` values change by a factor of at most 20; at 0.1, of 400.
+        outer: the optimizer of ``hparams.parameters()``; default ``outer_adam(hparams, validation=examples)``.
         examples: the number of examples, without those for testing.
         steps: the number of inner steps that ``train`` takes, or a function of the number of its examples.
         folds: their number, default 3, for equal parts in a random order (that of the first rank); or what a splitter of
@@ -198,7 +196,7 @@ class CrossValidated:
                 problems.append(problem())
         models = [problem.model for problem in problems]
         check_models(models)
-        outer = outer_adam(hparams) if outer is None else outer
+        outer = outer_adam(hparams, validation=examples) if outer is None else outer
 
         def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
             return FoldOptimizer(

@@ -115,7 +115,8 @@ def read(every: int | None, *, plain: bool) -> tuple[dict[str, Any], Any]:
         decay.requires_grad_(False)
     else:
         problem = hoptim.Problem(model, decay, train_loss, val_loss, has_aux=True)
-        optimizer = Watched(optimizer, decay.optimizer(), problem, val_batches=val, every=every, warmup=6)
+        outer = decay.optimizer(lr=0.01)  # a tenth, for a training of twenty steps
+        optimizer = Watched(optimizer, outer, problem, val_batches=val, every=every, warmup=6)
     losses = []
     for _ in range(2):
         hidden: Any = None

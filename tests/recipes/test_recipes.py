@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -239,7 +238,7 @@ def test_hypergradient_is_that_of_the_lines_written_by_hand(per: Any, wrapper: s
         torch.testing.assert_close(found.grads["decay." + name], expected.grads[name], rtol=1e-12, atol=1e-15)
 
 
-def test_its_optimizer_changes_a_decay_by_five_percent() -> None:
+def test_its_optimizer_changes_decays_that_agree_by_their_level_alone() -> None:
     decay = spread(WeightDecay(net(), per="weight"))
     before = {name: decay[name].detach() for name in decay}
     outer = decay.optimizer()
@@ -247,7 +246,8 @@ def test_its_optimizer_changes_a_decay_by_five_percent() -> None:
         leaf.grad = torch.rand_like(leaf) + 0.1
     outer.step()
     for name in decay:
-        torch.testing.assert_close(decay[name].detach(), before[name] * math.exp(-0.05), rtol=1e-6, atol=0)
+        together = (decay[name] / before[name]).detach().log().mean().item()
+        assert together == pytest.approx(-0.6, rel=1e-5), "each is also drawn to the others, which leaves the mean"
 
 
 def run(hparams: nn.Module, model: nn.Module, train_loss: Any, **options: Any) -> hoptim.BilevelOptimizer:
