@@ -25,7 +25,7 @@ LOGARITHM, LOGISTIC, PROJECTED, FREE = 0.05, 0.3, 0.01, 0.1
 # Those of leaves that share levels, from scripts/arrive.py: of the levels, the coarser one first, and of the entries.
 FALLING: dict[str, Any] = {"eps": 1e-12, "fall_after": 2.0}
 LEVELS: list[dict[str, Any]] = [{"lr": lr, "betas": (0.5, 0.9), **FALLING} for lr in (0.6, 0.2)]
-PULL, VALIDATION = 50.0, 200  # an offset of 1 is drawn as much as Adam moves it, if there are 50 validation examples
+PULL, VALIDATION = 100.0, 200  # an offset of 1 is drawn as much as Adam moves it, if there are 100 validation examples
 ENTRIES: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), **FALLING}
 
 
@@ -213,7 +213,7 @@ class HyperParameters(nn.Module):
         Args:
             lr: one rate for all leaves instead, to which those of levels keep their proportion; default ``None``.
             validation: how many validation examples there are, default 200. The fewer, the more entries are drawn to their
-                level, as :class:`LevelAdam` says, with δ = 50/``validation``.
+                level, as :class:`LevelAdam` says, with δ = 100/``validation``.
 
         >>> from torch.distributions import constraints
         >>> kinds = {"decay": constraints.positive, "weight": constraints.unit_interval}

@@ -70,7 +70,7 @@ def test_the_step_is_the_sum_of_a_level_and_what_sets_finer_ones_and_entries_apa
         by_row = torch.cat([grads["a"].sum(1), grads["b"].sum()[None]])
         level, of_rows = top.after(by_row.sum()), rows.after(by_row)
         of_rows = of_rows - of_rows.mean()
-        pull = 0.1 * (1 + step / 2) ** -0.5 * 50 / validation
+        pull = 0.1 * (1 + step / 2) ** -0.5 * 100 / validation
         for name, shared in (("a", of_rows[:4, None]), ("b", of_rows[4])):
             move, offset = own[name].after(grads[name]), leaves[name] - leaves[name].mean(-1, keepdim=True)
             leaves[name] = leaves[name] + level + shared + move - move.mean(-1, keepdim=True) - pull * offset
