@@ -9,24 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import ComposeTransform, ExpTransform, SigmoidTransform, Transform
+from torch.distributions.transforms import Transform
 
 from hoptim.problem.constraint import bijection, described, is_nonnegative, to_leaf
 from hoptim.problem.level_adam import Level, LevelAdam
+from hoptim.problem.outer_rates import LOGARITHM, PULL, VALIDATION, rates_of
 from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 from hoptim.validation import describe_type
 
 SHOWN = 5  # names that an error lists
-
-# Adam's rates for the leaves, from scripts/defaults.py: for a leaf that is a logarithm, the argument of a logistic function,
-# the value itself kept by projection, and the value itself without bounds. The last is also for maps that were not studied.
-LOGARITHM, LOGISTIC, PROJECTED, FREE = 0.05, 0.3, 0.01, 0.1
-
-# Those of leaves that share levels, from scripts/arrive.py: of the levels, the coarser one first, and of the entries.
-FALLING: dict[str, Any] = {"eps": 1e-12, "fall_after": 2.0}
-LEVELS: list[dict[str, Any]] = [{"lr": lr, "betas": (0.5, 0.9), **FALLING} for lr in (0.6, 0.2)]
-PULL, VALIDATION = 100.0, 200  # an offset of 1 is drawn as much as Adam moves it, if there are 100 validation examples
-ENTRIES: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), **FALLING}
 
 
 class HyperParameters(nn.Module):
@@ -92,11 +83,13 @@ class HyperParameters(nn.Module):
             constraint, transform = bijection(name, given.get(name))
             self._add(name, nn.Parameter(to_leaf(name, value, constraint, transform)))
             self._constraints[name], self._transforms[name] = constraint, transform
-        if len(levels) > len(LEVELS):
-            raise ValueError(f"levels has {len(levels)} dicts: give at most {len(LEVELS)}, the coarser one first")
+        if len(levels) > 2:
+            raise ValueError(f"levels has {len(levels)} dicts: give at most two, the coarser one first")
         if not all(levels):
             raise ValueError("levels has an empty dict: give the numbers of levels by the names of hyperparameters")
         self._levels = [{name: self._checked_index(name, index) for name, index in level.items()} for level in levels]
+        if len(levels) == 2:
+            _check_nested(*self._levels)
 
     def _checked_index(self, name: str, index: object) -> Tensor:
         """The numbers of the levels of a hyperparameter's entries."""
@@ -221,18 +214,19 @@ class HyperParameters(nn.Module):
         >>> [group["lr"] for group in hparams.optimizer().param_groups], hparams.optimizer(lr=0.1).param_groups[0]["lr"]
         ([0.05, 0.3], 0.1)
         """
+        rates = {name: rates_of(kind, self._transforms[name]) for name, kind in self._constraints.items()}
         lr = self.outer_rate if lr is None else lr
-        sharing = {name for level in self._levels for name in level}
         options = {} if lr is None else {id(leaf): {**_usual(), "lr": lr} for leaf in self.parameters()}
-        for name, kind in self._constraints.items():
-            rate = {"lr": _rate(kind, self._transforms[name])}
-            own = {**ENTRIES, "pull": PULL / validation} if name in sharing else rate
-            options[id(self._leaf(name))] = {**_usual(), **own, **({} if lr is None else {"lr": lr})}
-        factor = 1.0 if lr is None else lr / ENTRIES["lr"]
+        for name, own in rates.items():
+            shares = any(name in level for level in self._levels)
+            chosen = own.of_entries(validation) if shares else {"lr": own.alone}
+            options[id(self._leaf(name))] = {**_usual(), **chosen, **({} if lr is None else {"lr": lr})}
         levels: list[Level] = []
-        for level, own in zip(self._levels, LEVELS, strict=False):
-            members = [(self._leaf(name), index) for name, index in level.items()]
-            levels.append(Level(members, {**own, "lr": factor * own["lr"]}, levels[-1] if levels else None))
+        for depth, level in enumerate(self._levels):
+            own = rates[next(iter(level))]
+            factor = 1.0 if lr is None else lr / own.entries["lr"]
+            chosen = {**own.levels[depth], "lr": factor * own.levels[depth]["lr"]}
+            levels.append(Level([(self._leaf(name), index) for name, index in level.items()], chosen, *levels[-1:]))
         return _joined(self, options, levels)
 
     @torch.no_grad()
@@ -241,6 +235,16 @@ class HyperParameters(nn.Module):
         for name, constraint in self._constraints.items():
             if is_nonnegative(constraint):
                 self._leaf(name).clamp_(min=0)
+
+
+def _check_nested(coarse: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless each of the finer levels is within one of the coarser ones."""
+    if coarse.keys() != fine.keys():
+        raise ValueError(f"the second dict of levels names {', '.join(fine)}, the first {', '.join(coarse)}: give the same")
+    both = [torch.stack(torch.broadcast_tensors(fine[name], coarse[name])).flatten(1) for name in fine]
+    pairs = torch.cat(both, 1).unique(dim=1)
+    if pairs.shape[1] > len(pairs[0].unique()):
+        raise ValueError("levels of the second dict of levels are not within one of the first: give the coarser one first")
 
 
 def _unknown(name: object, names: list[str]) -> str:
@@ -299,7 +303,7 @@ def _optimizer_of(module: Any) -> Callable[[], torch.optim.Optimizer] | None:
 
 def _usual() -> dict[str, Any]:
     """The options of a leaf of which nothing is known."""
-    return torch.optim.Adam([torch.zeros(())], lr=LOGARITHM).defaults
+    return torch.optim.Adam([torch.zeros(())], lr=LOGARITHM.alone).defaults
 
 
 def _joined(hparams: nn.Module, options: Mapping[int, Mapping[str, Any]], levels: Sequence[Level]) -> LevelAdam:
@@ -323,12 +327,3 @@ def _joined(hparams: nn.Module, options: Mapping[int, Mapping[str, Any]], levels
     for leaf in hparams.parameters():
         groups.setdefault(frozenset(options.get(id(leaf), _usual()).items()), []).append(leaf)
     return LevelAdam([{**dict(chosen), "params": leaves} for chosen, leaves in groups.items()], shared)
-
-
-def _rate(constraint: Constraint, transform: Transform) -> float:
-    """The rate of a leaf, by the first map on the way from it to the value."""
-    if is_nonnegative(constraint):
-        return PROJECTED
-    parts = transform.parts if isinstance(transform, ComposeTransform) else [transform]
-    first = type(parts[0]) if parts else type(transform)  # the identity has no parts
-    return {ExpTransform: LOGARITHM, SigmoidTransform: LOGISTIC}.get(first, FREE)

@@ -82,7 +82,8 @@ def test_what_all_entries_have_in_common_takes_one_way_however_many_they_are() -
     """A level over 12 entries that all agree is the level of one."""
 
     def way(count: int) -> Tensor:
-        hparams = hoptim.HyperParameters({"a": torch.ones(count).double()}, levels=[{"a": ALL}])
+        values = {"a": torch.ones(count).double()}
+        hparams = hoptim.HyperParameters(values, {"a": constraints.positive}, [{"a": ALL}])
         return moved(hparams, hparams.optimizer(), 9, lambda leaves: (leaves["a"] - 3).square().sum())
 
     torch.testing.assert_close(way(12), way(1).expand(12), rtol=1e-12, atol=1e-12)
@@ -248,15 +249,17 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ([{"a": torch.arange(4)}], ValueError, r"shape \(4,\).*broadcasts to \(4, 3\)"),
     ([{"a": torch.zeros(1, 1, 1, dtype=torch.long)}], ValueError, r"broadcasts to \(4, 3\)"),
     ([{"c": torch.tensor(0)}], KeyError, "no hyperparameter 'c'"),
-    ([{"a": ALL}] * 3, ValueError, "3 dicts: give at most 2"),
+    ([{"a": ALL}] * 3, ValueError, "3 dicts: give at most two"),
     ([{}], ValueError, "an empty dict"),
+    ([{"a": ALL}, {"a": ROWS, "b": ALL}], ValueError, "the second dict of levels names a, b, the first a"),
+    ([{"a": ROWS, "b": ALL}, {"a": ALL, "b": ALL}], ValueError, "the second dict of levels are not within one of the first"),
 ]
 
 
 @pytest.mark.parametrize(("levels", "error", "words"), BAD)
 def test_levels_that_fit_nothing_are_refused(levels: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        hoptim.HyperParameters({"a": torch.ones(4, 3)}, levels=levels)
+        hoptim.HyperParameters({"a": torch.ones(4, 3), "b": torch.ones(3)}, levels=levels)
 
 
 def sums(per: str) -> Iterator[Tensor]:
