@@ -241,7 +241,7 @@ def _check_nested(coarse: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> N
     """Raise ValueError unless each of the finer levels is within one of the coarser ones."""
     if coarse.keys() != fine.keys():
         raise ValueError(f"the second dict of levels names {', '.join(fine)}, the first {', '.join(coarse)}: give the same")
-    both = [torch.stack(torch.broadcast_tensors(fine[name], coarse[name])).flatten(1) for name in fine]
+    both = [torch.stack(torch.broadcast_tensors(fine[name], coarse[name])).reshape(2, -1) for name in fine]
     pairs = torch.cat(both, 1).unique(dim=1)
     if pairs.shape[1] > len(pairs[0].unique()):
         raise ValueError("levels of the second dict of levels are not within one of the first: give the coarser one first")

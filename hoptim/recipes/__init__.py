@@ -71,7 +71,10 @@ hypergradients says which way, where each alone is noise. So all decays of a rec
 those of a tensor another one at 0.2, and each moves at 0.1 by what sets it apart from the others of its tensor. All three
 rates fall, by 1/√(1 + t/2) after t hypersteps, since weights follow late, and a level that goes on at full speed swings. A
 decay is drawn to the mean of its tensor, the more, the fewer validation examples there are: give their number, as in
-`hparams.optimizer(validation=100)`; the default is 200. For levels of your own see `hoptim.HyperParameters`.
+`hparams.optimizer(validation=100)`; the default is 200. Rates of `Dropout` a unit share levels too, at 0.3 like each of
+them, and so do the weights of examples of one class or source, `ExampleWeights(n, groups=source)`. With one rate a unit of
+an MLP on 1,000 garments the test loss was 0.62 to 0.67 on three seeds, without levels 0.72 to 0.75; with weights and four
+sources of labels it was even (−4 to 1 %). For levels of your own see `hoptim.HyperParameters`.
 
 *Warm-up.* A quarter of the steps for what acts on a trained model, as decays and noise do; on twelve tasks none at all did
 about as well. A schedule learned by `Replay` needs none, since it differentiates through the whole training.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from hoptim.recipes.layer_inputs import LayerInputs, find_layers, first_weight
-from hoptim.recipes.start import check_between, full
+from hoptim.recipes.start import check_between, full, shared
 
 Per = Literal["layer", "unit"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -70,7 +70,7 @@ class Dropout(LayerInputs):
         check_between("temperature", temperature, 0)
         shapes = {name: () if per == "layer" else (_units(name, layer),) for name, layer in found.items()}
         values = {f"rate.{name}": full(shape, start, first_weight(model)) for name, shape in shapes.items()}
-        super().__init__(values, dict.fromkeys(values, constraints.unit_interval))
+        super().__init__(values, dict.fromkeys(values, constraints.unit_interval), shared(values) if per == "unit" else ())
         self.layers, self.temperature = tuple(found), temperature
         self._axes = {name: _axes_after_units(layer) for name, layer in found.items()}
 

@@ -40,9 +40,11 @@ class ExampleWeights(HyperParameters):
         start: w⁰, the weight of each at the start, default 0.5.
         trusted: the examples of fixed weight 1, as a list, a set or a tensor of indices, of any whole type, or as a mask of
             n ``bool``; default, or if it is empty: none.
+        groups: the class or the source of each example, whole numbers from 0 of shape (n,), if weights of one group are to
+            move together as well as each by itself; default: each by itself.
 
     Raises:
-        TypeError: ``trusted`` is neither.
+        TypeError: ``trusted`` is neither, or ``groups`` is no tensor of whole numbers.
         ValueError: ``n`` is no positive whole number, ``start`` is not between 0 and 1, ``trusted`` has an index that is out
             of range, or all examples, or n numbers that are all 0 or 1, as a mask that is not ``bool``.
 
@@ -76,10 +78,11 @@ class ExampleWeights(HyperParameters):
     trusted: Tensor
     start: Tensor  # the leaves at the start
 
-    def __init__(self, n: int, *, start: float = 0.5, trusted: Trusted | None = None) -> None:
+    def __init__(self, n: int, *, start: float = 0.5, trusted: Trusted | None = None, groups: Tensor | None = None) -> None:
         check_count("n", n, "the number of examples")
         check_between("start", start, 0, 1)
-        super().__init__({NAME: torch.full((n,), float(start))}, {NAME: constraints.unit_interval})
+        levels = () if groups is None else [{NAME: groups}]
+        super().__init__({NAME: torch.full((n,), float(start))}, {NAME: constraints.unit_interval}, levels)
         self.register_buffer("trusted", _mask(n, trusted))
         self.register_buffer("start", self._leaf(NAME).detach().clone())
 

@@ -15,7 +15,7 @@ from torch.distributions import constraints
 import hoptim
 from hoptim.problem.hyperparameters import outer_adam
 from hoptim.problem.level_adam import Level, LevelAdam
-from hoptim.recipes import LabelSmoothing, WeightDecay
+from hoptim.recipes import Dropout, ExampleWeights, LabelSmoothing, WeightDecay
 
 ROWS, ALL = torch.arange(4)[:, None], torch.tensor(0)
 TARGET = {
@@ -272,3 +272,21 @@ def sums(per: str) -> Iterator[Tensor]:
 def test_decays_have_a_level_for_all_and_one_for_each_tensor_of_several(per: str, entries: list[int]) -> None:
     several = [[sum(entries)], entries] if per in ("channel", "weight") else [[sum(entries)]]
     assert [found.tolist() for found in sums(per)] == several
+
+
+def test_dropout_a_unit_and_example_weights_of_a_source_share_levels_at_the_rate_of_each() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    dropout, source = Dropout(net, per="unit"), torch.tensor([0, 1, 1, 0, 1])
+    weights = ExampleWeights(5, groups=source)
+    rates = [[group["lr"] for group in hparams.optimizer().param_groups] for hparams in (dropout, weights)]
+    assert rates == [[0.3, 0.3, 0.3], [0.3, 0.3]]
+    assert [len(level) for level in _levels(dropout.optimizer())] == [1, 2]
+    before = weights["example_weight"].detach().logit()
+    for leaf in weights.parameters():
+        leaf.grad = torch.tensor([1.0, -1.0, -1.0, 3.0, 1.0])
+    weights.optimizer().step()
+    moves = weights["example_weight"].detach().logit() - before
+    own = 0.3 * torch.tensor([0.0, 1.0, 1.0, 0.0, -1.0])
+    own[source == 1] -= own[source == 1].mean()
+    level = 0.3 * torch.tensor([-1.0, 1.0])  # the sums are 4 and -1
+    torch.testing.assert_close(moves, level[source] + own, rtol=1e-5, atol=1e-6)
