@@ -22,6 +22,7 @@ from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
 from hoptim.training import arguments
 from hoptim.training.checkpoint import KEY, VERSION, check_loadable, held_weights, load_bare
+from hoptim.training.collapsed import collapsed, norms
 from hoptim.training.first_steps import FirstSteps, dry_run
 from hoptim.training.optimizer_proxy import OptimizerProxy
 from hoptim.training.outer_step import outer_step, warn_of_first_step
@@ -115,6 +116,7 @@ class BilevelOptimizer(OptimizerProxy):
         if every is not None:
             self._progress.first_steps = FirstSteps(train_batches is None or self.hypergradient.keeps_steps > 0)
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
+        self._progress.norms = norms(problem)
         self._progress.learn(learned, inner, problem)
         self.register_state_dict_post_hook(_add_state)
 
@@ -210,7 +212,8 @@ class BilevelOptimizer(OptimizerProxy):
         progress.solver_state = result.solution.state
         if not progress.hyper_steps:
             result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
-        progress.warn_of_doubts(doubts(self.hypergradient, loop, self.problem.weights(), result.solution))
+        found = doubts(self.hypergradient, loop, self.problem.weights(), result.solution)
+        progress.warn_of_doubts({**found, **collapsed(self.problem, progress.norms)})
         return result
 
     def check(self, train_batch: Any, val_batch: Any = None) -> None:

@@ -61,6 +61,7 @@ class Progress:
     first_steps: FirstSteps | None = None  # until they are over
     learned_options: list[LearnedOption] = field(default_factory=list)
     warned: set[Status | str] = field(default_factory=set)
+    norms: dict[str, float] = field(default_factory=dict)  # of the weights when training began
     unheld: list[tuple[str, str]] = field(default_factory=list)  # tensors in neither optimizer, after a warning
     ahead: Ahead = field(default_factory=Ahead)
 
