@@ -84,6 +84,34 @@ def test_penalty_and_its_gradients_are_those_of_the_formula(per: Any, norm: Any)
     assert float(moved) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("per", ["global", *SHAPES])
+def test_the_penalty_curves_by_its_decay_at_weights_of_zero_too(per: Any) -> None:
+    """Where the square of a norm would have no second derivative; in forward mode and for a batch of weights as well."""
+    model, zero = nn.ModuleDict({"a": nn.Linear(2, 3, bias=False)}), torch.zeros(3, 2)
+    both = nn.ModuleDict({"model": model, "decay": spread(WeightDecay(model, per=per))})
+    scales = each(both["decay"], "a.weight", zero)
+
+    def penalty(w: Tensor) -> Tensor:
+        return torch.func.functional_call(Called(both), {"both.model.a.weight": w}, ())
+
+    hessian = torch.func.hessian(penalty)(zero).reshape(6, 6)
+    torch.testing.assert_close(hessian, torch.diag(scales.flatten()).to(hessian), rtol=1e-6, atol=1e-9)
+    stacked = torch.stack([zero, zero + 1, zero + 2])
+    expected = scales.sum() * torch.tensor([0.0, 0.5, 2.0])
+    torch.testing.assert_close(torch.vmap(penalty)(stacked).detach(), expected, rtol=1e-6, atol=1e-9)
+
+
+class Called(nn.Module):
+    """The penalty of a model as a forward pass."""
+
+    def __init__(self, both: nn.ModuleDict) -> None:
+        super().__init__()
+        self.both = both
+
+    def forward(self) -> Tensor:
+        return self.both["decay"].penalty(self.both["model"])
+
+
 @pytest.mark.parametrize("per", SHAPES)
 def test_shapes_names_and_degrees_of_freedom(per: Any) -> None:
     decay = WeightDecay(net(), per=per, start=0.25)
