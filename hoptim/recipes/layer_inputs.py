@@ -30,13 +30,15 @@ class LayerInputs(HyperParameters, ABC):
     def call(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """``model(*args, **kwargs)``, with changed inputs of the layers that are in training mode."""
         module = inside(model)
-        parts = {name: held(module, name) for name in self.layers}
-        if missing := [name for name, part in parts.items() if part is None]:
+        parts = {held(module, name): name for name in reversed(self.layers)}  # a layer of two names is one
+        parts.pop(None, None)
+        if len(parts) < len(self.layers):
+            missing = next(name for name in self.layers if name not in parts.values())
             own = type(self).__name__
-            raise ValueError(f"this model has no layer {missing[0]!r}, which {own} was made for: give the same model")
+            raise ValueError(f"this model has no layer {missing!r}, which {own} was made for: give the same model")
         begun = _way_of_saving()
         key: Any = object()
-        hooks = [(part._forward_pre_hooks, partial(self._change, name, begun)) for name, part in parts.items()]
+        hooks = [(part._forward_pre_hooks, partial(self._change, name, begun)) for part, name in parts.items()]
         try:
             for of_part, hook in hooks:  # register_forward_pre_hook and its handle take twice as long
                 of_part[key] = hook

@@ -112,20 +112,22 @@ class WeightDecay(HyperParameters):
             model: the model that the training loss gets.
 
         Raises:
-            ValueError: a decayed weight is missing in ``model``, or has another shape.
+            ValueError: a decayed weight is missing in ``model``, has another shape, or is now tied to another one.
         """
         module = inside(model)
         self._warn_of_unfrozen(module)
         together = self["decay"] if self.per == "global" else None
-        terms = []
+        terms, seen = list[Tensor](), set[int]()
         for name, shape in self._shapes.items():
             found = held(module, name)
-            if found is None or found.shape != shape:
-                now = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            if found is None or found.shape != shape or id(found) in seen:
+                tied = id(found) in seen
+                now = "missing" if found is None else "tied to another" if tied else f"of shape {tuple(found.shape)}"
                 raise ValueError(
                     f"weight {name!r} had shape {tuple(shape)} when WeightDecay was made, and is {now} in this model: "
                     "give penalty the same model, and make WeightDecay after the model has its final layers"
                 )
+            seen.add(id(found))
             decay = self[f"decay.{name}"] if together is None else together
             w = cast(found, decay)
             size = w * w if self.norm == 2 else w.abs()

@@ -327,6 +327,18 @@ def test_it_stands_beside_others_in_a_module_dict_and_the_record_has_natural_val
     assert torch.equal(seen["shift.0"], shift[0].detach())
 
 
+def test_a_weight_or_a_layer_that_has_become_another_is_not_taken_twice() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    decay, noise = WeightDecay(model), NoiseWidth(model)
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"'1\.weight' had shape \(2, 2\).* tied to another in this model"):
+        decay.penalty(model)
+    model[1] = model[0]
+    with pytest.raises(ValueError, match="no layer '1', which NoiseWidth was made for"):
+        noise.call(model, torch.ones(1, 2))
+    assert not model[0]._forward_pre_hooks
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
