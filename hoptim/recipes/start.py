@@ -18,11 +18,6 @@ def full(shape: tuple[int, ...], value: float, like: Tensor) -> Tensor:
     return torch.full(shape, value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def cast(value: Tensor, like: Tensor) -> Tensor:
-    """The value in the precision of ``like``; where it has that, ``Tensor.to`` would be a tenth of a small step's cost."""
-    return value if value.dtype is like.dtype else value.to(like.dtype)
-
-
 def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:
     """Raise ValueError unless the value is a number above ``low`` and below ``high``."""
     if not (is_finite(value) and low < value < high):  # type: ignore[operator]
@@ -60,6 +55,11 @@ def held(module: nn.Module, name: str) -> Any:
         if (part := part._modules.get(group)) is None:
             return None
     return part._modules.get(last, part._parameters.get(last))
+
+
+def cast(value: Tensor, like: Tensor) -> Tensor:
+    """The value in the precision of ``like``; where it has that, ``Tensor.to`` would be a tenth of a small step's cost."""
+    return value if value.dtype is like.dtype else value.to(like.dtype)
 
 
 def check_floats(name: str, value: object) -> None:
