@@ -36,6 +36,7 @@ from benchmarks.accuracy import accuracy, sides
 from benchmarks.measure import Row
 from benchmarks.peers import peers
 from benchmarks.sections import compiled, cost, growth, imports, memory, reads, size, unrolling, wrapper
+from benchmarks.small import folds, small
 from common.tables import wide_console
 from rich.console import Console
 from rich.table import Table
@@ -56,6 +57,8 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
     "size": size,
     "reads": reads,
     "wrapper": wrapper,
+    "small": small,
+    "folds": folds,
     "imports": imports,
 }
 
@@ -110,7 +113,7 @@ def since(row: Row, before: dict[str, Any] | None, same_machine: bool) -> str:
 
 def is_time(column: str) -> bool:
     """Whether the column has seconds, which depend on the machine, and not ratios."""
-    return column in ("s", "ns a weight") or column.endswith((", ms", ", s"))
+    return column in ("s", "ns a weight", "wrapper, µs") or column.endswith((", ms", ", s"))
 
 
 def machine() -> dict[str, Any]:

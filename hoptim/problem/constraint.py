@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import Transform, identity_transform
+from torch.distributions.transforms import ExpTransform, Transform, identity_transform
 
 from hoptim.validation import describe_type
 
@@ -17,8 +17,12 @@ FAR = 0.01  # a start is refused if its leaf gives a value whose distance to the
 
 def is_nonnegative(constraint: Constraint) -> bool:
     """Whether a hyperparameter is kept at zero or above by projection, so that its leaf is the value itself."""
+    return _is_from_zero(constraint, constraints.nonnegative)
+
+
+def _is_from_zero(constraint: Constraint, kind: Constraint) -> bool:
     bound = getattr(constraint, "lower_bound", None)
-    return type(constraint) is type(constraints.nonnegative) and not isinstance(bound, Tensor) and bound == 0
+    return type(constraint) is type(kind) and not isinstance(bound, Tensor) and bound == 0
 
 
 def _is_simplex(constraint: Constraint) -> bool:
@@ -48,6 +52,8 @@ def bijection(name: str, constraint: Constraint | None) -> tuple[Constraint, Tra
         )
     if is_nonnegative(constraint):
         return constraint, identity_transform
+    if _is_from_zero(constraint, constraints.positive):
+        return constraint, ExpTransform()  # torch's own also multiplies by 1 and adds 0, at four times the cost
     try:
         return constraint, biject_to(constraint)
     except NotImplementedError:

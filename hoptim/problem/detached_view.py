@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hoptim.problem.loss_checks import ONLY_READS, check_given
 
 _ABSENT = object()
+_END = (object(),)  # differs from all that is held, so that one more or one less is seen
 
 
 class DetachedView:
@@ -132,11 +133,10 @@ class _Contents:
         self.containers = list(containers)
         self.copies: list[Any] = [dict(one) if isinstance(one, dict) else list(one) for one in self.containers]
         self._items = [one.values() if isinstance(one, dict) else one for one in self.containers]
-        self._held = list(chain.from_iterable(self._items))
+        self._held = [*chain.from_iterable(self._items), *_END]
 
-    def has_changed(self) -> bool:
-        now = list(chain.from_iterable(self._items))
-        return len(now) != len(self._held) or not all(map(is_, now, self._held))
+    def has_changed(self) -> bool:  # in each step: without a list of what they hold now it takes two thirds of the time
+        return not all(map(is_, chain(chain.from_iterable(self._items), _END), self._held))
 
 
 def _exchange(value: Any, counterparts: Mapping[int, Any]) -> Any:

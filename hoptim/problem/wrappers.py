@@ -44,7 +44,7 @@ def without_wrappers(name: str) -> str:
 
 def warn_of_compiled_aside(given: nn.Module) -> None:
     """Warn if ``torch.compile`` wraps the model that ``Problem`` was given, so that the training runs uncompiled."""
-    if not _was_compile_called() or is_compiled(given):
+    if not was_compile_called() or is_compiled(given):
         return
     layers = list(_layers(given))
     if any(type(held) is dict and held.get("_orig_mod") is one for one in layers for held in gc.get_referrers(one)):
@@ -55,7 +55,7 @@ def warn_of_compiled_aside(given: nn.Module) -> None:
         )
 
 
-def _was_compile_called() -> bool:
+def was_compile_called() -> bool:
     """Whether ``torch.compile`` was called in this process; to find what holds a model takes 60 ms and more."""
     if "torch._dynamo" not in sys.modules:
         return False

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between, check_floats
+from hoptim.recipes.start import cast, check_between, check_floats
 
 
 class LabelSmoothing(HyperParameters):
@@ -44,13 +44,12 @@ class LabelSmoothing(HyperParameters):
             reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         """
         check_floats("z", z)
-        own = nn.functional.cross_entropy(z, target, reduction=reduction)
+        smoothing = self["smoothing"]
+        if target.is_floating_point():
+            classes = z.shape[min(1, z.ndim - 1)]
+            smooth = torch.lerp(target, torch.full_like(target, 1 / classes), cast(smoothing, target))
+            return nn.functional.cross_entropy(z, smooth, reduction=reduction)
         axis = min(1, z.ndim - 1)
-        others = -z.log_softmax(axis).mean(axis)
-        known = (
-            torch.ones_like(others, dtype=torch.bool) if target.is_floating_point() else target != -100
-        )  # torch ignores it
-        others = torch.where(known, others, 0)
-        if reduction != "none":
-            others = others.sum() / (known.sum() if reduction == "mean" else 1)
-        return own + self["smoothing"].to(z.dtype) * (others - own)
+        log_p = z.log_softmax(axis)
+        smooth = torch.lerp(log_p, log_p.mean(axis, keepdim=True), cast(smoothing, log_p))
+        return nn.functional.nll_loss(smooth, target, reduction=reduction)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.problem.wrappers import uncompiled, unwrap
-from hoptim.recipes.start import inside
+from hoptim.problem.wrappers import uncompiled, unwrap, was_compile_called
+from hoptim.recipes.start import held, inside
 from hoptim.validation import describe_type
 
 # Not taken by default. The last is the output layer of attention, which uses its weight without calling the layer.
@@ -28,18 +29,24 @@ class LayerInputs(HyperParameters, ABC):
 
     def call(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """``model(*args, **kwargs)``, with changed inputs of the layers that are in training mode."""
-        parts = dict(inside(model).named_modules())
-        if missing := [name for name in self.layers if name not in parts]:
+        module = inside(model)
+        parts = {held(module, name): name for name in reversed(self.layers)}  # a layer of two names is one
+        parts.pop(None, None)
+        if len(parts) < len(self.layers):
+            missing = next(name for name in self.layers if name not in parts.values())
             own = type(self).__name__
-            raise ValueError(f"this model has no layer {missing[0]!r}, which {own} was made for: give the same model")
+            raise ValueError(f"this model has no layer {missing!r}, which {own} was made for: give the same model")
         begun = _way_of_saving()
-        handles = [parts[name].register_forward_pre_hook(partial(self._change, name, begun)) for name in self.layers]
+        key: Any = object()
+        hooks = [(part._forward_pre_hooks, partial(self._change, name, begun)) for part, name in parts.items()]
         try:
-            with uncompiled():  # a graph that was compiled before has no hooks
+            for of_part, hook in hooks:  # register_forward_pre_hook and its handle take twice as long
+                of_part[key] = hook
+            with uncompiled() if was_compile_called() else nullcontext():  # a graph that was compiled before has no hooks
                 return model(*args, **kwargs)
         finally:
-            for handle in handles:
-                handle.remove()
+            for of_part, _ in hooks:
+                of_part.pop(key, None)
 
     @abstractmethod
     def changed(self, name: str, x: Tensor) -> Tensor:

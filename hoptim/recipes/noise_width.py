@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from hoptim.recipes.layer_inputs import LayerInputs, find_layers, first_weight
-from hoptim.recipes.start import check_between, full
+from hoptim.recipes.start import cast, check_between, full
 
 
 class NoiseWidth(LayerInputs):
@@ -49,4 +49,4 @@ class NoiseWidth(LayerInputs):
 
     def changed(self, name: str, x: Tensor) -> Tensor:
         """x + σ·ξ."""
-        return x + self[f"width.{name}"].to(x.dtype) * torch.randn_like(x)
+        return torch.addcmul(x, cast(self[f"width.{name}"], x), torch.randn_like(x))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +14,7 @@ from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import check_real
-from hoptim.recipes.start import full, inside, shared
+from hoptim.recipes.start import cast, full, held, inside, shared
 from hoptim.validation import describe_type, is_finite
 
 Per = Literal["global", "tensor", "channel", "weight"]
@@ -111,31 +113,36 @@ class WeightDecay(HyperParameters):
             model: the model that the training loss gets.
 
         Raises:
-            ValueError: a decayed weight is missing in ``model``, or has another shape.
+            ValueError: a decayed weight is missing in ``model``, has another shape, or is now tied to another one.
         """
-        weights = dict(inside(model).named_parameters())
-        self._warn_of_unfrozen(weights)
+        module = inside(model)
+        self._warn_of_unfrozen(module)
         together = self["decay"] if self.per == "global" else None
-        terms = []
+        terms, seen = list[Tensor](), set[int]()
         for name, shape in self._shapes.items():
-            found = weights.get(name)
-            if found is None or found.shape != shape:
-                now = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            found = held(module, name)
+            if found is None or found.shape != shape or id(found) in seen:
+                tied = id(found) in seen
+                now = "missing" if found is None else "tied to another" if tied else f"of shape {tuple(found.shape)}"
                 raise ValueError(
                     f"weight {name!r} had shape {tuple(shape)} when WeightDecay was made, and is {now} in this model: "
                     "give penalty the same model, and make WeightDecay after the model has its final layers"
                 )
+            seen.add(id(found))
             decay = self[f"decay.{name}"] if together is None else together
-            w = found.to(decay.dtype)
+            w = cast(found, decay)
             size = w * w if self.norm == 2 else w.abs()
+            if not decay.ndim:  # a norm is no faster, and has no second derivative at zero weights
+                terms.append(decay * size.sum())
+                continue
             if decay.ndim < w.ndim:
                 size = size.sum(dim=tuple(range(decay.ndim, w.ndim)))
             terms.append((decay * size).sum())
-        total = torch.stack(terms).sum()
+        total = reduce(add, terms)
         return total / 2 if self.norm == 2 else total
 
-    def _warn_of_unfrozen(self, weights: dict[str, nn.Parameter]) -> None:
-        unfrozen = [name for name in self._frozen if name in weights and weights[name].requires_grad]
+    def _warn_of_unfrozen(self, module: nn.Module) -> None:
+        unfrozen = [name for name in self._frozen if (w := held(module, name)) is not None and w.requires_grad]
         if not unfrozen:
             return
         self._frozen.clear()

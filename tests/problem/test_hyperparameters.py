@@ -168,6 +168,16 @@ def test_every_name_of_a_parameter_serves_where_torch_takes_one(prefix: str) -> 
     torch.testing.assert_close(hparams["0.weight"].detach(), torch.tensor([1.0, 2.0]).exp())
 
 
+@pytest.mark.parametrize("low", [0.0, 0.5, torch.tensor([0.0, 1.0])])
+def test_a_value_above_a_bound_is_that_of_torchs_own_map(low: Any) -> None:
+    constraint = constraints.greater_than(low)
+    hparams = HyperParameters({"a": torch.tensor([2.0, 3.0])}, {"a": constraint})
+    theirs = torch.distributions.biject_to(constraint)(hparams.a)
+    assert torch.equal(hparams["a"], theirs)
+    slopes = [torch.autograd.grad(value.sum(), hparams.a)[0] for value in (hparams["a"], theirs)]
+    assert torch.equal(*slopes)
+
+
 class Inside(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -83,6 +83,34 @@ def test_penalty_and_its_gradients_are_those_of_the_formula(per: Any, norm: Any)
     assert float(moved) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("per", ["global", *SHAPES])
+def test_the_penalty_curves_by_its_decay_at_weights_of_zero_too(per: Any) -> None:
+    """Where the square of a norm would have no second derivative; in forward mode and for a batch of weights as well."""
+    model, zero = nn.ModuleDict({"a": nn.Linear(2, 3, bias=False)}), torch.zeros(3, 2)
+    both = nn.ModuleDict({"model": model, "decay": spread(WeightDecay(model, per=per))})
+    scales = each(both["decay"], "a.weight", zero)
+
+    def penalty(w: Tensor) -> Tensor:
+        return torch.func.functional_call(Called(both), {"both.model.a.weight": w}, ())
+
+    hessian = torch.func.hessian(penalty)(zero).reshape(6, 6)
+    torch.testing.assert_close(hessian, torch.diag(scales.flatten()).to(hessian), rtol=1e-6, atol=1e-9)
+    stacked = torch.stack([zero, zero + 1, zero + 2])
+    expected = scales.sum() * torch.tensor([0.0, 0.5, 2.0])
+    torch.testing.assert_close(torch.vmap(penalty)(stacked).detach(), expected, rtol=1e-6, atol=1e-9)
+
+
+class Called(nn.Module):
+    """The penalty of a model as a forward pass."""
+
+    def __init__(self, both: nn.ModuleDict) -> None:
+        super().__init__()
+        self.both = both
+
+    def forward(self) -> Tensor:
+        return self.both["decay"].penalty(self.both["model"])
+
+
 @pytest.mark.parametrize("per", SHAPES)
 def test_shapes_names_and_degrees_of_freedom(per: Any) -> None:
     decay = WeightDecay(net(), per=per, start=0.25)
@@ -297,6 +325,18 @@ def test_it_stands_beside_others_in_a_module_dict_and_the_record_has_natural_val
     assert torch.equal(seen["rest.scale"], rest["scale"].detach())
     assert float(seen["rest.scale"]) not in (0.0, 1.0)
     assert torch.equal(seen["shift.0"], shift[0].detach())
+
+
+def test_a_weight_or_a_layer_that_has_become_another_is_not_taken_twice() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    decay, noise = WeightDecay(model), NoiseWidth(model)
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"'1\.weight' had shape \(2, 2\).* tied to another in this model"):
+        decay.penalty(model)
+    model[1] = model[0]
+    with pytest.raises(ValueError, match="no layer '1', which NoiseWidth was made for"):
+        noise.call(model, torch.ones(1, 2))
+    assert not model[0]._forward_pre_hooks
 
 
 @pytest.mark.parametrize(
