@@ -464,7 +464,7 @@ def test_validation_batches_of_ones_own_and_adam_at_a_rate_of_5_percent_by_defau
 
 
 def test_by_default_a_unit_interval_has_a_larger_rate():
-    hparams = HyperParameters({"decay": torch.tensor([0.2, 0.4]).double()}, {"decay": constraints.unit_interval})
+    hparams = HyperParameters({"decay": torch.tensor([0.02, 0.04]).double()}, {"decay": constraints.unit_interval})
     values = [hparams["decay"].detach().clone()]
     hooks = [lambda record: values.append(record.hyperparameters["decay"])]
     cross_validated(hparams, outer=None, hooks=hooks).fit(loop(40))
