@@ -111,10 +111,11 @@ def drop_in(case, model, inner, val, steps):
     if case.wrong:
         start = {"example_weight": torch.full((TRAIN,), 0.5)}
         hparams, loss = hoptim.HyperParameters(start, {"example_weight": constraints.unit_interval}), weighted_loss
+        outer = torch.optim.Adam(hparams.parameters(), lr=0.1)
     else:
         hparams, loss = hoptim.recipes.WeightDecay(model), decayed_loss
+        outer = hparams.optimizer()
     problem = hoptim.Problem(model, hparams, loss, val_loss)
-    outer = torch.optim.Adam(hparams.parameters(), lr=0.1)
     return hoptim.BilevelOptimizer(inner, outer, problem, val_batches=[val], every=10, warmup=steps // 4)
 
 

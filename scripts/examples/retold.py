@@ -32,8 +32,7 @@ def drop_in(inner, model, fit, val_loss, val_batches, steps, **options):
     """The script's optimizer with hoptim around it, at the settings of outcomes.py."""
     hparams = hoptim.recipes.WeightDecay(model, start=DECAY)
     problem = hoptim.Problem(model, hparams, fit, val_loss, **options)
-    outer = hparams.optimizer(lr=0.1)
-    return hoptim.BilevelOptimizer(inner, outer, problem, val_batches=val_batches, every=10, warmup=steps // 4)
+    return hoptim.BilevelOptimizer(inner, hparams.optimizer(), problem, val_batches=val_batches, every=10, warmup=steps // 4)
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------------
