@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choose([name for name in SETS if not options.only or name in options.only], options.root)
         return
     keys = wanted(options.only, options.seeds)
-    if not options.saved and "optuna" in {method for _, _, method, _ in keys}:
+    if not options.saved and {"optuna", "gp"} & {method for _, _, method, _ in keys}:
         check_optuna("--only random hoptim")
     rows = read(options.out) if options.saved else studied(keys, options.budget, options.out, options.root, console)
     if not rows:

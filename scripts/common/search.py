@@ -14,21 +14,27 @@ def check_optuna(without: str) -> None:
         raise SystemExit(f"Optuna is missing: pip install 'hoptim[tuners]', or leave it out: {without}")
 
 
-def tpe_study(start: Mapping[str, float], seed: int, pruner: Any, **options: Any) -> Any:
-    """A study of Optuna by multivariate TPE, whose first trial is ``start``.
+def tpe_sampler(seed: int, **options: Any) -> Any:
+    """Optuna's multivariate TPE; ``options`` are further ones of ``TPESampler``."""
+    import optuna
 
-    Args:
-        start: the values of the first trial, by name.
-        seed: of the sampler.
-        pruner: Optuna's pruner.
-        options: further options of ``TPESampler``.
-    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # multivariate is an experimental option
+        return optuna.samplers.TPESampler(multivariate=True, seed=seed, **options)
+
+
+def gp_sampler(seed: int, **options: Any) -> Any:
+    """Optuna's Gaussian process; ``options`` are further ones of ``GPSampler``."""
+    import optuna
+
+    return optuna.samplers.GPSampler(seed=seed, **options)
+
+
+def study_from(start: Mapping[str, float], sampler: Any, pruner: Any) -> Any:
+    """A study of Optuna whose first trial is ``start``: the values by name."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # multivariate is an experimental option
-        sampler = optuna.samplers.TPESampler(multivariate=True, seed=seed, **options)
     study = optuna.create_study(sampler=sampler, pruner=pruner)
     study.enqueue_trial(dict(start))
     return study

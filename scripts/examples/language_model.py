@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the modules of scripts/ are found
 from common.means import mean_and_error
 from common.records import five_digits, read_records, write_records
-from common.search import check_optuna, tpe_study
+from common.search import check_optuna, study_from, tpe_sampler
 from common.tables import markdown
 from tasks.language import PENALTIES, RATES
 from tasks.run import Run
@@ -130,7 +130,7 @@ def by_optuna(seed: int) -> Iterator[Trial]:
 
     start = {name: float(value) for name, value in config("", seed).task.start.items()}
     pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=3)
-    study = tpe_study(start, seed, pruner=pruner, n_startup_trials=4)
+    study = study_from(start, tpe_sampler(seed, n_startup_trials=4), pruner)
     while True:
         trial = study.ask()
         values = {name: trial.suggest_float(name, low, high, log=log) for name, (low, high, log) in RANGES.items()}

@@ -1,4 +1,4 @@
-"""Choose what the study keeps fixed, on splits that it does not score: good fixed values, and hoptim's outer rate."""
+"""Choose what the study keeps fixed, on splits that it does not score: good fixed values, and hoptim's outer rates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEEDS = (100, 101)
 DECAYS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LEVELS = (0.05, 0.3)
 BUDGETS = (4, 8, 16)
-RATES = (None, 0.1)
+SINGLE = (3.0, 6.0, 9.0)
 
 
 def good_values(name: str, count: int, root: Path) -> tuple[dict[str, float], float]:
@@ -46,13 +46,13 @@ def choose(names: Sequence[str], root: Path) -> None:
         for count in COUNTS[:3]:
             values, loss = good_values(name, count, root)
             print(f"{name} {count}: {values} test loss {loss:.4f}", flush=True)
-    gains: dict[float | None, list[float]] = {}
-    for name, count, rate in product(names, COUNTS, RATES):
-        method = partial(learned, rate=rate)
+    gains: dict[float, list[float]] = {}
+    for name, count, single in product(names, COUNTS, SINGLE):
+        method = partial(learned, single=single)
         rows = [run(Problem(name, count, seed, root), "hoptim", BUDGETS[-1], method) for seed in SEEDS]
         found = [mean(math.log(at_budget(row, budget) / row.points[0][3]) for row in rows) for budget in BUDGETS]
-        gains.setdefault(rate, []).extend(found)
+        gains.setdefault(single, []).extend(found)
         shown = ", ".join(f"{100 * gain:.1f}" for gain in found)
-        print(f"{name} {count}, rate {rate}: {shown} % at {BUDGETS}", flush=True)
-    for rate, found in gains.items():
-        print(f"rate {rate}: {100 * mean(found):.2f} % on average")
+        print(f"{name} {count}, single {single}: {shown} % at {BUDGETS}", flush=True)
+    for single, found in gains.items():
+        print(f"single {single}: {100 * mean(found):.2f} % on average")

@@ -11,7 +11,7 @@ from common.means import standard_error
 
 from tuner_study.runs import Row
 
-BUDGETS = (1, 2, 4, 8, 16, 32)
+BUDGETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Estimate(NamedTuple):

@@ -1,4 +1,4 @@
-"""The ways to tune: fixed values, random search, Optuna and hoptim. Each is a generator of results.
+"""The ways to tune: fixed values, random search, two samplers of Optuna, and hoptim. Each is a generator of results.
 
 All begin at the same values, have the same training and validation examples, and are asked for the next result until their
 budget is spent. A result is the model with the lowest validation loss among those trained so far.
@@ -10,19 +10,23 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from common.search import tpe_study
+from common.search import gp_sampler, study_from, tpe_sampler
 from torch import Tensor, nn
 
 import hoptim
 from tuner_study.costs import Meter, Pruned, loop, loss_of, trial
 from tuner_study.problems import RANGES, Problem, Range, entries, fill, from_groups, ranges_of
 
-HYPERSTEPS = 8  # roughly, in each of hoptim's trainings
-RATE: float | None = 0.1  # of hoptim's outer Adam, chosen by choose.py; None takes the rates of hparams.optimizer()
+FACTOR, SINGLE = (
+    3.0,
+    9.0,
+)  # times the rates of hparams.optimizer(): of levels and single leaves, and of entries that have one
+FALL = 0.85  # of these rates from one of hoptim's trainings to the next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +97,10 @@ def random_search(problem: Problem, meter: Meter) -> Iterator[Found]:
             best, lowest = model, val
 
 
-def tpe(problem: Problem, meter: Meter) -> Iterator[Found]:
-    """Optuna: multivariate TPE with the median pruner. Its first trial is the starting values.
+def optuna_search(problem: Problem, meter: Meter, *, sampler: Callable[[int], Any], prunes: bool = True) -> Iterator[Found]:
+    """Optuna with the sampler that ``sampler(seed)`` makes. Its first trial is the starting values.
 
-    In place of 10,000 decays it searches one for each tensor.
+    In place of 10,000 decays it searches one for each tensor. With ``prunes`` it has the median pruner.
     """
     import optuna
 
@@ -105,7 +109,8 @@ def tpe(problem: Problem, meter: Meter) -> Iterator[Found]:
     ranges = [RANGES["decay"]] * tensors if grouped else ranges_of(problem.hparams())
     names = [f"h{number}" for number in range(len(ranges))]
     start = {name: one.start for name, one in zip(names, ranges, strict=True)}
-    study = tpe_study(start, problem.seed, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2))
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2) if prunes else optuna.pruners.NopPruner()
+    study = study_from(start, sampler(problem.seed), pruner)
     best, lowest = problem.make_quietly(), math.inf
     while True:
         asked = study.ask()
@@ -113,7 +118,7 @@ def tpe(problem: Problem, meter: Meter) -> Iterator[Found]:
         vector = torch.tensor(values, dtype=torch.float32)
         candidate = fill(problem.hparams(), from_groups(problem, vector) if grouped else vector)
         try:
-            model, val = trial(problem, candidate, meter, pruning(asked))
+            model, val = trial(problem, candidate, meter, pruning(asked) if prunes else None)
         except Pruned:
             study.tell(asked, state=optuna.trial.TrialState.PRUNED)
             yield Found(model=best, trainings=meter.trainings, val=lowest, dropped=1)
@@ -135,36 +140,48 @@ def pruning(asked: Any) -> Callable[[int, float], None]:
     return report
 
 
-def learned(problem: Problem, meter: Meter, *, rate: float | None = RATE, hypersteps: int = HYPERSTEPS) -> Iterator[Found]:
-    """hoptim: trainings in which the hyperparameters move. Each begins with the values that the last one ended with."""
+def learned(
+    problem: Problem, meter: Meter, *, factor: float = FACTOR, single: float = SINGLE, fall: float = FALL
+) -> Iterator[Found]:
+    """hoptim: whole trainings with fixed hyperparameters, and one hyperstep after each.
+
+    The rates are ``factor`` times those for the many hypersteps of one training, of entries that share a level ``single``
+    times, and fall. From values whose training ended worse than the first, or diverged, the hyperparameters go half-way
+    back to the best.
+    """
     hparams = problem.hparams()
-    outer, warmup = outer_of(hparams, rate), problem.steps // 4
-    every = (problem.steps - warmup) // hypersteps
-    best, lowest = problem.make_quietly(), math.inf
+    leaves, outer = list(hparams.parameters()), hoptim.outer_adam(hparams, validation=len(problem.val))
+    for group in outer.param_groups:
+        group["lr"] *= single if "pull" in group else factor
+    falling = torch.optim.lr_scheduler.ExponentialLR(outer, fall)
+    best, kept, losses, failed = problem.make_quietly(), leaves, [math.inf], 0
     while True:
         torch.manual_seed(problem.seed)  # as in every trial of the other methods
-        model, records = problem.make(), []
+        model, tried = problem.make(), [leaf.detach().clone() for leaf in leaves]
         stated = hoptim.Problem(model, hparams, problem.loss, problem.val_loss)
-        optimizer = hoptim.BilevelOptimizer(
-            problem.inner(model), outer, stated, val_batches=[problem.val], every=every, warmup=warmup,
-            hooks=[records.append],
-        )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # failed solves are counted
-            loop(problem, model, optimizer, problem.train, after=lambda _: meter.step())
-        for record in [records[0], *records]:  # the first loss computes one more hypergradient, to check the losses
-            meter.hyperstep(record.result.solution.products)
+        optimizer = hoptim.BilevelOptimizer(problem.inner(model), outer, stated, val_batches=[problem.val], every=None)
+        loop(problem, model, optimizer, problem.train, after=lambda _: meter.step())
         val = loss_of(problem, model, problem.val, meter)
-        if val < lowest:
-            best, lowest = model, val
-        failed = sum(not record.moved for record in records)
-        yield Found(model=best, trainings=meter.trainings, val=lowest, dropped=failed)
+        if val < min(losses):
+            best, kept = model, tried
+        losses.append(val)
+        yield Found(model=best, trainings=meter.trainings, val=min(losses), dropped=failed)
+        model.train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a solve fails if the training diverged
+            record = optimizer.hyperstep()
+        failed = int(not record.moved)
+        meter.hyperstep(record.result.solution.products)
+        falling.step()
+        if val > losses[1]:
+            with torch.no_grad():
+                for leaf, good, bad in zip(leaves, kept, tried, strict=True):
+                    leaf.copy_((good + bad) / 2)
 
 
-def outer_of(hparams: nn.ModuleDict, rate: float | None) -> torch.optim.Optimizer:
-    """Adam at one rate, or at the rates of ``hparams.optimizer()``."""
-    groups = [group for recipe in hparams.values() for group in recipe.optimizer(rate).param_groups]
-    return torch.optim.Adam([{"params": group["params"], "lr": group["lr"]} for group in groups])
-
-
-METHODS: dict[str, Method] = {"random": random_search, "optuna": tpe, "hoptim": learned}
+METHODS: dict[str, Method] = {
+    "random": random_search,
+    "optuna": partial(optuna_search, sampler=tpe_sampler),
+    "gp": partial(optuna_search, sampler=partial(gp_sampler, n_startup_trials=4), prunes=False),
+    "hoptim": learned,
+}

@@ -29,9 +29,10 @@ def loss(found: Estimate) -> str:
 def of(curves: Curves) -> Iterator[Table]:
     """All tables."""
     yield losses(curves, curves.budgets[-1])
-    for second in ("optuna", "random", FIXED):
+    for second in ("optuna", "gp", "random", FIXED):
         yield against(curves, "hoptim", second, in_seconds=False)
-    yield against(curves, "hoptim", "optuna", in_seconds=True)
+    for second in ("optuna", "gp"):
+        yield against(curves, "hoptim", second, in_seconds=True)
     yield counts(curves)
 
 
@@ -46,7 +47,7 @@ def cells(curves: Curves, *methods: str) -> list[tuple[str, int]]:
 
 def losses(curves: Curves, budget: float) -> Table:
     """The test loss of each method after a budget; a budget of 1 is the training with the starting values."""
-    methods = [m for m in (FIXED, "random", "optuna", "hoptim") if cells(curves, m)]
+    methods = [m for m in (FIXED, "random", "optuna", "gp", "hoptim") if cells(curves, m)]
     found = _table(f"test loss at a budget of {budget} trainings", "untuned", *methods, "seeds")
     for name, count in cells(curves, *methods):
         row = [loss(estimate(list(curves.losses(name, count, methods[-1], 1).values())))]
@@ -69,7 +70,7 @@ def against(curves: Curves, first: str, second: str, *, in_seconds: bool) -> Tab
 
 def counts(curves: Curves) -> Table:
     """How many results, pruned trials and failed hypersteps there were, and the seconds of a counted training."""
-    methods = [m for m in ("random", "optuna", "hoptim") if cells(curves, m)]
+    methods = [m for m in ("random", "optuna", "gp", "hoptim") if cells(curves, m)]
     columns = [f"{method}: {what}" for method in methods for what in ("results", "dropped", "seconds/counted")]
     found = _table("results within the budget, those pruned or failed hypersteps, seconds over counted trainings", *columns)
     for name, count in cells(curves, *methods):

@@ -48,6 +48,50 @@ def test_the_best_of_n_is_chosen_by_the_validation_loss() -> None:
     assert best_of(found, 200) == pytest.approx(5.0)  # of so many draws the first is always one
 
 
+def test_optuna_keeps_the_losses_of_each_trials_trainings_and_goes_on(tmp_path) -> None:
+    optuna = pytest.importorskip("optuna", reason="needs the extra tuners: pip install 'hoptim[tuners]'")
+    text = (EXAMPLES / "several_trainings.py").read_text()
+    (tmp_path / "shorter.py").write_text(text.replace("EPOCHS = 150", "EPOCHS = 60"))
+    storage = f"sqlite:///{tmp_path}/digits.db"
+    for count in (1, 2):
+        said = run(tmp_path / "shorter.py", "--trials", "1", "--storage", storage).stdout.splitlines()
+        assert len(said) == count + 1
+    for trial in optuna.load_study(study_name="digits", storage=storage).trials:
+        losses = list(trial.intermediate_values.values())
+        assert len(set(losses)) == 4
+        assert trial.value == min(losses)
+        started = trial.user_attrs["decay, geometric mean"] == pytest.approx(1e-3, rel=1e-4)
+        assert started == (trial.value == losses[0])  # the decay is that of the best training
+
+
+def test_a_training_of_several_is_a_plain_one_with_the_values_of_the_hyperstep_before(float64, monkeypatch) -> None:
+    torch.set_default_dtype(torch.float32)
+    pytest.importorskip("optuna", reason="needs the extra tuners: pip install 'hoptim[tuners]'")
+    names = script("several_trainings.py")
+    trainings = names["trainings"]
+    monkeypatch.setitem(trainings.__globals__, "EPOCHS", 3)
+    x, y, train = names["x"], names["y"], names["train"]
+    found = trainings(width=6, size=100, start=0.05)
+    learned, loss, decay = next(found)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 6), torch.nn.ReLU(), torch.nn.Linear(6, 10))
+    biases, weights = [model[0].bias, model[2].bias], [model[0].weight, model[2].weight]
+    groups = [{"params": biases}, {"params": weights, "weight_decay": 0.05}]
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    for _ in range(3):
+        for batch in train[torch.randperm(200)].split(100):
+            sgd.zero_grad()
+            torch.nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            sgd.step()
+    for own, by_hand in zip(learned.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(own, by_hand, atol=1e-5)
+    assert decay == pytest.approx(0.05, rel=1e-5)
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(model(x[names["val"]]), y[names["val"]]).item(), rel=1e-4)
+    second = next(found)
+    moved = abs(torch.tensor(second[2] / decay).log().item())
+    assert moved == pytest.approx(3 * 0.6, abs=3 * 0.2)  # by the level, and by what the larger tensor has of its own
+
+
 def test_features_are_chosen_on_the_training_part_alone() -> None:
     x, y, x_test, y_test = script("select_features.py")["split"](0)
     assert (x.shape, x_test.shape) == ((220, 65), (222, 65))

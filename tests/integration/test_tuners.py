@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -67,39 +68,66 @@ def test_a_pruned_trial_is_charged_what_it_did(made_up):
     assert val == trial(problem, problem.hparams(), Meter(problem))[1]  # to look at it changes nothing
 
 
-def test_a_round_of_hoptim_costs_its_steps_and_every_product(made_up, monkeypatch):
-    problem = problem_of(count=100)
+def moved(problem, made, trainings, **options):
+    """The leaves with which each of the first trainings of hoptim began."""
+    rounds = methods.learned(problem, Meter(problem), **options)
     seen = []
-    record = hoptim.BilevelOptimizer._move
-
-    def spy(self, begun, result):
-        seen.append(result.solution.products)
-        return record(self, begun, result)
-
-    monkeypatch.setattr(hoptim.BilevelOptimizer, "_move", spy)
-    meter = Meter(problem)
-    found = next(methods.learned(problem, meter, hypersteps=3))
-    assert len(seen) == 4  # after steps 4, 8, 12 and 16
-    assert max(seen) == 5
-    charged = [seen[0], *seen]  # the dry run too
-    assert meter.gradients == pytest.approx(
-        16 + sum(60 / 20 + 1 + 2 * (products + 1) for products in charged) + 60 / (3 * 20)
-    )
-    assert found.trainings == meter.trainings
-
-
-def test_rounds_go_on_from_the_last_values(made_up, monkeypatch):
-    problem, seen = problem_of(count=1), []
-    monkeypatch.setattr(problem, "hparams", lambda make=problem.hparams: seen.append(make()) or seen[-1])
-    rounds = methods.learned(problem, Meter(problem), hypersteps=3)
-    values = [RANGES["decay"].start]
-    for _ in range(3):
+    for _ in range(trainings):
         next(rounds)
-        values.append(seen[0]["decay"]["decay"].item())
-    for before, after in pairwise(values):
-        assert 0 < abs(math.log(after / before)) <= 4 * methods.RATE * 1.2  # four steps of Adam, of about its rate each
-    assert abs(math.log(values[-1] / values[0])) > 2 * abs(math.log(values[1] / values[0]))
-    assert len(seen) == 1
+        seen.append([leaf.detach().clone() for leaf in made[0].parameters()])
+    return seen
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The hyperparameters that methods make."""
+    found, make = [], Problem.hparams
+    monkeypatch.setattr(Problem, "hparams", lambda self: found.append(make(self)) or found[-1])
+    return found
+
+
+def test_a_round_of_hoptim_costs_its_steps_and_every_product_of_one_hyperstep(made_up):
+    problem = problem_of(count=100)
+    meter = Meter(problem)
+    rounds = methods.learned(problem, meter)
+    assert next(rounds).trainings == pytest.approx((16 + 60 / (3 * 20)) / 16)
+    second = next(rounds)  # MINRES has five products, and one more is the mixed one
+    assert second.trainings == pytest.approx((2 * (16 + 60 / (3 * 20)) + 60 / 20 + 1 + 2 * 6) / 16)
+    assert second.trainings == meter.trainings
+
+
+def test_a_round_is_a_plain_training_and_the_next_begins_where_its_hyperstep_led(made_up, made):
+    problem = problem_of(count=1)
+    rounds = methods.learned(problem, Meter(problem), factor=2.0, fall=1e-9)
+    first = next(rounds)
+    assert first.val == trial(problem, problem_of(count=1).hparams(), Meter(problem))[1]
+    torch.manual_seed(problem.seed)
+    model, own, batches = problem.make(), problem_of(count=1).hparams(), []
+    stated, inner = hoptim.Problem(model, own, problem.loss, problem.val_loss), problem.inner(model)
+    inner.loss = lambda batch: batches.append(batch) or stated.loss(batch)
+    costs.loop(problem, model, inner, problem.train, after=lambda _: None)
+    outer = hoptim.outer_adam(own, validation=60)
+    for group in outer.param_groups:
+        group["lr"] *= 2
+    start = own["decay"].decay.item()
+    own["decay"].decay.grad = hoptim.hypergradient(stated, batches[-1], problem.val).grads["decay.decay"]
+    outer.step()
+    next(rounds)
+    assert own["decay"].decay.item() == pytest.approx(made[0]["decay"].decay.item(), abs=1e-6)
+    assert abs(own["decay"].decay.item() - start) > 0.05
+    next(rounds)  # at rates that have fallen
+    assert own["decay"].decay.item() == pytest.approx(made[0]["decay"].decay.item(), abs=1e-6)
+
+
+def test_after_a_training_worse_than_the_first_hoptim_goes_half_way_back(made_up, made, monkeypatch):
+    problem, told = problem_of(count=100), iter([2.0, 1.0, 3.0, math.inf, 1.5, 1.5])
+    monkeypatch.setattr(methods, "loss_of", lambda *_: next(told))
+    _, *later = moved(problem, made, 6)
+    for b, c, d, e, f in zip(*later, strict=True):
+        assert not torch.equal(b, c)
+        assert torch.allclose(d, (b + c) / 2)
+        assert torch.allclose(e, (b + d) / 2)
+        assert not torch.allclose(f, (b + e) / 2, atol=1e-3)  # worse than the best, but not than the first
 
 
 def test_the_best_model_is_handed_out(made_up):
@@ -197,7 +225,8 @@ def test_each_problem_has_its_number_of_hyperparameters_and_all_move(made_up, mo
     known = {100: 5 + outputs, 10_000: weights, 10: 9 if name == "housing" else 10}  # regression has no label smoothing
     assert number == known.get(count, expected) == len(problems.ranges_of(hparams))
     monkeypatch.setattr(problem, "hparams", lambda: hparams)
-    next(methods.learned(problem, Meter(problem), hypersteps=3))
+    rounds = methods.learned(problem, Meter(problem))
+    next(rounds), next(rounds)
     for kind, recipe in hparams.items():
         for before, n in zip(start[kind], recipe, strict=True):
             assert not torch.equal(recipe[n], before), (kind, n)
@@ -243,7 +272,7 @@ def test_optuna_prunes_and_is_charged_for_it(made_up):
     pytest.importorskip("optuna", reason="needs the extra tuners: pip install 'hoptim[tuners]'")
     problem = problem_of(count=3)
     meter = Meter(problem)
-    found = [one for _, one in zip(range(14), methods.tpe(problem, meter), strict=False)]
+    found = [one for _, one in zip(range(14), methods.METHODS["optuna"](problem, meter), strict=False)]
     pruned = [one.dropped for one in found]
     assert found[0].val == trial(problem, problem.hparams(), Meter(problem))[1]  # the first trial is the start
     spent = [b.trainings - a.trainings for a, b in pairwise(found)]
@@ -253,6 +282,32 @@ def test_optuna_prunes_and_is_charged_for_it(made_up):
         whole = (16 + 8) / 16
         assert (cost < whole - 1e-6) if was else (cost == pytest.approx(whole))
         assert round(cost * 16 / 3, 6) in set(range(1, 9))  # an eighth is two steps and a validation loss
+    vals = [one.val for one in found]
+    assert vals == sorted(vals, reverse=True)
+
+
+def test_the_gaussian_process_begins_at_the_start_runs_whole_trials_and_learns_from_the_fifth_on(made_up):
+    pytest.importorskip("optuna", reason="needs the extra tuners: pip install 'hoptim[tuners]'")
+    problem, seen = problem_of(count=1), []
+
+    def watched(seed, **options):
+        sampler = search.gp_sampler(seed, **options)
+        relative = sampler.sample_relative
+
+        def sample(study, trial, space):
+            seen.append((trial.number, relative(study, trial, space)))
+            return seen[-1][1]
+
+        sampler.sample_relative = sample
+        return sampler
+
+    method = methods.METHODS["gp"]
+    sampler = partial(watched, **method.keywords["sampler"].keywords)
+    results = method.func(problem, Meter(problem), **{**method.keywords, "sampler": sampler})
+    found = [one for _, one in zip(range(7), results, strict=False)]
+    assert [one.trainings for one in found] == pytest.approx([(number + 1) * 17 / 16 for number in range(7)])
+    assert found[0].val == trial(problem, problem.hparams(), Meter(problem))[1]
+    assert [number for number, values in seen if values] == [4, 5, 6]
     vals = [one.val for one in found]
     assert vals == sorted(vals, reverse=True)
 
@@ -271,7 +326,13 @@ def made_study():
         for count in COUNTS:
             for seed in range(4):
                 start, noise = 1.0 + seed, 1 + 0.01 * seed
-                by = {"fixed": [0.9], "random": [1.0], "hoptim": [1.0, 0.8], "optuna": [1.0, 1.0, 1.0, 1.0, 0.7 * noise]}
+                by = {
+                    "fixed": [0.9],
+                    "random": [1.0],
+                    "hoptim": [1.0, 0.8],
+                    "optuna": [1.0, 1.0, 1.0, 1.0, 0.7 * noise],
+                    "gp": [1.0],
+                }
                 rows += [made_row(name, count, m, seed, [start * loss for loss in losses]) for m, losses in by.items()]
     return rows
 
