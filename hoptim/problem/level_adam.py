@@ -142,7 +142,9 @@ def _before(optimizer: Optimizer, *_: Any) -> None:
 @torch.no_grad()
 def _after(optimizer: Optimizer, *_: Any) -> None:
     assert isinstance(optimizer, LevelAdam)
-    pulls = {leaf: group["lr"] * group.get("pull", 0.0) for group in optimizer.param_groups for leaf in group["params"]}
+    pulls: dict[Tensor, float] = {}
+    for group in optimizer.param_groups:
+        pulls |= dict.fromkeys(group["params"], min(group["lr"] * group.get("pull", 0.0), 1.0))  # 1 takes them to the mean
     for level, old in zip(optimizer.finest(), optimizer._old, strict=True):
         leaves = [leaf for leaf, _ in level.members]
         moves = level.differences([leaf - before for leaf, before in zip(leaves, old, strict=True)])

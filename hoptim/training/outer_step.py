@@ -74,7 +74,7 @@ def warn_of_first_step(before: Tree, after: Tree, grads: Tree, every: int | None
     for name in before.keys() & grads.keys():
         old, new, reached, size = before[name], after[name], int(grads[name].count_nonzero()), grads[name].numel()
         positive = old > 0
-        share = float(((new.abs() < 0.1 * old) & positive).sum() / positive.sum().clamp(min=1))
+        share = float(((new.abs() < 0.01 * old) & positive).sum() / positive.sum().clamp(min=1))
         if share > 0.5:
             warnings.warn(
                 f"the first outer step took {share:.0%} of hyperparameter {name!r} to zero, from {float(old.mean()):.3g} on "

@@ -290,3 +290,13 @@ def test_dropout_a_unit_and_example_weights_of_a_source_share_levels_at_the_rate
     own[source == 1] -= own[source == 1].mean()
     level = 0.3 * torch.tensor([-1.0, 1.0])  # the sums are 4 and -1
     torch.testing.assert_close(moves, level[source] + own, rtol=1e-5, atol=1e-6)
+
+
+def test_entries_are_drawn_to_the_mean_and_not_past_it() -> None:
+    """With a single validation example the pull would be ten times the offset."""
+    hparams = hoptim.HyperParameters({"a": torch.tensor([1.0, 2.0, 4.0])}, {"a": constraints.positive}, [{"a": ALL}])
+    outer = hparams.optimizer(validation=1)
+    for leaf in hparams.parameters():
+        leaf.grad = torch.zeros_like(leaf)
+    outer.step()
+    torch.testing.assert_close(hparams["a"].detach(), torch.full((3,), 2.0))
