@@ -13,11 +13,12 @@ from torch.distributions.transforms import Transform
 
 from hoptim.problem.constraint import bijection, described, is_nonnegative, to_leaf
 from hoptim.problem.level_adam import Level, LevelAdam
-from hoptim.problem.outer_rates import LOGARITHM, PULL, VALIDATION, rates_of
+from hoptim.problem.outer_rates import LOGARITHM, PULL, VALIDATION, check_validation, rates_of
 from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 from hoptim.validation import describe_type
 
 SHOWN = 5  # names that an error lists
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class HyperParameters(nn.Module):
@@ -57,6 +58,7 @@ class HyperParameters(nn.Module):
     [0.0, 0.0]
     """
 
+    _levels: Sequence[Mapping[str, Tensor]] = ()
     outer_rate: float | None = None  # of a kind of hyperparameters whose leaves need another one than their constraints say
 
     def __init__(
@@ -83,27 +85,35 @@ class HyperParameters(nn.Module):
             constraint, transform = bijection(name, given.get(name))
             self._add(name, nn.Parameter(to_leaf(name, value, constraint, transform)))
             self._constraints[name], self._transforms[name] = constraint, transform
+        if isinstance(levels, Mapping) or not isinstance(levels, Sequence):
+            raise TypeError(
+                f"levels is {describe_type(levels)}: give a list of dicts, such as [{{'decay': torch.tensor(0)}}]"
+            )
         if len(levels) > 2:
             raise ValueError(f"levels has {len(levels)} dicts: give at most two, the coarser one first")
         if not all(levels):
             raise ValueError("levels has an empty dict: give the numbers of levels by the names of hyperparameters")
         self._levels = [{name: self._checked_index(name, index) for name, index in level.items()} for level in levels]
+        self._levels = [_renumbered(level) for level in self._levels]
+        for level in self._levels:
+            if len({id(rates_of(self._constraints[name], self._transforms[name])) for name in level}) > 1:
+                raise ValueError(f"a level is shared by {', '.join(level)}, of several kinds: give a level to one kind each")
         if len(levels) == 2:
             _check_nested(*self._levels)
 
     def _checked_index(self, name: str, index: object) -> Tensor:
         """The numbers of the levels of a hyperparameter's entries."""
         shape = self._leaf(name).shape
-        if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype is torch.bool:
+        if not isinstance(index, Tensor) or index.dtype not in WHOLE:
             raise TypeError(f"the level of {name!r} is {describe_type(index)}: give a tensor of whole numbers from 0")
         try:
-            fits = torch.broadcast_shapes(index.shape, shape) == shape and not (index < 0).any()
+            fits = torch.broadcast_shapes(index.shape, shape) == shape
         except RuntimeError:
             fits = False
-        if not fits:
+        if not fits or bool((index < 0).any()):
             raise ValueError(
-                f"the level of {name!r} has shape {tuple(index.shape)} and numbers from {int(index.min())}: give whole "
-                f"numbers from 0, of a shape that broadcasts to {tuple(shape)}"
+                f"the level of {name!r} has shape {tuple(index.shape)} or negative numbers: give whole numbers from 0, of a "
+                f"shape that broadcasts to {tuple(shape)}"
             )
         return index.long()
 
@@ -204,9 +214,13 @@ class HyperParameters(nn.Module):
         rate should be small compared with the value.
 
         Args:
-            lr: one rate for all leaves instead, to which those of levels keep their proportion; default ``None``.
-            validation: how many validation examples there are, default 200. The fewer, the more entries are drawn to their
-                level, as :class:`LevelAdam` says, with δ = 100/``validation``.
+            lr: one rate for all leaves instead, without levels; default ``None``.
+            validation: how many validation examples there are, default 200. The fewer, the more the entries of a tensor are
+                drawn to their mean, as :class:`LevelAdam` says, with δ = 100/``validation``: at most they end at a factor of
+                e^(``validation``/100) from it, a start that differs more is drawn in, too.
+
+        Raises:
+            ValueError: ``validation`` is no positive whole number.
 
         >>> from torch.distributions import constraints
         >>> kinds = {"decay": constraints.positive, "weight": constraints.unit_interval}
@@ -214,19 +228,20 @@ class HyperParameters(nn.Module):
         >>> [group["lr"] for group in hparams.optimizer().param_groups], hparams.optimizer(lr=0.1).param_groups[0]["lr"]
         ([0.05, 0.3], 0.1)
         """
-        rates = {name: rates_of(kind, self._transforms[name]) for name, kind in self._constraints.items()}
         lr = self.outer_rate if lr is None else lr
-        options = {} if lr is None else {id(leaf): {**_usual(), "lr": lr} for leaf in self.parameters()}
-        for name, own in rates.items():
-            shares = any(name in level for level in self._levels)
-            chosen = own.of_entries(validation) if shares else {"lr": own.alone}
-            options[id(self._leaf(name))] = {**_usual(), **chosen, **({} if lr is None else {"lr": lr})}
+        if lr is not None:
+            return torch.optim.Adam(self.parameters(), lr=lr)
+        check_validation(validation)
+        rates = {name: rates_of(kind, self._transforms[name]) for name, kind in self._constraints.items()}
+        options: dict[int, dict[str, Any]] = {}
         levels: list[Level] = []
+        for name, own in rates.items():
+            shares, leaf = any(name in level for level in self._levels), self._leaf(name)
+            chosen = own.of_entries(validation, leaf.numel()) if shares else {"lr": own.alone}
+            options[id(leaf)] = {**_usual(), **chosen}
         for depth, level in enumerate(self._levels):
-            own = rates[next(iter(level))]
-            factor = 1.0 if lr is None else lr / own.entries["lr"]
-            chosen = {**own.levels[depth], "lr": factor * own.levels[depth]["lr"]}
-            levels.append(Level([(self._leaf(name), index) for name, index in level.items()], chosen, *levels[-1:]))
+            members = [(self._leaf(name), index) for name, index in level.items()]
+            levels.append(Level(members, rates[next(iter(level))].levels[depth], *levels[-1:]))
         return _joined(self, options, levels)
 
     @torch.no_grad()
@@ -237,13 +252,20 @@ class HyperParameters(nn.Module):
                 self._leaf(name).clamp_(min=0)
 
 
+def _renumbered(level: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same levels, numbered without gaps."""
+    _, numbers = torch.cat([index.flatten().cpu() for index in level.values()]).unique(return_inverse=True)
+    parts = numbers.split([index.numel() for index in level.values()])
+    return {name: part.reshape(index.shape) for (name, index), part in zip(level.items(), parts, strict=True)}
+
+
 def _check_nested(coarse: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless each of the finer levels is within one of the coarser ones."""
     if coarse.keys() != fine.keys():
         raise ValueError(f"the second dict of levels names {', '.join(fine)}, the first {', '.join(coarse)}: give the same")
-    both = [torch.stack(torch.broadcast_tensors(fine[name], coarse[name])).reshape(2, -1) for name in fine]
-    pairs = torch.cat(both, 1).unique(dim=1)
-    if pairs.shape[1] > len(pairs[0].unique()):
+    both = [torch.broadcast_tensors(fine[name], coarse[name]) for name in fine]
+    inner, outer = (torch.cat([pair[place].flatten() for pair in both]) for place in (0, 1))
+    if len((inner * (outer.max() + 1) + outer).unique()) > len(inner.unique()):
         raise ValueError("levels of the second dict of levels are not within one of the first: give the coarser one first")
 
 
@@ -292,6 +314,7 @@ def outer_adam(hparams: nn.Module, lr: float | None = None, *, validation: int |
     outer = _joined(hparams, {}, []) if own is None else own()
     for group in outer.param_groups:
         if "pull" in group and validation is not None:
+            check_validation(validation)
             group["pull"] = PULL / validation
     return outer
 
@@ -306,8 +329,11 @@ def _usual() -> dict[str, Any]:
     return torch.optim.Adam([torch.zeros(())], lr=LOGARITHM.alone).defaults
 
 
-def _joined(hparams: nn.Module, options: Mapping[int, Mapping[str, Any]], levels: Sequence[Level]) -> LevelAdam:
-    """Adam with these options, by the ids of leaves; for others as the outermost module inside with ``optimizer()`` says."""
+def _joined(hparams: nn.Module, options: Mapping[int, Mapping[str, Any]], levels: Sequence[Level]) -> torch.optim.Adam:
+    """Adam with these options, by the ids of leaves; for others as the outermost module inside with ``optimizer()`` says.
+
+    The options that come first hold, and the levels of a module whose leaves have none yet.
+    """
     shared = list(levels)
     for path, module in hparams.named_modules():
         own = _optimizer_of(module)
@@ -326,4 +352,5 @@ def _joined(hparams: nn.Module, options: Mapping[int, Mapping[str, Any]], levels
     groups: dict[frozenset[tuple[str, Any]], list[nn.Parameter]] = {}
     for leaf in hparams.parameters():
         groups.setdefault(frozenset(options.get(id(leaf), _usual()).items()), []).append(leaf)
-    return LevelAdam([{**dict(chosen), "params": leaves} for chosen, leaves in groups.items()], shared)
+    joined = [{**dict(chosen), "params": leaves} for chosen, leaves in groups.items()]
+    return LevelAdam(joined, shared) if shared else torch.optim.Adam(joined)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,15 +27,29 @@ class Level:
     options: Mapping[str, Any]
     above: Level | None = None
 
-    def __len__(self) -> int:
+    @cached_property
+    def count(self) -> int:
+        """How many levels there are."""
         return 1 + max(int(index.max()) for _, index in self.members)
+
+    @cached_property
+    def leaves(self) -> list[Tensor]:
+        """The leaves of the members."""
+        return [leaf for leaf, _ in self.members]
+
+    def zeros(self) -> Tensor:
+        """A number for each level, with the device of the leaves, in their precision or float32."""
+        like = self.leaves[0]
+        return torch.zeros(self.count, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
     def sums(self, parts: Sequence[Tensor | None]) -> Tensor:
         """For each level the sum over its entries of these tensors, one for each leaf; ``None`` counts as 0."""
-        total = self.members[0][0].new_zeros(len(self))
+        total = self.zeros()
+        total = total if total.device.type == "mps" else total.double()  # a sum of 2^24 ones is lost in float32
         for part, (_, index) in zip(parts, self.members, strict=True):
             if part is not None:
-                total.index_add_(0, index.flatten().to(total.device), part.sum_to_size(index.shape).flatten().to(total))
+                own = part.to(total).sum_to_size(index.shape).flatten()
+                total.index_add_(0, index.flatten().to(total.device), own)
         return total
 
     def spread(self, levels: Tensor) -> list[Tensor]:
@@ -42,19 +57,26 @@ class Level:
         return [levels[index.to(levels.device)].to(leaf) for leaf, index in self.members]
 
     def differences(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """These tensors, one for each leaf, without the mean over all entries of the same level."""
-        means = self.sums(parts) / self.sums([torch.ones_like(part) for part in parts])
+        """These tensors, one for each leaf, less the mean over all entries of a level; frozen leaves don't count."""
+        free = [part if leaf.requires_grad else None for part, leaf in zip(parts, self.leaves, strict=True)]
+        counts = self.sums([None if part is None else torch.ones_like(part) for part in free])
+        means = self.sums(free) / counts.clamp(min=1)
         return [part - mean for part, mean in zip(parts, self.spread(means), strict=True)]
 
+    @cached_property
     def siblings(self) -> Level | None:
-        """The levels themselves as entries of those above."""
+        """These levels as the entries of those above; ``None`` if there are none above."""
         if self.above is None:
             return None
-        index = torch.zeros(len(self), dtype=torch.long)
+        index = torch.zeros(self.count, dtype=torch.long)
         for (_, own), (_, above) in zip(self.members, self.above.members, strict=True):
             own, above = torch.broadcast_tensors(own.cpu(), above.cpu())
             index[own.flatten()] = above.flatten()
-        return Level([(self.members[0][0].new_zeros(len(self)), index)], {})
+        return Level([(self.zeros().requires_grad_(), index)], {})
+
+    def steps(self, moves: Tensor) -> list[Tensor]:
+        """For each leaf the steps of its entries' levels, whose own moves are given: what sets them apart from siblings."""
+        return self.spread(moves if self.siblings is None else self.siblings.differences([moves])[0])
 
 
 class LevelAdam(torch.optim.Adam):
@@ -64,21 +86,25 @@ class LevelAdam(torch.optim.Adam):
     finer level and the entries themselves move only by what sets them apart from others of the same level, and entries are
     drawn to the mean of theirs:
 
-        step of entry k:  −lr·(u_k − ū + δ·(θ_k − θ̄)),
+        step of entry k:  −lr·(u_k − ū + δ·(θ_k − θ̄)) and those of its levels,
 
-    where ū and θ̄ are means over the entries of its level. So the levels take the same way with one entry or many, and few
-    validation examples, which say little about single entries, leave them together.
+    where ū and θ̄ are means over the entries of its level; for a finer level ū is the mean over the levels beside it. So the
+    levels take the same way with one entry or many, and few validation examples, which say little about single entries,
+    leave them together. An entry whose gradient keeps its sign ends at 1/δ from θ̄.
 
     After each step the levels are added to the leaves and are 0 again, so that the leaves are all there is to read, save
-    and load. The param groups of the levels come after those of the leaves.
-
-    The rate of a group with ``"fall_after": h`` is lr/√(1 + t/h) after t steps: large at first, as the start may be far off,
-    and small later, since weights that follow a level late would make it swing. A group with ``"pull": δ`` has that one.
+    and load. Levels have param groups of their own, with the key ``"level"``. Frozen leaves stay. Gradients have to be there
+    before :meth:`step`, so that it takes no closure.
 
     Args:
-        params: the leaves, or groups of them, as for Adam.
-        levels: what shares a level, and the options of each; coarser ones before finer ones.
+        params: the leaves, or groups of them, as for Adam. In a group with ``"fall_after": h`` a step is 1/√(1 + t/h) times
+            as long after t steps: long at first, as the start may be far off, and short later, since weights that follow a
+            level late would make it swing. ``"pull"`` is δ.
+        levels: what shares a level, and the options of each.
         **options: those of Adam.
+
+    Raises:
+        TypeError: ``step`` gets a closure.
 
     Source: the non-centred parametrisation of hierarchical models: Papaspiliopoulos, Roberts and Sköld 2007, A general
         framework for the parametrization of hierarchical models, with Adam as the rule.
@@ -97,16 +123,15 @@ class LevelAdam(torch.optim.Adam):
     def __init__(self, params: Iterable[Any], levels: Iterable[Level] = (), **options: Any) -> None:
         super().__init__(params, **options)
         self.levels = list(levels)
-        for level in self.levels:
-            values = level.members[0][0].new_zeros(len(level))
-            self.add_param_group({"params": [values.requires_grad_()], **level.options})
+        for number, level in enumerate(self.levels):
+            self.add_param_group({"params": [level.zeros().requires_grad_()], **level.options, "level": number})
         self._register()
 
     def _register(self) -> None:
         self.register_step_pre_hook(_before)
         self.register_step_post_hook(_after)
         self.register_load_state_dict_pre_hook(_completed)
-        self._old: list[list[Tensor]] = []
+        self._old: dict[Tensor, Tensor] = {}  # the members before a step
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "levels": self.levels}
@@ -116,10 +141,10 @@ class LevelAdam(torch.optim.Adam):
         if "levels" in state:  # a copy, which torch makes without hooks
             self._register()
 
-    def shared(self) -> list[tuple[Level, Tensor]]:
-        """Each level, and its tensor in the last param groups."""
-        groups = self.param_groups[len(self.param_groups) - len(self.levels) :]
-        return [(level, group["params"][0]) for level, group in zip(self.levels, groups, strict=True)]
+    def shared(self) -> list[tuple[Level, dict[str, Any], Tensor]]:
+        """Each level, its param group, and the tensor in it."""
+        groups = [group for group in self.param_groups if "level" in group]
+        return [(self.levels[group["level"]], group, group["params"][0]) for group in groups]
 
     def finest(self) -> list[Level]:
         """The levels that have single entries below them."""
@@ -128,48 +153,54 @@ class LevelAdam(torch.optim.Adam):
 
 
 @torch.no_grad()
-def _before(optimizer: Optimizer, *_: Any) -> None:
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     assert isinstance(optimizer, LevelAdam)
-    for level, values in optimizer.shared():
-        grads = [leaf.grad for leaf, _ in level.members]
-        values.grad = None if all(grad is None for grad in grads) else level.sums(grads)
-    for group in optimizer.param_groups:
-        group["full"] = group.get("full", group["lr"])  # it is there already if the last step raised an error
-        group["lr"] = group["full"] * _fallen(group, optimizer.state)
-    optimizer._old = [[leaf.detach().clone() for leaf, _ in level.members] for level in optimizer.finest()]
+    if any(value is not None for value in (*args[1:], *kwargs.values())):
+        raise TypeError("step() got a closure, and levels need the gradients before: compute them first, then call step()")
+    for level, _, values in optimizer.shared():
+        grads = [leaf.grad if leaf.requires_grad else None for leaf in level.leaves]
+        values.data = values.data.to(level.zeros())  # the leaves may have been moved or cast since
+        values.grad = None if all(grad is None for grad in grads) else level.sums(grads).to(values)
+    optimizer._old = {leaf: leaf.detach().clone() for level in optimizer.finest() for leaf in level.leaves}
 
 
 @torch.no_grad()
 def _after(optimizer: Optimizer, *_: Any) -> None:
     assert isinstance(optimizer, LevelAdam)
-    pulls: dict[Tensor, float] = {}
-    for group in optimizer.param_groups:
-        pulls |= dict.fromkeys(group["params"], min(group["lr"] * group.get("pull", 0.0), 1.0))  # 1 takes them to the mean
-    for level, old in zip(optimizer.finest(), optimizer._old, strict=True):
-        leaves = [leaf for leaf, _ in level.members]
-        moves = level.differences([leaf - before for leaf, before in zip(leaves, old, strict=True)])
-        for leaf, before, move, offset in zip(leaves, old, moves, level.differences(old), strict=True):
-            if leaf.grad is not None:
-                leaf.copy_(before + move - pulls.get(leaf, 0.0) * offset)
-    for level, values in optimizer.shared():
-        siblings = level.siblings()
-        steps = level.spread(values if siblings is None else siblings.differences([values])[0])
-        for member, step in zip(level.members, steps, strict=True):
-            member[0].add_(step)
+    groups = {leaf: group for group in optimizer.param_groups for leaf in group["params"]}
+    old, done = optimizer._old, {leaf: _steps(optimizer, leaf) for leaf in optimizer._old}
+    for level in optimizer.finest():
+        before = [old[leaf] for leaf in level.leaves]
+        moves = level.differences([leaf - was for leaf, was in zip(level.leaves, before, strict=True)])
+        for leaf, was, move, offset in zip(level.leaves, before, moves, level.differences(before), strict=True):
+            if leaf.grad is not None and leaf in groups:
+                fall = _fallen(groups[leaf], done[leaf])
+                pull = min(fall * groups[leaf]["lr"] * groups[leaf].get("pull", 0.0), 1.0)  # 1 takes it to the mean
+                leaf.copy_(was + fall * move - pull * offset)
+    for level, group, values in optimizer.shared():
+        fall = _fallen(group, max(_steps(optimizer, values), *(done[leaf] for leaf in level.leaves)))
+        for leaf, step in zip(level.leaves, level.steps(fall * values), strict=True):
+            if leaf.requires_grad:
+                leaf.add_(step)
         values.zero_()
         values.grad = None
-    for group in optimizer.param_groups:
-        group["lr"] = group.pop("full")
-    optimizer._old = []
+    optimizer._old = {}
 
 
-def _fallen(group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Any]]) -> float:
-    """1/√(1 + t/h) after t steps of a group with ``fall_after``; else 1."""
-    steps = max((float(state[leaf].get("step", 0)) for leaf in group["params"] if leaf in state), default=0.0)
-    return (1 + steps / group["fall_after"]) ** -0.5 if "fall_after" in group else 1.0
+def _steps(optimizer: Optimizer, leaf: Tensor) -> float:
+    """How many steps Adam has taken with this tensor."""
+    return float(optimizer.state[leaf].get("step", 0.0)) if leaf in optimizer.state else 0.0
+
+
+def _fallen(group: Mapping[str, Any], steps: float) -> float:
+    """1/√(1 + t/h) in the step after t others, of a group with ``fall_after``; else 1."""
+    return (1 + max(steps - 1, 0.0) / group["fall_after"]) ** -0.5 if "fall_after" in group else 1.0
 
 
 def _completed(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state that was saved by Adam, without levels, gets their groups; they begin anew."""
-    own, saved = optimizer.state_dict()["param_groups"], state_dict["param_groups"]
-    return {**state_dict, "param_groups": [*saved, *own[len(saved) :]]}
+    """A state that was saved by Adam, without levels, gets their groups; they begin at the rates of its leaves' steps."""
+    saved = state_dict["param_groups"]
+    if any("level" in group for group in saved):
+        return state_dict
+    own = [group for group in optimizer.state_dict()["param_groups"] if "level" in group]
+    return {**state_dict, "param_groups": [*saved, *own]}

@@ -10,6 +10,7 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, ExpTransform, SigmoidTransform, Transform
 
 from hoptim.problem.constraint import is_nonnegative
+from hoptim.validation import is_whole
 
 VALIDATION = 200  # how many validation examples there are, if nobody says
 PULL = 100  # an offset of 1 is drawn to its level as much as Adam moves it, if there are as many validation examples
@@ -23,7 +24,7 @@ class Rates:
         alone: the rate of a leaf that shares no level, from scripts/defaults.py.
         levels: the options of levels, the coarser one first, from scripts/arrive.py.
         entries: those of leaves that share levels.
-        is_drawn: whether entries are drawn to their level.
+        is_drawn: whether the entries of a tensor are drawn to their mean.
     """
 
     alone: float
@@ -36,9 +37,9 @@ class Rates:
         """One rate for levels and entries."""
         return cls(alone=lr, levels=({"lr": lr}, {"lr": lr}), entries={"lr": lr})
 
-    def of_entries(self, validation: int) -> dict[str, Any]:
-        """The options of leaves that share levels, for so many validation examples."""
-        return {**self.entries, **({"pull": PULL / validation} if self.is_drawn else {})}
+    def of_entries(self, validation: int, count: int) -> dict[str, Any]:
+        """The options of a leaf of ``count`` entries that shares levels, for so many validation examples."""
+        return {**self.entries, **({"pull": PULL / validation} if self.is_drawn and count > 1 else {})}
 
 
 _FALLING = {"eps": 1e-12, "fall_after": 2.0}  # the gradients of 10,000 decays are of the size of Adam's usual eps
@@ -49,6 +50,12 @@ LOGARITHM = Rates(
     is_drawn=True,
 )
 LOGISTIC, PROJECTED, FREE = Rates.steady(0.3), Rates.steady(0.01), Rates.steady(0.1)
+
+
+def check_validation(validation: object) -> None:
+    """Raise ValueError unless it is a positive whole number."""
+    if not (is_whole(validation) and validation >= 1):  # type: ignore[operator]
+        raise ValueError(f"validation is {validation!r}: give the number of validation examples")
 
 
 def rates_of(constraint: Constraint, transform: Transform) -> Rates:

@@ -81,9 +81,11 @@ class ExampleWeights(HyperParameters):
     def __init__(self, n: int, *, start: float = 0.5, trusted: Trusted | None = None, groups: Tensor | None = None) -> None:
         check_count("n", n, "the number of examples")
         check_between("start", start, 0, 1)
-        levels = () if groups is None else [{NAME: groups}]
+        mask, levels = _mask(n, trusted), [] if groups is None else [{NAME: groups}]
         super().__init__({NAME: torch.full((n,), float(start))}, {NAME: constraints.unit_interval}, levels)
-        self.register_buffer("trusted", _mask(n, trusted))
+        if groups is not None:  # those of fixed weight are in a group of their own
+            self._levels = [{NAME: groups.long().cpu().masked_fill(mask, int(groups.max()) + 1)}]
+        self.register_buffer("trusted", mask)
         self.register_buffer("start", self._leaf(NAME).detach().clone())
 
     def __getitem__(self, name: str) -> Tensor:

@@ -15,8 +15,8 @@ class PriorScale(WeightDecay):
     """Learned scales σ_k of priors w_k ~ N(0, σ_k²), and their negative log density for each example, Σ_k ‖w_k‖²/(2σ_k²·n).
 
     Added to the mean of −log p(y|x, w) over the n training examples, it gives the negative log posterior divided by n. It is
-    a :class:`WeightDecay` with λ_k = 1/(n·σ_k²) and the leaves log λ_k: a step of Adam at 0.05 changes σ_k by about 2.5 %.
-    The decay scales with the size of the data, so the same σ_k suits a data set of another size.
+    a :class:`WeightDecay` with λ_k = 1/(n·σ_k²), the leaves log λ_k, and its levels. The decay scales with the size of the
+    data, so the same σ_k suits a data set of another size.
 
     Args:
         model: as in :class:`WeightDecay`, like ``per`` and ``include``.

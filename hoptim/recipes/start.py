@@ -60,9 +60,9 @@ def held(module: nn.Module, name: str) -> Any:
     *path, last = name.split(".")
     part: Any = module
     for group in path:
-        if (part := part._modules.get(group)) is None:
+        if (part := getattr(part, group, None)) is None:
             return None
-    return part._modules.get(last, part._parameters.get(last))
+    return part._parameters.get(last) if last in part._parameters else getattr(part, last, None)
 
 
 def cast(value: Tensor, like: Tensor) -> Tensor:

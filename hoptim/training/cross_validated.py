@@ -114,7 +114,7 @@ class CrossValidated:
             scikit-learn yields, such as ``StratifiedKFold(3).split(x, y)``: pairs of indices, (train, held out). Held-out
             parts may overlap.
         warmup: the share of the steps before hypersteps begin, default 0.25.
-        hypersteps: their number, default 20, at equal distances from the warm-up to the end.
+        hypersteps: their number, default 25, at equal distances from the warm-up to the end.
         average: whether to take the mean of the leaves over the second half of the hypersteps, the default, or their last
             values.
         options: as in :class:`BilevelOptimizer`.
@@ -154,7 +154,7 @@ class CrossValidated:
     >>> decay = WeightDecay(make(), start=1e-2)
     >>> found = CrossValidated(make, decay, train_loss, val_loss, inner=inner, examples=60, steps=200).fit(train)
     >>> len(found.models), len(found.history), bool(found.hyperparameters["decay.weight"] > 1e-2)
-    (3, 20, True)
+    (3, 25, True)
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class CrossValidated:
         steps: int | Callable[[int], int],
         folds: int | Iterable[Any] = 3,
         warmup: float = 0.25,
-        hypersteps: int = 20,
+        hypersteps: int = 25,
         average: bool = True,
         options: Mapping[str, Any] | None = None,
         hypergradient: Method | None = None,

@@ -46,8 +46,7 @@ def recipe(decay, rest):
 
 
 hparams = recipe(decay=0.01, rest=0.05)
-outer = torch.optim.Adam(hparams.parameters(), lr=0.1)  # so 60 hypersteps may change a decay by a factor of 400
-settings = {"inner": inner, "outer": outer, "examples": 200, "steps": lambda n: 375 * -(-n // 50)}
+settings = {"inner": inner, "examples": 200, "steps": lambda n: 375 * -(-n // 50)}
 found = hoptim.CrossValidated(make, hparams, train_loss, val_loss, **settings).fit(train)
 print(f"learned, in {found.cost:.1f} trainings: test cross-entropy {F.cross_entropy(found.model(x_test), y_test):.3f}")
 for decay in (0.001, 0.01, 0.1):  # the same training with a fixed decay alone
