@@ -240,8 +240,9 @@ class HyperParameters(nn.Module):
             chosen = own.of_entries(validation, leaf.numel()) if shares else {"lr": own.alone}
             options[id(leaf)] = {**_usual(), **chosen}
         for depth, level in enumerate(self._levels):
-            members = [(self._leaf(name), index) for name, index in level.items()]
-            levels.append(Level(members, rates[next(iter(level))].levels[depth], *levels[-1:]))
+            if free := {name: index for name, index in level.items() if self._leaf(name).requires_grad}:
+                members = [(self._leaf(name), index) for name, index in _renumbered(free).items()]
+                levels.append(Level(members, rates[next(iter(free))].levels[depth], *levels[-1:]))
         return _joined(self, options, levels)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method, check_method, checked_problem, held
+from hoptim.problem.level_adam import LevelAdam
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
 from hoptim.validation import describe_type, is_finite, is_whole, listed
@@ -81,6 +82,11 @@ def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> No
         if isinstance(getattr(optimizer, "problem", None), Problem):
             raise TypeError(f"{name} is {describe_type(optimizer)} already: give the optimizer inside it, as its .{name}")
     checked_problem(problem)
+    if not isinstance(outer, LevelAdam) and any("fall_after" in group for group in outer.param_groups):
+        raise ValueError(
+            "outer has param groups of hparams.optimizer(), without the levels that belong to them: give "
+            "hoptim.outer_adam(hparams), which serves several recipes"
+        )
     if isinstance(outer, LBFGS):
         raise ValueError("outer is an LBFGS, which needs a closure that a hyperstep has not: take SGD or Adam")
     weights = {id(p): name for name, p in problem.model.named_parameters()}

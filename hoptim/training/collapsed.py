@@ -12,10 +12,12 @@ GONE = 0.01  # of the norm at the start; in scripts/arrive.py models that learne
 
 
 def norms(problem: Problem) -> dict[str, float]:
-    """The norms of the weights of two axes or more; others, such as biases, may begin and stay near zero."""
-    weights = {name: weight.detach() for name, weight in problem.weights().items() if weight.ndim > 1}
-    found = torch._foreach_norm(list(weights.values())) if weights else []
-    return {name: float(norm) for name, norm in zip(weights, found, strict=True)}
+    """The norms of the matrices among the weights; others, such as biases and scales, may begin and stay near zero."""
+    live = problem.weights().items()
+    weights = {name: weight.detach() for name, weight in live if weight.ndim > 1 and min(weight.shape[:2]) > 1}
+    wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in weights.items()}
+    found = [torch.linalg.vector_norm(weight, dtype=wide[name]).float() for name, weight in weights.items()]
+    return dict(zip(weights, torch.stack([one.to(found[0].device) for one in found]).tolist() if found else [], strict=True))
 
 
 def collapsed(problem: Problem, begun: Mapping[str, float]) -> dict[str, str]:
@@ -25,7 +27,7 @@ def collapsed(problem: Problem, begun: Mapping[str, float]) -> dict[str, str]:
     if name is None or not shares[name] < GONE:
         return {}
     return {
-        "collapsed": f"weight {name!r} is at {shares[name]:.2g} of the norm that it had when training began: if nothing "
-        "else takes it to zero, a decay is too large, the model hardly depends on its input, and hypergradients say little. "
-        "Start again with a smaller decay"
+        "collapsed": f"weight {name!r} is at {shares[name]:.2g} of the norm that it had when training began. If a decay "
+        "takes it to zero, it is too large: the model hardly depends on its input, and hypergradients say little. Start "
+        "again with a smaller one"
     }

@@ -132,6 +132,7 @@ class Progress:
             "hyper_steps": self.hyper_steps,
             "solver_state": dict(self.solver_state),
             "last_gradient": dict(self.last_gradient),
+            "norms": dict(self.norms),
             "trajectory": self.recorder.state_dict(),
             **({"option_starts": computed} if computed else {}),
         }
@@ -143,6 +144,7 @@ class Progress:
         device = next(iter(weights.values())).device
         self.solver_state = {name: vector.to(device) for name, vector in saved["solver_state"].items()}
         self.last_gradient = _beside(saved["last_gradient"], leaves)
+        self.norms = saved.get("norms", self.norms)  # an earlier version has none
         self.recorder.load_state_dict(saved["trajectory"], problem, inner)
         begun = saved.get("option_starts", ())
         self.learned_options = restarted(self.learned_options, begun)

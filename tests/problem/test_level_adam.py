@@ -305,3 +305,103 @@ def test_entries_are_drawn_to_the_mean_and_not_past_it() -> None:
         leaf.grad = torch.zeros_like(leaf)
     outer.step()
     torch.testing.assert_close(hparams["a"].detach(), torch.full((3,), 2.0))
+
+
+def test_a_frozen_leaf_stays_and_does_not_count() -> None:
+    hparams, alone = (WeightDecay(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), per="channel").double() for _ in "ab")
+    frozen, free = hparams.parameters()
+    frozen.requires_grad_(False)
+    before, outer = frozen.clone(), hparams.optimizer()
+    free.grad = torch.tensor([3.0, -1.0]).double()
+    outer.step()
+    assert torch.equal(frozen, before)
+    one = hoptim.HyperParameters({"a": alone["decay.1.weight"].detach()}, {"a": constraints.positive}, [{"a": ALL}])
+    for leaf in one.parameters():
+        leaf.grad = torch.tensor([3.0, -1.0]).double()
+    one.optimizer().step()
+    torch.testing.assert_close(free.detach(), one["a"].detach().log(), rtol=1e-12, atol=0)
+
+
+def test_a_group_that_is_added_later_is_no_level() -> None:
+    hparams, extra = made(), nn.Parameter(torch.tensor([5.0]).double())
+    outer, alone = hparams.optimizer(), made()
+    outer.add_param_group({"params": [extra], "lr": 0.1})
+    expected = moved(alone, alone.optimizer(), 1)
+    extra.grad = torch.tensor([-1.0]).double()
+    loss_of(dict(hparams.named_parameters())).backward()
+    outer.step()
+    assert torch.equal(torch.cat([leaf.detach().flatten() for leaf in hparams.parameters()]), expected)
+    assert extra.item() == pytest.approx(5.1)
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3, 4], [0, 10, 20, 10**13]])
+def test_how_levels_are_numbered_does_not_matter(numbers: list[int]) -> None:
+    def after(index: Tensor) -> Tensor:
+        hparams = hoptim.HyperParameters(
+            {"a": torch.ones(4).double()}, {"a": constraints.positive}, [{"a": ALL}, {"a": index}]
+        )
+        return moved(hparams, hparams.optimizer(), 2, lambda leaves: (leaves["a"] * torch.tensor([1.0, 2, 3, -4])).sum())
+
+    assert torch.equal(after(torch.tensor(numbers)), after(torch.arange(4)))
+
+
+def test_sums_and_means_are_exact_in_half_precision_and_over_many_entries() -> None:
+    leaf = torch.zeros(4000, dtype=torch.float16, requires_grad=True)
+    outer = LevelAdam([leaf], [Level([(leaf, torch.zeros(4000, dtype=torch.long))], {"lr": 0.5})], lr=0.1)
+    leaf.grad = torch.ones_like(leaf)
+    outer.step()
+    assert leaf.detach().unique().tolist() == [-0.5]
+    many = torch.ones(2**24 + 8)
+    level = Level([(many, torch.zeros(1, dtype=torch.long))], {})
+    assert level.sums([many]).item() == 2**24 + 8
+
+
+def test_leaves_may_be_cast_after_the_optimizer_is_made() -> None:
+    hparams, doubled = made().float(), made()
+    outer = hparams.optimizer()
+    hparams.double()
+    torch.testing.assert_close(moved(hparams, outer, 3), moved(doubled, doubled.optimizer(), 3), rtol=1e-6, atol=1e-6)
+
+
+def test_a_closure_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"step\(\) got a closure"):
+        made().optimizer().step(lambda: torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("validation", [0, -5, 0.5, None, "a", True])
+def test_a_number_of_validation_examples_that_is_none_is_refused(validation: Any) -> None:
+    with pytest.raises(ValueError, match=r"validation is .*: give the number of validation examples"):
+        made().optimizer(validation=validation)
+
+
+def test_entries_of_one_number_each_are_not_drawn_together() -> None:
+    hparams = WeightDecay(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    hparams["decay.0.weight"] = torch.tensor(1e-1)
+    hparams["decay.1.weight"] = torch.tensor(1e-6)
+    for leaf in hparams.parameters():
+        leaf.grad = torch.zeros_like(leaf)
+    hparams.optimizer().step()
+    torch.testing.assert_close(hparams["decay.0.weight"].item(), 0.1, rtol=1e-5, atol=0)
+
+
+def test_groups_of_a_recipe_without_their_levels_are_refused() -> None:
+    model = nn.Linear(3, 1)
+    hparams = nn.ModuleDict({"decay": WeightDecay(model, per="weight"), "smoothing": LabelSmoothing()})
+    groups = [group for one in hparams.values() for group in one.optimizer().param_groups]  # type: ignore[operator]
+    problem = hoptim.Problem(model, hparams, lambda *_: model.weight.sum(), lambda *_: model.weight.sum())
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="without the levels that belong to them: give hoptim"):
+        hoptim.BilevelOptimizer(inner, torch.optim.Adam(groups), problem, val_batches=[0])
+
+
+def test_trusted_examples_do_not_count_in_the_level_of_their_group() -> None:
+    moves = []
+    for n, trusted in ((2, None), (10, range(2, 10))):
+        weights = ExampleWeights(n, trusted=trusted, groups=torch.zeros(n, dtype=torch.long))
+        leaf = next(weights.parameters())
+        leaf.grad = torch.zeros_like(leaf)
+        leaf.grad[:2] = torch.tensor([1.0, -3.0])
+        weights.optimizer().step()
+        moves.append(leaf.detach()[:2].tolist())
+    assert moves[0] == pytest.approx([0.0, 0.6], abs=1e-6), "the level by 0.3, each by as much from the mean"
+    assert moves[1] == pytest.approx(moves[0], abs=1e-6)
