@@ -320,6 +320,12 @@ def test_a_frozen_leaf_stays_and_does_not_count() -> None:
         leaf.grad = torch.tensor([3.0, -1.0]).double()
     one.optimizer().step()
     torch.testing.assert_close(free.detach(), one["a"].detach().log(), rtol=1e-12, atol=0)
+    later = alone.optimizer()  # and a leaf that is frozen afterwards
+    moving, kept = alone.parameters()
+    moving.grad, before = torch.ones_like(moving), kept.clone()
+    kept.requires_grad_(False)
+    later.step()
+    assert torch.equal(kept, before)
 
 
 def test_a_group_that_is_added_later_is_no_level() -> None:
@@ -351,9 +357,9 @@ def test_sums_and_means_are_exact_in_half_precision_and_over_many_entries() -> N
     leaf.grad = torch.ones_like(leaf)
     outer.step()
     assert leaf.detach().unique().tolist() == [-0.5]
-    many = torch.ones(2**24 + 8)
-    level = Level([(many, torch.zeros(1, dtype=torch.long))], {})
-    assert level.sums([many]).item() == 2**24 + 8
+    many = torch.ones(2**24 + 8, dtype=torch.float32)  # which has no 2^24 + 1
+    level = Level([(many, (torch.arange(len(many)) == 0).long())], {})
+    assert level.sums([many]).tolist() == [2**24 + 7, 1]
 
 
 def test_leaves_may_be_cast_after_the_optimizer_is_made() -> None:
@@ -400,8 +406,8 @@ def test_trusted_examples_do_not_count_in_the_level_of_their_group() -> None:
         weights = ExampleWeights(n, trusted=trusted, groups=torch.zeros(n, dtype=torch.long))
         leaf = next(weights.parameters())
         leaf.grad = torch.zeros_like(leaf)
-        leaf.grad[:2] = torch.tensor([1.0, -3.0])
+        leaf.grad[:2] = torch.tensor([1.0, 2.0])
         weights.optimizer().step()
         moves.append(leaf.detach()[:2].tolist())
-    assert moves[0] == pytest.approx([0.0, 0.6], abs=1e-6), "the level by 0.3, each by as much from the mean"
+    assert moves[0] == pytest.approx([-0.3, -0.3], abs=1e-6), "by their level alone"
     assert moves[1] == pytest.approx(moves[0], abs=1e-6)

@@ -19,8 +19,8 @@ def told(start: float, steps: int = 60, *, zero: bool = False) -> tuple[list[str
     """The warnings about weights in a training with this decay, and the model."""
     torch.manual_seed(0)
     x = torch.randn(40, 4)
-    y = x.sum(1, keepdim=True)
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    y = x[:, :2].cumsum(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     if zero:
         nn.init.zeros_(model[2].weight)
     decay = WeightDecay(model, start=start)
@@ -52,7 +52,7 @@ def test_a_decay_that_takes_the_weights_to_zero_is_told_once_with_the_share() ->
     assert found is not None
     torch.manual_seed(0)
     torch.randn(40, 4)
-    first = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))[int(found[1])].weight
+    first = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))[int(found[1])].weight
     _, model = told(10.0, steps=20)  # as it was at the first hyperstep, which told
     share = (model.get_parameter(f"{found[1]}.weight").norm() / first.norm()).item()
     assert float(found[2]) == pytest.approx(share, rel=0.05)
