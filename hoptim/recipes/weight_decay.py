@@ -68,7 +68,7 @@ class WeightDecay(HyperParameters):
     ...     optimizer.loss(torch.arange(20)).backward()
     ...     optimizer.step()
     >>> decay                                                           # the labels are noise, so decays grow
-    WeightDecay(per='tensor', norm=2): 2 decays of 56 weights in 2 tensors, from 0.494 to 0.82
+    WeightDecay(per='tensor', norm=2): 2 decays of 56 weights in 2 tensors, from 0.564 to 1.03
     """
 
     def __init__(

@@ -61,7 +61,7 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
         task.train_loss,
         task.val_loss,
         inner=lambda model: instantiate(cfg.inner)(model.parameters()),
-        outer=outer_of(cfg, hparams),
+        outer=outer_of(cfg, hparams, len(joined)),
         examples=len(joined),
         steps=cfg.outer_steps * cfg.inner_steps,
         folds=cfg.folds,

@@ -58,7 +58,7 @@ class Run:
         records: list[hoptim.Record] = []
         optimizer = hoptim.BilevelOptimizer(
             instantiate(cfg.inner)(problem.model.parameters()),
-            outer_of(cfg, problem.hparams),
+            outer_of(cfg, problem.hparams, len(parts["val"])),
             problem,
             val_batches=batches_of(processes.share(parts["val"]), processes.share_of(cfg.val_batch_size)),
             options=dict(cfg.options) or None,
@@ -142,10 +142,10 @@ def scheduler_for(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> Any:
     return instantiate(cfg.scheduler)(optimizer) if cfg.scheduler else None
 
 
-def outer_of(cfg: DictConfig, hparams: nn.Module) -> torch.optim.Optimizer:
-    """The outer optimizer: hoptim's Adam with a rate for each constraint, or one of torch's."""
+def outer_of(cfg: DictConfig, hparams: nn.Module, validation: int) -> torch.optim.Optimizer:
+    """The outer optimizer for so many validation examples: hoptim's, with rates by constraint, or one of torch's."""
     make = instantiate(cfg.outer)
-    return make(hparams if make.func is outer_adam else hparams.parameters())
+    return make(hparams, validation=validation) if make.func is outer_adam else make(hparams.parameters())
 
 
 def set_hyperparameters(problem: hoptim.Problem, values: Mapping[str, Tensor]) -> None:

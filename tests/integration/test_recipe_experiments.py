@@ -478,8 +478,8 @@ def test_the_picture_has_the_retrained_loss_and_no_validation_loss_of_what_train
 
 @pytest.mark.parametrize("name", sorted(Classification.places - {"step"}))
 def test_every_recipe_learns_by_folds(name: str, tmp_path, monkeypatch, float32: None) -> None:
-    count = 60 if name == "weight_decay" else 6  # the first is the default
-    if count < 60:
+    count = 25 if name == "weight_decay" else 6  # the first is the default
+    if count < 25:
         monkeypatch.setattr(hoptim, "CrossValidated", partial(hoptim.CrossValidated, hypersteps=count))
     net = "cnn" if name.startswith("augmentation") else "mlp"
     options = ["experiment=[]", "name=try", "task=classification", f"task/model_of={net}", f"hoptim/recipe=[{name}]"]
