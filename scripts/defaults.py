@@ -28,7 +28,7 @@ from common.records import five_digits, read_records, write_records, write_whole
 from common.tables import wide_console
 from learning_tasks import pictures, tables
 from learning_tasks.scores import CHOSEN_ON, Results
-from learning_tasks.settings import BY_CONSTRAINT, DEFAULT, SETTINGS, setting_of
+from learning_tasks.settings import BY_CONSTRAINT, DEFAULT, LEVELS, SETTINGS, setting_of
 from learning_tasks.tasks import TASKS
 from learning_tasks.training import Row, references, run
 from rich.console import Console
@@ -54,13 +54,14 @@ def studied(tasks: Sequence[str], settings: Sequence[str], seeds: Sequence[int],
 
 def report(results: Results, console: Console) -> None:
     """Print all tables."""
-    names = [name for name in SETTINGS if name not in (DEFAULT, BY_CONSTRAINT)]
+    names = [name for name in SETTINGS if name not in (DEFAULT, BY_CONSTRAINT, LEVELS)]
     console.print(tables.of_settings(results, names, CHOSEN_ON))
     console.print(tables.held_out(results))
     console.print(tables.by_constraint(results))
     console.print(tables.of_rates(results))
     fresh = {seed for _, _, seed in results.rows} - set(CHOSEN_ON)
     console.print(tables.fresh(results, BY_CONSTRAINT, fresh))
+    console.print(tables.of_levels(results))
     console.print(tables.of_tasks(results))
 
 
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         combinations = dict.fromkeys(Results(rows).combination(half) for half in "AB")
         rows = studied(options.tasks, list(combinations), CHOSEN_ON, *where)
         fresh = range(len(CHOSEN_ON), len(CHOSEN_ON) + options.more)
-        rows = studied(options.tasks, [DEFAULT, BY_CONSTRAINT], fresh, *where)
+        rows = studied(options.tasks, [DEFAULT, BY_CONSTRAINT, LEVELS], fresh, *where)
     results = Results(rows)
     report(results, console)
     if options.save:

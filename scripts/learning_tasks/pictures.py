@@ -10,7 +10,7 @@ from common.pictures import plt, save
 from matplotlib import ticker
 
 from learning_tasks.scores import CHOSEN_ON, Results, half_of
-from learning_tasks.settings import BY_CONSTRAINT, DEFAULT, SETTINGS
+from learning_tasks.settings import BY_CONSTRAINT, DEFAULT, LEVELS, SETTINGS
 from learning_tasks.tasks import TASKS
 
 ADAM = {float(name.split()[1]): name for name in SETTINGS if name.startswith("Adam ")} | {0.05: DEFAULT}
@@ -26,7 +26,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _settings(results: Results, axis: Any) -> None:
-    known = [name for name in SETTINGS if name not in (DEFAULT, BY_CONSTRAINT)]
+    known = [name for name in SETTINGS if name not in (DEFAULT, BY_CONSTRAINT, LEVELS)]
     names = [name for name in known if results.score(name, results.tasks, CHOSEN_ON)]
     for half, colour, shift in (("A", "C0", -0.17), ("B", "C1", 0.17)):
         tasks = half_of(half, results.tasks)

@@ -15,18 +15,29 @@ from hoptim import CG, MINRES, Exact, GaussNewton, Identity, Implicit, Neumann
 from hoptim.curvature.linearization import Curvature
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.problem.hyperparameters import outer_adam
+from hoptim.problem.outer_rates import rates_of
 from hoptim.solvers.solution import State
 from learning_tasks.tasks import Task
 
 Outer = Callable[[nn.Module], torch.optim.Optimizer]
 DEFAULT = "MINRES 5, warm-up 0.25, Adam 0.05"
-BY_CONSTRAINT = "rates by constraint"
+BY_CONSTRAINT, LEVELS = "rates by constraint", "levels"
 JOINT = " & "
 
 
 def on_leaves(hparams: nn.Module, *, kind: Any = torch.optim.Adam, lr: float = 0.05) -> torch.optim.Optimizer:
     """An outer optimizer with one rate for all hyperparameters."""
     return kind(hparams.parameters(), lr=lr)
+
+
+def by_constraint(hparams: nn.Module) -> torch.optim.Optimizer:
+    """Adam on each leaf by itself, at the rate of its constraint."""
+    groups: dict[float, list[Tensor]] = {}
+    for part in hparams.modules():
+        if isinstance(part, hoptim.HyperParameters):
+            for name, kind in part._constraints.items():
+                groups.setdefault(rates_of(kind, part._transforms[name]).alone, []).append(part._leaf(name))
+    return torch.optim.Adam([{"params": leaves, "lr": rate} for rate, leaves in groups.items()])
 
 
 def _always(task: Task) -> bool:
@@ -140,7 +151,8 @@ SETTINGS: dict[str, Setting] = {
     **{f"warm-up {share:g}": Setting(factor="warm-up", warmup=share) for share in (0.0, 0.1, 0.5)},
     **{f"Adam {lr:g}": _outer(torch.optim.Adam, lr) for lr in (0.003, 0.01, 0.03, 0.1, 0.3, 1)},
     **{f"SGD {lr:g}": _outer(torch.optim.SGD, lr) for lr in (1, 10)},
-    BY_CONSTRAINT: Setting(factor="rates", outer=outer_adam),
+    BY_CONSTRAINT: Setting(factor="rates", outer=by_constraint),
+    LEVELS: Setting(factor="rates", outer=outer_adam, differs=lambda task: "positive" in task.constraint),
     "last leaves": Setting(factor="average", average=False, differs=lambda task: task.folds is not None),
 }
 

@@ -11,7 +11,7 @@ from common.tables import table
 from rich.table import Table
 
 from learning_tasks.scores import CHOSEN_ON, Results, half_of, log_ratio
-from learning_tasks.settings import DEFAULT, SETTINGS
+from learning_tasks.settings import BY_CONSTRAINT, DEFAULT, LEVELS, SETTINGS
 from learning_tasks.tasks import HALVES, TASKS
 from learning_tasks.training import JOINED, PLAIN, Row
 
@@ -120,6 +120,19 @@ def fresh(results: Results, name: str, seeds: Collection[int]) -> Table:
         if score := results.score(name, half_of(half, results.tasks), seeds):
             change = percent_and_error(score.mean, score.error)
             found.add_row(half, f"{score.wins} of {score.tasks} better", change, str(score.seeds))
+    return found
+
+
+def of_levels(results: Results) -> Table:
+    """Decays that share levels against the same rates without, on the seeds that chose settings and on others."""
+    found = table("levels against rates by constraint, in per cent", "task", "seeds that chose", "others")
+    for task in results.tasks:
+        seeds = sorted(seed for name, setting, seed in results.rows if (name, setting) == (task, LEVELS))
+        pairs = {seed: (results.row(task, LEVELS, seed), results.row(task, BY_CONSTRAINT, seed)) for seed in seeds}
+        ratios = {seed: log_ratio(a.test, b.test) for seed, (a, b) in pairs.items() if a is not None and b is not None}
+        if ratios:
+            parts = ([ratio for seed, ratio in ratios.items() if (seed in CHOSEN_ON) is old] for old in (True, False))
+            found.add_row(task, *map(of_ratios, parts))
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import defaults
 import pytest
 import torch
-from learning_tasks import data, pictures, scores, settings, tasks, training
+from learning_tasks import data, pictures, scores, settings, tables, tasks, training
 from learning_tasks.scores import Results
 from learning_tasks.settings import DEFAULT, SETTINGS
 from learning_tasks.tasks import HALVES, TASKS
@@ -241,7 +241,7 @@ def test_the_command_goes_on_where_it_was_killed_and_draws_from_the_rows(tmp_pat
     assert {seed for _, _, seed in again} == {0, 1, 2, 3}
     assert ("rare", "Adam 0.3", 2) in again  # the shortest names are the best here
     assert ("rare", "CG 5 & Adam 1", 2) in again
-    assert {setting for _, setting, seed in again if seed == 3} == {DEFAULT, settings.BY_CONSTRAINT}
+    assert {setting for _, setting, seed in again if seed == 3} == {DEFAULT, settings.BY_CONSTRAINT, settings.LEVELS}
     printed = capsys.readouterr().out
     defaults.main(["--saved"])
     assert capsys.readouterr().out.splitlines()[-20:] == printed.splitlines()[-20:]
@@ -274,3 +274,15 @@ def test_each_half_chooses_a_rate_for_each_constraint_by_its_own_tasks_of_that_k
     assert list(results.rates("A")) == ["positive", "positive, unit interval", "unit interval", "real", "non-negative"]
     worse = Results(study([("Adam 0.3", lambda task: 1.1)]))
     assert set(worse.rates("B").values()) == {DEFAULT}
+
+
+def test_levels_are_compared_with_the_same_rates_without_them_on_old_and_fresh_seeds():
+    names = (settings.BY_CONSTRAINT, settings.LEVELS)
+    rows = [row("iris", name, seed, loss) for seed in range(6) for name, loss in zip(names, (2.0, 1.8), strict=True)]
+    rows += [row("cnn", settings.LEVELS, 0, 1.0), row("cancer", settings.BY_CONSTRAINT, 0, 1.0)]  # one alone is no pair
+    found = tables.of_levels(Results([*rows, row("iris", settings.LEVELS, 3, 2.2)]))
+    cells = [list(column.cells) for column in found.columns]
+    assert cells[:2] == [["iris"], ["−10.0 ± 0.0"]]
+    assert cells[2][0].startswith("−3.8")  # the mean of log 1.1, log 0.9, log 0.9
+    hparams = hoptim.recipes.WeightDecay(nn.Linear(3, 2), per="weight")
+    assert type(settings.by_constraint(hparams)) is torch.optim.Adam
