@@ -126,7 +126,7 @@ True
 [cross_validated.py](scripts/examples/cross_validated.py) is an example on 200 digits. Over ten splits this was better than
 each of five fixed decays and than the best of them by the same folds, on digits and with a CNN on Fashion-MNIST; on diabetes
 data the latter was 2 % better, at twice the cost; on Boston housing both were even, and a lucky fixed decay was ahead; on
-wine nothing was gained ([the study](scripts/README.md#cross-validation)).
+wine it was even with a fixed decay ([the study](scripts/README.md#cross-validation)).
 
 # Learn over several trainings
 
