@@ -118,7 +118,7 @@ True
   have the folds of the first.
 - **Cost.** K trainings on a part of the data, one on all of it, and K solves for each of 25 hypersteps. `found.cost` is the
   wall-clock time relative to the last training. For a small net with three recipes a fit over three folds takes the time of
-  5.5 trainings written by hand, with `hypersteps=60` of 6.4 ([measured](scripts/README.md#what-it-costs)).
+  5.2 to 6.0 trainings written by hand, with `hypersteps=60` of 6.4 to 7.0 ([measured](scripts/README.md#what-it-costs)).
 - **The outer optimizer.** It is `hoptim.outer_adam(hparams, validation=examples)`, with the rates of the table above and the
   levels of decays, which 25 hypersteps may change by a factor of some hundreds. With an outer optimizer of your own, choose
   `hypersteps` for its rate: 60 for Adam at 0.1.
