@@ -100,7 +100,8 @@ from hoptim.methods.replay import Replay
 from hoptim.methods.result import Hypergradient
 from hoptim.methods.unrolled import Unrolled
 from hoptim.problem.composite_loss import CompositeLoss
-from hoptim.problem.hyperparameters import HyperParameters, outer_adam
+from hoptim.problem.hyperparameters import HyperParameters
+from hoptim.problem.outer_adam import outer_adam
 from hoptim.problem.problem import Problem
 from hoptim.solvers.base import Solver
 from hoptim.solvers.cg import CG

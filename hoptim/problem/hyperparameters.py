@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from textwrap import indent
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
 from hoptim.problem.constraint import bijection, described, is_nonnegative, to_leaf
-from hoptim.problem.level_adam import Level, LevelAdam
-from hoptim.problem.outer_rates import LOGARITHM, PULL, VALIDATION, check_validation, rates_of
+from hoptim.problem.level_adam import Level
+from hoptim.problem.levels import checked_levels, renumbered
+from hoptim.problem.outer_adam import joined, usual_options
+from hoptim.problem.outer_rates import VALIDATION, Rates, check_validation, rates_of
 from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 from hoptim.validation import describe_type
 
 SHOWN = 5  # names that an error lists
-WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class HyperParameters(nn.Module):
@@ -85,37 +86,7 @@ class HyperParameters(nn.Module):
             constraint, transform = bijection(name, given.get(name))
             self._add(name, nn.Parameter(to_leaf(name, value, constraint, transform)))
             self._constraints[name], self._transforms[name] = constraint, transform
-        if isinstance(levels, Mapping) or not isinstance(levels, Sequence):
-            raise TypeError(
-                f"levels is {describe_type(levels)}: give a list of dicts, such as [{{'decay': torch.tensor(0)}}]"
-            )
-        if len(levels) > 2:
-            raise ValueError(f"levels has {len(levels)} dicts: give at most two, the coarser one first")
-        if not all(levels):
-            raise ValueError("levels has an empty dict: give the numbers of levels by the names of hyperparameters")
-        self._levels = [{name: self._checked_index(name, index) for name, index in level.items()} for level in levels]
-        self._levels = [_renumbered(level) for level in self._levels]
-        for level in self._levels:
-            if len({id(rates_of(self._constraints[name], self._transforms[name])) for name in level}) > 1:
-                raise ValueError(f"a level is shared by {', '.join(level)}, of several kinds: give a level to one kind each")
-        if len(levels) == 2:
-            _check_nested(*self._levels)
-
-    def _checked_index(self, name: str, index: object) -> Tensor:
-        """The numbers of the levels of a hyperparameter's entries."""
-        shape = self._leaf(name).shape
-        if not isinstance(index, Tensor) or index.dtype not in WHOLE:
-            raise TypeError(f"the level of {name!r} is {describe_type(index)}: give a tensor of whole numbers from 0")
-        try:
-            fits = torch.broadcast_shapes(index.shape, shape) == shape
-        except RuntimeError:
-            fits = False
-        if not fits or bool((index < 0).any()):
-            raise ValueError(
-                f"the level of {name!r} has shape {tuple(index.shape)} or negative numbers: give whole numbers from 0, of a "
-                f"shape that broadcasts to {tuple(shape)}"
-            )
-        return index.long()
+        self._levels = checked_levels(levels, {name: self._leaf(name) for name in self}, self._rates())
 
     def _add(self, name: str, leaf: nn.Parameter) -> None:
         *groups, last = name.split(".")
@@ -232,18 +203,21 @@ class HyperParameters(nn.Module):
         if lr is not None:
             return torch.optim.Adam(self.parameters(), lr=lr)
         check_validation(validation)
-        rates = {name: rates_of(kind, self._transforms[name]) for name, kind in self._constraints.items()}
+        rates, usual = self._rates(), usual_options()
         options: dict[int, dict[str, Any]] = {}
         levels: list[Level] = []
         for name, own in rates.items():
             shares, leaf = any(name in level for level in self._levels), self._leaf(name)
             chosen = own.of_entries(validation, leaf.numel()) if shares else {"lr": own.alone}
-            options[id(leaf)] = {**_usual(), **chosen}
+            options[id(leaf)] = {**usual, **chosen}
         for depth, level in enumerate(self._levels):
             if free := {name: index for name, index in level.items() if self._leaf(name).requires_grad}:
-                members = [(self._leaf(name), index) for name, index in _renumbered(free).items()]
+                members = [(self._leaf(name), index) for name, index in renumbered(free).items()]
                 levels.append(Level(members, rates[next(iter(free))].levels[depth], *levels[-1:]))
-        return _joined(self, options, levels)
+        return joined(self, options, levels)
+
+    def _rates(self) -> dict[str, Rates]:
+        return {name: rates_of(kind, self._transforms[name]) for name, kind in self._constraints.items()}
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -251,23 +225,6 @@ class HyperParameters(nn.Module):
         for name, constraint in self._constraints.items():
             if is_nonnegative(constraint):
                 self._leaf(name).clamp_(min=0)
-
-
-def _renumbered(level: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same levels, numbered without gaps."""
-    _, numbers = torch.cat([index.flatten().cpu() for index in level.values()]).unique(return_inverse=True)
-    parts = numbers.split([index.numel() for index in level.values()])
-    return {name: part.reshape(index.shape) for (name, index), part in zip(level.items(), parts, strict=True)}
-
-
-def _check_nested(coarse: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless each of the finer levels is within one of the coarser ones."""
-    if coarse.keys() != fine.keys():
-        raise ValueError(f"the second dict of levels names {', '.join(fine)}, the first {', '.join(coarse)}: give the same")
-    both = [torch.broadcast_tensors(fine[name], coarse[name]) for name in fine]
-    inner, outer = (torch.cat([pair[place].flatten() for pair in both]) for place in (0, 1))
-    if len((inner * (outer.max() + 1) + outer).unique()) > len(inner.unique()):
-        raise ValueError("levels of the second dict of levels are not within one of the first: give the coarser one first")
 
 
 def _unknown(name: object, names: list[str]) -> str:
@@ -291,67 +248,3 @@ def transforms_of(hparams: nn.Module) -> dict[str, Transform]:
         if isinstance(module, HyperParameters)
         for name, transform in module._transforms.items()
     }
-
-
-def outer_adam(hparams: nn.Module, lr: float | None = None, *, validation: int | None = None) -> torch.optim.Optimizer:
-    """The outer optimizer of any module: its own ``optimizer()``, or Adam as each module in it that has one says.
-
-    Args:
-        hparams: a :class:`HyperParameters`, a module of several of them, or any other, whose leaves have the rate 0.05.
-        lr: one rate for all leaves instead, without levels; default ``None``.
-        validation: how many validation examples there are, as for :meth:`HyperParameters.optimizer`; default: as there.
-
-    Raises:
-        TypeError: the ``optimizer()`` of one of several modules makes another optimizer than Adam.
-
-    >>> from hoptim.recipes import LabelSmoothing, WeightDecay
-    >>> hparams = nn.ModuleDict({"decay": WeightDecay(nn.Linear(2, 3), per="weight"), "smoothing": LabelSmoothing()})
-    >>> [group["lr"] for group in outer_adam(hparams).param_groups]                       # entries, smoothing, their level
-    [0.1, 0.3, 0.6]
-    """
-    if lr is not None:
-        return torch.optim.Adam(hparams.parameters(), lr=lr)
-    own = _optimizer_of(hparams)
-    outer = _joined(hparams, {}, []) if own is None else own()
-    for group in outer.param_groups:
-        if "pull" in group and validation is not None:
-            check_validation(validation)
-            group["pull"] = PULL / validation
-    return outer
-
-
-def _optimizer_of(module: Any) -> Callable[[], torch.optim.Optimizer] | None:
-    """The method ``optimizer`` of a module's class, if it has one; a child or a parameter may have this name too."""
-    return module.optimizer if callable(getattr(type(module), "optimizer", None)) else None
-
-
-def _usual() -> dict[str, Any]:
-    """The options of a leaf of which nothing is known."""
-    return torch.optim.Adam([torch.zeros(())], lr=LOGARITHM.alone).defaults
-
-
-def _joined(hparams: nn.Module, options: Mapping[int, Mapping[str, Any]], levels: Sequence[Level]) -> torch.optim.Adam:
-    """Adam with these options, by the ids of leaves; for others as the outermost module inside with ``optimizer()`` says.
-
-    The options that come first hold, and the levels of a module whose leaves have none yet.
-    """
-    shared = list(levels)
-    for path, module in hparams.named_modules():
-        own = _optimizer_of(module)
-        if not path or own is None:
-            continue
-        found = own()
-        if not isinstance(found, torch.optim.Adam):
-            raise TypeError(
-                f"{path}.optimizer() returns {type(found).__name__}, and all hyperparameters share an Adam: give outer"
-            )
-        of_levels = getattr(found, "levels", ())
-        shared += [level for level in of_levels if not any(id(leaf) in options for leaf, _ in level.members)]
-        for group in found.param_groups:
-            chosen = {key: value for key, value in group.items() if key != "params"}
-            options = {**{id(leaf): chosen for leaf in group["params"]}, **options}
-    groups: dict[frozenset[tuple[str, Any]], list[nn.Parameter]] = {}
-    for leaf in hparams.parameters():
-        groups.setdefault(frozenset(options.get(id(leaf), _usual()).items()), []).append(leaf)
-    joined = [{**dict(chosen), "params": leaves} for chosen, leaves in groups.items()]
-    return LevelAdam(joined, shared) if shared else torch.optim.Adam(joined)

@@ -52,6 +52,11 @@ class Level:
                 total.index_add_(0, index.flatten().to(total.device), own)
         return total
 
+    def sizes(self) -> Tensor:
+        """How many entries each level has, without those of frozen leaves."""
+        each = [(leaf, torch.full(index.shape, leaf.numel() // max(index.numel(), 1))) for leaf, index in self.members]
+        return self.sums([one if leaf.requires_grad else None for leaf, one in each])
+
     def spread(self, levels: Tensor) -> list[Tensor]:
         """For each leaf the levels of its entries, of a shape that broadcasts to the leaf's."""
         return [levels[index.to(levels.device)].to(leaf) for leaf, index in self.members]
@@ -59,8 +64,7 @@ class Level:
     def differences(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """These tensors, one for each leaf, less the mean over all entries of a level; frozen leaves don't count."""
         free = [part if leaf.requires_grad else None for part, leaf in zip(parts, self.leaves, strict=True)]
-        counts = self.sums([None if part is None else torch.ones_like(part) for part in free])
-        means = self.sums(free) / counts.clamp(min=1)
+        means = self.sums(free) / self.sizes().clamp(min=1)
         return [part - mean for part, mean in zip(parts, self.spread(means), strict=True)]
 
     @cached_property

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method
-from hoptim.problem.hyperparameters import outer_adam
 from hoptim.problem.loss_checks import annotate_errors, check_takes
+from hoptim.problem.outer_adam import outer_adam
 from hoptim.problem.problem import Loss, Problem
 from hoptim.problem.random_stream import RandomStream
 from hoptim.training import arguments

@@ -2,7 +2,7 @@
 
 The data are digits, where 60 of the 200 labels to train on are drawn at random.
 
-python scripts/examples/several_trainings.py                                 # needs pip install 'hoptim[tuners]'
+python scripts/examples/several_trainings.py                                 # needs pip install '.[tuners]'
 python scripts/examples/several_trainings.py --storage sqlite:///digits.db   # kept: goes on if it exists
 optuna-dashboard sqlite:///digits.db                                         # each trial with its four losses
 """

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hoptim
-from hoptim.problem.hyperparameters import outer_adam
+from hoptim.problem.outer_adam import outer_adam
 from hoptim.tracking import Board
 from hoptim.training.record import natural_values
 from tasks.processes import Processes

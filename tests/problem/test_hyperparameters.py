@@ -14,7 +14,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations
 
 from hoptim import HyperParameters, Implicit, Neumann, Problem, hypergradient
-from hoptim.problem.hyperparameters import outer_adam
+from hoptim.problem.outer_adam import outer_adam
 
 # In the order in which a module that holds them lists them: its own first, then those of its children.
 AWKWARD = ["a\\b", "leaf:x", "_names", "a b", "λ", "0", "layer.x", "layer.0.weight", "layer.0.bias", "1.keys", "1.0.0"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import hoptim
-from hoptim.problem.hyperparameters import outer_adam
 from hoptim.problem.level_adam import Level, LevelAdam
+from hoptim.problem.outer_adam import outer_adam
 from hoptim.recipes import Dropout, ExampleWeights, LabelSmoothing, WeightDecay
 
 ROWS, ALL = torch.arange(4)[:, None], torch.tensor(0)
@@ -252,7 +252,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ([{"a": torch.zeros(1, dtype=torch.complex64)}], TypeError, "whole numbers"),
     ([{"a": ALL, "c": ALL}], ValueError, "shared by a, c, of several kinds"),
     ([{"a": torch.zeros(1, 1, 1, dtype=torch.long)}], ValueError, r"broadcasts to \(4, 3\)"),
-    ([{"d": torch.tensor(0)}], KeyError, "no hyperparameter 'd'"),
+    ([{"d": torch.tensor(0)}], KeyError, "levels names 'd', which is no hyperparameter"),
     ([{"a": ALL}] * 3, ValueError, "3 dicts: give at most two"),
     ([{}], ValueError, "an empty dict"),
     ([{"a": ALL}, {"a": ROWS, "b": ALL}], ValueError, "the second dict of levels names a, b, the first a"),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import hoptim
 from hoptim import recipes
-from hoptim.problem.hyperparameters import outer_adam
+from hoptim.problem.outer_adam import outer_adam
 
 MODEL = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
 MADE: dict[str, Callable[[], nn.Module]] = {
