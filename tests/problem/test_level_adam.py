@@ -328,6 +328,20 @@ def test_a_frozen_leaf_stays_and_does_not_count() -> None:
     assert torch.equal(kept, before)
 
 
+def test_a_leaf_that_is_frozen_later_does_not_count_in_the_mean_of_a_level() -> None:
+    def moves(names: str) -> list[float]:
+        values = {name: torch.tensor(1.0) for name in names}
+        hparams = hoptim.HyperParameters(values, dict.fromkeys(names, constraints.positive), [dict.fromkeys(names, ALL)])
+        outer = hparams.optimizer()
+        for name, leaf in hparams.named_parameters():
+            leaf.grad = {"a": torch.tensor(3.0), "b": torch.tensor(2.0)}.get(name)
+            leaf.requires_grad_(name != "c")
+        outer.step()
+        return [hparams[name].item() for name in "ab"]
+
+    assert moves("abc") == pytest.approx(moves("ab"), rel=1e-12)
+
+
 def test_a_group_that_is_added_later_is_no_level() -> None:
     hparams, extra = made(), nn.Parameter(torch.tensor([5.0]).double())
     outer, alone = hparams.optimizer(), made()
