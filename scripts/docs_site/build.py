@@ -111,14 +111,16 @@ def without_roles(docstring: str) -> str:
 
 
 def found_once(modules: dict[str, pdoc.doc.Module], *rest: object) -> list[dict[str, str]]:
-    """What the search finds, as pdoc makes it, but each thing once: under its public name if it has one, and no files."""
+    """What the search finds, as pdoc makes it, but each thing once: under its public name if it has one; no files."""
     pages = sources()
     ordered = sorted(modules, key=lambda name: (PUBLIC.index(name) if name in PUBLIC else len(PUBLIC), name))
     found: dict[tuple[str, str], dict[str, str]] = {}
     for item in pdoc.search.make_index({name: modules[name] for name in ordered}, *rest):
-        doc = modules[item["modulename"]].get(item.get("qualname", ""))
-        if doc or item["modulename"] in pages:
-            found.setdefault(doc.taken_from if doc else (item["modulename"], ""), item)
+        module, name = item["modulename"], item.get("qualname", "")
+        if name and not name.endswith("__init__"):
+            found.setdefault(modules[module].get(name).taken_from, item)
+        elif not name and module in pages:
+            found[module, ""] = item
     return list(found.values())
 
 
