@@ -138,6 +138,8 @@ def build(out: Path) -> None:
     objects = {name: import_module(name) for name in names} | {
         page: types.ModuleType(page) for page in pages if page not in names
     }
+    for name in PUBLIC:  # pdoc does not see a name before it is used, if its module loads it then
+        vars(objects[name]).update({each: getattr(objects[name], each) for each in objects[name].__all__})
     for page, source in pages.items():
         text = with_links((ROOT / source).read_text(), source, page, pages, out)
         objects[page].__doc__ = with_formulas(text)
