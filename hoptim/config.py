@@ -1,23 +1,7 @@
-"""Hydra: hoptim's config groups for any project.
+"""The search-path plugin by which any Hydra application finds hoptim's config groups. See conf/README.md.
 
-Once hoptim is installed, the config of any Hydra application finds its groups. Each file names a `_target_`, and each
-number can be overridden on the command line, as in `hoptim.solver.terms=5`:
-
-```yaml
-defaults:
-  - hoptim/solver: neumann
-  - hoptim/curvature: exact
-  - hoptim/method: implicit      # hydra.utils.instantiate(cfg.hoptim.method) is the Implicit(...)
-```
-
-There are also `hoptim/condition`, `hoptim/preconditioner`, `hoptim/tracker` and `hoptim/method: unrolled`. List a condition
-or a preconditioner after the method, since it adds itself to the method. `hoptim/recipe: [weight_decay, label_smoothing]`
-names recipes: `instantiate(cfg.hoptim.recipe.weight_decay)` is a function that makes the recipe from a model. hoptim's own
-experiments use the same files with [scripts/train.py](scripts/README.md#hoptims-experiments).
-
-This module is the search-path plugin that does this. A wheel holds it twice: here, and as
-``hydra_plugins/hoptim_config.py``, where Hydra looks for plugins. It imports neither torch nor hoptim, since every Hydra
-application in the environment imports it.
+A wheel holds this module twice: here, and as ``hydra_plugins/hoptim_config.py``, where Hydra looks for plugins. It imports
+neither torch nor hoptim, since every Hydra application in the environment imports it.
 """
 
 from __future__ import annotations
@@ -41,5 +25,5 @@ def conf_dir() -> Path:
     """The folder ``hoptim/conf``: copies of the configs in a wheel, a link to the live ``conf/hoptim`` in a checkout."""
     spec = find_spec("hoptim")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("hoptim is not installed, though its Hydra plugin is: pip install hoptim again")
+        raise ModuleNotFoundError("hoptim is not installed, though its Hydra plugin is: pip install it again, as it was")
     return Path(spec.origin).parent / "conf"

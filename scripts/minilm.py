@@ -203,7 +203,7 @@ def main(arguments=None):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
     options = parser.parse_args(arguments)
     if options.out and not find_spec("matplotlib"):
-        parser.error("--out draws with matplotlib, which is not installed: pip install 'hoptim[plots]'")
+        parser.error("--out draws with matplotlib, which is not installed: pip install '.[plots]'")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     figures, decays = study(options)

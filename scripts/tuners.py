@@ -8,7 +8,7 @@
 A budget is a number of plain trainings of the same model, counted in training gradients or in processor seconds. All methods
 begin at the same values, have the same examples, and return the model with the lowest validation loss. The data are
 boston/boston.csv, text/moby_dick.txt, and Fashion-MNIST, which is downloaded. Optuna is the extra `tuners`:
-pip install 'hoptim[tuners]'.
+pip install '.[tuners]' in a checkout.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(table)
     pictures.draw(curves, options.out.with_suffix(".png"))
     pictures.draw(curves, options.out.with_name(f"{options.out.stem}_seconds.png"), in_seconds=True)
+    pictures.draw_by_budget(curves, options.out.with_name("by_budget.png"))
 
 
 if __name__ == "__main__":

@@ -379,7 +379,7 @@ def test_a_folder_that_tensorboard_cant_write_stops_no_training(tmp_path):
 @pytest.mark.parametrize(("kind", "package"), [(TensorBoard, "tensorboard"), (MLflow, "mlflow")])
 def test_a_package_that_is_missing_is_reported_before_the_training(monkeypatch, kind, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"pip install 'hoptim\[{package}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install '\.\[{package}\]'"):
         kind()
 
 

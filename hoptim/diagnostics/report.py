@@ -151,7 +151,7 @@ class Audit:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("Audit.plot needs matplotlib: pip install 'hoptim[plots]'") from error
+            raise ImportError("Audit.plot needs matplotlib: pip install '.[plots]' in a checkout of hoptim") from error
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.semilogy(range(1, len(self.residuals) + 1), self.residuals, marker=".")

@@ -149,7 +149,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def require(package: str, extra: str) -> None:
     """Raise ImportError with the remedy if a package is missing, before any work is done."""
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is not installed: pip install 'hoptim[{extra}]'")
+        raise ImportError(f"{package} is not installed: pip install '.[{extra}]' in a checkout of hoptim")
 
 
 @contextmanager

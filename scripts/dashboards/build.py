@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     extra = "workspace" if options.wandb else "dashboard"
     if missing := [package for package in NEEDED[extra] if find_spec(package) is None]:
-        sys.exit(f"{' and '.join(missing)} not installed: pip install 'hoptim[{extra}]'")
+        sys.exit(f"{' and '.join(missing)} not installed: pip install '.[{extra}]'")
     if options.wandb:
         to_wandb(options)
     else:

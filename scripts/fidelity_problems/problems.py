@@ -228,7 +228,7 @@ def fashion_mnist(root: Path) -> Batch:
     try:
         from torchvision.datasets import FashionMNIST
     except ImportError as error:
-        raise SystemExit("the problem cnn loads Fashion-MNIST with torchvision: pip install 'hoptim[data]'") from error
+        raise SystemExit("the problem cnn loads Fashion-MNIST with torchvision: pip install '.[data]'") from error
     found = FashionMNIST(str(root), train=True, download=True)
     return found.data, found.targets
 

@@ -73,6 +73,32 @@ def draw(curves: Curves, path: Path, in_seconds: bool = False) -> None:
     save(figure, path, dpi=85)
 
 
+def draw_by_budget(curves: Curves, path: Path, name: str = "fashion", counts: tuple[int, ...] = (1, 10_000)) -> None:
+    """Write the README's picture: the test losses themselves, on one data set, with few hyperparameters and with many."""
+    shown = [method for method in STYLES if method != "random"]
+    if not all(curves.seeds(name, count, *shown) for count in counts):
+        return
+    figure, axes = plt.subplots(1, len(counts), figsize=(9.2, 3.4), sharey=True)
+    for count, axis, title in zip(counts, axes, ("One weight decay", "A weight decay for each weight"), strict=True):
+        ends = {}
+        for method in shown:
+            _, colour, dashes, width = STYLES[method]
+            found = [estimate(list(curves.losses(name, count, method, budget).values())) for budget in grid(curves)]
+            middle, error = (np.array(part) for part in zip(*found, strict=True))
+            axis.plot(grid(curves), middle, color=colour, linestyle=dashes, linewidth=width, drawstyle="steps-post")
+            axis.fill_between(
+                grid(curves), middle - error, middle + error, color=colour, alpha=0.12, linewidth=0, step="post"
+            )
+            ends[method] = middle[-1]
+        _budgets(axis, curves)
+        axis.set_title(title, fontsize=12)
+        axis.set_xlabel("cost, in trainings")
+    axes[0].set_ylabel("test loss")
+    _labels(axes[-1], curves.budgets[-1], ends)
+    figure.tight_layout(w_pad=2)
+    save(figure, path)
+
+
 def _panel(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -> None:
     for method, (_, colour, dashes, width) in STYLES.items():
         if not curves.seeds(name, count, method):
@@ -84,6 +110,11 @@ def _panel(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -
         axis.fill_between(grid(curves), middle - error, middle + error, color=colour, alpha=alpha, linewidth=0, step="post")
     _shade(axis, curves, name, count, in_seconds)
     axis.axhline(0, color="black", linewidth=0.6, alpha=0.5)
+    _budgets(axis, curves)
+
+
+def _budgets(axis: Any, curves: Curves) -> None:
+    """Put the budgets on a logarithmic axis, and leave out lines that say nothing."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(ticker.FixedLocator(curves.budgets))
     axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))

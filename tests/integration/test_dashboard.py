@@ -299,7 +299,7 @@ def test_without_an_account_it_says_how_to_have_one(capsys, monkeypatch):
 @pytest.mark.parametrize(("extra", "arguments"), [("dashboard", []), ("workspace", ["--wandb", "me/hoptim"])])
 def test_a_package_that_is_missing_is_reported_with_the_remedy(monkeypatch, finished, extra, arguments):
     monkeypatch.setattr(build, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=rf"pip install 'hoptim\[{extra}\]'"):
+    with pytest.raises(SystemExit, match=rf"pip install '\.\[{extra}\]'"):
         dashboard(finished, *arguments)
 
 

@@ -49,7 +49,7 @@ def test_the_best_of_n_is_chosen_by_the_validation_loss() -> None:
 
 
 def test_optuna_keeps_the_losses_of_each_trials_trainings_and_goes_on(tmp_path) -> None:
-    optuna = pytest.importorskip("optuna", reason="needs the extra tuners: pip install 'hoptim[tuners]'")
+    optuna = pytest.importorskip("optuna", reason="needs the extra tuners: pip install '.[tuners]'")
     text = (EXAMPLES / "several_trainings.py").read_text()
     (tmp_path / "shorter.py").write_text(text.replace("EPOCHS = 150", "EPOCHS = 60"))
     storage = f"sqlite:///{tmp_path}/digits.db"
@@ -66,7 +66,7 @@ def test_optuna_keeps_the_losses_of_each_trials_trainings_and_goes_on(tmp_path) 
 
 def test_a_training_of_several_is_a_plain_one_with_the_values_of_the_hyperstep_before(float64, monkeypatch) -> None:
     torch.set_default_dtype(torch.float32)
-    pytest.importorskip("optuna", reason="needs the extra tuners: pip install 'hoptim[tuners]'")
+    pytest.importorskip("optuna", reason="needs the extra tuners: pip install '.[tuners]'")
     names = script("several_trainings.py")
     trainings = names["trainings"]
     monkeypatch.setitem(trainings.__globals__, "EPOCHS", 3)

@@ -552,7 +552,7 @@ def test_study_asks_for_matplotlib_before_it_trains(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         minilm.main([f"--text={study.text}", f"--model={study.model}", "--steps=0", "--out=decays.png"])
-    assert "--out draws with matplotlib, which is not installed: pip install 'hoptim[plots]'" in capsys.readouterr().err
+    assert "--out draws with matplotlib, which is not installed: pip install '.[plots]'" in capsys.readouterr().err
 
 
 def test_study_prints_its_figures_and_draws_the_decays(

@@ -269,7 +269,7 @@ def test_a_training_that_diverges_has_the_worst_loss(made_up):
 
 
 def test_optuna_prunes_and_is_charged_for_it(made_up):
-    pytest.importorskip("optuna", reason="needs the extra tuners: pip install 'hoptim[tuners]'")
+    pytest.importorskip("optuna", reason="needs the extra tuners: pip install '.[tuners]'")
     problem = problem_of(count=3)
     meter = Meter(problem)
     found = [one for _, one in zip(range(14), methods.METHODS["optuna"](problem, meter), strict=False)]
@@ -287,7 +287,7 @@ def test_optuna_prunes_and_is_charged_for_it(made_up):
 
 
 def test_the_gaussian_process_begins_at_the_start_runs_whole_trials_and_learns_from_the_fifth_on(made_up):
-    pytest.importorskip("optuna", reason="needs the extra tuners: pip install 'hoptim[tuners]'")
+    pytest.importorskip("optuna", reason="needs the extra tuners: pip install '.[tuners]'")
     problem, seen = problem_of(count=1), []
 
     def watched(seed, **options):
@@ -414,5 +414,5 @@ def test_letters_are_one_hot_and_followed_by_the_next(float64, monkeypatch, tmp_
 def test_a_missing_optuna_is_told_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "find_spec", lambda name: None)
     monkeypatch.setattr(tuners, "run", None)
-    with pytest.raises(SystemExit, match=r"pip install 'hoptim\[tuners\]'"):
+    with pytest.raises(SystemExit, match=r"pip install '\.\[tuners\]'"):
         tuners.main(["--only", "fashion", "1", "--out", str(tmp_path / "none.json"), "--root", str(tmp_path)])

@@ -1,0 +1,59 @@
+"""The README's first example: learn a weight decay for each tensor while an MLP trains on 400 digits, some mislabelled."""
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import hoptim
+
+torch.set_num_threads(1)  # more are slower for so small a net
+torch.manual_seed(0)
+x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
+x, order = x.float() / 16, torch.randperm(len(x))
+train, val, test = order[:400], order[400:600], order[600:]
+y[train[:80]] = torch.randint(10, (80,))
+batches = [train[torch.randperm(400)[:50]] for _ in range(1500)]
+criterion = nn.CrossEntropyLoss()
+
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+model = make()
+
+
+def train_loss(model, hparams, batch):
+    return criterion(model(x[batch]), y[batch]) + hparams.penalty(model)
+
+
+def val_loss(model, hparams, batch):
+    return criterion(model(x[batch]), y[batch])
+
+
+hparams = hoptim.recipes.WeightDecay(model)
+problem = hoptim.Problem(model, hparams, train_loss, val_loss)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+optimizer = hoptim.BilevelOptimizer(optimizer, hparams.optimizer(), problem, val_batches=[val], every=20, warmup=375)
+for batch in batches:
+    optimizer.zero_grad()
+    loss = optimizer.loss(batch)
+    loss.backward()
+    optimizer.step()
+print(optimizer.record.hyperparameters)
+
+print(f"test loss: learned {val_loss(model, hparams, test):.2f}", end="")
+for decay in (1e-4, 1e-3, 3e-3, 1e-2):  # the same without hoptim
+    model = make()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": decay},
+        {"params": [model[0].bias, model[2].bias]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    for batch in batches:
+        optimizer.zero_grad()
+        criterion(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+    print(f", fixed at {decay:g} {val_loss(model, hparams, test):.2f}", end="")
+print()
