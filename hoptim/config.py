@@ -5,9 +5,9 @@ number can be overridden on the command line, as in `hoptim.solver.terms=5`:
 
 ```yaml
 defaults:
-  - hoptim/solver: neumann
-  - hoptim/curvature: exact
   - hoptim/method: implicit      # hydra.utils.instantiate(cfg.hoptim.method) is the Implicit(...)
+  - hoptim/solver: neumann       # these two may be left out: the method then takes its own defaults
+  - hoptim/curvature: exact
 ```
 
 There are also `hoptim/condition`, `hoptim/preconditioner`, `hoptim/tracker` and `hoptim/method: unrolled`. List a condition
@@ -15,9 +15,9 @@ or a preconditioner after the method, since it adds itself to the method. `hopti
 names recipes: `instantiate(cfg.hoptim.recipe.weight_decay)` is a function that makes the recipe from a model. hoptim's own
 experiments use the same files with [scripts/train.py](scripts/README.md#hoptims-experiments).
 
-This module is the search-path plugin that does this. A wheel holds it twice: here, and as
-``hydra_plugins/hoptim_config.py``, where Hydra looks for plugins. It imports neither torch nor hoptim, since every Hydra
-application in the environment imports it.
+This module is the search-path plugin that does this. An installation, also an editable one, has a copy of it as
+``hydra_plugins/hoptim_config.py``, where Hydra looks for plugins; a wheel has it only there. It imports neither torch nor
+hoptim, since every Hydra application in the environment imports it.
 """
 
 from __future__ import annotations
@@ -41,5 +41,7 @@ def conf_dir() -> Path:
     """The folder ``hoptim/conf``: copies of the configs in a wheel, a link to the live ``conf/hoptim`` in a checkout."""
     spec = find_spec("hoptim")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("hoptim is not installed, though its Hydra plugin is: pip install hoptim again")
+        raise ModuleNotFoundError(
+            "hoptim is not installed, though its Hydra plugin is: in a checkout of hoptim, pip install ."
+        )
     return Path(spec.origin).parent / "conf"
