@@ -33,8 +33,7 @@ ones, and MLflow keeps the earlier ones, so that no row is there twice. W&B has 
 """
 
 from hoptim.tracking.board import Board
-from hoptim.tracking.console import Console
-from hoptim.tracking.json_lines import JsonLines
+from hoptim.tracking.lines import Console, JsonLines
 from hoptim.tracking.mlflow import MLflow
 from hoptim.tracking.tensorboard import TensorBoard
 from hoptim.tracking.wandb import WandB
