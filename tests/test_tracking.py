@@ -567,3 +567,14 @@ def test_a_picture_that_is_missing_closes_the_run_all_the_same(tmp_path, store, 
     assert wandb.run is None
     run = read(next(iter(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
     assert (run["exit"], run["summary"]["answer"], only_run(client).info.status) == (0, 42, "FINISHED")
+
+
+def test_a_row_of_several_hypersteps_shows_the_worst_of_their_statuses(tmp_path):
+    tracker = WandB(directory=tmp_path, mode="offline")
+    for step, statuses in enumerate(
+        ({"FINISHED": 9, "STEP_TOO_LARGE": 1}, {"FINISHED": 1, "INEXACT": 1}, {"FINISHED": 1}), 1
+    ):
+        tracker.log({"inner_step": step, "outer_step": step, "status": "FINISHED", "statuses": statuses})
+    tracker.finish()
+    run = read(next(iter(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
+    assert [row["hypergradient/status_level"] for row in run["history"]] == [2, 1, 0]
