@@ -1,7 +1,7 @@
 """The search-path plugin by which any Hydra application finds hoptim's config groups. See conf/README.md.
 
-A wheel holds this module twice: here, and as ``hydra_plugins/hoptim_config.py``, where Hydra looks for plugins. It imports
-neither torch nor hoptim, since every Hydra application in the environment imports it.
+An installation has a copy of it as ``hydra_plugins/hoptim_config.py``, where Hydra looks for plugins; a wheel has it only
+there. It imports neither torch nor hoptim, since every Hydra application in the environment imports it.
 """
 
 from __future__ import annotations
@@ -25,5 +25,7 @@ def conf_dir() -> Path:
     """The folder ``hoptim/conf``: copies of the configs in a wheel, a link to the live ``conf/hoptim`` in a checkout."""
     spec = find_spec("hoptim")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("hoptim is not installed, though its Hydra plugin is: pip install it again, as it was")
+        raise ModuleNotFoundError(
+            "hoptim is not installed, though its Hydra plugin is: in a checkout of hoptim, pip install ."
+        )
     return Path(spec.origin).parent / "conf"

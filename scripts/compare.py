@@ -9,7 +9,7 @@ import re
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,11 @@ class Run:
         return self.seconds / inner if inner else math.nan
 
     @property
+    def steps(self) -> int | None:
+        """How many inner steps it took; ``None`` if it did not finish."""
+        return self.result.get("inner_steps") if self.result["status"] == "finished" else None
+
+    @property
     def seconds(self) -> float:
         """The seconds that the training took, with its hypersteps."""
         return sum(row.get("inner_seconds", 0) + row.get("hyper_seconds", 0) for row in self.rows)
@@ -62,6 +67,24 @@ def read_one(folder: Path, root: Path) -> Run:
     inside = folder.name.startswith("seed=") and folder != root
     group = (folder.parent if inside else folder).relative_to(root).as_posix()
     return Run(group=group, name=result["name"], seed=str(result["seed"]), result=result, rows=rows)
+
+
+def grouped(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
+    """The runs by group, each group of one length, and a sentence on each run that was left out for its length.
+
+    The length is that of most runs of the group, the longest if two are as frequent. Runs that failed stay, to be counted.
+    """
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.group].append(run)
+    left = []
+    for group, members in groups.items():
+        counts = Counter(run.steps for run in members if run.steps is not None)
+        most = max(counts, key=lambda steps: (counts[steps], steps), default=None)
+        groups[group] = [run for run in members if run.steps in (None, most)]
+        others = [run for run in members if run.steps not in (None, most)]
+        left += [f"{group} seed {run.seed}: {run.steps:,} inner steps, the others of its row {most:,}" for run in others]
+    return dict(groups), left
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
@@ -105,21 +128,20 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
     runs = read(root)
     if not runs:
         raise FileNotFoundError(f"no result.json below {root}: run a sweep first, such as scripts/train.py -m seed=0,1")
-    groups, names = defaultdict(list), defaultdict(list)
-    for run in runs:
-        groups[run.group].append(run)
-        names[run.name].append(run)
+    groups, left = grouped(runs)
+    searches = searches_of(groups)
     entries = {group: summary(members) for group, members in groups.items()}
-    for name, members in names.items():
-        if (searched := len({run.group for run in members})) > 1:
-            best = chosen(members)
-            label = f"{name}{BEST_OF} {searched} by validation"
-            entries[label] = summary(best)
-            if not best:
-                continue
-            entries[label]["trainings"] *= searched
-            groups[label] = best
-            draw({run.group: groups[run.group] for run in members}, root / f"compare_{name.replace('/', '_')}.png")
+    several = Counter(name for name, _ in searches)
+    rows = set(groups)
+    for (name, steps), found in searches.items():
+        if len(found) > 1 and (best := chosen([run for group in found for run in groups[group]])):
+            length = f" ({steps:,} steps)" if several[name] > 1 else ""
+            label = f"{name}{length}{BEST_OF} {len(found)} by validation"
+            entries[label], groups[label] = summary(best), best
+            entries[label]["trainings"] *= len(found)
+            rows = rows - set(found) | {label}
+            file = f"compare_{name.replace('/', '_')}{f'_{steps}' if length else ''}.png"
+            draw({group: groups[group] for group in found}, root / file)
     if against is not None:
         against = {short: label for label, short in differing(list(entries)).items()}.get(against, against)
         if against not in groups:
@@ -127,12 +149,25 @@ def compare(root: Path, against: str | None = None) -> dict[str, Any]:
         for label, members in groups.items():
             entries[label]["less"] = difference(members, groups[against])
     (root / "compare.json").write_text(json.dumps(entries, indent=2) + "\n")
-    searched = {name for name, members in names.items() if len({run.group for run in members}) > 1}
-    shown = {label: runs for label, runs in groups.items() if runs[0].name not in searched or BEST_OF in label}
-    draw(shown, root / "compare.png")
+    draw({label: members for label, members in groups.items() if label in rows}, root / "compare.png")
     show(entries)
     show_failures(runs)
+    for words in left:
+        print(f"left out: {words}")
     return entries
+
+
+def searches_of(groups: Mapping[str, Sequence[Run]]) -> dict[tuple[str, int | None], list[str]]:
+    """The rows that a search chooses among: those of one name and one length. One that failed counts to its name."""
+    lengths = {group: next((run.steps for run in runs if run.steps is not None), None) for group, runs in groups.items()}
+    known = defaultdict(set)
+    for group, runs in groups.items():
+        known[runs[0].name] |= {lengths[group]} - {None}
+    found = defaultdict(list)
+    for group, runs in groups.items():
+        name = runs[0].name
+        found[name, max(known[name]) if lengths[group] is None and known[name] else lengths[group]].append(group)
+    return found
 
 
 def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
@@ -211,6 +246,7 @@ class CompareRuns(Callback):
         compare(root)
         tables = [str(path) for path in (root / "compare.png", root / "compare.json") if self.is_new(path)]
         print(f"wrote {' and '.join(tables)}")
+        print(f"a page with all curves: scripts/dashboard {root}")
         results = [path for path in root.rglob("result.json") if self.is_new(path)]
         if any(json.loads(path.read_text())["status"] == "failed" for path in results):
             sys.exit(1)
@@ -227,7 +263,12 @@ def main() -> None:
         "--against", metavar="ROW", help="a row of the table: also show how each test loss differs from its, seed by seed"
     )
     options = parser.parse_args()
-    compare(options.root, options.against)
+    if not options.root.is_dir():
+        parser.error(f"{options.root} is no folder: give one that has runs in it, such as runs/study")
+    try:
+        compare(options.root, options.against)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

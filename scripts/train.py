@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def main(cfg: DictConfig) -> float:
             import tasks.plots  # noqa: F401 (reports a missing matplotlib before any training)
         for label, own in baselines(cfg).items():
             train(own, folder / "baselines" / label)
-        return cross_validate(cfg, folder) if cfg.folds else train(cfg, folder)
+        loss = cross_validate(cfg, folder) if cfg.folds else train(cfg, folder)
     except BaseException as error:
         if isinstance(error, ResumeError):
             raise  # the folder keeps the result of the run that is in it
@@ -59,6 +60,25 @@ def main(cfg: DictConfig) -> float:
             log.exception("%s failed: the sweep goes on, and is compared without it", folder)
             return math.inf
         raise
+    if cfg.plots and HydraConfig.get().mode != RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
+        say_where(folder)
+    return loss
+
+
+def say_where(folder: Path) -> None:
+    """Make the page of the finished run, and say where it and the pictures are."""
+    if pictures := sorted(map(str, folder.glob("*.png"))):
+        log.info("pictures: %s", "  ".join(pictures))
+    try:
+        from dashboards import page
+        from dashboards.read import read_run
+
+        (folder / "dashboard.html").write_text(page.of_run(read_run(folder)))
+        log.info("page: %s", folder / "dashboard.html")
+    except ImportError as error:
+        log.info("no page: %s. After pip install '.[dashboard]', scripts/dashboard %s makes it", error, folder)
+    except OSError as error:
+        log.warning("no page: %s", error)
 
 
 def baselines(cfg: DictConfig) -> dict[str, DictConfig]:
@@ -105,6 +125,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
         boards = running.start(cfg, folder, run.trackers, saved["boards"] if saved else {})
 
     with progress_bar(visible=main_process) as bar:
+        said = time.monotonic()
         job = bar.add_task(cfg.name, total=run.outer_steps, completed=begun, losses="")
         for outer_step in range(begun + 1, run.outer_steps + 1):
             seconds = run.advance()
@@ -120,6 +141,10 @@ def train(cfg: DictConfig, folder: Path) -> float:
                 save_checkpoint(folder / "checkpoint.pt", run, outer_step, boards)
             losses = f"train {row['train_loss']:.3f}  val {row['val_loss']:.3f}  {run.optimizer.hyper_steps} hypersteps"
             bar.update(job, completed=outer_step, losses=losses)
+            is_tenth = 10 * outer_step // run.outer_steps > 10 * (outer_step - 1) // run.outer_steps
+            if main_process and bar.disable and outer_step < run.outer_steps and (is_tenth or time.monotonic() > said + 60):
+                said = time.monotonic()
+                log.info("%s seed %s: %d of %d  %s", cfg.name, cfg.seed, outer_step, run.outer_steps, losses)
     return finish(run, folder, rows, boards)
 
 
@@ -144,13 +169,17 @@ def finish(run: Run, folder: Path, rows: list[dict[str, Any]], boards: list[Boar
     figures = "  ".join(f"{name} {measured[f'{name}_loss']:.4f}" for name in run.parts)
     if cfg.retrain:
         figures += f"  retrained: test {measured['retrained_test_loss']:.4f}"
-    moved = f"({result['hypersteps']} hypersteps, {result['moved']} moved)"
-    log.info("%s seed %s: %s  %s  -> %s", cfg.name, cfg.seed, figures, moved, folder)
+    failed = result["hypersteps"] - result["moved"]
+    solves = f"({result['hypersteps']} hypersteps, {result['moved']} moved)"
+    log.info("%s seed %s: %s  %s  -> %s", cfg.name, cfg.seed, figures, solves, folder)
+    if 2 * failed > result["hypersteps"]:
+        why = ", ".join(f"{count} {status}" for status, count in result["statuses"].items())
+        log.warning("%d of %d hypersteps failed and moved nothing: %s", failed, result["hypersteps"], why)
     return measured["val_loss"]
 
 
 def progress_bar(visible: bool) -> Progress:
-    """A bar with losses, hypersteps and the time left; hidden if the output is not a terminal."""
+    """A bar with losses, hypersteps and the time left; hidden if the output is not a terminal, which gets plain lines."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[losses]}"),

@@ -7,6 +7,8 @@ import zipfile
 import pytest
 from jobs import ROOT, env
 
+import hoptim
+
 APP = """
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -40,11 +42,21 @@ def wheel(tmp_path_factory):
     return path
 
 
-def run_app(folder, **environment):
+ALONE = """
+defaults: [{hoptim/method: implicit}]
+hydra: {output_subdir: null, run: {dir: .}}
+"""
+REVERSED = """
+defaults: [{hoptim/method: implicit}, {hoptim/curvature: exact}]
+hydra: {output_subdir: null, run: {dir: .}}
+"""
+
+
+def run_app(folder, mine=MINE, *overrides, **environment):
     """What hoptim it imports, the method it makes, and what Hydra offers it at the top."""
     (folder / "app.py").write_text(APP)
-    (folder / "mine.yaml").write_text(MINE)
-    command = [sys.executable, "app.py", "hoptim.solver.terms=7"]
+    (folder / "mine.yaml").write_text(mine)
+    command = [sys.executable, "app.py", *overrides]
     process = subprocess.run(command, cwd=folder, env=env(**environment), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     package, method, names = process.stdout.splitlines()
@@ -52,7 +64,7 @@ def run_app(folder, **environment):
 
 
 def test_another_project_finds_the_groups_of_the_checkout_and_no_other(tmp_path):
-    _, method, names = run_app(tmp_path)
+    _, method, names = run_app(tmp_path, MINE, "hoptim.solver.terms=7")
     assert "Implicit(solver=Neumann(terms=7, step_size=None" in method
     assert names == {"hoptim", "mine"}
 
@@ -62,10 +74,22 @@ def test_another_project_finds_the_groups_of_a_wheel_and_no_other(tmp_path, whee
     zipfile.ZipFile(wheel).extractall(site)
     project = tmp_path / "project"
     project.mkdir()
-    package, method, names = run_app(project, PYTHONPATH=str(site))
+    package, method, names = run_app(project, MINE, "hoptim.solver.terms=7", PYTHONPATH=str(site))
     assert str(site) in package
     assert "Implicit(solver=Neumann(terms=7, step_size=None" in method
     assert names == {"hoptim", "mine"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "overrides", "method"),
+    [
+        (ALONE, (), hoptim.Implicit()),
+        (ALONE, ("hoptim.method.damping=0.5", "+hoptim/solver=cg"), hoptim.Implicit(hoptim.CG(), damping=0.5)),
+        (REVERSED, (), hoptim.Implicit(curvature=hoptim.Exact())),
+    ],
+)
+def test_the_method_composes_from_another_project_without_a_solver_or_a_curvature(tmp_path, mine, overrides, method):
+    assert run_app(tmp_path, mine, *overrides)[1] == repr(method)
 
 
 def test_a_checkout_reads_its_configs_live():
@@ -77,6 +101,7 @@ def test_the_wheel_carries_the_configs_of_hoptim_and_no_others(wheel):
     ours = {f"hoptim/{path.relative_to(ROOT)}" for path in (ROOT / "conf" / "hoptim").rglob("*.yaml")}
     assert {name for name in names if name.endswith(".yaml")} == ours
     assert {"hydra_plugins/hoptim_config.py", "hoptim/py.typed"} <= names
+    assert "hoptim/config.py" not in names, "the plugin is only where Hydra looks for it"
     assert not [name for name in names if name.startswith(("scripts", "tests"))]
 
 

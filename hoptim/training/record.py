@@ -16,10 +16,14 @@ from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import Status
 
+FEW = 12  # a hyperparameter of at most so many numbers is logged and printed number by number
+SAMPLE = 100_000  # the quantiles of a larger tensor are those of about so many of its numbers
+QUANTILES = {"min": 0.0, "quantile_0.05": 0.05, "median": 0.5, "quantile_0.95": 0.95, "max": 1.0}
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Record:
-    """What one hyperstep did.
+    """What one hyperstep did. Printed, it is one paragraph.
 
     Attributes:
         inner_step: inner steps taken before it.
@@ -55,8 +59,18 @@ class Record:
         words = f"{self.status.name}: {self.status.message} ({detail})"
         return f"hyperstep {self.hyper_step} failed and moved nothing: {words}"
 
+    def __repr__(self) -> str:
+        """A paragraph: where the training was, how the solve ended, the losses and the hyperparameters."""
+        row = self.row()
+        facts = [f"residual {row['residual']:.2g}"] if row["residual"] is not None else []
+        facts += [f"{row['products']} products", f"{self.seconds:.3g} s"]
+        begin = f"Hyperstep {self.hyper_step} after {self.inner_step} inner steps: {self.status.name}, {', '.join(facts)}."
+        losses = f"Training loss {loss_in_words(row['train_loss'])}, validation loss {loss_in_words(row['val_loss'])}."
+        end = [] if self.moved else [f"It moved nothing: {self.status.message} ({row['detail'] or 'no detail'})."]
+        return " ".join([begin, losses, f"Hyperparameters: {in_words(self.hyperparameters)}.", *end])
+
     def row(self) -> dict[str, Any]:
-        """The figures as plain numbers and strings, for a log; ``None`` for a figure that is unknown or not finite."""
+        """The figures and the :func:`values` of the hyperparameters, for a log; ``None`` if unknown or not finite."""
         result, solution = self.result, self.result.solution
         lengths = {
             f"{name}_norm": float(trees.norm(result.mixed_by(self.val_weights, tree)))
@@ -78,8 +92,57 @@ class Record:
             "cosine_to_last": self.cosine_to_last,
             "standard_error": standard_error(result, self.val_weights),
             "hyper_seconds": self.seconds,
+            **values(self.hyperparameters),
         }
         return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def values(hyperparameters: Tree) -> dict[str, float]:
+    """Hyperparameters as flat figures: each number of a small tensor; mean and five quantiles of one with more than twelve.
+
+    >>> values({"decay": torch.tensor(0.5), "mix": torch.tensor([0.25, 0.75])})
+    {'hyperparameters/decay': 0.5, 'hyperparameters/mix/0': 0.25, 'hyperparameters/mix/1': 0.75}
+    >>> list(values({"w": torch.arange(101.0)}).values())
+    [50.0, 0.0, 5.0, 50.0, 95.0, 100.0]
+    """
+    found: dict[str, float] = {}
+    for name, value in hyperparameters.items():
+        flat, key = value.detach().flatten().cpu(), f"hyperparameters/{name}"
+        if len(flat) == 1:
+            found[key] = flat.item()
+        elif len(flat) <= FEW:
+            found |= {f"{key}/{place}": number for place, number in enumerate(flat.tolist())}
+        else:
+            some = flat[:: max(1, len(flat) // SAMPLE)].sort().values
+            figures = {"mean": flat.double().mean().item()}
+            figures |= {label: some[round(q * (len(some) - 1))].item() for label, q in QUANTILES.items()}
+            figures |= {"min": flat.min().item(), "max": flat.max().item()}  # these are not of a sample
+            found |= {f"{key}/{label}": figure for label, figure in figures.items()}
+    return found
+
+
+def in_words(hyperparameters: Tree) -> str:
+    """The values of hyperparameters for people: the first twelve tensors, the large ones by their mean and range.
+
+    >>> in_words({"decay": torch.tensor([0.5]), "mix": torch.tensor([0.25, 0.75]), "w": torch.arange(101.0)})
+    'decay 0.5, mix (0.25, 0.75), w of 101: mean 50, 0 to 100'
+    """
+    words = []
+    for name, value in list(hyperparameters.items())[:FEW]:
+        flat = value.detach().flatten().cpu().double()
+        if len(flat) > FEW:
+            mean, low, high = (float(each) for each in (flat.mean(), flat.min(), flat.max()))
+            words.append(f"{name} of {len(flat):,}: mean {mean:.4g}, {low:.4g} to {high:.4g}")
+        else:
+            numbers = ", ".join(f"{number:.4g}" for number in flat.tolist())
+            words.append(f"{name} {numbers}" if len(flat) == 1 else f"{name} ({numbers})")
+    left = len(hyperparameters) - FEW
+    return ", ".join(words + [f"and {left} more"] * (left > 0))
+
+
+def loss_in_words(loss: float | None) -> str:
+    """A loss of a row, which has ``None`` for one that is not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def cosine(a: Tree, b: Tree) -> float:

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     extra = "workspace" if options.wandb else "dashboard"
     if missing := [package for package in NEEDED[extra] if find_spec(package) is None]:
-        sys.exit(f"{' and '.join(missing)} not installed: pip install '.[{extra}]'")
+        sys.exit(f"{' and '.join(missing)} not installed: in a checkout of hoptim, pip install '.[{extra}]'")
     if options.wandb:
         to_wandb(options)
     else:
@@ -107,7 +107,7 @@ def planned(options: argparse.Namespace) -> Board:
         project=project,
         group=options.group,
         names={name for run in found for row in panels.logged(run.rows) for name in row},
-        hyperparameters=list(dict.fromkeys(name for run in found for name in panels.hyperparameters(run.rows))),
+        hyperparameters=list(dict.fromkeys(name for run in found for name in panels.large(run.rows))),
         settings=different([run.config for run in found]),
     )
 

@@ -53,7 +53,8 @@ def lines(panel: Panel, rows: Rows) -> go.Figure:
         if not found:
             continue
         colour = PARTS.get(label, COLOURS[place % len(COLOURS)])
-        line = {"color": colour, "width": 1.8, **({"dash": "dot"} if label == "indirect" else {})}
+        dash = "dot" if label == "indirect" else DASHES[place // len(COLOURS) % len(DASHES)]
+        line = {"color": colour, "width": 1.8, "dash": dash}
         x, y = zip(*found, strict=True)
         if panel.log and not any(y):
             label += " (zero)"
@@ -80,19 +81,20 @@ def begin_at_zero(chart: go.Figure, values: Sequence[float]) -> None:
 
 
 def statuses(rows: Rows) -> go.Figure:
-    """How each solve ended: a row for each status, in the colour and with the marker of its kind."""
-    chart, seen = go.Figure(), [row for row in rows if "hypergradient/status" in row]
-    order = [status.name for status in Status if any(row["hypergradient/status"] == status.name for row in seen)]
+    """How the solves of each outer step ended: a row for each status, in the colour and with the marker of its kind."""
+    chart = go.Figure()
+    order = [status.name for status in Status if any(status.name in row["statuses"] for row in rows)]
     for name in order:
         colour, symbol = KINDS[Status[name].kind]
-        those = [row for row in seen if row["hypergradient/status"] == name]
+        those = [row for row in rows if name in row["statuses"]]
+        details = [row.get("hypergradient/detail", "") if row["hypergradient/status"] == name else "" for row in those]
         chart.add_scatter(
             x=[row["outer_step"] for row in those],
             y=[name] * len(those),
             mode="markers",
             name=Status[name].kind,
             marker={"color": colour, "symbol": symbol, "size": 7, "opacity": 0.8},
-            text=[row.get("hypergradient/detail", "") for row in those],
+            text=[f"{row['statuses'][name]} × {detail}" for row, detail in zip(those, details, strict=True)],
             hovertemplate="%{y} %{text}<extra></extra>",
         )
     figure(chart, x=AXES["outer_step"], y="", legend=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -54,15 +54,17 @@ def of_run(run: RunFiles) -> str:
         sections.setdefault("Losses", []).append(
             Card(title=f"{panels.PARTS[part].capitalize()} loss beside plain trainings", chart=chart)
         )
-    sections["Hyperparameters over time"] = hyperparameters(run)  # instead of their medians
+    sections["Hyperparameters over time"] = hyperparameters(run, rows)  # instead of their medians
     body = [tiles(run), problem(result), *(grid(title, cards) for title, cards in sections.items())]
-    body += [advice(Counter(row["status"] for row in run.rows if "status" in row)), config(run)]
+    counts = panels.statuses(run.rows)
+    body += [advice(counts), config(run)]
     seed = f"seed {result['seed']}" if "seed" in result else ""
-    return page(f"{name} {seed}".strip(), str(run.folder), result["status"], body)
+    return page(f"{name} {seed}".strip(), str(run.folder), state(result["status"], counts), body)
 
 
-def hyperparameters(run: RunFiles) -> list[Card]:
-    """A card for each hyperparameter; only for the first ones if there are many."""
+def hyperparameters(run: RunFiles, rows: charts.Rows) -> list[Card]:
+    """A card for each hyperparameter, or the first: lines for a small one, quantiles for a large one."""
+    small = {panel.title: panel for panel in panels.of_hyperparameters({name for row in rows for name in row})}
     file = run.folder / "hyperparameters.safetensors"
     final = {name: value.double().flatten().numpy() for name, value in load_file(file).items()} if file.exists() else {}
     names = panels.hyperparameters(run.rows)
@@ -71,7 +73,8 @@ def hyperparameters(run: RunFiles) -> list[Card]:
         values = final.get(name)
         count = f"{len(values):,} entries. " if values is not None and len(values) > 1 else ""
         left = f"{len(names) - MANY} more are not shown." if len(names) > MANY and name == names[MANY - 1] else ""
-        cards.append(Card(title=name, chart=charts.spread(run.rows, name, values), note=count + left))
+        chart = charts.lines(small[name], rows) if name in small else charts.spread(run.rows, name, values)
+        cards.append(Card(title=name, chart=chart, note=count + left))
     return cards
 
 
@@ -88,8 +91,11 @@ def tiles(run: RunFiles) -> str:
     seconds = [sum(row.get(f"{kind}_seconds") or 0 for row in rows) for kind in ("inner", "hyper")]
     figures["inner steps"] = f"{last['inner_step']:,}"
     if solves:
-        figures["hypersteps that moved"] = f"{sum(row['moved'] for row in solves):,} of {len(solves):,}"
-        figures["products"] = f"{sum(row['products'] for row in solves):,}"
+        hypersteps, moved, products = (sum(values) for values in zip(*map(panels.solved, solves), strict=True))
+        figures["hypersteps that moved"] = f"{moved:,} of {hypersteps:,}"
+        figures["products"] = f"{products:,} ({products / hypersteps:.3g} each)"
+    retrained = {key: result[f"retrained_{key}"] for key in ("test_loss", "test_accuracy") if f"retrained_{key}" in result}
+    figures |= {f"{panels.in_words(key)} after retraining": f"{value:.4f}" for key, value in retrained.items()}
     figures |= {key: f"{result[key]:,}" for key in ("weights", "hyperparameters") if key in result}
     if seconds[0]:
         figures["cost in plain trainings"] = f"{sum(seconds) / seconds[0]:.2f}"
@@ -98,6 +104,22 @@ def tiles(run: RunFiles) -> str:
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in figures.items()
     )
     return f'<div class="tiles">{"".join(shown)}</div>'
+
+
+def state(status: str, counts: Mapping[str, int]) -> str:
+    """The chip that says how a run ended. One in which a hyperstep failed is not green, and red if most did.
+
+    >>> state("finished", {"STEP_TOO_LARGE": 61})
+    '<span class="chip failed">finished, 61 of 61 hypersteps failed</span>'
+    >>> state("finished", {"FINISHED": 6})
+    '<span class="chip ok">finished</span>'
+    """
+    failed = sum(count for name, count in counts.items() if Status[name].kind == "failed")
+    kind, words = STATES.get(status, "remark"), status
+    if failed:
+        words += f", {failed:,} of {sum(counts.values()):,} hypersteps failed"
+        kind = "failed" if kind == "failed" or 2 * failed > sum(counts.values()) else "remark"
+    return f'<span class="chip {kind}">{escape(words)}</span>'
 
 
 def problem(result: Mapping[str, Any]) -> str:
@@ -126,9 +148,7 @@ def config(run: RunFiles) -> str:
 def of_sweep(root: Path) -> str:
     """The page of all runs below a folder. Runs that differ only in the seed are a group."""
     runs = compare.read(root)
-    groups: dict[str, list[compare.Run]] = defaultdict(list)
-    for run in runs:
-        groups[run.group].append(run)
+    groups, left = compare.grouped(runs)
     labels = short_names(list(groups))
     done = {
         labels[group]: [run for run in members if run.result["status"] == "finished"] for group, members in groups.items()
@@ -139,8 +159,12 @@ def of_sweep(root: Path) -> str:
     body = [summary_table(groups, labels), grid("What each setting reaches", final(done))]
     body += [grid(f"{title}, mean ± standard error", cards) for title, cards in sections.items()]
     body += [run_table(groups, labels)]
-    state = "failed" if any(run.result["status"] == "failed" for run in runs) else "finished"
-    return page(f"Sweep {root.name}: {len(runs)} runs of {len(groups)} settings", str(root), state, body)
+    body += [f'<p class="quiet">left out: {escape(words)}</p>' for words in left]
+    failed, counts = any(run.result["status"] == "failed" for run in runs), Counter[str]()
+    for run in runs:
+        counts.update(run.result.get("statuses", {}))
+    title = f"Sweep {root.name}: {len(runs)} runs of {len(groups)} settings"
+    return page(title, str(root), state("failed" if failed else "finished", counts), body)
 
 
 def curves(rows: Mapping[str, Sequence[charts.Rows]]) -> dict[str, list[Card]]:
@@ -217,9 +241,9 @@ def run_table(groups: Mapping[str, Sequence[compare.Run]], labels: Mapping[str, 
     lines = ["<tr><th>setting</th><th>seed</th><th>state</th><th>test loss, or error</th></tr>"]
     for group, runs in groups.items():
         for run in runs:
-            state = run.result["status"]
-            loss = f"{run.result['test_loss']:.4f}" if state == "finished" else escape(run.result.get("error", ""))
-            chip = f'<span class="chip {STATES.get(state, "remark")}">{escape(state)}</span>'
+            status = run.result["status"]
+            loss = f"{run.result['test_loss']:.4f}" if status == "finished" else escape(run.result.get("error", ""))
+            chip = state(status, run.result.get("statuses", {}))
             lines.append(
                 f"<tr><td>{escape(labels[group])}</td><td>{escape(run.seed)}</td><td>{chip}</td><td>{loss}</td></tr>"
             )
@@ -247,8 +271,7 @@ def grid(title: str, cards: Sequence[Card]) -> str:
     return f'<h2>{escape(title)}</h2><div class="grid">{"".join(shown)}</div>' if shown else ""
 
 
-def page(title: str, where: str, state: str, body: Sequence[str]) -> str:
+def page(title: str, where: str, chip: str, body: Sequence[str]) -> str:
     """The whole page, which includes plotly's script."""
-    chip = f'<span class="chip {STATES.get(state, "remark")}">{escape(state)}</span>'
     words = {"title": escape(title), "where": escape(where), "chip": chip, "body": "\n".join(body)}
     return Template(TEMPLATE.read_text()).substitute(words, plotly=offline.get_plotlyjs())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hoptim.tracking.board import figures, steps
+from hoptim.tracking.board import figures
 
 PARTS = {"train": "train", "val": "validation", "test": "test"}
-STATUS = "hypergradient/status_level"
+STATUS, FAILED = "hypergradient/status_level", "hypergradient/failed"
 USUAL = {"metrics/train_loss", "metrics/val_loss", "metrics/test_loss"}
 AXES = {"inner_step": "inner steps", "outer_step": "outer steps"}
 
@@ -89,7 +90,8 @@ COST = (
         unit="seconds",
         stacked=True,
     ),
-    Panel(title="Products of each hyperstep", lines={"products with A": "cost/products"}, unit="products"),
+    Panel(title="Products of each outer step", lines={"products with A": "cost/products"}, unit="products"),
+    Panel(title="Hypersteps of each outer step", lines={"all": "cost/hypersteps", "failed": FAILED}, unit="hypersteps"),
 )
 
 
@@ -117,11 +119,23 @@ def metrics(names: Iterable[str]) -> list[Panel]:
 
 
 def of_hyperparameters(names: Iterable[str]) -> list[Panel]:
-    """A panel for the median of each hyperparameter among the logged names."""
-    found = [name.split("/", 1)[1].rpartition("/")[0] for name in names if name.startswith("hyperparameters/")]
-    return [
-        Panel(title=f"Median of {name}", lines={"median": median(name)}, unit="value", log=True) for name in sorted(found)
-    ]
+    """A panel for each hyperparameter among the logged names: a line for each number of a small one, else the median.
+
+    >>> found = of_hyperparameters(["hyperparameters/decay", "hyperparameters/mix/1", "hyperparameters/mix/0"])
+    >>> [(panel.title, list(panel.lines)) for panel in found]
+    [('decay', ['decay']), ('mix', ['mix[0]', 'mix[1]'])]
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        section, _, key = name.partition("/")
+        base, _, end = key.rpartition("/")
+        if section == "hyperparameters" and (end == "median" or end.isdigit() or not base):
+            title, label = (
+                (f"Median of {base}", end) if end == "median" else (base or key, f"{base}[{end}]" if base else key)
+            )
+            found.setdefault(title, {})[label] = name
+    order = {title: dict(sorted(lines.items(), key=lambda line: (len(line[0]), line[0]))) for title, lines in found.items()}
+    return [Panel(title=title, lines=order[title], unit="value", log=True) for title in sorted(order)]
 
 
 def sections(names: Iterable[str] | None = None) -> dict[str, list[Panel]]:
@@ -141,19 +155,18 @@ def sections(names: Iterable[str] | None = None) -> dict[str, list[Panel]]:
 
 
 def logged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl`` with their figures under the logged names, steps, and medians of hyperparameters."""
-    return [{**figures(row), **medians(row), **steps(row)} for row in rows]
+    """The rows of ``metrics.jsonl`` under the names that trackers log, and how many hypersteps ended in which status."""
+    return [{**figures(row), "statuses": statuses([row])} for row in rows]
 
 
-def medians(row: Mapping[str, Any]) -> dict[str, float]:
-    """The median of each hyperparameter, the middle one of the quantiles in the row."""
-    spreads = row.get("hyperparameters", {})
-    return {median(name): spread["quantiles"][len(spread["quantiles"]) // 2] for name, spread in spreads.items()}
+def statuses(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """How many hypersteps ended in which status. A row of a single hyperstep has only its own."""
+    return sum((Counter(row.get("statuses") or [row["status"]]) for row in rows if "status" in row), Counter())
 
 
-def median(name: str) -> str:
-    """The name under which the median of a hyperparameter is logged."""
-    return f"hyperparameters/{name}/median"
+def solved(row: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The hypersteps of a row, how many of them moved, and their products."""
+    return row.get("hypersteps", 1), row["moved"], row["products"]
 
 
 def in_words(name: str) -> str:
@@ -169,3 +182,8 @@ def in_words(name: str) -> str:
 def hyperparameters(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names of the hyperparameters in the rows."""
     return list(rows[-1].get("hyperparameters", {})) if rows else []
+
+
+def large(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of those that have histograms."""
+    return [name for name in hyperparameters(rows) if f"hyperparameters/{name}/median" in rows[-1]]

@@ -112,15 +112,15 @@ def line_plot(panel: panels.Panel) -> wr.LinePlot:
 
 
 def every_median() -> wr.LinePlot:
-    """The medians of all hyperparameters in one panel, for runs whose hyperparameters are not known."""
+    """The values of small hyperparameters and the medians of large ones in one panel, for runs that are not known."""
     return wr.LinePlot(
-        title="Medians", x="outer_step", metric_regex="hyperparameters/.*/median", title_x="outer steps", log_y=True
+        title="Values", x="outer_step", metric_regex="hyperparameters/(.*/(median|[0-9]+)|[^/]+)", title_x="outer steps"
     )
 
 
 def histograms(name: str) -> wr.LinePlot:
     """The histograms of a hyperparameter over time; W&B draws them only while a single run is shown."""
-    return wr.LinePlot(title=f"Histograms of {name}", x="outer_step", y=[f"hyperparameters/{name}"], title_x="outer steps")
+    return wr.LinePlot(title=f"Histograms of {name}", x="outer_step", y=[f"histograms/{name}"], title_x="outer steps")
 
 
 def definition(board: ws.Workspace | wr.Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,20 @@ def start(cfg: DictConfig, folder: Path, trackers: Sequence[Any], ids: Mapping[s
     config.pop("baselines", None)  # the settings of other trainings would look like this one's
     for tracker in trackers:
         if isinstance(tracker, Board):
-            _open.append(tracker.filled(**filling, id=ids.get(type(tracker).__name__)))
+            _open.append(filled(tracker, {**filling, "id": ids.get(type(tracker).__name__)}))
             _open[-1].start(config)
     return list(_open)
+
+
+def filled(board: Board, defaults: Mapping[str, Any]) -> Board:
+    """The board, with these options in place of its options that are ``None``.
+
+    >>> from hoptim.tracking import WandB
+    >>> filled(WandB(name="mine"), {"name": "iris/seed=0", "group": "iris", "directory": "runs"})
+    WandB(histograms=True, project='hoptim', name='mine', group='iris', ..., directory='runs', mode=None)
+    """
+    names = {option.name for option in fields(board) if option.init and getattr(board, option.name) is None}
+    return replace(board, **{key: value for key, value in defaults.items() if key in names})
 
 
 def ids(boards: Sequence[Board]) -> dict[str, str | None]:

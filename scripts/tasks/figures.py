@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from safetensors.torch import save as packed
 
 import hoptim
-from hoptim.training.record import natural_values
+from hoptim.training.record import natural_values, values
 from tasks.run import Run
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -26,8 +26,12 @@ def figures_of(run: Run, seconds: float) -> dict[str, Any]:
     row = dict(records[-1]) if records else {"inner_step": run.optimizer.inner_steps}
     row |= {"solve_val_loss": row.pop("val_loss", None), "solve_train_loss": row.pop("train_loss", None)}
     row |= {name: sum(record[name] for record in records) for name in ("products", "hyper_seconds", "moved")}
-    row |= {"hypersteps": len(records), "statuses": dict(Counter(record["status"] for record in records))}
-    return {**row, "inner_seconds": seconds - row["hyper_seconds"], "hyperparameters": spreads(run.problem)}
+    row |= {"hypersteps": len(records), "failed": len(records) - row["moved"]}
+    row |= {
+        "statuses": dict(Counter(record["status"] for record in records)),
+        "inner_seconds": seconds - row["hyper_seconds"],
+    }
+    return {**row, **values(natural_values(run.problem)), "hyperparameters": spreads(run.problem)}
 
 
 def spreads(problem: hoptim.Problem) -> dict[str, dict[str, Any]]:

@@ -58,7 +58,9 @@ def test_the_page_of_a_run_draws_the_figures_in_its_files(page, finished):
         ("Cosine to the last hypergradient", "cosine", "outer_step"): "cosine_to_last",
         ("Norms of the hypergradient", "indirect", "outer_step"): "indirect_norm",
         ("Seconds of each outer step", "training", "outer_step"): "inner_seconds",
-        ("Products of each hyperstep", "products with A", "outer_step"): "products",
+        ("Products of each outer step", "products with A", "outer_step"): "products",
+        ("Hypersteps of each outer step", "all", "outer_step"): "hypersteps",
+        ("Hypersteps of each outer step", "failed", "outer_step"): "failed",
     }
     for (title, name, axis), key in wanted.items():
         expected = {row[axis]: row[key] for row in rows(finished) if row[key] is not None}
@@ -89,7 +91,8 @@ def write_run(folder, *, seed=0, losses=(0.5, 0.4), statuses=("FINISHED", "FINIS
         found.append({
             "outer_step": step, "inner_step": 10 * step, "train_loss": loss, "val_loss": 2 * loss, "test_loss": 3 * loss,
             "test_accuracy": 0.5, "status": status, "moved": status == "FINISHED", "detail": "", "products": 4,
-            "residual": 0.1, "hyper_seconds": 0.5, "inner_seconds": 1.0, "hyperparameters": {"decay": spread},
+            "residual": 0.1, "hyper_seconds": 0.5, "inner_seconds": 1.0, "hyperparameters/decay": loss,
+            "hyperparameters": {"decay": spread},
         })  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     last = {key: found[-1][key] for key in ("train_loss", "val_loss", "test_loss", "test_accuracy")}
@@ -124,6 +127,65 @@ def test_a_failed_solve_is_red_and_the_page_says_what_to_do(tmp_path):
         assert words in text
 
 
+def write_long_rows(folder, failed, **changes):
+    """A run of seven rows and 61 hypersteps: none in the first, then ten, in the last eleven; how many fail in each row."""
+    write_run(folder, losses=(0.5,) * 7, statuses=("FINISHED",) * 7)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for number, (row, lost) in enumerate(zip(rows, failed, strict=True)):
+        count = (0, 10, 10, 10, 10, 10, 11)[number]
+        row |= {"hypersteps": count, "moved": count - lost, "failed": lost, "products": 5 * count}
+        row["statuses"] = {key: many for key, many in {"STEP_TOO_LARGE": lost, "FINISHED": count - lost}.items() if many}
+        row |= {f"hyperparameters/mix/{place}": 0.1 * place + 0.01 * number for place in range(3)}
+        row["hyperparameters"]["mix"] = row["hyperparameters"]["decay"]
+        if not count:
+            del row["status"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = json.loads((folder / "result.json").read_text())
+    found |= {"moved": 61 - sum(failed), "hypersteps": 61, "statuses": {"STEP_TOO_LARGE": sum(failed)}, **changes}
+    (folder / "result.json").write_text(json.dumps(found))
+    return rows
+
+
+def words_of(page):
+    return re.sub(r"<[^>]+>", " ", re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL))
+
+
+@pytest.mark.parametrize(
+    ("failed", "chip", "tile"),
+    [
+        ((0,) * 7, '<span class="chip ok">finished</span>', "61 of 61"),
+        ((0, 3, 0, 0, 0, 0, 0), '<span class="chip remark">finished, 3 of 61 hypersteps failed</span>', "58 of 61"),
+        ((0, 10, 10, 10, 10, 10, 11), '<span class="chip failed">finished, 61 of 61 hypersteps failed</span>', "0 of 61"),
+    ],
+)
+def test_the_page_counts_hypersteps_and_not_rows_and_hides_no_failure(tmp_path, failed, chip, tile):
+    write_long_rows(tmp_path / "run", failed, retrained_test_loss=0.4321, retrained_test_accuracy=0.875)
+    dashboard(tmp_path / "run")
+    page = tmp_path / "run" / "dashboard.html"
+    assert chip in page.read_text()
+    shown = " ".join(words_of(page).split())
+    assert f"{tile} hypersteps that moved" in shown
+    assert "305 (5 each) products" in shown
+    assert "0.4321 test loss after retraining 0.8750 test accuracy after retraining" in shown
+    table = {status: f"{count} the series diverged" for status, count in {"STEP_TOO_LARGE": sum(failed)}.items() if count}
+    assert all(f"failed {status} {words}" in shown for status, words in table.items())
+    assert ("STEP_TOO_LARGE" in shown) == bool(table)
+
+
+@in_browser
+def test_the_page_shows_failures_between_rows_and_a_line_for_each_number_of_a_small_hyperparameter(tmp_path):
+    rows = write_long_rows(tmp_path / "run", (0, 3, 0, 0, 0, 0, 2))
+    dashboard(tmp_path / "run")
+    charts = browser.opened(tmp_path / "run" / "dashboard.html")["charts"]
+    failures = [line for line in charts["Status of each solve"]["lines"] if line["name"] == "failed"]
+    assert [line["x"] for line in failures] == [[2, 7]]
+    assert line(charts["Hypersteps of each outer step"], "failed") == {1: 0, 2: 3, 3: 0, 4: 0, 5: 0, 6: 0, 7: 2}
+    for place in range(3):
+        values = {row["outer_step"]: row[f"hyperparameters/mix/{place}"] for row in rows}
+        assert line(charts["mix"], f"mix[{place}]") == pytest.approx(values)
+    assert len(charts["mix"]["lines"]) == 3
+
+
 @in_browser
 def test_the_page_of_a_sweep_compares_means_and_errors_of_its_settings(tmp_path):
     for group, shift in {"toy/lr=1": 0.0, "toy/lr=2": 1.0}.items():
@@ -135,7 +197,7 @@ def test_the_page_of_a_sweep_compares_means_and_errors_of_its_settings(tmp_path)
     assert (page["failures"], page["loaded"]) == ([], [])
     for name, mean in {"lr=1": 1.2, "lr=2": 4.2}.items():
         assert line(page["charts"]["Loss: test"], name) == pytest.approx({10: 3.0, 20: mean})
-        assert line(page["charts"]["Median of decay"], name) == pytest.approx({1: 1.0, 2: mean / 3})
+        assert line(page["charts"]["decay"], name) == pytest.approx({1: 1.0, 2: mean / 3})
         (reached,) = [line for line in page["charts"]["Final test loss"]["lines"] if line["name"] == name]
         assert reached["x"] == pytest.approx([mean - 0.6, mean, mean + 0.6])
     lower, upper = [line for line in page["charts"]["Loss: test"]["lines"] if "trace" in line["name"]][:2]
@@ -203,7 +265,8 @@ def test_the_panels_for_wandb_ask_for_what_a_run_has_logged(finished, logged, ki
     every = {name for _, _, config in found for name in names_in(config)}
     health = {"status_level", "residual", "cosine_to_last", "hypergradient_norm"}
     assert {f"hypergradient/{name}" for name in health} | {"cost/products", "cost/hyper_seconds"} <= every
-    assert {f"hyperparameters/{name}" for name in ("0.weight", "3.weight", "6.weight", "0.weight/median")} <= every
+    assert {f"histograms/{name}" for name in ("0.weight", "3.weight", "6.weight")} <= every
+    assert "hyperparameters/0.weight/median" in every
     assert '"value": "study"' in shown
 
 

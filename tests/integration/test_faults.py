@@ -298,7 +298,7 @@ def test_rows_that_a_full_disk_refuses_stop_no_training_and_leave_whole_rows(tmp
         torch.manual_seed(1)
         with contextlib.ExitStack() as stack:
             if one is run:
-                stack.enter_context(pytest.warns(UserWarning, match=f"a row was not written.*{path}.*training goes on"))
+                stack.enter_context(pytest.warns(UserWarning, match=f"JsonLines failed: .*{path}.*training goes on"))
                 stack.enter_context(no_file_beyond(1200))
             advance(one, 0, 4)
         advance(one, 4, 6)

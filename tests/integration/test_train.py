@@ -98,7 +98,8 @@ def test_the_wandb_run_reads_back(finished):
         "cost/*": "outer_step",
         "hyperparameters/*": "outer_step",
     }
-    assert sum(steps[-1]["hyperparameters/3.weight/values"]) == 16 * 16
+    assert sum(steps[-1]["histograms/3.weight/values"]) == 16 * 16
+    assert steps[-1]["hyperparameters/3.weight/mean"] == pytest.approx(lines[-1]["hyperparameters"]["3.weight"]["mean"])
     assert run["summary"]["test_loss"] == result(finished)["test_loss"]
     images = {key for row in run["history"] for key in row if key.endswith("_type") and row[key] == "image-file"}
     assert images == {"plots/curves/_type", "plots/hyperparameters/_type"}
@@ -124,9 +125,16 @@ def test_the_runs_of_a_sweep_are_grouped_and_tagged(tmp_path):
 
 @pytest.mark.parametrize("mode", ["online", "disabled"])
 def test_wandb_without_account_or_network_never_stops_a_run(tmp_path, mode):
-    train(f"hydra.run.dir={tmp_path}", *SHORT, "plots=false", WANDB_MODE=mode, WANDB_BASE_URL="http://127.0.0.1:9")
+    server = {"WANDB_MODE": mode, "WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path)}
+    process = train(f"hydra.run.dir={tmp_path}", *SHORT, "plots=false", **server)
     assert result(tmp_path)["status"] == "finished"
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == (mode != "disabled")
+    written = list(tmp_path.glob("wandb/offline-run-*"))
+    assert len(written) == (mode != "disabled")
+    told = [line for line in process.stderr.splitlines() if "W&B" in line and "warnings.warn" not in line]
+    assert len(told) == len(written)
+    for line, path in zip(told, written, strict=True):
+        for words in ("No API key configured", "The run is written offline", "`wandb login`", f"wandb sync {path}"):
+            assert words in line
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
@@ -338,6 +346,91 @@ def test_runs_of_one_folder_are_told_apart_by_what_they_are(tmp_path):
     run("compare.py", tmp_path)
     table = json.loads((tmp_path / "compare.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     assert {label: entry["runs"] for label, entry in table.items()} == {"iris": 1, "iris_clamp": 1}
+
+
+def write_result(folder, *, seed, steps, loss, name="toy"):
+    """What compare.py reads of a finished run of so many inner steps."""
+    folder.mkdir(parents=True)
+    row = {
+        "outer_step": 1,
+        "inner_step": steps,
+        "train_loss": loss,
+        "val_loss": loss,
+        "test_loss": loss,
+        "hyperparameters": {},
+    }
+    (folder / "metrics.jsonl").write_text(json.dumps(row | {"inner_seconds": 1.0, "hyper_seconds": 1.0}) + "\n")
+    found = {"status": "finished", "name": name, "seed": seed, "inner_steps": steps, "moved": 1, "hypersteps": 1}
+    found |= {f"{part}_loss": loss for part in ("train", "val", "test")}
+    (folder / "result.json").write_text(json.dumps(found))
+
+
+def test_a_run_of_another_length_is_left_out_of_its_row_and_named(tmp_path):
+    for seed, (steps, loss) in enumerate(((400, 1.0), (200, 9.0), (400, 3.0))):
+        write_result(tmp_path / "toy" / f"seed={seed}", seed=seed, steps=steps, loss=loss)
+    process = run("compare.py", tmp_path)
+    (entry,) = json.loads((tmp_path / "compare.json").read_text()).values()
+    assert (entry["runs"], entry["test_loss"]) == (2, [2.0, 1.0])
+    assert "left out: toy seed 1: 200 inner steps, the others of its row 400" in process.stdout
+
+
+def test_a_search_is_among_rows_of_one_length(tmp_path):
+    for group, (steps, loss) in {"lr=1": (400, 2.0), "lr=2": (400, 1.0), "lr=3": (200, 0.5), "lr=4": (200, 0.7)}.items():
+        write_result(tmp_path / "toy" / group / "seed=0", seed=0, steps=steps, loss=loss)
+    run("compare.py", tmp_path)
+    table = json.loads((tmp_path / "compare.json").read_text())
+    best = {label: entry["test_loss"][0] for label, entry in table.items() if "best of" in label}
+    assert best == {
+        "toy (400 steps): best of 2 by validation": 1.0,
+        "toy (200 steps): best of 2 by validation": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere is no folder: give one that has runs in it"),
+        (["."], "no result.json below {folder}: run a sweep first"),
+        (["toy", "--against", "none"], "against='none' is not a row: the rows are ['.']"),
+    ],
+)
+def test_compare_says_what_is_wrong_with_its_arguments_without_a_traceback(tmp_path, arguments, words):
+    folder = tmp_path / arguments[0]
+    if arguments[0] == "toy":
+        write_result(folder, seed=0, steps=4, loss=1.0)
+    process = run("compare.py", folder, *arguments[1:], check=False)
+    assert process.returncode != 0
+    assert words.format(folder=folder) in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_a_run_without_a_terminal_prints_plain_lines_and_ends_with_where_its_pictures_and_page_are(finished_output):
+    folder, lines = finished_output
+    own = [line for line in lines if line.startswith("iris seed 0: ")]
+    assert [line.split("  ")[0] for line in own[:-1]] == [
+        f"iris seed 0: {step} of 12" for step in (2, 3, 4, 5, 6, 8, 9, 10, 11)
+    ]
+    assert all("train 1." in line or "train 0." in line for line in own)
+    assert lines[-2:] == [
+        f"pictures: {folder / 'curves.png'}  {folder / 'hyperparameters.png'}",
+        f"page: {folder / 'dashboard.html'}",
+    ]
+    assert '<span class="chip ok">finished</span>' in (folder / "dashboard.html").read_text()
+
+
+@pytest.fixture
+def finished_output(tmp_path):
+    """A run of twelve rows, and the lines that it prints into a pipe."""
+    options = ("outer_steps=12", "inner_steps=5", "task.hidden=4", "baselines={}", "hoptim/tracker=[]")
+    return tmp_path, train(f"hydra.run.dir={tmp_path}", *options).stdout.splitlines()
+
+
+def test_a_run_in_which_most_hypersteps_fail_says_so_at_its_end(tmp_path):
+    options = ("hoptim/solver=neumann", "hoptim/curvature=exact", "hoptim.solver.step_size=1e4", "hoptim.solver.terms=50")
+    process = train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET, *options)
+    assert result(tmp_path)["moved"] == 0
+    assert re.search("4 of 4 hypersteps failed and moved nothing: .*STEP_TOO_LARGE", process.stdout)
+    assert [row["failed"] for row in rows(tmp_path)] == [1, 1, 1, 1]
 
 
 CLASSES = (
