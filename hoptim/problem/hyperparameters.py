@@ -12,10 +12,8 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
 from hoptim.problem.constraint import bijection, described, is_nonnegative, to_leaf
-from hoptim.problem.level_adam import Level
-from hoptim.problem.levels import checked_levels, renumbered
-from hoptim.problem.outer_adam import joined, usual_options
-from hoptim.problem.outer_rates import VALIDATION, Rates, check_validation, rates_of
+from hoptim.problem.level_adam import Level, checked_levels, renumbered
+from hoptim.problem.outer_adam import VALIDATION, Rates, check_validation, joined, rates_of, usual_options
 from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 from hoptim.validation import describe_type
 

@@ -252,9 +252,8 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ([{"a": torch.zeros(1, dtype=torch.complex64)}], TypeError, "whole numbers"),
     ([{"a": ALL, "c": ALL}], ValueError, "shared by a, c, of several kinds"),
     ([{"a": torch.zeros(1, 1, 1, dtype=torch.long)}], ValueError, r"broadcasts to \(4, 3\)"),
-    ([{"d": torch.tensor(0)}], KeyError, "levels names 'd', which is no hyperparameter"),
+    ([{"d": torch.tensor(0)}], KeyError, "'d'"),
     ([{"a": ALL}] * 3, ValueError, "3 dicts: give at most two"),
-    ([{}], ValueError, "an empty dict"),
     ([{"a": ALL}, {"a": ROWS, "b": ALL}], ValueError, "the second dict of levels names a, b, the first a"),
     ([{"a": ROWS, "b": ALL}, {"a": ALL, "b": ALL}], ValueError, "the second dict of levels are not within one of the first"),
 ]
