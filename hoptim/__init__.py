@@ -114,8 +114,8 @@ if TYPE_CHECKING:
     from hoptim.solvers.cg import CG as CG
     from hoptim.solvers.chebyshev import Chebyshev as Chebyshev
     from hoptim.solvers.gmres import GMRES as GMRES
-    from hoptim.solvers.identity import Identity as Identity
     from hoptim.solvers.minres import MINRES as MINRES
+    from hoptim.solvers.neumann import Identity as Identity
     from hoptim.solvers.neumann import Neumann as Neumann
     from hoptim.solvers.nystrom import Nystrom as Nystrom
     from hoptim.solvers.solution import Solution as Solution
@@ -148,7 +148,7 @@ _FILES = {
     "Gradient": "methods.conditions",
     "HyperParameters": "problem.hyperparameters",
     "Hypergradient": "methods.result",
-    "Identity": "solvers.identity",
+    "Identity": "solvers.neumann",
     "Implicit": "methods.implicit",
     "Jacobi": "methods.preconditioners",
     "Neumann": "solvers.neumann",
