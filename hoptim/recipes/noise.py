@@ -195,13 +195,12 @@ class Dropout(LayerInputs):
             raise ValueError(f"per is {per!r}: give 'layer' or 'unit'")
         check_between("start", start, 0, 1)
         check_between("temperature", temperature, 0)
-        shapes = {name: () if per == "layer" else (_units(name, layer),) for name, layer in found.items()}
-        values = {f"rate.{name}": full(shape, start, first_weight(model)) for name, shape in shapes.items()}
-        super().__init__(
-            values, dict.fromkeys(values, constraints.unit_interval), levels_of(values) if per == "unit" else ()
-        )
+        units = {name: _units(name, layer) for name, layer in found.items()} if per == "unit" else {}
+        like = first_weight(model)
+        values = {f"rate.{name}": full((units[name][0],) if units else (), start, like) for name in found}
+        super().__init__(values, dict.fromkeys(values, constraints.unit_interval), levels_of(values) if units else ())
         self.layers, self.temperature = tuple(found), temperature
-        self._axes = {name: _axes_after_units(layer) for name, layer in found.items()}
+        self._axes = {name: axes for name, (_, axes) in units.items()}
 
     def changed(self, name: str, x: Tensor) -> Tensor:
         """x·(1 − s)/(1 − p)."""
@@ -214,15 +213,10 @@ class Dropout(LayerInputs):
         return x * cast((1 - dropped) / (1 - rate), x)
 
 
-def _axes_after_units(layer: nn.Module) -> int:
-    """How many axes of a layer's input come after the axis of its units."""
-    return len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else 0
-
-
-def _units(name: str, layer: nn.Module) -> int:
-    """The number of units of a layer's input."""
+def _units(name: str, layer: nn.Module) -> tuple[int, int]:
+    """The number of units of a layer's input, and how many axes come after theirs."""
     if isinstance(layer, nn.Linear):
-        return layer.in_features
+        return layer.in_features, 0
     if isinstance(layer, CONVOLUTIONS):
-        return layer.in_channels
+        return layer.in_channels, len(layer.kernel_size)
     raise ValueError(f"layer {name!r} is {type(layer).__name__}, whose units are not known: take per='layer'")

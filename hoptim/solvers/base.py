@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg.operators import Operator, Scaled
+from hoptim.linalg.vectors import inverse
 from hoptim.solvers.solution import Solution, State
 from hoptim.validation import is_finite, is_whole
 
@@ -107,12 +108,3 @@ def rayleigh(A: Operator, v: Tensor, product: Tensor) -> Tensor:
     """⟨v, A v⟩ / ⟨v, v⟩, the curvature along v: zero where v is zero."""
     over = inverse(A.norm(v))
     return A.dot(v, product) * over * over
-
-
-def inverse(a: Tensor) -> Tensor:
-    """1 / a for a length a, finite even if a is zero, so that a zero vector divided by its length stays zero.
-
-    >>> 0 * inverse(torch.tensor(0.0))
-    tensor(0.)
-    """
-    return a.clamp(min=torch.finfo(a.dtype).tiny).reciprocal()

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hoptim.linalg.lanczos import orthogonalise_
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import axpy_, scale_
-from hoptim.solvers.base import Iterative, check_operator, inverse
+from hoptim.linalg.vectors import axpy_, inverse, scale_
+from hoptim.solvers.base import Iterative, check_operator
 from hoptim.solvers.monitor import SLACK, History, Monitor
 from hoptim.solvers.solution import Solution, State, Status
 

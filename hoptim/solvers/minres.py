@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import axpy_, aypx_, scale_
-from hoptim.solvers.base import Iterative, check_operator, inverse
+from hoptim.linalg.vectors import axpy_, aypx_, inverse, scale_
+from hoptim.solvers.base import Iterative, check_operator
 from hoptim.solvers.monitor import Monitor
 from hoptim.solvers.solution import Solution, State
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg.operators import Operator
-from hoptim.solvers.base import Solver, carried, check_positive, inverse, rayleigh
+from hoptim.linalg.vectors import inverse
+from hoptim.solvers.base import Solver, carried, check_positive, rayleigh
 from hoptim.solvers.monitor import GROWTH_LIMIT, LARGE, NEGATIVE, joined
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.nystrom import Nystrom
