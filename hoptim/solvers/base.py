@@ -44,10 +44,10 @@ class Iterative(Solver):
             raise ValueError(f"tolerance={self.tolerance!r}: give a finite number, 0 or more")
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless it is a finite number above 0."""
+def check_positive(name: str, value: float, or_else: str = "") -> None:
+    """Raise ``ValueError`` unless it is a finite number above 0; ``or_else`` says what else there is."""
     if not (is_finite(value) and value > 0):
-        raise ValueError(f"{name}={value!r}: give a positive number")
+        raise ValueError(f"{name}={value!r}: give a positive number{or_else}")
 
 
 def check_operator(solver: Solver, A: Operator, *, symmetric: bool = True) -> None:

@@ -75,7 +75,7 @@ class Neumann(Iterative):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.step_size is not None:
-            check_positive("step_size", self.step_size)
+            check_positive("step_size", self.step_size, ", or None to choose it")
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """Sum the series; again with a smaller step if the power iteration has chosen one that is too large."""
