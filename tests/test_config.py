@@ -65,7 +65,7 @@ def run_app(folder, mine=MINE, *overrides, **environment):
 
 def test_another_project_finds_the_groups_of_the_checkout_and_no_other(tmp_path):
     _, method, names = run_app(tmp_path, MINE, "hoptim.solver.terms=7")
-    assert "Implicit(solver=Neumann(terms=7, step_size=None" in method
+    assert "Implicit(solver=Neumann(terms=7, tolerance=0.0, step_size=None" in method
     assert names == {"hoptim", "mine"}
 
 
@@ -76,7 +76,7 @@ def test_another_project_finds_the_groups_of_a_wheel_and_no_other(tmp_path, whee
     project.mkdir()
     package, method, names = run_app(project, MINE, "hoptim.solver.terms=7", PYTHONPATH=str(site))
     assert str(site) in package
-    assert "Implicit(solver=Neumann(terms=7, step_size=None" in method
+    assert "Implicit(solver=Neumann(terms=7, tolerance=0.0, step_size=None" in method
     assert names == {"hoptim", "mine"}
 
 

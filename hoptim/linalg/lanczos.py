@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import axpy_, scale_
+from hoptim.linalg.vectors import axpy_, inverse, scale_
 
 
 def spectral_norm(A: Operator, start: Tensor, products: int) -> tuple[Tensor, Tensor]:
@@ -157,5 +157,4 @@ def orthogonalise_(A: Operator, w: Tensor, basis: list[Tensor]) -> Tensor:
 
 
 def _unit(A: Operator, v: Tensor) -> Tensor:
-    length = A.norm(v)
-    return v / torch.where(length > 0, length, 1.0)
+    return v * inverse(A.norm(v))

@@ -168,11 +168,19 @@ def gram(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([a.double() @ b.double().T for a, b in pieces]).sum(0)
 
 
+def inverse(a: Tensor) -> Tensor:
+    """1 / a for a length a, finite even if a is zero, so that a zero vector divided by its length stays zero.
+
+    >>> 0 * inverse(torch.tensor(0.0))
+    tensor(0.)
+    """
+    return a.clamp(min=torch.finfo(a.dtype).tiny).reciprocal()
+
+
 def unit(v: Tensor) -> Tensor:
     """v / ‖v‖, and zero where v is zero.
 
     >>> unit(torch.tensor([3.0, 4.0]))
     tensor([0.6000, 0.8000])
     """
-    length = norm(v)[..., None]
-    return v / torch.where(length == 0, 1.0, length)
+    return v * inverse(norm(v))[..., None]

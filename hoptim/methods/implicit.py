@@ -24,11 +24,10 @@ from hoptim.methods.result import Hypergradient, assemble
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.composite_loss import CompositeLoss
 from hoptim.problem.problem import Problem
-from hoptim.solvers.base import Solver
+from hoptim.solvers.base import Solver, solve_scaled
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
 from hoptim.solvers.neumann import Neumann
-from hoptim.solvers.scaled import solve_scaled
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import describe_type, is_finite, listed
 

@@ -43,8 +43,6 @@ def described(found: Any) -> str:
 
 def bijection(name: str, constraint: Constraint | None) -> tuple[Constraint, Transform]:
     """The constraint of a hyperparameter, and the map onto it."""
-    if not isinstance(name, str):
-        raise TypeError(f"{name!r} is {describe_type(name)}: name a hyperparameter by a str")
     constraint = constraints.real if constraint is None else constraint
     if not isinstance(constraint, Constraint):
         raise TypeError(
@@ -65,13 +63,6 @@ def to_leaf(name: str, value: Tensor, constraint: Constraint, transform: Transfo
     if not isinstance(value, Tensor) or not value.is_floating_point():
         what = f"of {value.dtype}" if isinstance(value, Tensor) else describe_type(value)
         raise TypeError(f"hyperparameter {name!r} is {what}: give a floating-point tensor, such as torch.tensor(0.1)")
-    if value.layout is not torch.strided:
-        raise TypeError(f"hyperparameter {name!r} is {value.layout}: give a dense tensor, value.to_dense()")
-    if value.is_meta:
-        raise ValueError(f"hyperparameter {name!r} is on the meta device and has no values: give it some")
-    if value.ndim < constraint.event_dim:
-        shape, axes = tuple(value.shape), constraint.event_dim
-        raise ValueError(f"hyperparameter {name!r} has shape {shape}, too few axes for {constraint}: give at least {axes}")
     value = value.detach().clone()
     if not constraint.check(value).all():
         raise ValueError(f"hyperparameter {name!r} starts outside {constraint}: min {value.min()}, max {value.max()}")

@@ -12,12 +12,9 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
 from hoptim.problem.constraint import bijection, described, is_nonnegative, to_leaf
-from hoptim.problem.level_adam import Level
-from hoptim.problem.levels import checked_levels, renumbered
-from hoptim.problem.outer_adam import joined, usual_options
-from hoptim.problem.outer_rates import VALIDATION, Rates, check_validation, rates_of
+from hoptim.problem.level_adam import Level, checked_levels, renumbered
+from hoptim.problem.outer_adam import VALIDATION, Rates, check_validation, joined, rates_of, usual_options
 from hoptim.problem.wrappers import AS_SEEN, without_wrappers
-from hoptim.validation import describe_type
 
 SHOWN = 5  # names that an error lists
 
@@ -43,8 +40,8 @@ class HyperParameters(nn.Module):
             its nine rows has its own. Default: none.
 
     Raises:
-        TypeError: a value is no floating-point tensor, a name no ``str``, or a constraint no ``Constraint``.
-        ValueError: there is no value, a constraint has no value, a value lies outside its constraint, on its edge or nearer
+        TypeError: a value is no floating-point tensor, or a constraint no ``Constraint``.
+        ValueError: a constraint has no value, a value lies outside its constraint, on its edge or nearer
             to it than its precision allows, or a module can't have a parameter of that name: ``"training"``, ``"keys"``,
             ``"a..b"``, ``"a"`` beside ``"a.b"``; a state is loaded that was saved under another constraint.
 
@@ -69,14 +66,6 @@ class HyperParameters(nn.Module):
         levels: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
         super().__init__()
-        if not isinstance(values, Mapping):
-            raise TypeError(f"values is {describe_type(values)}: give a dict of named tensors")
-        if not isinstance(constraints, Mapping | None):
-            raise TypeError(
-                f"constraints is {describe_type(constraints)}: give a dict of constraints by the names of the values"
-            )
-        if not values:
-            raise ValueError("HyperParameters got no values: give at least one named tensor to learn")
         given = dict(constraints or {})
         if strangers := sorted(set(given) - set(values)):
             raise ValueError(f"constraints name {strangers}, which are no values: the values are {sorted(values)}")

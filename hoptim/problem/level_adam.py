@@ -1,4 +1,7 @@
-"""LevelAdam: Adam for many numbers that share a level, so that what is wrong with all of them is corrected at once."""
+"""LevelAdam: Adam for many numbers that share a level, so that what is wrong with all of them is corrected at once.
+
+:class:`Level` says what shares one, ``checked_levels`` checks what a user says, and :class:`LevelAdam` takes the steps.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from hoptim.validation import describe_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,3 +213,55 @@ def _completed(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, An
         return state_dict
     own = [group for group in optimizer.state_dict()["param_groups"] if "level" in group]
     return {**state_dict, "param_groups": [*saved, *own]}
+
+
+def checked_levels(
+    levels: Sequence[Mapping[str, Tensor]], leaves: Mapping[str, Tensor], kinds: Mapping[str, object]
+) -> list[dict[str, Tensor]]:
+    """The levels of hyperparameters by name, numbered without gaps.
+
+    Raises:
+        TypeError: there is no list of dicts, or a level is no tensor of whole numbers.
+        KeyError: a name is that of no leaf.
+        ValueError: there are more than two dicts, a level has negative numbers, does not fit its leaf or is shared by
+            several kinds, or those of the second dict are not within those of the first.
+    """
+    if isinstance(levels, Mapping):
+        raise TypeError("levels is a dict: give a list of dicts, such as [{'decay': torch.tensor(0)}]")
+    if len(levels) > 2:
+        raise ValueError(f"levels has {len(levels)} dicts: give at most two, the coarser one first")
+    for level in levels:
+        for name, index in level.items():
+            _check_index(name, index, leaves[name].shape)
+        if len({id(kinds[name]) for name in level}) > 1:
+            raise ValueError(f"a level is shared by {', '.join(level)}, of several kinds: give a level to one kind each")
+    if len(levels) == 2:
+        _check_nested(*levels)
+    return [renumbered(level) for level in levels]
+
+
+def _check_index(name: str, index: object, shape: torch.Size) -> None:
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype is torch.bool:
+        raise TypeError(f"the level of {name!r} is {describe_type(index)}: give a tensor of whole numbers from 0")
+    fits = index.ndim <= len(shape) and all(n in (1, m) for n, m in zip(index.shape[::-1], shape[::-1], strict=False))
+    if not fits or bool((index < 0).any()):
+        raise ValueError(
+            f"the level of {name!r} has shape {tuple(index.shape)} or negative numbers: give whole numbers from 0, of a "
+            f"shape that broadcasts to {tuple(shape)}"
+        )
+
+
+def _check_nested(coarse: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> None:
+    if coarse.keys() != fine.keys():
+        raise ValueError(f"the second dict of levels names {', '.join(fine)}, the first {', '.join(coarse)}: give the same")
+    both = [torch.stack(torch.broadcast_tensors(fine[name].long(), coarse[name].long())).reshape(2, -1) for name in fine]
+    pairs = torch.cat(both, dim=1).unique(dim=1)
+    if len(pairs[0].unique()) < pairs.shape[1]:
+        raise ValueError("levels of the second dict of levels are not within one of the first: give the coarser one first")
+
+
+def renumbered(level: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same levels, numbered without gaps."""
+    _, numbers = torch.cat([index.flatten().cpu().long() for index in level.values()]).unique(return_inverse=True)
+    parts = numbers.split([index.numel() for index in level.values()])
+    return {name: part.reshape(index.shape) for (name, index), part in zip(level.items(), parts, strict=True)}

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between, check_count
-from hoptim.validation import is_finite, is_whole
+from hoptim.recipes.arguments import check_between
 
 
 class Schedule(HyperParameters):
@@ -23,8 +22,7 @@ class Schedule(HyperParameters):
         start: the value of each knot at the start, default 0.1.
 
     Raises:
-        ValueError: ``steps`` or ``knots`` is out of range, ``start`` is not positive; when called, a step is no number or is
-            negative.
+        ValueError: ``knots`` is not between 2 and ``steps``, or ``start`` is not positive; when called, a step is negative.
 
     Source: piecewise linear schedules learned by gradient: Engstrom et al. 2025 (arXiv 2503.13751), section 5.
 
@@ -46,8 +44,7 @@ class Schedule(HyperParameters):
     outer_rate = 0.3  # since there is a hyperstep only for each whole training
 
     def __init__(self, steps: int, knots: int = 5, *, start: float = 0.1) -> None:
-        check_count("steps", steps, "how many steps the training has", least=2)
-        if not (is_whole(knots) and 2 <= knots <= steps):
+        if not 2 <= knots <= steps:
             raise ValueError(f"knots is {knots!r}: give a whole number from 2 to steps={steps}")
         check_between("start", start, 0)
         super().__init__({"value": torch.full((knots,), float(start))}, {"value": constraints.positive})
@@ -55,7 +52,7 @@ class Schedule(HyperParameters):
 
     def at(self, step: int) -> Tensor:
         """The value at step 0, 1, …, ``steps`` − 1, as a tensor of one number; later steps have the last value."""
-        if not is_finite(step) or step < 0:
+        if step < 0:
             raise ValueError(f"step is {step!r}: give one from 0 to {self.steps - 1}")
         place = min(step, self.steps - 1) * (self.knots - 1) / (self.steps - 1)
         left = min(int(place), self.knots - 2)

@@ -1,14 +1,16 @@
-"""What every solver of Aᵀx = g shares: its interface, and the checks of its options and its operator."""
+"""What every solver of Aᵀx = g shares: its interface, checks of its options and its operator, a preconditioner around it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hoptim.linalg.operators import Operator
+from hoptim.linalg.operators import Operator, Scaled
+from hoptim.linalg.vectors import inverse
 from hoptim.solvers.solution import Solution, State
 from hoptim.validation import is_finite, is_whole
 
@@ -33,22 +35,19 @@ class Iterative(Solver):
 
     terms: int = 20
     tolerance: float = 1e-5
+    least_terms: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_terms(self.terms, least=1)
-        check_tolerance(self.tolerance)
+        if not (is_whole(self.terms) and self.terms >= self.least_terms):
+            raise ValueError(f"terms={self.terms!r}: give a whole number of products, {self.least_terms} or more")
+        if not (is_finite(self.tolerance) and self.tolerance >= 0):
+            raise ValueError(f"tolerance={self.tolerance!r}: give a finite number, 0 or more")
 
 
-def check_terms(terms: int, least: int) -> None:
-    """Raise ``ValueError`` unless it is a whole number, ``least`` or more."""
-    if not (is_whole(terms) and terms >= least):
-        raise ValueError(f"terms={terms!r}: give a whole number of products, {least} or more")
-
-
-def check_tolerance(tolerance: float) -> None:
-    """Raise ``ValueError`` unless it is a finite number, 0 or more."""
-    if not (is_finite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance={tolerance!r}: give a finite number, 0 or more")
+def check_positive(name: str, value: float, or_else: str = "") -> None:
+    """Raise ``ValueError`` unless it is a finite number above 0; ``or_else`` says what else there is."""
+    if not (is_finite(value) and value > 0):
+        raise ValueError(f"{name}={value!r}: give a positive number{or_else}")
 
 
 def check_operator(solver: Solver, A: Operator, *, symmetric: bool = True) -> None:
@@ -69,6 +68,28 @@ def check_operator(solver: Solver, A: Operator, *, symmetric: bool = True) -> No
         )
 
 
+def solve_scaled(solver: Solver, A: Operator, g: Tensor, scale: Tensor, state: State | None = None) -> Solution:
+    """Solve S Aᵀ S y = S g for x = S y, with a diagonal S = D^(−1/2) of shape (n,) and a preconditioner D close to A.
+
+    The residuals are those of the scaled system. The solution carried to the next call is x, not y, since S may have changed
+    by then.
+
+    Source: Saad, "Iterative Methods for Sparse Linear Systems", section 9.2 (split preconditioning).
+
+    >>> from hoptim import Identity
+    >>> from hoptim.linalg.operators import Symmetric
+    >>> A, g = Symmetric(lambda v: torch.tensor([1.0, 4.0]) * v, like=torch.ones(2)), torch.ones(2)
+    >>> solve_scaled(Identity(), A, g, scale=torch.tensor([1.0, 0.5])).value
+    tensor([1.0000, 0.2500])
+    """
+    state = dict(state or {})
+    if (x := carried(state, "solution", g)) is not None:
+        state["solution"] = x / scale
+    solution = solver.solve(Scaled(A, scale), scale * g, state)
+    state = {name: scale * vector if name == "solution" else vector for name, vector in solution.state.items()}
+    return replace(solution, value=scale * solution.value, state=state)
+
+
 def carried(state: State | None, name: str, like: Tensor | Operator) -> Tensor | None:
     """The vector of that name in ``state``, if it has the shape, type and device of ``like``: the model may have changed.
 
@@ -87,12 +108,3 @@ def rayleigh(A: Operator, v: Tensor, product: Tensor) -> Tensor:
     """⟨v, A v⟩ / ⟨v, v⟩, the curvature along v: zero where v is zero."""
     over = inverse(A.norm(v))
     return A.dot(v, product) * over * over
-
-
-def inverse(a: Tensor) -> Tensor:
-    """1 / a for a length a, finite even if a is zero, so that a zero vector divided by its length stays zero.
-
-    >>> 0 * inverse(torch.tensor(0.0))
-    tensor(0.)
-    """
-    return a.clamp(min=torch.finfo(a.dtype).tiny).reciprocal()

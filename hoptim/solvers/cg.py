@@ -10,7 +10,7 @@ from torch import Tensor
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_, aypx_
 from hoptim.solvers.base import Iterative, check_operator
-from hoptim.solvers.run import Run
+from hoptim.solvers.monitor import Monitor
 from hoptim.solvers.solution import Solution, State
 
 
@@ -46,26 +46,26 @@ class CG(Iterative):
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """Iterate from x = 0."""
         check_operator(self, A)
-        run = Run(A, g, self.terms, self.tolerance)
+        monitor = Monitor(A, g, self.terms, self.tolerance)
         x, r, p = torch.zeros_like(g), g.clone(), g.clone()
         rr = pp = A.dot(r, r)
         largest, rounding = torch.zeros_like(rr), torch.finfo(rr.dtype).eps
-        for k in run:
+        for k in monitor:
             Ap = A @ p
             pAp = A.dot(p, Ap)
             curvature = pAp / pp
-            run.record_curvature(curvature)
+            monitor.record_curvature(curvature)
             largest = torch.maximum(largest, curvature)
-            run.stop(curvature <= rounding * largest)  # a step along a flat direction would have no end
-            alpha = run.where_active(rr / pAp)
+            monitor.stop(curvature <= rounding * largest)  # a step along a flat direction would have no end
+            alpha = monitor.where_active(rr / pAp)
             if k == 1:
                 alpha = torch.where(curvature < 0, rr / pAp.abs(), alpha)
             axpy_(x, alpha, p)
             axpy_(r, -alpha, Ap)
             rr, rr_before = A.dot(r, r), rr
-            run.record_residual(rr.sqrt())
-            beta = run.where_active(rr / rr_before)
+            monitor.record_residual(rr.sqrt())
+            beta = monitor.where_active(rr / rr_before)
             aypx_(p, beta, r)
             pp = rr + beta**2 * pp  # r is orthogonal to the last p
 
-        return run.finish(x, run.read(), met="stopped before a direction of curvature")
+        return monitor.finish(x, met="stopped before a direction of curvature")

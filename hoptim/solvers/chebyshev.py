@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import axpy_, scale_, unit
+from hoptim.linalg.vectors import axpy_, scale_
 from hoptim.solvers.base import Iterative, check_operator
+from hoptim.solvers.monitor import NEGATIVE, Monitor
 from hoptim.solvers.neumann import with_bound
-from hoptim.solvers.run import NEGATIVE, Run
 from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import is_finite
 
@@ -77,25 +77,25 @@ class Chebyshev(Iterative):
         return with_bound(A, g, state, lambda bound: self._iterate(A, g, SAFETY * bound / ratio, SAFETY * bound))
 
     def _iterate(self, A: Operator, g: Tensor, a: float, b: float) -> Solution:
-        run = Run(A, g, self.terms, self.tolerance, stop_on_growth=True)
+        monitor = Monitor(A, g, self.terms, self.tolerance, stop_on_growth=True)
         theta, delta = (b + a) / 2, (b - a) / 2
         rho = 1 / theta  # Saad's ρ divided by δ, which may be zero
-        x, r, d, one = torch.zeros_like(g), g.clone(), g / theta, torch.ones_like(run.start)
-        for _ in run:
+        x, r, d, one = torch.zeros_like(g), g.clone(), g / theta, torch.ones_like(monitor.g_norm)
+        for _ in monitor:
             Ad = A @ d
-            run.record_curvature(A.dot(d, Ad) / A.dot(d, d))
-            axpy_(x, run.where_active(one), d)
-            axpy_(r, -run.where_active(one), Ad)
-            run.record_residual(A.norm(r))
+            monitor.record_curvature(A.dot(d, Ad) / A.dot(d, d))
+            axpy_(x, monitor.where_active(one), d)
+            axpy_(r, -monitor.where_active(one), Ad)
+            monitor.record_residual(A.norm(r))
             rho, rho_before = 1 / (2 * theta - delta**2 * rho), rho
             axpy_(scale_(d, delta**2 * rho * rho_before), 2 * rho, r)
 
-        history, failed, carry = run.read(), None, State()
+        history, failed, carry = monitor.read(), None, State()
         if (growth := history.growth) is not None:
             failed = Status.STEP_TOO_LARGE if growth.curvature > 0 else Status.CURVATURE_TOO_NEGATIVE
-            carry = {"direction": unit(r.reshape(-1, A.size)[growth.side])}  # the power iteration has missed this one
+            carry = {"direction": r.reshape(-1, A.size)[growth.side]}  # the power iteration has missed this one
         high = float(history.curvatures.amax().clamp(min=0.0))
-        return run.finish(
+        return monitor.finish(
             x,
             history,
             failed=failed,

@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hoptim.linalg.lanczos import orthogonalise_
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import axpy_, scale_
-from hoptim.solvers.base import Iterative, check_operator, inverse
-from hoptim.solvers.run import SLACK, Run, SolveHistory
+from hoptim.linalg.vectors import axpy_, inverse, scale_
+from hoptim.solvers.base import Iterative, check_operator
+from hoptim.solvers.monitor import SLACK, History, Monitor
 from hoptim.solvers.solution import Solution, State, Status
 
 
@@ -47,12 +47,12 @@ class GMRES(Iterative):
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """Arnoldi vectors V with Aᵀ V_k = V_{k+1} H, and x = V y for the least ‖β e₁ − H y‖."""
         check_operator(self, A, symmetric=False)
-        run = Run(A, g, self.terms, self.tolerance)
-        beta = residual = run.start
+        monitor = Monitor(A, g, self.terms, self.tolerance)
+        beta = residual = monitor.g_norm
         V, columns = [g * inverse(beta)[..., None]], []
         u = torch.ones_like(beta[None], dtype=torch.float64)  # uᵀ H = 0, so that the least residual is β / ‖u‖
         largest, rounding = torch.zeros_like(beta), torch.finfo(beta.dtype).eps
-        for _ in run:
+        for _ in monitor:
             w = (A.T @ V[-1]).clone()  # a product may share memory with the vector
             largest = torch.maximum(largest, A.norm(w))
             h = orthogonalise_(A, w, V)
@@ -60,16 +60,16 @@ class GMRES(Iterative):
             columns.append(torch.cat([h, below[None]]).double())
             uh = (u * columns[-1][:-1]).sum(0)
             u = torch.cat([u, torch.where(uh == 0, 0.0, -uh / below)[None]])
-            residual = torch.where(run.active, beta / torch.linalg.vector_norm(u, dim=0).to(beta), residual)
-            run.stop(below <= 10 * rounding * largest)  # the Krylov space has ended
-            run.record_residual(residual)
-            V.append(scale_(w, run.where_active(inverse(below))))  # zero for what has stopped
+            residual = torch.where(monitor.active, beta / torch.linalg.vector_norm(u, dim=0).to(beta), residual)
+            monitor.stop(below <= 10 * rounding * largest)  # the Krylov space has ended
+            monitor.record_residual(residual)
+            V.append(scale_(w, monitor.where_active(inverse(below))))  # zero for what has stopped
 
-        found = torch.cat([beta[None].double(), run.flat[None].double(), *columns]).cpu()
+        found = torch.cat([beta[None].double(), monitor.flat[None].double(), *columns]).cpu()
         beta, flat, *columns = found.split([1, 1, *range(2, len(columns) + 2)])
         H = pad_sequence(columns).movedim((0, 1), (-2, -1))
         if not bool(beta.isfinite().all() and H.isfinite().all()):
-            return run.finish(torch.zeros_like(g), run.read(), failed=Status.NON_FINITE_PRODUCT)
+            return monitor.finish(torch.zeros_like(g), failed=Status.NON_FINITE_PRODUCT)
         goal = pad(beta.movedim(0, -1), (0, H.shape[-1]))[..., None]  # β e₁
         y = torch.linalg.lstsq(H, goal, rcond=32 * rounding, driver="gelsd").solution  # the shortest where H is singular
         x = torch.zeros_like(g)
@@ -77,15 +77,9 @@ class GMRES(Iterative):
             axpy_(x, coefficient, v)
 
         least = torch.linalg.vector_norm(goal - H @ y, dim=(-2, -1))
-        run.norms[-1] = least.to(residual)
-        ritz = torch.linalg.eigvals(H[..., :-1, :]).movedim(-1, 0)  # zero where a right-hand side had stopped
+        monitor.norms[-1] = least.to(residual)
+        left, ritz = least * inverse(beta[0]), torch.linalg.eigvals(H[..., :-1, :]).movedim(-1, 0)  # 0 after the stop
+        is_unsolved = (flat[0] > 0) & (left > SLACK * max(self.tolerance, rounding))
         largest = torch.linalg.matrix_norm(H, 2)
-        left = least * inverse(beta[0])
-        history = SolveHistory(
-            start=beta[0],
-            largest=largest,
-            residuals=left[None],
-            curvatures=ritz.real,
-            flat=bool(((flat[0] > 0) & (left > SLACK * max(self.tolerance, rounding))).any()),
-        )
-        return run.finish(x, history, met="met a Ritz value with the real part")
+        history = History(beta[0], largest, left[None], ritz.real, flat=bool(is_unsolved.any()))
+        return monitor.finish(x, history, met="met a Ritz value with the real part")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import axpy_, aypx_, scale_
-from hoptim.solvers.base import Iterative, check_operator, inverse
-from hoptim.solvers.run import Run
+from hoptim.linalg.vectors import axpy_, aypx_, inverse, scale_
+from hoptim.solvers.base import Iterative, check_operator
+from hoptim.solvers.monitor import Monitor
 from hoptim.solvers.solution import Solution, State
 
 NOTHING = 1e-12  # a smaller share of ‖r‖², or of ‖A‖, is taken for zero also in float64
@@ -51,14 +51,14 @@ class MINRES(Iterative):
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """Lanczos vectors v, their tridiagonal matrix in QR form by reflections (c, s), and directions d."""
         check_operator(self, A)
-        run = Run(A, g, self.terms, self.tolerance)
-        beta = phi = run.start
+        monitor = Monitor(A, g, self.terms, self.tolerance)
+        beta = phi = monitor.g_norm
         v, v_before = g * inverse(beta)[..., None], torch.zeros_like(g)
         x, d, d_before = torch.zeros_like(g), torch.zeros_like(g), torch.zeros_like(g)
         s = delta_bar = epsilon_next = largest = torch.zeros_like(beta)
         longest, c, rounding = torch.zeros_like(beta), s - 1, torch.finfo(beta.dtype).eps
         least, flat, idle = max(10 * rounding, NOTHING), max(100 * rounding, NOTHING), beta < 0
-        for _ in run:
+        for _ in monitor:
             p = aypx_(v_before, -beta, A @ v)
             alpha = A.dot(v, p)
             axpy_(p, -alpha, v)
@@ -68,7 +68,7 @@ class MINRES(Iterative):
             delta, gamma_bar = c * delta_bar + s * alpha, s * delta_bar - c * alpha
             epsilon, epsilon_next, delta_bar = epsilon_next, s * beta, -c * beta
             gamma = torch.hypot(gamma_bar, beta)
-            run.record_curvature(-c * gamma_bar)  # along the residual r before this term
+            monitor.record_curvature(-c * gamma_bar)  # along the residual r before this term
             largest = torch.maximum(largest, gamma)
             left = torch.hypot(gamma_bar, delta_bar)  # ‖Ar‖ / ‖r‖, and (left / gamma)² bounds the fall of ‖r‖² / ‖r‖²
             over_gamma = inverse(gamma)
@@ -79,11 +79,11 @@ class MINRES(Iterative):
             d, d_before = scale_(d_before, over_gamma), d
             length = A.norm(d)  # ‖Ad‖ = 1, so that the curvature along d is 1 / length
             idle, idle_before = left <= least**0.5 * gamma, idle
-            run.stop((idle & idle_before) | (torch.minimum(left, inverse(length)) <= flat * largest))
-            longest = torch.maximum(longest, run.where_active(length))
-            axpy_(x, run.where_active(c * phi), d)
-            phi = torch.where(run.active, s * phi, phi)
-            run.record_residual(phi)
+            monitor.stop((idle & idle_before) | (torch.minimum(left, inverse(length)) <= flat * largest))
+            longest = torch.maximum(longest, monitor.where_active(length))
+            axpy_(x, monitor.where_active(c * phi), d)
+            phi = torch.where(monitor.active, s * phi, phi)
+            monitor.record_residual(phi)
 
-        run.largest, run.drift = largest, rounding * (largest * longest) ** 2
-        return run.finish(x, run.read(), met="met a direction of curvature")
+        monitor.largest, monitor.drift = largest, rounding * (largest * longest) ** 2
+        return monitor.finish(x, met="met a direction of curvature")

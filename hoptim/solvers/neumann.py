@@ -1,28 +1,43 @@
-"""The Neumann series, and the bound on the spectrum from which its step size is chosen."""
+"""The Neumann series, its first term alone, and the bound on the spectrum from which its step size is chosen."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hoptim.linalg.lanczos import spectral_norm, start_vector
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import axpy_, scale_, unit
-from hoptim.solvers.base import Solver, carried, check_terms, check_tolerance, rayleigh
-from hoptim.solvers.run import Growth, Run, SolveHistory
+from hoptim.linalg.vectors import axpy_, scale_
+from hoptim.solvers.base import Iterative, Solver, carried, check_positive, rayleigh
+from hoptim.solvers.monitor import Growth, History, Monitor
 from hoptim.solvers.solution import Solution, State, Status
-from hoptim.validation import is_finite
 
 FIRST_PRODUCTS, LATER_PRODUCTS = 10, 2  # of the power iteration: from a new vector, and from that of the last solve
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neumann(Solver):
+class Identity(Solver):
+    """The identity in place of the inverse curvature: x = g, without any product (T1–T2).
+
+    Source: Luketina et al. 2016 (arXiv 1511.06727).
+
+    >>> from hoptim.linalg.operators import Symmetric
+    >>> Identity().solve(Symmetric(lambda v: v, like=torch.ones(1)), torch.ones(1)).value
+    tensor([1.])
+    """
+
+    def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
+        """A copy of g; its residual is unknown, since that would take a product."""
+        return Monitor(A, g, terms=0).finish(g.clone())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neumann(Iterative):
     """The Neumann series for the inverse: x_K = α Σ_{j=0..K} (I − αAᵀ)^j g.
 
     It converges to A⁻ᵀg if every eigenvalue of αA lies in (0, 2); for an unsymmetric A, if |1 − αμ| < 1 for every
@@ -53,15 +68,14 @@ class Neumann(Solver):
     (tensor([0.4375]), tensor([0.5000, 0.2500]), True)
     """
 
-    terms: int = 20
-    step_size: float | None = None
     tolerance: float = 0.0
+    step_size: float | None = None
+    least_terms: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        check_terms(self.terms, least=0)
-        if self.step_size is not None and not (is_finite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"step_size={self.step_size!r}: give a positive number, or None to choose it")
-        check_tolerance(self.tolerance)
+        super().__post_init__()
+        if self.step_size is not None:
+            check_positive("step_size", self.step_size, ", or None to choose it")
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """Sum the series; again with a smaller step if the power iteration has chosen one that is too large."""
@@ -70,36 +84,36 @@ class Neumann(Solver):
         return with_bound(A, g, state, lambda bound: self._series(A, g, 1 / bound))
 
     def _series(self, A: Operator, g: Tensor, alpha: float) -> Solution:
-        run = Run(A, g, self.terms, self.tolerance or None, stop_on_growth=True)
+        monitor = Monitor(A, g, self.terms, self.tolerance or None, stop_on_growth=True)
         A_T, v, x = A.T, g.clone(), g.clone()
-        one, minus_alpha = torch.ones_like(run.start), torch.full_like(run.start, -alpha)
-        for _ in run:
+        one, minus_alpha = torch.ones_like(monitor.g_norm), torch.full_like(monitor.g_norm, -alpha)
+        for _ in monitor:
             Av = A_T @ v
-            step = run.where_active(minus_alpha)
+            step = monitor.where_active(minus_alpha)
             axpy_(v, step, Av)
-            axpy_(x, run.where_active(one), v)
-            run.record_residual(A.norm(v))
+            axpy_(x, monitor.where_active(one), v)
+            monitor.record_residual(A.norm(v))
         scale_(x, alpha)
 
-        if not run.norms:
-            return run.finish(x, run.read(), step_size=alpha)
+        if not monitor.norms:
+            return monitor.finish(x, step_size=alpha)
         before = axpy_(v.clone(), -step, Av)  # the last vector that A was applied to
-        run.curvatures, run.largest = [rayleigh(A, before, Av)], torch.full_like(run.start, 1 / alpha)
-        history = run.read()
+        monitor.curvatures, monitor.largest = [rayleigh(A, before, Av)], torch.full_like(monitor.g_norm, 1 / alpha)
+        history = monitor.read()
         if (growth := history.growth) is not None:
             stretch = float((A.norm(Av) / A.norm(before)).reshape(-1)[growth.side])
             facts = _failure(A, alpha, growth, stretch)
             if facts["failed"] is Status.STEP_TOO_LARGE:
-                facts["state"] = {"direction": unit(v.reshape(-1, A.size)[growth.side])}
+                facts["state"] = {"direction": v.reshape(-1, A.size)[growth.side]}
         else:
             facts = {} if history.is_negative else _remark(A, alpha, history)
-        spent = f"{len(run.norms)} of {run.terms} terms, before the last of which"
-        return run.finish(x, history, spent=spent, met="the curvature along the last term is", step_size=alpha, **facts)
+        spent = f"{len(monitor.norms)} of {monitor.terms} terms, before the last of which"
+        return monitor.finish(x, history, spent=spent, met="the curvature along the last term is", step_size=alpha, **facts)
 
 
-def _remark(A: Operator, alpha: float, history: SolveHistory) -> dict[str, Any]:
+def _remark(A: Operator, alpha: float, history: History) -> dict[str, Any]:
     """The remark on a bounded series, if its vectors do not shrink steadily, as they do for eigenvalues of αA in [0, 1]."""
-    lengths = torch.cat([torch.ones_like(history.start)[None], history.residuals])
+    lengths = torch.cat([torch.ones_like(history.g_norm)[None], history.residuals])
     if not bool((lengths[1:] > lengths[:-1] * (1 + 1e-5)).any()):
         return {}
     step, longer = f"step size {alpha:.3g}", "a term is longer than the one before it"
@@ -136,10 +150,9 @@ def with_bound(A: Operator, g: Tensor, state: State | None, attempt: Callable[[f
         spent += products
         length, bound = torch.stack([A.norm(g).sum(), norm]).tolist()
         if not (math.isfinite(length) and math.isfinite(bound) and bound > 0):
-            run = Run(A, g, terms=0)
             flat = Status.NO_CURVATURE if length else None  # x = 0 is right where g is zero
             failed = flat if math.isfinite(bound) else Status.NON_FINITE_PRODUCT
-            return replace(run.finish(torch.zeros_like(g), run.read(), failed=failed), products=spent)
+            return Monitor(A, g, terms=0).finish(torch.zeros_like(g), failed=failed, products=spent)
         solution = attempt(bound)
         spent += solution.products
         if solution.status is not Status.STEP_TOO_LARGE or not A.is_symmetric:  # else complex eigenvalues may be the cause

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from torch import Tensor
 from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_
-from hoptim.solvers.base import Solver, check_operator
-from hoptim.solvers.run import Run, SolveHistory
+from hoptim.solvers.base import Solver, check_operator, check_positive
+from hoptim.solvers.monitor import History, Monitor
 from hoptim.solvers.solution import Solution, State
-from hoptim.validation import is_finite, is_whole
+from hoptim.validation import is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,7 @@ class Nystrom(Solver):
     def __post_init__(self) -> None:
         if not (is_whole(self.rank) and self.rank >= 1):
             raise ValueError(f"rank={self.rank!r}: give a whole number of directions, 1 or more")
-        if not (is_finite(self.rho) and self.rho > 0):
-            raise ValueError(f"rho={self.rho!r}: give a positive number")
+        check_positive("rho", self.rho)
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """The products with Ω, the small matrices in float64 on the host, and one product for the residual."""
@@ -69,22 +68,18 @@ class Nystrom(Solver):
         for row, coefficient in zip(image, coefficients.to(g), strict=True):
             axpy_(x, coefficient.reshape(g.shape[:-1]), row)
 
-        run = Run(A, g, terms=1)
+        monitor = Monitor(A, g, terms=1)
         left = g - A @ x
-        run.record_residual(A.norm(left))
-        damped = A.norm(axpy_(left, -self.rho, x)) / run.scale
-        start, residual, damped = torch.stack([run.start, *run.residuals, damped]).double().cpu()
-        history = SolveHistory(
-            start=start, largest=w.abs().amax().expand_as(start), residuals=residual[None], curvatures=w[:, None]
-        )
-        solution = run.finish(
+        monitor.record_residual(A.norm(left))
+        damped = A.norm(axpy_(left, -self.rho, x)) / monitor.scale
+        g_norm, residual, damped = torch.stack([monitor.g_norm, *monitor.residuals, damped]).double().cpu()
+        return monitor.finish(
             x,
-            history,
-            met="met a curvature of",
+            History(g_norm, w.abs().amax().expand_as(g_norm), residual[None], curvatures=w[:, None]),
             spent=f"rank {k}",
             detail=f"‖g − (A + {self.rho:g} I)x‖ / ‖g‖ = {float(damped.amax()):.3g}",
+            products=k + 1,
         )
-        return replace(solution, products=k + 1)
 
 
 def _woodbury(W: Tensor, C: Tensor, b: Tensor, rho: float, rounding: float) -> tuple[Tensor, Tensor]:

@@ -25,37 +25,33 @@ class Status(Enum):
 
     FINISHED = (
         "ok",
-        "all terms, or all steps to unroll, were used. How good the answer is, this does not say: look at the last "
-        "residual. Near 1, little of the system is solved",
+        "all terms or steps were used. How good the answer is, the last residual says: near 1, little is solved",
     )
-    CONVERGED = ("ok", "the true residual is below the tolerance")
+    CONVERGED = "ok", "the true residual is below the tolerance"
     NEGATIVE_CURVATURE = (
         "remark",
-        "the training loss curves downward along some direction, so its stationary point is no minimum there; the answer "
-        "is bounded and used. Train longer before a hyperstep, add damping, or take fewer terms, if progress is poor",
+        "the training loss curves downward along some direction, so that its stationary point is no minimum; the answer is "
+        "bounded and used. If progress is poor, train longer before a hyperstep, add damping, or take fewer terms",
     )
     GROWING = (
         "remark",
-        "the step size is too large for this curvature and the series grows, though it is still bounded; the answer is "
-        "used. Take a smaller step_size, or step_size=None, which chooses one",
+        "the series grows, since the step size is too large for this curvature, but it is bounded; the answer is used. Take "
+        "a smaller step_size, or step_size=None, which chooses one",
     )
     LARGE_RESIDUAL = (
         "remark",
-        "the residual of the answer is longer than the right-hand side, so zero would solve the system better: the "
-        "curvature is nearly singular, or the rank too low to cover the curvatures above rho; the answer is used. Add "
+        "zero would solve the system better: the curvature is nearly singular, or the rank too low; the answer is used. Add "
         "damping, or take MINRES, a higher rank or a larger rho",
     )
     FLAT_DIRECTIONS = (
         "remark",
-        "the solve stopped before all terms were used: within rounding, the rest of the right-hand side lies along "
-        "directions in which the training loss has no curvature, so the solver cannot solve more of it; the answer is used. "
-        "If the last residual is large, add damping or a penalty, or compute in float64",
+        "the solve stopped early, since along the rest of the right-hand side the training loss has no curvature within "
+        "rounding; the answer is used. If the last residual is large, add damping or a penalty, or compute in float64",
     )
     INEXACT = (
         "remark",
-        "the true residual is larger than the one that the solver computed along the way, or than the tolerance that this "
-        "one met: rounding, finite differences or fresh batches change the products, which adds up where the curvature is "
-        "ill-conditioned; the answer is used. Add damping or a preconditioner, or take a larger tolerance or fewer terms",
+        "rounding, finite differences or fresh batches have made the true residual larger than the tracked one; the answer "
+        "is used. Add damping or a preconditioner, or take a larger tolerance or fewer terms",
     )
     REPLAY_DIFFERS = (
         "remark",
@@ -64,14 +60,13 @@ class Status(Enum):
     )
     UNSEEN_WRITES = (
         "remark",
-        "the forward pass writes into buffers or attributes where autograd does not see it, as under no_grad() or by "
-        "detach(), and later losses read them: this part of the derivative is missing; the answer is used. hoptim.audit "
-        "with the inner optimizer shows how much it matters",
+        "the forward pass writes what later losses read where autograd does not see it, as under no_grad() or by detach(): "
+        "this part of the derivative is missing; the answer is used. How much it matters, hoptim.audit(inner=...) shows",
     )
     SENSITIVE = (
         "remark",
-        "the derivative grows on the way back through the inner steps: the end depends strongly on the start. Take fewer "
-        "steps, or a smaller inner learning rate; the answer is used",
+        "the derivative grows on the way back through the inner steps, whose end depends strongly on their start; the "
+        "answer is used. Take fewer steps, or a smaller inner learning rate",
     )
     REPLAY_LOST = (
         "failed",
@@ -90,8 +85,7 @@ class Status(Enum):
     )
     NO_CURVATURE = (
         "failed",
-        "the training loss has no curvature at this point, so the system has no solution. Add damping, or a penalty to "
-        "the training loss",
+        "the training loss has no curvature here, so the system has no solution. Add damping, or a penalty to the loss",
     )
     NON_FINITE_LOSS = (
         "failed",

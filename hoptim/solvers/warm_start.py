@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg.operators import Operator
-from hoptim.solvers.base import Solver, carried, inverse, rayleigh
+from hoptim.linalg.vectors import inverse
+from hoptim.solvers.base import Solver, carried, check_positive, rayleigh
+from hoptim.solvers.monitor import GROWTH_LIMIT, LARGE, NEGATIVE, joined
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.nystrom import Nystrom
-from hoptim.solvers.run import GROWTH_LIMIT, LARGE, NEGATIVE, joined
 from hoptim.solvers.solution import Solution, State, Status
-from hoptim.validation import describe_type, is_finite
+from hoptim.validation import describe_type
 
 LIMIT = 3.0  # a start or an answer whose residual is this many times ‖g‖ is of no use
 
@@ -139,8 +140,7 @@ class SOBA(Solver):
     step_size: float
 
     def __post_init__(self) -> None:
-        if not (is_finite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"step_size={self.step_size!r}: give a positive number")
+        check_positive("step_size", self.step_size)
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """The v of the last call as the answer, and the next v in ``state``."""

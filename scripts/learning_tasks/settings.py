@@ -14,8 +14,7 @@ import hoptim
 from hoptim import CG, MINRES, Exact, GaussNewton, Identity, Implicit, Neumann
 from hoptim.curvature.linearization import Curvature
 from hoptim.methods.method import Method, TrainingContext
-from hoptim.problem.outer_adam import outer_adam
-from hoptim.problem.outer_rates import rates_of
+from hoptim.problem.outer_adam import outer_adam, rates_of
 from hoptim.solvers.solution import State
 from learning_tasks.tasks import Task
 

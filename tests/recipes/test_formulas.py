@@ -14,14 +14,11 @@ from torch.nn import functional as F
 
 import hoptim
 from hoptim.recipes import (
-    Augmentation,
-    AugmentationNet,
     Categorical,
     DistilledData,
     DomainWeights,
     Dropout,
     Gate,
-    LabelSmoothing,
     LossWeights,
     PriorScale,
     Schedule,
@@ -223,12 +220,11 @@ def test_gates_are_open_and_closed_as_often_as_the_formula_says() -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "one loss": (lambda: LossWeights(["a"]), ValueError, "names is ['a']: give two names or more"),
+    "one loss": (lambda: LossWeights(["a"]), ValueError, "names is ['a']: give a list of two names or more"),
     "a name twice": (lambda: LossWeights(["a", "a"]), ValueError, "each once"),
-    "names as text": (lambda: LossWeights("ab"), TypeError, "names is a str: give a list of names"),
+    "names as text": (lambda: LossWeights("ab"), ValueError, "names is 'ab': give a list of two names"),
     "a loss is missing": (lambda: LossWeights(["a", "b"]).sum({"a": Z}), ValueError, "losses has ['a']"),
-    "sizes as a list": (lambda: DomainWeights([1, 2]), TypeError, "sizes is a list"),  # type: ignore[arg-type]
-    "an empty source": (lambda: DomainWeights({"a": 1, "b": 0}), ValueError, "the size of 'b' is 0"),
+    "an empty source": (lambda: DomainWeights({"a": 1, "b": 0}), ValueError, "'mixture' starts on the edge of"),
     "one loss for all": (
         lambda: DomainWeights({"a": 1, "b": 1}).mean(LOSSES.sum(), SOURCE), ValueError, "losses have shape () and source"
     ),
@@ -236,7 +232,6 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "labels with a point": (lambda: SoftLabels(LOSSES), TypeError, "labels is a Tensor: give the class"),
     "a label too large": (lambda: SoftLabels(Y, 3), ValueError, "labels go from 0 to 3 and classes is 3"),
     "no classes": (lambda: DistilledData(0, (2,)), ValueError, "classes is 0"),
-    "no shape": (lambda: DistilledData(2, ()), ValueError, "shape is ()"),
     "no examples": (lambda: PriorScale(network(), 0), ValueError, "examples is 0"),
     "too many knots": (lambda: Schedule(5, 6), ValueError, "knots is 6: give a whole number from 2 to steps=5"),
     "a step before the first": (lambda: Schedule(5).at(-1), ValueError, "step is -1: give one from 0 to 4"),
@@ -246,63 +241,36 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "units of no known layer": (
         lambda: Dropout(nn.Sequential(nn.Tanh()), ["0"], per="unit"), ValueError, "layer '0' is Tanh, whose units"
     ),
-    "one option": (lambda: Categorical(["a"]), ValueError, "options is ['a']: give two names or more"),
+    "one option": (lambda: Categorical(["a"]), ValueError, "options is ['a']: give a list of two names or more"),
     "another relaxation": (
         lambda: Categorical(["a", "b"], relaxation="hard"), ValueError, "relaxation is 'hard'"  # type: ignore[arg-type]
     ),
     "an option too many": (
         lambda: Categorical(["a", "b"]).mix(dict.fromkeys("abc", Z)), ValueError, "found has ['a', 'b', 'c']"
     ),
-    "a float for a loss": (
-        lambda: LossWeights(["a", "b"]).sum({"a": Z, "b": 1.0}), TypeError, "losses['b'] is a float: give a tensor"
-    ),
-    "a whole number for a loss": (  # in whose type a weight would be 0
-        lambda: LossWeights(["a", "b"]).sum({"a": torch.tensor(1), "b": Z}), TypeError, "losses['a'] is of torch.int64"
-    ),
-    "losses as a list": (lambda: LossWeights(["a", "b"]).sum([Z, Z]), TypeError, "losses is a list: give a dict"),  # type: ignore[arg-type]
-    "losses of two shapes": (
-        lambda: LossWeights(["a", "b"]).sum({"a": Z, "b": Z[0]}), ValueError, "the shapes {'a': (6, 4), 'b': (4,)}: give"
-    ),
     "other names than losses": (lambda: LossWeights(["a", "b"]).sum({"a": Z, 3: Z}), ValueError, "losses has ['3', 'a']"),  # type: ignore[dict-item]
-    "a float for a result": (
-        lambda: Categorical(["a", "b"]).mix({"a": Z, "b": 1.0}), TypeError, "found['b'] is a float"  # type: ignore[dict-item]
-    ),
-    "results as a list": (lambda: Categorical(["a", "b"]).mix([Z, Z]), TypeError, "found is a list"),  # type: ignore[arg-type]
-    "sources by number": (lambda: DomainWeights({0: 1, 1: 2}), TypeError, "sizes has the name 0, an int"),  # type: ignore[dict-item]
     "a source that is lost beside the other": (
         lambda: DomainWeights({"a": 1e17, "b": 1}), ValueError, "'mixture' starts at 1e-17, and its leaf gives 2.22e-16"
     ),
-    "a loss as a number": (
-        lambda: DomainWeights({"a": 1, "b": 1}).mean(2.0, SOURCE), TypeError, "losses is a float"  # type: ignore[arg-type]
-    ),
-    "a length for a shape": (
-        lambda: DistilledData(3, 5), TypeError, "shape is 5: give that of one input as a tuple, such as (1, 28, 28) or (5,)"  # type: ignore[arg-type]
-    ),
-    "text for a shape": (lambda: DistilledData(3, "ab"), TypeError, "shape is 'ab'"),  # type: ignore[arg-type]
-    "whole logits": (lambda: Temperature().scaled(Y), TypeError, "z is of torch.int64"),
-    "whole logits and smoothing": (lambda: LabelSmoothing().cross_entropy(Y, Y), TypeError, "z is of torch.int64"),
     "labels as pairs": (lambda: SoftLabels(Z.to(torch.complex64)[0]), TypeError, "labels is a Tensor: give the class"),
     "logits of other classes": (
         lambda: SoftLabels(Y).cross_entropy(Z[:2, :3], torch.tensor([0, 1])), ValueError,
         "z has shape (2, 3) and index (2,): give 4 logits for each index",
     ),
-    "one layer as text": (lambda: Dropout(network(), "0"), TypeError, "layers is '0': give a list of names"),
-    "a layer as a number": (lambda: Dropout(network(), 3), TypeError, "layers is 3: give a list of names"),  # type: ignore[arg-type]
-    "layers as numbers": (lambda: Dropout(network(), [0]), ValueError, "no layer 0: its layers are"),  # type: ignore[list-item]
     "a call without a model": (lambda: Dropout(network()).call("model", Z), TypeError, "model is a str: give an nn.Module"),
     "a penalty without a model": (lambda: WeightDecay(network()).penalty(Z), TypeError, "model is a Tensor: give"),
-    "a rule as text": (lambda: WeightDecay(network(), include="0"), TypeError, "include is a str: give a function"),  # type: ignore[arg-type]
-    "a step as text": (lambda: Schedule(5).at("3"), ValueError, "step is '3': give one from 0 to 4"),  # type: ignore[arg-type]
-    "one change as text": (lambda: Augmentation("noise"), TypeError, "changes is a str: give a list"),  # type: ignore[arg-type]
-    "images of whole numbers": (
-        lambda: Augmentation().augment(torch.ones(2, 1, 4, 4, dtype=torch.uint8)), TypeError, "images is of torch.uint8"
-    ),
-    "whole images for a network": (
-        lambda: AugmentationNet(1)(torch.ones(2, 1, 4, 4, dtype=torch.uint8)), TypeError, "images is of torch.uint8"
-    ),
-    "one image for a network": (lambda: AugmentationNet(1)(torch.ones(1, 4, 4)), ValueError, "images have shape (1, 4, 4)"),
     "no gates": (lambda: Gate(0), ValueError, "n is 0: give the number of gates"),
 }  # fmt: skip
+
+
+def test_whole_numbers_are_weighted_as_they_are() -> None:
+    """In whose type a weight would be 0."""
+    x, source = torch.tensor([1, 3, 8]), torch.tensor([0, 1, 1])
+    shares, mixture = LossWeights(["a", "b"]), DomainWeights({"a": 1, "b": 1})
+    shares["share"] = mixture["mixture"] = torch.tensor([0.25, 0.75])
+    assert shares.sum({"a": x[0], "b": x[1]}).item() == pytest.approx(0.5 * 1 + 1.5 * 3)
+    assert mixture.mean(x, source).item() == pytest.approx((0.5 * 1 + 1.5 * 3 + 1.5 * 8) / 3)
+    torch.testing.assert_close(Temperature(start=4.0).scaled(x).tolist(), [0.25, 0.75, 2.0])
 
 
 @pytest.mark.parametrize("name", FAULTS)

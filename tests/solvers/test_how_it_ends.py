@@ -10,10 +10,11 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from cases import SIZE, with_spectrum
-from systems import F64, LEADS, SYSTEMS, System, left, solve
+from systems import F64, LEADS, SYSTEMS, Dense, System, left, solve
 from torch import Tensor
 
 from hoptim import CG, GMRES, MINRES, SOBA, Chebyshev, Identity, Neumann, Nystrom, Solver, Status, WarmStart
+from hoptim.solvers.monitor import Monitor
 
 FINISHED, LARGE, STOPPED = Status.FINISHED, Status.LARGE_RESIDUAL, Status.FLAT_DIRECTIONS
 
@@ -92,6 +93,18 @@ def test_minres_says_by_how_much_rounding_has_taken_its_residual_from_the_true_o
     assert solution.residuals[-1].item() == pytest.approx(true, rel=0.05)
     assert solution.detail.startswith(f"400 of 400 terms, a residual of {solution.residuals[-1].item():.3g}, recorded as ")
     assert float(solution.detail.split()[-1]) < 0.1 * true
+
+
+@pytest.mark.parametrize(("true", "status"), [(0.8, FINISHED), (1.2, LARGE), (2.5, Status.INEXACT)])
+def test_a_residual_that_rounding_may_have_moved_is_checked_by_a_product(true: float, status: Status) -> None:
+    """Of A = I, where x = (1 + r) g leaves r times g."""
+    A, g = Dense(torch.eye(SIZE, dtype=F64)), torch.ones(SIZE, dtype=F64)
+    monitor = Monitor(A, g, terms=1, tolerance=1e-5)
+    monitor.record_residual(0.9 * monitor.g_norm)
+    monitor.drift = torch.ones((), dtype=F64)
+    solution = monitor.finish((1 + true) * g)
+    assert (solution.status, solution.products, solution.converged) == (status, 2, False)
+    assert solution.residuals.tolist() == pytest.approx([true])
 
 
 # One vocabulary --------------------------------------------------------------------------------------------------------

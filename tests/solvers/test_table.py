@@ -300,7 +300,7 @@ def test_a_device_is_read_each_sixteen_products_only_and_gives_the_same(name: st
     here, _ = solve(case, g, replace(ALONE[name], terms=48))
     looks = []
     monkeypatch.setattr(
-        "hoptim.solvers.run.should_check_convergence",
+        "hoptim.solvers.monitor.should_check_convergence",
         lambda term, terms, _: term < terms and term % 16 == 0 and (looks.append(term) or True),
     )
     there, A = solve(case, g, replace(ALONE[name], terms=48))

@@ -29,7 +29,7 @@ from hoptim import (
 )
 from hoptim.linalg.operators import Operator, Symmetric
 from hoptim.methods.preconditioners import Preconditioner
-from hoptim.solvers.scaled import solve_scaled
+from hoptim.solvers.base import solve_scaled
 
 
 def test_warm_start_with_no_terms_takes_the_steps_of_soba() -> None:

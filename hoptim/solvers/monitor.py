@@ -1,4 +1,4 @@
-"""The bookkeeping of an iterative solve and how it ends, so that the code of a solver is the algorithm alone."""
+"""What an iterative solve records and how it ends, so that the code of a solver is the algorithm alone."""
 
 from __future__ import annotations
 
@@ -26,13 +26,21 @@ def should_check_convergence(term: int, terms: int, on: Tensor) -> bool:
     return term < terms and (on.device.type == "cpu" or term % CHECK_EVERY == 0)
 
 
-class Run:
-    """A solve in progress: it counts the terms and knows which right-hand sides are still active.
+class Monitor:
+    """Counts the terms of a solve, knows which right-hand sides are still active, and says how the solve ended.
 
     A solver iterates over it, and in each term records a residual and, if it knows one, a curvature, of shape () or (R,).
     ``where_active`` sets the coefficients of a right-hand side that has stopped to zero, so that the host need not read from
     the device. At the end ``read`` brings all records to the host at once, and ``finish`` makes a solution of them. With
     ``stop_on_growth`` all right-hand sides stop once a residual exceeds 10·‖g‖: the solve has failed.
+
+    Attributes:
+        g_norm: ‖g‖, and ``scale`` the same with 1 for 0.
+        active: which right-hand sides have not stopped; ``flat``: which have stopped for want of curvature.
+        largest: ‖A‖, if a solver knows more than the curvatures.
+        drift: how far rounding may have taken the recorded residual from the true one, relative to ‖g‖.
+        norms: ‖g − Aᵀx‖ after each term.
+        curvatures: ⟨v, A v⟩ / ⟨v, v⟩ for some vector v of each term.
     """
 
     def __init__(
@@ -40,23 +48,22 @@ class Run:
     ) -> None:
         least = ROUNDING * torch.finfo(g.dtype).eps
         self.A, self.g, self.terms, self.tolerance = A, g, terms, None if tolerance is None else max(tolerance, least)
-        self.start = A.norm(g)
-        self.active = self.start > 0
-        self.scale = torch.where(self.active, self.start, 1.0)
-        self.largest = self._zero = torch.zeros_like(self.start)  # ‖A‖, if a solver knows more than the curvatures
-        self.drift = self._zero  # how far rounding may have taken the recorded residual from the true one, relative to ‖g‖
-        self.flat = torch.zeros_like(self.active)  # which have stopped for want of curvature
+        self.g_norm = A.norm(g)
+        self.active = self.g_norm > 0
+        self.scale = torch.where(self.active, self.g_norm, 1.0)
+        self.largest = self.drift = self._zero = torch.zeros_like(self.g_norm)
+        self.flat = torch.zeros_like(self.active)
         self.norms: list[Tensor] = []
         self.curvatures: list[Tensor] = []
         self._goal = None if self.tolerance is None else self.tolerance * self.scale
         self._ceiling = GROWTH_LIMIT * self.scale if stop_on_growth else None
-        self._is_one_on_cpu = not self.start.ndim and self.start.device.type == "cpu"
+        self._is_one_on_cpu = not self.g_norm.ndim and self.g_norm.device.type == "cpu"
 
     def __iter__(self) -> Iterator[int]:
         """The terms 1, 2, …, until the host sees that all right-hand sides have stopped."""
         for term in range(1, self.terms + 1):
             yield term
-            if should_check_convergence(term, self.terms, self.start) and not bool(self.active.any()):
+            if should_check_convergence(term, self.terms, self.g_norm) and not bool(self.active.any()):
                 return
 
     def where_active(self, a: Tensor) -> Tensor:
@@ -86,23 +93,22 @@ class Run:
     @property
     def residuals(self) -> Tensor:
         """‖g − Aᵀx‖ / ‖g‖ after each term, on the device."""
-        return torch.stack(self.norms) / self.scale if self.norms else self.start.new_empty((0, *self.start.shape))
+        return torch.stack(self.norms) / self.scale if self.norms else self.g_norm.new_empty((0, *self.g_norm.shape))
 
-    def read(self) -> SolveHistory:
+    def read(self) -> History:
         """What was recorded, on the host."""
-        rows = [self.start, self.scale, self.largest, self.drift, self.flat.to(self.start), *self.norms, *self.curvatures]
+        rows = [self.g_norm, self.scale, self.largest, self.drift, self.flat.to(self.g_norm), *self.norms, *self.curvatures]
         found = torch.stack(rows).double().cpu()
-        start, scale, largest, drift, flat = found[:5]
+        g_norm, scale, largest, drift, flat = found[:5]
         norms, curvatures = found[5:].split([len(self.norms), len(self.curvatures)])
         if len(curvatures):
             largest = torch.maximum(largest, curvatures.abs().amax(0))
-        facts = {"residuals": norms / scale, "curvatures": curvatures, "drift": drift, "flat": bool(flat.any())}
-        return SolveHistory(start=start, largest=largest, **facts)
+        return History(g_norm, largest, norms / scale, curvatures, drift, bool(flat.any()))
 
     def finish(
         self,
         x: Tensor,
-        history: SolveHistory,
+        history: History | None = None,
         *,
         failed: Status | None = None,
         negative: bool | None = None,
@@ -116,7 +122,7 @@ class Run:
 
         Args:
             x: the answer.
-            history: what ``read`` gave.
+            history: what ``read`` gave; default: it is read now.
             failed: a failure that the solver has found.
             negative: whether the curvature was negative; ``None`` to take it from the recorded curvatures.
             remark: a remark of the solver.
@@ -125,26 +131,27 @@ class Run:
             detail: the figures behind the status.
             rest: other fields of the solution.
         """
+        history = history or self.read()
         if negative is None and (negative := history.is_negative):
             detail = joined(f"{met} {history.lowest:.3g}", detail)
-        last = history.residuals[-1] if len(history.residuals) else torch.zeros_like(history.start)
-        candidates = [
-            (Status.NON_FINITE_GRADIENT, not bool(history.start.isfinite().all())),
+        last = history.residuals[-1] if len(history.residuals) else torch.zeros_like(history.g_norm)
+        gravest_first = [
+            (Status.NON_FINITE_GRADIENT, not bool(history.g_norm.isfinite().all())),
             (Status.NON_FINITE_PRODUCT, not bool(last.isfinite().all())),
-            (failed, failed is not None),
-            (Status.NO_CURVATURE, history.is_flat),
+            (failed, failed),
+            (Status.NO_CURVATURE, history.has_no_curvature),
             (Status.NEGATIVE_CURVATURE, negative),
-            (remark, remark is not None),
+            (remark, remark),
             (Status.LARGE_RESIDUAL, bool((last > LARGE).any())),
             (Status.FLAT_DIRECTIONS, history.flat),
+            (Status.FINISHED, True),
         ]
-        status = next((status for status, holds in candidates if status and holds), Status.FINISHED)
+        status = next(status for status, holds in gravest_first if status and holds)
         facts = {"products": len(self.norms), "negative_curvature": negative, **rest}
         solution = Solution(value=x, status=status, residuals=self.residuals, detail=detail, **facts)
         if not (status.ok and len(self.norms)):
             return solution
-        spent = spent or f"{len(self.norms)} of {self.terms} terms"
-        goal = self.tolerance or 0.0
+        spent, goal = spent or f"{len(self.norms)} of {self.terms} terms", self.tolerance or 0.0
         is_solved = self.tolerance is not None and bool((last <= goal * (1 + 1e-6)).all())
         if is_solved or bool((DOUBT * last < history.drift).any()):
             return self._check_true_residual(solution, last, goal, spent)
@@ -154,22 +161,25 @@ class Run:
         """Check ‖g − Aᵀx‖ by a product with x, since rounding makes the recorded residuals drift away from it."""
         true = self.A.norm(self.g - self.A.T @ solution.value) / self.scale
         last = true.double().cpu()
-        worst = float(last.amax())
-        facts: dict[str, Any] = {
-            "residuals": torch.cat([solution.residuals[:-1], true[None]]),
-            "products": solution.products + 1,
-            "detail": joined(f"{spent}, residual {worst:.3g}", solution.detail),
-        }
+        worst, status, words = float(last.amax()), solution.status, f"{spent}, residual {float(last.amax()):.3g}"
+        is_far = bool((last > SLACK * recorded.clamp(min=goal)).any())
+        converged = not is_far and worst <= SLACK * goal
         if not worst < float("inf"):
-            facts |= {"status": Status.NON_FINITE_PRODUCT, "detail": "with the solution"}
-        elif bool((last > SLACK * recorded.clamp(min=goal)).any()):
-            words = f"{spent}, a residual of {worst:.3g}, recorded as {float(recorded.amax()):.3g}"
-            facts |= {"status": Status.INEXACT, "detail": joined(words, solution.detail)}
-        elif worst <= SLACK * goal:
-            facts |= {"converged": True} if solution.negative_curvature else {"converged": True, "status": Status.CONVERGED}
-        elif worst > LARGE and solution.status.kind == "ok":
-            facts |= {"status": Status.LARGE_RESIDUAL}
-        return replace(solution, **facts)
+            status, words = Status.NON_FINITE_PRODUCT, "with the solution"
+        elif is_far:
+            status, words = Status.INEXACT, f"{spent}, a residual of {worst:.3g}, recorded as {float(recorded.amax()):.3g}"
+        elif converged and not solution.negative_curvature:
+            status = Status.CONVERGED
+        elif not converged and worst > LARGE and status.kind == "ok":
+            status = Status.LARGE_RESIDUAL
+        return replace(
+            solution,
+            status=status,
+            converged=converged,
+            residuals=torch.cat([solution.residuals[:-1], true[None]]),
+            products=solution.products + 1,
+            detail=joined(words, "" if status is Status.NON_FINITE_PRODUCT else solution.detail),
+        )
 
 
 def joined(*words: str) -> str:
@@ -177,15 +187,15 @@ def joined(*words: str) -> str:
     return "; ".join(filter(None, words))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SolveHistory:
+@dataclass(frozen=True)
+class History:
     """The records of a solve, in float64 on the host: ‖g‖, a lower bound on ‖A‖, and a row for each term.
 
     Residuals are relative to ‖g‖; curvatures are zero for right-hand sides that had stopped. ``drift`` bounds how far the
     last residual may be from the true one, ``flat`` says whether a right-hand side has stopped for want of curvature.
     """
 
-    start: Tensor
+    g_norm: Tensor
     largest: Tensor
     residuals: Tensor
     curvatures: Tensor
@@ -203,14 +213,14 @@ class SolveHistory:
         return bool((self.curvatures < NEGATIVE * self.largest).any())
 
     @property
-    def is_flat(self) -> bool:
+    def has_no_curvature(self) -> bool:
         """Whether all products of a nonzero right-hand side were zero."""
-        return bool(len(self.curvatures)) and bool(((self.start > 0) & (self.largest == 0)).any())
+        return bool(len(self.curvatures)) and bool(((self.g_norm > 0) & (self.largest == 0)).any())
 
     @property
     def growth(self) -> Growth | None:
         """The first term at which a residual exceeded the limit, for the worst right-hand side; ``None`` if none did."""
-        residuals, curvatures = (rows.reshape(len(rows), self.start.numel()) for rows in (self.residuals, self.curvatures))
+        residuals, curvatures = (rows.reshape(len(rows), self.g_norm.numel()) for rows in (self.residuals, self.curvatures))
         over = ~(residuals <= GROWTH_LIMIT).all(1)
         if not bool(over.any()):
             return None

@@ -1,8 +1,8 @@
-"""ExampleWeights: a learned weight for each training example, and the largest one for examples known to be right."""
+"""Learned weights of examples, of the sources that they come from, and of several losses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.start import check_between, check_count, check_losses, checked_index
-from hoptim.validation import describe_type
+from hoptim.recipes.arguments import check_between, check_count, checked_index, checked_names, weighted_mean, weighted_sum
 
 NAME = "example_weight"
 Trusted = Tensor | Sequence[int] | Sequence[bool] | Set[int]
@@ -45,8 +44,9 @@ class ExampleWeights(HyperParameters):
 
     Raises:
         TypeError: ``trusted`` is neither, or ``groups`` is no tensor of whole numbers.
-        ValueError: ``n`` is no positive whole number, ``start`` is not between 0 and 1, ``trusted`` has an index that is out
-            of range, or all examples, or n numbers that are all 0 or 1, as a mask that is not ``bool``.
+        IndexError: ``trusted`` has an index that is out of range.
+        ValueError: ``n`` is no positive whole number, ``start`` is not between 0 and 1, or ``trusted`` has all examples, or
+            n numbers that are all 0 or 1, as a mask that is not ``bool``.
 
     Source: Ren et al. 2018, Learning to reweight examples for robust deep learning (arXiv 1803.09050).
 
@@ -110,13 +110,10 @@ class ExampleWeights(HyperParameters):
             index: the indices of these examples, shape (B,), whole numbers below n.
 
         Raises:
-            TypeError: ``index`` is no tensor of whole numbers, or ``losses`` none of floating-point numbers.
-            ValueError: the shapes are not the same (B,), or B is 0.
+            TypeError: ``index`` is no tensor of whole numbers.
+            ValueError: the shapes are not the same (B,).
         """
-        index = checked_index("index", index, len(self.trusted))
-        check_losses(losses, "index", index)
-        first = self._transforms[NAME](self.start)
-        return ((self[NAME][index] / first[index]).to(losses.dtype) * losses).mean()
+        return weighted_mean(losses, self[NAME] / self._transforms[NAME](self.start), "index", index)
 
     @property
     def degrees_of_freedom(self) -> int:
@@ -135,27 +132,97 @@ class ExampleWeights(HyperParameters):
 def _mask(n: int, trusted: Trusted | None) -> Tensor:
     """Which of n examples have a fixed weight, as n ``bool``."""
     mask = torch.zeros(n, dtype=torch.bool)
-    if trusted is None:
+    if trusted is None or not len(trusted):
         return mask
-    try:
-        found = torch.as_tensor(sorted(trusted) if isinstance(trusted, Set) else trusted, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"trusted is {describe_type(trusted)}: give a list of indices, or n bool") from None
-    if not found.numel():
-        return mask
-    if found.is_floating_point() or found.is_complex() or found.ndim != 1:
-        raise TypeError(f"trusted is of {found.dtype} and shape {tuple(found.shape)}: give a list of indices, or n bool")
-    if found.dtype is torch.bool:
-        if len(found) != n:
-            raise ValueError(f"trusted is a mask of {len(found)} examples, of which there are {n}: give n bool, or indices")
+    found = torch.as_tensor(sorted(trusted) if isinstance(trusted, Set) else trusted, device="cpu")
+    if found.dtype is torch.bool and found.shape == mask.shape:
         mask = found.clone()
     else:
-        found = found.long()  # torch takes uint8 for a mask
-        if int(found.min()) < 0 or int(found.max()) >= n:
-            raise ValueError(f"trusted has indices from {found.min()} to {found.max()}: give indices from 0 to {n - 1}")
+        mask[checked_index("trusted", found, n)] = True
         if len(found) == n > 2 and int(found.max()) <= 1:
             raise ValueError(f"trusted has {n} numbers that are 0 or 1, as a mask: give it as bool, or each index once")
-        mask[found] = True
     if bool(mask.all()):
         raise ValueError(f"all {n} examples are trusted, so that no weight is left to learn: leave some out of trusted")
     return mask
+
+
+class DomainWeights(HyperParameters):
+    """A learned mixture p of K data sources, p_d > 0 and Σ_d p_d = 1, and its loss Σ_d p_d·(mean loss on source d).
+
+    A batch of B examples, drawn from the whole data set, estimates this loss by
+
+        (1/B) Σ_i p_{d_i}/q_{d_i} · ℓ_i,
+
+    where ℓ_i is the loss of example i, d_i its source, and q_d the share of source d in the data. At the start p = q, so
+    that it is the plain mean. ``hparams["mixture"]`` is p, of shape (K,), in the order of the names. A later training can
+    draw from the sources by p instead.
+
+    Args:
+        sizes: how many examples each source has, or its share, by name; two sources or more, K − 1 degrees of freedom.
+
+    Raises:
+        TypeError: when called, ``source`` is no tensor of whole numbers.
+        ValueError: there are fewer than two sources, a size is not positive, or one is lost after those before it, as 1 is
+            after 10⁶ in float32 (then name the small one first); when called, shapes differ.
+
+    Source: Xie et al. 2023, DoReMi (arXiv 2305.10429), who move p by another rule.
+
+    >>> hparams = DomainWeights({"web": 900, "books": 100})
+    >>> hparams["mixture"].detach()
+    tensor([0.9000, 0.1000])
+    >>> losses, source = torch.tensor([1.0, 3.0]), torch.tensor([0, 1])
+    >>> round(hparams.mean(losses, source).item(), 4)
+    2.0
+    >>> hparams["mixture"] = torch.tensor([0.8, 0.2])
+    >>> round(hparams.mean(losses, source).item(), 4)                                # (0.8/0.9·1 + 0.2/0.1·3)/2
+    3.4444
+    """
+
+    shares: Tensor
+
+    def __init__(self, sizes: Mapping[str, float]) -> None:
+        self.names = checked_names("sizes", list(sizes))
+        counts = torch.tensor([float(size) for size in sizes.values()])
+        super().__init__({"mixture": counts / counts.sum()}, {"mixture": constraints.simplex})
+        self.register_buffer("shares", self["mixture"].detach())
+
+    def mean(self, losses: Tensor, source: Tensor) -> Tensor:
+        """(1/B) Σ_i p_{d_i}/q_{d_i} · ℓ_i, for the training loss.
+
+        Args:
+            losses: the loss of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
+            source: the source of each example, shape (B,), as its number in the order of the names.
+        """
+        return weighted_mean(losses, self["mixture"] / self.shares, "source", source)
+
+
+class LossWeights(HyperParameters):
+    """Learned weights w_k of the losses of K tasks, and the weighted sum Σ_k w_k L_k, where w_k > 0 and Σ_k w_k = K.
+
+    All weights are 1 at the start. Their sum is fixed, since the size of the whole loss is a matter of the learning rate.
+    Their natural value is ``hparams["share"]`` = w/K, of shape (K,), in the order of the names. The validation loss should
+    be what counts in the end: the loss of the one task that matters, or a sum with fixed weights.
+
+    Args:
+        names: the names of the tasks, two or more; there are K − 1 degrees of freedom.
+
+    Raises:
+        ValueError: there are fewer than two names, or one is given twice; when called, a loss is missing, or there is one
+            more.
+
+    Source: Caruana 1997, Multitask learning; weights by implicit differentiation: Navon et al. 2021 (arXiv 2007.02693).
+
+    >>> hparams = LossWeights(["depth", "normals"])
+    >>> hparams["share"] = torch.tensor([0.75, 0.25])
+    >>> hparams.sum({"depth": torch.tensor(1.0), "normals": torch.tensor(2.0)}).item()           # 1.5·1 + 0.5·2
+    2.5
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = checked_names("names", names)
+        even = torch.full((len(self.names),), 1 / len(self.names))
+        super().__init__({"share": even}, {"share": constraints.simplex})
+
+    def sum(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Σ_k w_k L_k of the losses by name, which all have the same shape."""
+        return weighted_sum("losses", losses, self.names, len(self.names) * self["share"])

@@ -1,4 +1,4 @@
-"""WeightDecay: learned decays, one for all weights or one for each tensor, channel or weight."""
+"""Learned weight decays, and the scales of Gaussian priors that they stand for."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributions import constraints
 
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import check_real
-from hoptim.recipes.start import cast, full, held, inside, shared
-from hoptim.validation import describe_type, is_finite
+from hoptim.recipes.arguments import cast, check_between, check_count
+from hoptim.recipes.model_parts import full, levels_of, part_of, unwrapped
 
 Per = Literal["global", "tensor", "channel", "weight"]
 
@@ -44,7 +44,7 @@ class WeightDecay(HyperParameters):
             the rule above.
 
     Raises:
-        TypeError: ``model`` is no module, ``include`` no function, or a weight is complex.
+        TypeError: ``model`` is no module, or a weight is complex.
         ValueError: ``per``, ``start`` or ``norm`` is none of these, there is no weight to decay, or one has no values yet.
 
     Source: Krogh and Hertz 1991, A simple weight decay can improve generalization.
@@ -80,18 +80,15 @@ class WeightDecay(HyperParameters):
         norm: Literal[1, 2] = 2,
         include: Callable[[str, nn.Parameter], bool] | None = None,
     ) -> None:
-        if not (include is None or callable(include)):
-            raise TypeError(f"include is {describe_type(include)}: give a function include(name, weight) -> bool")
-        module = inside(model)
+        module = unwrapped(model)
         if per not in get_args(Per):
             raise ValueError(f"per is {per!r}: give one of {', '.join(map(repr, get_args(Per)))}")
         if norm not in (1, 2):
             raise ValueError(f"norm is {norm!r}: give 2 for ½ Σ λ‖w‖², or 1 for Σ λ|w|")
-        if not is_finite(start) or start <= 0:
-            raise ValueError(f"start is {start!r}: a decay is learned on a log scale, so start at a positive number")
+        check_between("start", start, 0)
         check_real("weight", module.named_parameters())
-        decayed = include or _usual(module)
-        usable = {name: p for name, p in module.named_parameters() if decayed(name, p)}
+        is_decayed = include or _is_matrix_of(module)
+        usable = {name: p for name, p in module.named_parameters() if is_decayed(name, p)}
         weights = {name: p for name, p in usable.items() if p.requires_grad}
         if not weights:
             raise ValueError(
@@ -101,7 +98,7 @@ class WeightDecay(HyperParameters):
         if per != "global":
             axes = {"tensor": 0, "channel": 1, "weight": None}[per]
             values = {f"decay.{name}": full(p.shape[:axes], start, p) for name, p in weights.items()}
-        super().__init__(values, dict.fromkeys(values, constraints.positive), shared(values))
+        super().__init__(values, dict.fromkeys(values, constraints.positive), levels_of(values))
         self.per, self.norm = per, norm
         self._shapes = {name: p.shape for name, p in weights.items()}
         self._frozen = [name for name in usable if name not in weights]  # emptied after the warning
@@ -115,15 +112,15 @@ class WeightDecay(HyperParameters):
         Raises:
             ValueError: a decayed weight is missing in ``model``, has another shape, or is now tied to another one.
         """
-        module = inside(model)
+        module = unwrapped(model)
         self._warn_of_unfrozen(module)
         together = self["decay"] if self.per == "global" else None
         terms, seen = list[Tensor](), set[int]()
         for name, shape in self._shapes.items():
-            found = held(module, name)
+            found = part_of(module, name)
             if found is None or found.shape != shape or id(found) in seen:
-                tied = id(found) in seen
-                now = "missing" if found is None else "tied to another" if tied else f"of shape {tuple(found.shape)}"
+                now = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                now = "tied to another" if id(found) in seen else now
                 raise ValueError(
                     f"weight {name!r} had shape {tuple(shape)} when WeightDecay was made, and is {now} in this model: "
                     "give penalty the same model, and make WeightDecay after the model has its final layers"
@@ -132,17 +129,14 @@ class WeightDecay(HyperParameters):
             decay = self[f"decay.{name}"] if together is None else together
             w = cast(found, decay)
             size = w * w if self.norm == 2 else w.abs()
-            if not decay.ndim:  # a norm is no faster, and has no second derivative at zero weights
-                terms.append(decay * size.sum())
-                continue
-            if decay.ndim < w.ndim:
+            if decay.ndim < w.ndim:  # a norm is no faster, and has no second derivative at zero weights
                 size = size.sum(dim=tuple(range(decay.ndim, w.ndim)))
-            terms.append((decay * size).sum())
+            terms.append((decay * size).sum() if decay.ndim else decay * size)
         total = reduce(add, terms)
         return total / 2 if self.norm == 2 else total
 
     def _warn_of_unfrozen(self, module: nn.Module) -> None:
-        unfrozen = [name for name in self._frozen if (w := held(module, name)) is not None and w.requires_grad]
+        unfrozen = [name for name in self._frozen if (w := part_of(module, name)) is not None and w.requires_grad]
         if not unfrozen:
             return
         self._frozen.clear()
@@ -162,8 +156,55 @@ class WeightDecay(HyperParameters):
         )
 
 
-def _usual(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
+def _is_matrix_of(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
     """The rule that leaves out biases and norms. Weights of other norms than these two have one axis."""
     norms = [module for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.RMSNorm))]
     scales = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
     return lambda _, p: p.ndim >= 2 and id(p) not in scales
+
+
+class PriorScale(WeightDecay):
+    """Learned scales σ_k of priors w_k ~ N(0, σ_k²), and their negative log density for each example, Σ_k ‖w_k‖²/(2σ_k²·n).
+
+    Added to the mean of −log p(y|x, w) over the n training examples, it gives the negative log posterior divided by n. It is
+    a :class:`WeightDecay` with λ_k = 1/(n·σ_k²), the leaves log λ_k, and its levels. The decay scales with the size of the
+    data, so the same σ_k suits a data set of another size.
+
+    Args:
+        model: as in :class:`WeightDecay`, like ``per`` and ``include``.
+        examples: n, how many training examples there are.
+        per: what has its own σ.
+        start: σ at the start, default 1.
+        include: which weights have a prior.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``examples`` is no positive whole number, ``start`` is not positive; or as in :class:`WeightDecay`.
+
+    Source: MacKay 1992, A practical Bayesian framework for backpropagation networks, section 3.
+
+    >>> model = nn.Linear(2, 3)
+    >>> _ = nn.init.ones_(model.weight)
+    >>> hparams = PriorScale(model, examples=100, start=0.5)
+    >>> round(hparams.penalty(model).item(), 4), round(hparams.scale("weight").item(), 4)                # 6/(2·0.25·100)
+    (0.12, 0.5)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: int,
+        *,
+        per: Per = "tensor",
+        start: float = 1.0,
+        include: Callable[[str, nn.Parameter], bool] | None = None,
+    ) -> None:
+        check_count("examples", examples, "how many training examples there are")
+        check_between("start", start, 0)
+        super().__init__(model, per=per, start=1 / (examples * start**2), include=include)
+        self.examples = examples
+
+    def scale(self, weight: str = "") -> Tensor:
+        """σ of the weight of this name; that of all weights if ``per`` is ``"global"``."""
+        name: Any = "decay" if self.per == "global" else f"decay.{weight}"
+        return (self.examples * self[name]).rsqrt()
