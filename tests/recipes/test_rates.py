@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +36,8 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "Gate": lambda: recipes.Gate(3),
 }
 ROW = re.compile(r"^\| ((?:`\w+`(?:, )?)+)[^|]*\| ([\d.]+) \|", re.MULTILINE)
-RATES = {name: float(rate) for names, rate in ROW.findall(str(recipes.__doc__)) for name in re.findall(r"\w+", names)}
+PAGE = Path(recipes.__file__).with_name("README.md").read_text()
+RATES = {name: float(rate) for names, rate in ROW.findall(PAGE) for name in re.findall(r"\w+", names)}
 
 
 def first_move(outer: torch.optim.Optimizer, hparams: nn.Module) -> dict[str, set[float]]:
