@@ -35,7 +35,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "Categorical": lambda: recipes.Categorical(["a", "b"]),
     "Gate": lambda: recipes.Gate(3),
 }
-ROW = re.compile(r"^\| ((?:`\w+`(?:, )?)+)[^|]*\| ([\d.]+) \|", re.MULTILINE)
+ROW = re.compile(r"^\| ((?:`\w+`(?:, )?)+)[^|]*\| ([\d.]+)(?:, falling)? \|", re.MULTILINE)
 PAGE = Path(recipes.__file__).with_name("README.md").read_text()
 RATES = {name: float(rate) for names, rate in ROW.findall(PAGE) for name in re.findall(r"\w+", names)}
 
