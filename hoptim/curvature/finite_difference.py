@@ -13,12 +13,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from hoptim.curvature.linearization import Curvature, Linearization, Point, as_leaves, check_dense
+from hoptim.curvature.linearization import Curvature, Draw, Linearization, check_dense
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.operators import Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.problem.mixed_precision import epsilon_of_losses
-from hoptim.problem.problem import Problem, set_generators
+from hoptim.problem.problem import At, Problem, as_leaves, set_generators
 from hoptim.validation import is_finite
 
 Difference = tuple[OptionalTree, OptionalTree]  # (∂F/∂w v, ∂F/∂λᵀ v)
@@ -64,23 +64,23 @@ class FiniteDifference(Curvature):
             raise ValueError(f"step={self.step!r}: give a positive number, or None to choose it")
 
     @contextmanager
-    def linearize(self, point: Point) -> Iterator[Linearization]:
+    def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F; each product evaluates two gradients at other weights."""
-        states = point.problem.generators()  # saved here, since drawing a batch between products would change the masks
-        loss, gradient, _ = gradients(point, point.weights)
+        states = at.problem.generators()  # saved here, since drawing a batch between products would change the masks
+        loss, gradient, _ = gradients(at.problem, batch, at.weights, at.leaves)
         touched = trees.present(gradient)
-        layout = Layout.of({name: point.weights[name] for name in touched})
-        w = layout.flatten(point.weights).detach()
+        layout = Layout.of({name: at.weights[name] for name in touched})
+        w = layout.flatten(at.weights).detach()
         length = vectors.norm(w)
         size = torch.where(length > 0, length, 1.0)
         chosen = self.step
 
-        def at(step: float, v: Tensor) -> Difference:
+        def quotient(step: float, v: Tensor) -> Difference:
             """The difference over a step of this length relative to w."""
             along = vectors.norm(v)
             epsilon = size * step / torch.where(along > 0, along, 1.0)
             (up, up_leaves), (down, down_leaves) = (
-                gradients(point, point.weights | as_leaves(layout.unflatten(w + step * v)), states)[1:]
+                gradients(at.problem, batch, at.weights | as_leaves(layout.unflatten(w + step * v)), at.leaves, states)[1:]
                 for step in (epsilon, -epsilon)
             )
             return _quotient(up, down, 2 * epsilon), _quotient(up_leaves, down_leaves, 2 * epsilon)
@@ -89,17 +89,19 @@ class FiniteDifference(Curvature):
             """One part of a difference; the first one chooses the step."""
             nonlocal chosen
             if chosen is not None:
-                return at(chosen, v)[part]
-            dtypes = [weight.dtype for weight in point.weights.values()]
+                return quotient(chosen, v)[part]
+            dtypes = [weight.dtype for weight in at.weights.values()]
             rounding = epsilon_of_losses(*dtypes)
             within = max(AGREE, rounding ** (2 / 3))
-            chosen, found, apart = _best_step(lambda step: at(step, v)[part], first_step(*dtypes), 50 * rounding, within)
+            chosen, found, apart = _best_step(
+                lambda step: quotient(step, v)[part], first_step(*dtypes), 50 * rounding, within
+            )
             tell("the products differ", apart, within)
             return found
 
         def tell(words: str, apart: float, within: float) -> None:
-            if apart > TELL * within and point.problem not in _TOLD:
-                _TOLD.add(point.problem)
+            if apart > TELL * within and at.problem not in _TOLD:
+                _TOLD.add(at.problem)
                 warnings.warn(
                     f"FiniteDifference: over steps of about {chosen:.1g} times the length of the weights {words} by "
                     f"{apart:.0%} from one step to the next, for rounding or for kinks such as those of ReLU. Compute in "
@@ -116,9 +118,9 @@ class FiniteDifference(Curvature):
             if x.ndim > 1:
                 return trees.stack([mixed(row) for row in x])
             found = difference(x, 1)
-            rounding = epsilon_of_losses(*(weight.dtype for weight in point.weights.values()))
+            rounding = epsilon_of_losses(*(weight.dtype for weight in at.weights.values()))
             if self.step is None and chosen is not None and rounding < HALF:  # checked too, since it is the answer
-                name, apart = _farthest(found, at(chosen * APART, x)[1])
+                name, apart = _farthest(found, quotient(chosen * APART, x)[1])
                 tell(f"the derivative in {name!r} differs", apart, AGREE)
             return found
 
@@ -187,20 +189,18 @@ def _farthest(found: OptionalTree, other: OptionalTree) -> tuple[str, float]:
     return name, apart[name] if math.isfinite(apart[name]) else 0.0
 
 
-def gradients(point: Point, weights: Tree, states: Tree | None = None) -> tuple[Tensor, OptionalTree, OptionalTree]:
-    """L_T, ∂L_T/∂w and ∂L_T/∂λ at other weights, under these random states or else the present ones, which do not change."""
-
-    def inside(loss: Tensor, _: Any) -> tuple[Tensor, OptionalTree, OptionalTree]:
-        inputs = [*weights.values(), *point.leaves.values()]
-        found = torch.autograd.grad(loss, inputs, allow_unused=True)
-        by_weight: OptionalTree = dict(zip(weights, found[: len(weights)], strict=True))
-        by_leaf: OptionalTree = dict(zip(point.leaves, found[len(weights) :], strict=True))
-        check_dense(by_weight)
-        return loss.detach(), by_weight, by_leaf
-
-    with point.problem.untouched():
+def gradients(
+    problem: Problem, batch: Any, weights: Tree, leaves: Tree, states: Tree | None = None
+) -> tuple[Tensor, OptionalTree, OptionalTree]:
+    """L_T, ∂L_T/∂w and ∂L_T/∂λ elsewhere, under these random states or else the present ones, which do not change."""
+    with problem.untouched():
         set_generators(states or {})
-        return point.problem.pure("train_loss", weights, point.leaves, point.batch, inside)
+        with problem.at(weights, leaves) as there, there.loss("train_loss", batch) as (loss, *_):
+            found = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
+    by_weight: OptionalTree = dict(zip(weights, found[: len(weights)], strict=True))
+    by_leaf: OptionalTree = dict(zip(leaves, found[len(weights) :], strict=True))
+    check_dense(by_weight)
+    return loss.detach(), by_weight, by_leaf
 
 
 def _quotient(up: OptionalTree, down: OptionalTree, width: Tensor) -> OptionalTree:

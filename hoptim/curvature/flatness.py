@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from hoptim.curvature.linearization import Point
 from hoptim.problem.composite_loss import LossParts
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import At, Problem
 
 _CHECKED: WeakSet[Problem] = WeakSet()
 
 
-def check_criterion(point: Point) -> None:
+def check_criterion(at: At, batch: Any) -> None:
     """Raise ``ValueError`` if the criterion has no curvature in z anywhere. It costs one loss, once for each problem."""
-    if point.problem in _CHECKED:
+    if at.problem in _CHECKED:
         return
-    with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (_, parts, _):
+    with at.problem.untouched(), at.loss("train_loss", batch) as (_, parts, _):
         assert parts is not None
         found = has_curvature(parts)
     if found is False:
@@ -29,7 +29,7 @@ def check_criterion(point: Point) -> None:
             "return the logits, and take cross_entropy as the criterion; else give Implicit(curvature=hoptim.Exact())"
         )
     if found:
-        _CHECKED.add(point.problem)
+        _CHECKED.add(at.problem)
 
 
 def has_curvature(parts: LossParts) -> bool | None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hoptim.curvature.exact import DoubleBackward
 from hoptim.curvature.flatness import check_criterion
-from hoptim.curvature.linearization import GradientGraph, Linearization, Point, symmetric
+from hoptim.curvature.linearization import Draw, GradientGraph, Linearization, symmetric
 from hoptim.curvature.second_derivatives import check_once
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import OptionalTree, Tree
 from hoptim.linalg.vjp import VJP
 from hoptim.problem.composite_loss import CompositeLoss
+from hoptim.problem.problem import At
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +44,16 @@ class GaussNewton(DoubleBackward):
     """
 
     @contextmanager
-    def linearize(self, point: Point) -> Iterator[Linearization]:
+    def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F and its derivatives from one graph."""
-        if not isinstance(point.problem.train_loss, CompositeLoss):
+        if not isinstance(at.problem.train_loss, CompositeLoss):
             raise ValueError(
                 "GaussNewton needs a training loss that shows its parts: build it as "
                 "hoptim.CompositeLoss(predict, criterion, penalty), or take hoptim.Exact()"
             )
-        check_once(point)
-        check_criterion(point)
-        with super().linearize(point) as found:
+        check_once(at, batch)
+        check_criterion(at, batch)
+        with super().linearize(at, batch, draw) as found:
             yield found
 
     def of(self, graph: GradientGraph) -> Operator:

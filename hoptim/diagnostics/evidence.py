@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from hoptim.curvature.finite_difference import gradients
 from hoptim.curvature.gauss_newton import GaussNewton
-from hoptim.curvature.linearization import Linearization, Point, as_leaves
+from hoptim.curvature.linearization import Linearization
 from hoptim.diagnostics.report import Bound, Compared, Spectrum
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.lanczos import gaussian, lanczos
@@ -29,7 +29,7 @@ from hoptim.methods.result import Hypergradient
 from hoptim.methods.unrolled import Unrolled
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.mixed_precision import epsilon_of_losses
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import At, Problem, as_leaves
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
 from hoptim.training.record import cosine
@@ -51,16 +51,9 @@ class Case:
 
     def gradient(self) -> None:
         """One training gradient: the unit of cost."""
-        weights = as_leaves(self.problem.weights())
         leaves = trees.map_tree(Tensor.detach, self.problem.leaves())
-        with self.problem.untouched():
-            self.problem.pure(
-                "train_loss",
-                weights,
-                leaves,
-                self.train,
-                lambda loss, _: torch.autograd.grad(loss, list(weights.values()), allow_unused=True),
-            )
+        with self.problem.untouched(), self.problem.at(leaves=leaves) as at, at.loss("train_loss", self.train) as (loss, *_):
+            torch.autograd.grad(loss, list(at.weights.values()), allow_unused=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,29 +77,34 @@ class Local:
 
 def look(case: Case, method: Implicit) -> Local:
     """The spectrum, a Newton step and the cost of a product, from one graph."""
-    point = Point.of(case.problem, case.train, case.loop.draw)
+    with _condition(case, method) as (at, F):
+        A = F.A + method.damping
+        probe = gaussian(F.value)
+        known = A.is_symmetric and A.is_fixed
+        spectrum = Spectrum.of(lanczos(A, gaussian(F.value, 2), min(A.size, 30))) if known else None
+        newton = (MINRES if A.is_symmetric else GMRES)(terms=30).solve(A.T, F.value) if A.is_fixed else None
+        away = math.nan
+        if newton is not None and newton.status.ok:
+            away = float(vectors.norm(newton.value) / trees.norm(at.weights).detach())
+        return Local(
+            spectrum=spectrum,
+            top=max(abs(spectrum.lowest), abs(spectrum.highest)) if spectrum else 1.0,
+            distance=away if math.isfinite(away) else None,
+            newton=F.layout.unflatten(newton.value) if newton is not None else {},
+            product_seconds=seconds(lambda: A.T @ probe),
+        )
 
-    def inside() -> Local:
-        with method.chosen(case.problem).curvature.linearize(point) as gradient:
-            F = method.condition(gradient, point, case.loop)
-            A = F.A + method.damping
-            probe = gaussian(F.value)
-            known = A.is_symmetric and A.is_fixed
-            spectrum = Spectrum.of(lanczos(A, gaussian(F.value, 2), min(A.size, 30))) if known else None
-            newton = (MINRES if A.is_symmetric else GMRES)(terms=30).solve(A.T, F.value) if A.is_fixed else None
-            away = math.nan
-            if newton is not None and newton.status.ok:
-                away = float(vectors.norm(newton.value) / trees.norm(point.weights).detach())
-            return Local(
-                spectrum=spectrum,
-                top=max(abs(spectrum.lowest), abs(spectrum.highest)) if spectrum else 1.0,
-                distance=away if math.isfinite(away) else None,
-                newton=F.layout.unflatten(newton.value) if newton is not None else {},
-                product_seconds=seconds(lambda: A.T @ probe),
-            )
 
-    with case.problem.untouched():
-        return point.inside(inside)
+@contextmanager
+def _condition(case: Case, method: Implicit) -> Iterator[tuple[At, Linearization]]:
+    """The method's F at the present weights."""
+    curvature = method.chosen(case.problem).curvature
+    with (
+        case.problem.untouched(),
+        case.problem.at() as at,
+        curvature.linearize(at, case.train, case.loop.draw) as gradient,
+    ):
+        yield at, method.condition(gradient, at, case.loop)
 
 
 def compared(
@@ -172,32 +170,26 @@ def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> 
     length = float(trees.norm(result.grads))
     if not result.solution.status.ok or result.val_loss.ndim or mu <= 1e-6 * local.top or not length:
         return None
-    point = Point.of(case.problem, case.train, case.loop.draw)
-
-    def inside() -> tuple[float, float]:
-        g = validate(case.problem, point.weights, point.leaves, case.val).g
-        with method.chosen(case.problem).curvature.linearize(point) as gradient:
-            F = method.condition(gradient, point, case.loop)
-            A, x = F.A + method.damping, F.layout.flatten(result.solution.value)
-            return float(vectors.norm(F.layout.flatten(g) - A.T @ x)), _mixed_norm(point, F)
-
-    with case.problem.untouched():
-        residual, B = point.inside(inside)
-    with _moved(point.live[0], local.newton):
+    with case.problem.untouched(), case.problem.at() as at:
+        g = validate(at, case.val).g
+    with _condition(case, method) as (at, F):
+        A, x = F.A + method.damping, F.layout.flatten(result.solution.value)
+        residual, B = float(vectors.norm(F.layout.flatten(g) - A.T @ x)), _mixed_norm(at, case.train, F)
+    with _moved(case.problem.weights(), local.newton):
         there = case(method)
     change = float(trees.norm({name: t - result.grads[name] for name, t in there.grads.items()}))
     return Bound(mu=mu, known=known, solve=B * residual / (mu * length), inner=change / length)
 
 
-def _mixed_norm(point: Point, F: Linearization, products: int = 10) -> float:
+def _mixed_norm(at: At, batch: Any, F: Linearization, products: int = 10) -> float:
     """‖B‖₂ by power iteration on BᵀB; B u is a central difference of gradients in λ."""
-    layout = Layout.of(point.leaves)
-    leaves = layout.flatten(point.leaves).detach()
+    layout = Layout.of(at.leaves)
+    leaves = layout.flatten(at.leaves).detach()
     u, size = vectors.unit(gaussian(leaves)), 0.0
     reach = float(epsilon_of_losses(*layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
     for _ in range(products):
         ends = [as_leaves(layout.unflatten(leaves + sign * reach * u)) for sign in (1, -1)]
-        up, down = (F.layout.flatten(gradients(replace(point, leaves=end), point.weights)[1]) for end in ends)
+        up, down = (F.layout.flatten(gradients(at.problem, batch, at.weights, end)[1]) for end in ends)
         Bu = (up - down) / (2 * reach)
         size = max(size, float(vectors.norm(Bu)))
         u = vectors.unit(layout.flatten(F.mixed(Bu)))

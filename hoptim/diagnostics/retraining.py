@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hoptim.curvature.linearization import as_leaves
 from hoptim.diagnostics.evidence import Case
 from hoptim.diagnostics.report import Direction
 from hoptim.linalg import vectors
@@ -117,7 +116,7 @@ def _steps_of_a_copy(case: Case, inner: Optimizer, steps: int, seed: int) -> End
                 else:
                     closure()
                     optimizer.step()
-            weights, values = as_leaves(problem.weights()), as_leaves(problem.leaves())
-            return problem.pure("val_loss", weights, values, case.val, lambda loss, _: float(loss.detach().mean()))
+            with problem.at() as at, at.loss("val_loss", case.val) as (loss, *_):
+                return float(loss.detach().mean())
 
     return end

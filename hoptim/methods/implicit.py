@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from hoptim.curvature.exact import Exact
 from hoptim.curvature.gauss_newton import GaussNewton
-from hoptim.curvature.linearization import Curvature, Linearization, Point, over_ranks
+from hoptim.curvature.linearization import Curvature, Linearization, over_ranks
 from hoptim.curvature.minibatch import Sampled
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.conditions import Condition, Gradient, Update
@@ -23,7 +23,7 @@ from hoptim.methods.preconditioners import Preconditioner
 from hoptim.methods.result import Hypergradient, assemble
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.composite_loss import CompositeLoss
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import At, Problem
 from hoptim.solvers.base import Solver
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
@@ -118,32 +118,27 @@ class Implicit(Method):
         """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
         loop = loop or TrainingContext()
         with problem.untouched():
-            point = Point.of(problem, train_batch, loop.draw)
-            return point.inside(lambda: self._at(point, val_batch, state, loop))
-
-    def _at(self, point: Point, val_batch: Any, state: State | None, loop: TrainingContext) -> Hypergradient:
-        """The same at a point, whose tensors stand in for the model's."""
-        problem, leaves = point.problem, point.leaves
-        chosen = self.chosen(problem)
-        validation = validate(problem, point.weights, leaves, val_batch)
-        with chosen.curvature.linearize(point) as local:
-            F = self.condition(over_ranks(local, problem.ranks, point), point, loop)
-            _check_weights(F, loop)
-            g = F.layout.flatten(validation.g, validation.loss.shape)
-            solution = self._solve(chosen.solver, F, g, point, loop.inner, state)
-            indirect = F.mixed(-solution.value)
-            detail = _stuck(solution, loop, leaves) or solution.detail
-            named = replace(solution, value=F.layout.views(solution.value), detail=detail)
-            return assemble(validation, indirect, named, leaves, F.loss, F.value)
+            chosen = self.chosen(problem)
+            with problem.at() as at:
+                validation = validate(at, val_batch)
+                with chosen.curvature.linearize(at, train_batch, loop.draw) as local:
+                    F = self.condition(over_ranks(local, at), at, loop)
+                    _check_weights(F, loop)
+                    g = F.layout.flatten(validation.g, validation.loss.shape)
+                    solution = self._solve(chosen.solver, F, g, at, loop.inner, state)
+                    indirect = F.mixed(-solution.value)
+                    detail = _stuck(solution, loop, at.leaves) or solution.detail
+                    named = replace(solution, value=F.layout.views(solution.value), detail=detail)
+                    return assemble(validation, indirect, named, at.leaves, F.loss, F.value)
 
     def _solve(
-        self, solver: Solver, F: Linearization, g: Tensor, point: Point, inner: Optimizer | None, state: State | None
+        self, solver: Solver, F: Linearization, g: Tensor, at: At, inner: Optimizer | None, state: State | None
     ) -> Solution:
         """(A + damping·I)ᵀx = g, in the scale of the preconditioner if there is one."""
         A = F.A + self.damping
         if self.preconditioner is None:
             return solver.solve(A, g, state)
-        return solve_scaled(solver, A, g, self.preconditioner(A, F.layout, point, inner).rsqrt(), state)
+        return solve_scaled(solver, A, g, self.preconditioner(A, F.layout, at, inner).rsqrt(), state)
 
 
 def doubts(method: Method, loop: TrainingContext, weights: Tree, solution: Solution) -> dict[str, str]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hoptim.curvature.linearization import Point
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import Layout, Tree
+from hoptim.problem.problem import At
 from hoptim.validation import is_finite, is_whole
 
 
@@ -19,7 +19,7 @@ class Preconditioner(ABC):
     """A strategy for D: a frozen dataclass."""
 
     @abstractmethod
-    def __call__(self, A: Operator, layout: Layout, point: Point, inner: Optimizer | None) -> Tensor:
+    def __call__(self, A: Operator, layout: Layout, at: At, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive."""
 
 
@@ -51,7 +51,7 @@ class Jacobi(Preconditioner):
         if not (is_finite(self.floor) and 0 < self.floor <= 1):
             raise ValueError(f"floor={self.floor!r}: give a number above 0 and at most 1")
 
-    def __call__(self, A: Operator, layout: Layout | None, point: Point | None, inner: Optimizer | None) -> Tensor:
+    def __call__(self, A: Operator, layout: Layout | None, at: At | None, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive."""
         generator = torch.Generator(A.device).manual_seed(0)
         signs = torch.randint(0, 2, (self.probes, A.size), generator=generator, device=A.device)
@@ -85,11 +85,11 @@ class SecondMoments(Preconditioner):
         if self.epsilon is not None and not (is_finite(self.epsilon) and self.epsilon > 0):
             raise ValueError(f"epsilon={self.epsilon!r}: give a positive number, or None for the optimizer's own")
 
-    def __call__(self, A: Operator, layout: Layout, point: Point, inner: Optimizer | None) -> Tensor:
+    def __call__(self, A: Operator, layout: Layout, at: At, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive."""
         if inner is None:
             raise ValueError("SecondMoments needs the inner optimizer: call hypergradient(..., inner=optimizer)")
-        names = {id(p): name for name, p in point.live[0].items()}
+        names = {id(p): name for name, p in at.problem.weights().items()}
         found: Tree = {}
         for group in inner.param_groups:
             for p in group["params"]:

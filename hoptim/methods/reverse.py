@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.curvature.linearization import as_leaves
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import VJP
@@ -27,7 +26,8 @@ from hoptim.methods.result import Hypergradient, assemble
 from hoptim.methods.trajectory import Snapshot, Step, Trajectory, evaluated_losses
 from hoptim.methods.unseen_writes import unseen_writes
 from hoptim.methods.validation_loss import Validation, validate
-from hoptim.problem.problem import ModuleState, Problem, set_generators
+from hoptim.problem.functional import Attributes, DifferentiableStatistics
+from hoptim.problem.problem import ModuleState, Problem, as_leaves, set_generators
 from hoptim.solvers.solution import Solution, Status
 
 SAME = 1e-3  # how far a repeated step may end from where it ended before, relative to the length of the step
@@ -162,29 +162,28 @@ class Reverse:
     def _advance(self, number: int, at: Snapshot) -> Snapshot:
         """The snapshot after one step."""
         set_generators(at.generators)
-        problem, leaves, step, weights = self.problem, self.leaves, self.steps[number], as_leaves(at.weights)
-
-        def inside() -> Snapshot:
-            with (
-                evaluated_losses(problem, step.losses, weights, leaves, at.modules, graph=False) as found,
-                torch.no_grad(),
-            ):
-                base = trees.map_tree(Tensor.detach, found.weights)
-                new, state = step.present_dynamics().step(base, found.gradient, leaves, at.state)
-                tensors = {name: found.tensors[name].detach() for name in at.modules.tensors}
-                modules = ModuleState(trees.shared(tensors, at.modules.tensors), found.attributes())
+        problem, step, weights = self.problem, self.steps[number], as_leaves(at.weights)
+        with (
+            evaluated_losses(step, problem, weights, self.leaves, at.modules, graph=False, with_statistics=False) as found,
+            torch.no_grad(),
+        ):
+            base = trees.map_tree(Tensor.detach, found.weights)
+            new, state = step.present_dynamics().step(base, found.gradient, self.leaves, at.state)
+            tensors = {name: found.buffers[name].detach() for name in at.modules.tensors}
+            attributes = Attributes(list(problem.joint.modules()))
+            modules = ModuleState(tensors=trees.shared(tensors, at.modules.tensors), attributes=attributes)
             return Snapshot(weights=new, state=state, modules=modules, generators=problem.generators())
-
-        return problem.call(weights, leaves, inside, at.modules.tensors)
 
     def validate(self, end: Snapshot, batch: Any) -> Validation:
         """The validation loss at the end and its derivatives, also in the buffers that the steps have changed."""
-        problem, leaves, tensors = self.problem, self.leaves, end.modules.tensors
+        problem, tensors = self.problem, end.modules.tensors
         weights = as_leaves({**problem.weights(), **end.weights})
         buffers = as_leaves({name: tensors[name] for name in self.moving})
-        start = {**tensors, **buffers}
-        with problem.differentiable_statistics(), problem.with_attributes(end.modules.attributes):
-            return problem.call(weights, leaves, lambda: validate(problem, weights, leaves, batch, start, buffers), start)
+        with (
+            DifferentiableStatistics().around(problem.joint),
+            problem.at(weights, self.leaves, tensors | buffers, end.modules.attributes) as at,
+        ):
+            return validate(at, batch, buffers)
 
     def unseen(self, begins: list[tuple[int, Snapshot]], states: Sequence[ModuleState], batch: Any) -> list[str]:
         """What steps write without a derivative, though losses read it: tried on some steps after which it has changed.
@@ -220,40 +219,33 @@ class Reverse:
         buffers = as_leaves({name: at.modules.tensors[name] for name in self.moving})
         modules = replace(at.modules, tensors={**at.modules.tensors, **buffers})
         batched = next(iter(back.weights.values())).ndim > next(iter(w.values())).ndim
-
-        def inside() -> Back:
-            with (
-                problem.differentiable_statistics() as statistics,
-                evaluated_losses(problem, step.losses, w, leaves, modules, statistics, graph=True) as here,
-            ):
-                gradient = here.gradient
-                if not gradient:
-                    raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
-                weights, after = step.present_dynamics().step(here.weights, gradient, leaves, _nested(counts | flat))
-                outputs = {**_keyed("w", weights), **_keyed("s", _flat(after)), **_keyed("b", here.tensors)}
-                cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state), **_keyed("b", back.buffers)}
-                outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
-                inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("b", buffers), **_keyed("l", leaves)}
-                found = VJP(outputs, inputs)(cotangents, batched)
-            off = _difference(end.weights, weights)
+        with evaluated_losses(step, problem, w, leaves, modules, graph=True) as here:
+            gradient = here.gradient
+            if not gradient:
+                raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
+            weights, after = step.present_dynamics().step(here.weights, gradient, leaves, _nested(counts | flat))
+            outputs = {**_keyed("w", weights), **_keyed("s", _flat(after)), **_keyed("b", here.buffers)}
+            cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state), **_keyed("b", back.buffers)}
+            outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
+            inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("b", buffers), **_keyed("l", leaves)}
+            found = VJP(outputs, inputs)(cotangents, batched)
             written = {name for name, t in here.weights.items() if t is not w[name] and not trees.is_same(t, w[name])}
-            if statistics.is_stale and self.moving:
+            if here.statistics is not None and here.statistics.is_stale and self.moving:
                 written.add("running statistics")
-            before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
-            return Back(
-                weights=before,
-                state={name: part for name in flat if (part := found["s" + name]) is not None},
-                buffers={name: part for name in buffers if (part := found["b" + name]) is not None},
-                leaves=trees.add(back.leaves, {name: found["l" + name] for name in leaves}),
-                norms=(*back.norms, _norm(before, w)),
-                missed=(*back.missed, trees.norm(off)),
-                went=(*back.went, trees.norm(_difference(end.weights, at.weights))),
-                off={name: back.off[name] + part for name, part in off.items()} if back.off else off,
-                last=back.last or (here.loss, trees.map_tree(Tensor.detach, gradient)),
-                unseen=back.unseen | (written if number else set()),  # the start is fixed, so nothing is missing there
-            )
-
-        return problem.call(w, leaves, inside, modules.tensors)
+        off = _difference(end.weights, weights)
+        before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
+        return Back(
+            weights=before,
+            state={name: part for name in flat if (part := found["s" + name]) is not None},
+            buffers={name: part for name in buffers if (part := found["b" + name]) is not None},
+            leaves=trees.add(back.leaves, {name: found["l" + name] for name in leaves}),
+            norms=(*back.norms, _norm(before, w)),
+            missed=(*back.missed, trees.norm(off)),
+            went=(*back.went, trees.norm(_difference(end.weights, at.weights))),
+            off={name: back.off[name] + part for name, part in off.items()} if back.off else off,
+            last=back.last or (here.loss, trees.map_tree(Tensor.detach, gradient)),
+            unseen=back.unseen | (written if number else set()),  # the start is fixed, so nothing is missing there
+        )
 
 
 def _solution_of(back: Back, steps: int, end: Tree, begin: Tree, unseen: Sequence[str]) -> Solution:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hoptim.curvature.linearization import check_dense
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import OptionalTree, Tree
 from hoptim.problem.distributed import Ranks
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import At
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,30 +32,18 @@ class Validation:
     by_buffer: Tree = field(default_factory=dict)
 
 
-def validate(
-    problem: Problem, weights: Tree, leaves: Tree, batch: Any, start: Tree | None = None, buffers: Tree | None = None
-) -> Validation:
-    """L_V and its derivatives at tensors that stand in for the model's, by one backward pass for each loss.
-
-    Args:
-        problem: the problem.
-        weights: w.
-        leaves: λ.
-        batch: the validation batch.
-        start: the buffers to start from, by their names in the joint module; default: the present ones.
-        buffers: those of them in which to differentiate; default: none.
-    """
-    buffers = buffers or {}
-    with problem.evaluated("val_loss", batch, start) as (loss, *_):
+def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyType({})) -> Validation:
+    """L_V and its derivatives in weights, hyperparameters and these of the buffers, by one backward pass for each loss."""
+    with at.loss("val_loss", batch) as (loss, *_):
         losses = loss.reshape(-1)
-        inputs = [*weights.values(), *leaves.values(), *buffers.values()]
+        inputs = [*at.weights.values(), *at.leaves.values(), *buffers.values()]
         rows = [torch.autograd.grad(one, inputs, allow_unused=True, retain_graph=True) for one in losses]
     columns = iter([_stacked(column, loss.ndim) for column in zip(*rows, strict=True)])
-    by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (weights, leaves, buffers))
+    by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (at.weights, at.leaves, buffers))
     _check_touched(by_weight, by_leaf)
-    g = trees.filled(by_weight, trees.expanded(weights, loss.shape))
+    g = trees.filled(by_weight, trees.expanded(at.weights, loss.shape))
     found = Validation(loss=loss.detach(), g=g, direct=by_leaf, by_buffer=trees.present(by_buffer))
-    return _over_ranks(found, problem.ranks, leaves)
+    return _over_ranks(found, at.problem.ranks, at.leaves)
 
 
 def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:

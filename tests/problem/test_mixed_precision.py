@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import loss_at
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -226,13 +227,13 @@ def test_what_autocast_keeps_of_one_tensor_is_not_taken_for_another() -> None:
     values = []
     with autocast(), problem.untouched():
         for _ in range(2):
-            values.append(problem.pure("train_loss", weights, leaves, TRAIN[0], lambda loss, _: loss.item()))
+            values.append(loss_at(problem, "train_loss", weights, leaves, TRAIN[0]).item())
             for value in weights.values():
                 value.data.mul_(2)
     with autocast(), problem.untouched():
         for value in weights.values():
             value.data.div_(2)
-        assert problem.pure("train_loss", weights, leaves, TRAIN[0], lambda loss, _: loss.item()) == values[1] != values[0]
+        assert loss_at(problem, "train_loss", weights, leaves, TRAIN[0]).item() == values[1] != values[0]
 
 
 def test_under_float16_hypersteps_are_in_full_precision() -> None:

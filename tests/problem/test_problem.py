@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import classes, noisy_problem, same, snapshot
+from cases import classes, loss_at, noisy_problem, same, snapshot
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -21,10 +21,6 @@ def mean_square(model: Any, hparams: Any, batch: Any) -> Tensor:
     return model(batch).square().mean() + hparams["a"] * sum(p.square().sum() for p in model.parameters())
 
 
-def itself(loss: Tensor, _: Any) -> Tensor:
-    return loss
-
-
 def linear_problem() -> Problem:
     return Problem(nn.Linear(2, 1), HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
 
@@ -33,7 +29,7 @@ def test_pure_loss_is_that_of_the_tensors_given() -> None:
     problem, x = linear_problem(), torch.randn(5, 2)
     weights = {"weight": torch.randn(1, 2, requires_grad=True), "bias": torch.randn(1, requires_grad=True)}
     leaves = {"a": torch.tensor(3.0, requires_grad=True)}
-    loss = problem.pure("train_loss", weights, leaves, x, itself)
+    loss = loss_at(problem, "train_loss", weights, leaves, x)
     penalty = 3.0 * (weights["weight"].square().sum() + weights["bias"].square().sum())
     torch.testing.assert_close(loss, (x @ weights["weight"].T + weights["bias"]).square().mean() + penalty)
 
@@ -55,7 +51,7 @@ def test_tied_weights_are_replaced_together() -> None:
     model[1].weight = model[0].weight
     problem = Problem(model, HyperParameters({"a": torch.tensor(0.0)}), mean_square, mean_square)
     w, x = torch.randn(2, 2, requires_grad=True), torch.randn(3, 2)
-    loss = problem.pure("train_loss", {"0.weight": w}, {"a": torch.tensor(0.0)}, x, itself)
+    loss = loss_at(problem, "train_loss", {"0.weight": w}, {"a": torch.tensor(0.0)}, x)
     torch.testing.assert_close(loss, (x @ w.T @ w.T).square().mean())
 
 
@@ -64,7 +60,7 @@ def test_pure_loss_leaves_no_trace() -> None:
     before = snapshot(problem)
     with problem.untouched():
         for name in ("train_loss", "val_loss"):
-            problem.pure(name, problem.weights(), problem.leaves(), classes(8, 0), itself)
+            loss_at(problem, name, problem.weights(), problem.leaves(), classes(8, 0))
     assert same(snapshot(problem), before)
 
 
@@ -104,17 +100,15 @@ def test_a_pure_loss_inside_another_is_that_of_its_own_tensors() -> None:
     leaves = {"a": torch.tensor(0.0)}
     losses = [(x @ w["weight"].T + w["bias"]).square().mean() for w in (first, second)]
 
-    def inner(outer: Tensor, _: Any) -> tuple[Tensor, Tensor]:
-        assert problem.weights()["weight"] is w["weight"]
-        with problem.untouched():
-            return outer, problem.pure("train_loss", second, leaves, x, itself)
-
     w = {name: value.requires_grad_() for name, value in first.items()}
     second = {name: value.requires_grad_() for name, value in second.items()}
     with problem.untouched():
-        found = problem.pure("train_loss", w, leaves, x, inner)
-        assert problem.weights()["weight"] is problem.model.weight
-        again = problem.pure("train_loss", second, leaves, x, itself)
+        with problem.at(w, leaves) as at, at.loss("train_loss", x) as (outer, *_):
+            assert at.weights["weight"] is w["weight"] is problem.model.weight
+            live = problem.weights()["weight"]
+            found = outer, loss_at(problem, "train_loss", second, leaves, x)
+        assert live is problem.model.weight is not w["weight"], "they are the live ones wherever they are asked for"
+        again = loss_at(problem, "train_loss", second, leaves, x)
     torch.testing.assert_close(found, (losses[0], losses[1]))
     torch.testing.assert_close(again, losses[1])
 
@@ -151,14 +145,15 @@ def test_a_pure_loss_by_itself_is_twice_differentiable() -> None:
     weights = {name: p.detach().clone().requires_grad_() for name, p in problem.weights().items()}
     values = list(weights.values())
 
-    def hessian(loss: Tensor, _: Any) -> Tensor:
-        slopes = torch.cat([one.flatten() for one in torch.autograd.grad(loss, values, create_graph=True)])
-        rows = [torch.autograd.grad(slope, values, retain_graph=True, materialize_grads=True) for slope in slopes]
-        return torch.stack([torch.cat([one.flatten() for one in row]) for row in rows])
+    def hessian() -> Tensor:
+        with problem.at(weights) as at, at.loss("train_loss", x) as (loss, *_):
+            slopes = torch.cat([one.flatten() for one in torch.autograd.grad(loss, values, create_graph=True)])
+            rows = [torch.autograd.grad(slope, values, retain_graph=True, materialize_grads=True) for slope in slopes]
+            return torch.stack([torch.cat([one.flatten() for one in row]) for row in rows])
 
-    bare = problem.pure("train_loss", weights, problem.leaves(), x, hessian)
+    bare = hessian()
     with problem.untouched():
-        inside = problem.pure("train_loss", weights, problem.leaves(), x, hessian)
+        inside = hessian()
     torch.testing.assert_close(bare, bare.T)
     torch.testing.assert_close(bare, inside)
 
@@ -178,10 +173,10 @@ def test_a_part_that_the_first_forward_pass_builds_keeps_its_buffers() -> None:
     problem = Problem(Late(), HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
     x = torch.randn(5, 2)
     with problem.untouched():
-        problem.pure("train_loss", problem.weights(), problem.leaves(), x, itself)
+        loss_at(problem, "train_loss", problem.weights(), problem.leaves(), x)
         built = problem.model.norm.running_mean.clone()
         for name in ("val_loss", "train_loss"):
-            problem.pure(name, problem.weights(), problem.leaves(), x, itself)
+            loss_at(problem, name, problem.weights(), problem.leaves(), x)
     assert torch.equal(problem.model.norm.running_mean, built)
 
 
@@ -263,7 +258,7 @@ def test_errors_name_the_loss(which: str) -> None:
     problem = linear_problem()
     setattr(problem, which, lambda m, h, b: m(b))
     with pytest.raises(ValueError, match=rf"{which} returned a tensor of shape \(5, 1\): return a scalar"):
-        problem.pure(which, problem.weights(), problem.leaves(), torch.randn(5, 2), itself)
+        loss_at(problem, which, problem.weights(), problem.leaves(), torch.randn(5, 2))
 
 
 class Scaled(nn.Module):
