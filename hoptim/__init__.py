@@ -92,8 +92,8 @@ from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.minibatch import Averaged, Sampled
 from hoptim.diagnostics.audit import audit
 from hoptim.diagnostics.report import Audit
-from hoptim.methods.compute import hypergradient
 from hoptim.methods.conditions import Gradient, Update
+from hoptim.methods.hypergradient import hypergradient
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.preconditioners import Jacobi, SecondMoments
 from hoptim.methods.replay import Replay

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from hoptim.curvature.linearization import Curvature, Draw, Linearization, check
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.operators import Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
-from hoptim.problem.mixed_precision import epsilon_of_losses
-from hoptim.problem.problem import At, Problem, as_leaves, set_generators
+from hoptim.problem.problem import At, Problem, as_leaves
+from hoptim.problem.random_stream import set_generators
 from hoptim.validation import is_finite
 
 Difference = tuple[OptionalTree, OptionalTree]  # (∂F/∂w v, ∂F/∂λᵀ v)
@@ -26,7 +25,6 @@ APART = 4.0  # from one step to the next that is tried
 AGREE, TELL = 0.01, 6.0  # how far apart two of them may be for the smaller to be taken; and for no warning, as a multiple
 HALF = 1e-4  # in half precision, with a rounding error above this, no other step is good enough to check Bᵀx
 LARGER = 3  # how many larger steps are tried
-_TOLD: WeakSet[Problem] = WeakSet()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class FiniteDifference(Curvature):
         w = layout.flatten(at.weights).detach()
         length = vectors.norm(w)
         size = torch.where(length > 0, length, 1.0)
-        chosen = self.step
+        chosen, rounding = self.step, at.problem.rounding(weight.dtype for weight in at.weights.values())
 
         def quotient(step: float, v: Tensor) -> Difference:
             """The difference over a step of this length relative to w."""
@@ -90,18 +88,16 @@ class FiniteDifference(Curvature):
             nonlocal chosen
             if chosen is not None:
                 return quotient(chosen, v)[part]
-            dtypes = [weight.dtype for weight in at.weights.values()]
-            rounding = epsilon_of_losses(*dtypes)
             within = max(AGREE, rounding ** (2 / 3))
             chosen, found, apart = _best_step(
-                lambda step: quotient(step, v)[part], first_step(*dtypes), 50 * rounding, within
+                lambda step: quotient(step, v)[part], first_step(rounding), 50 * rounding, within
             )
             tell("the products differ", apart, within)
             return found
 
         def tell(words: str, apart: float, within: float) -> None:
-            if apart > TELL * within and at.problem not in _TOLD:
-                _TOLD.add(at.problem)
+            if apart > TELL * within and "steps" not in at.problem.checked:
+                at.problem.checked.add("steps")
                 warnings.warn(
                     f"FiniteDifference: over steps of about {chosen:.1g} times the length of the weights {words} by "
                     f"{apart:.0%} from one step to the next, for rounding or for kinks such as those of ReLU. Compute in "
@@ -118,7 +114,6 @@ class FiniteDifference(Curvature):
             if x.ndim > 1:
                 return trees.stack([mixed(row) for row in x])
             found = difference(x, 1)
-            rounding = epsilon_of_losses(*(weight.dtype for weight in at.weights.values()))
             if self.step is None and chosen is not None and rounding < HALF:  # checked too, since it is the answer
                 name, apart = _farthest(found, quotient(chosen * APART, x)[1])
                 tell(f"the derivative in {name!r} differs", apart, AGREE)
@@ -134,15 +129,14 @@ class FiniteDifference(Curvature):
         )
 
 
-def first_step(*dtypes: torch.dtype) -> float:
-    """The step that is tried first, relative to the length of the weights, for losses of weights of these types.
+def first_step(rounding: float) -> float:
+    """The step that is tried first, relative to the length of the weights, for losses with this relative rounding error.
 
     It is not less than 100 rounding errors, so that in half precision it is the cube root itself.
 
-    >>> [f"{first_step(dtype):.1g}" for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    >>> [f"{first_step(torch.finfo(dtype).eps):.1g}" for dtype in (torch.float64, torch.float32, torch.bfloat16)]
     ['2e-06', '0.001', '0.2']
     """
-    rounding = epsilon_of_losses(*dtypes)
     root: float = rounding ** (1 / 3)
     return max(root / APART, min(100 * rounding, root))
 
@@ -193,7 +187,7 @@ def gradients(
     problem: Problem, batch: Any, weights: Tree, leaves: Tree, states: Tree | None = None
 ) -> tuple[Tensor, OptionalTree, OptionalTree]:
     """L_T, ∂L_T/∂w and ∂L_T/∂λ elsewhere, under these random states or else the present ones, which do not change."""
-    with problem.untouched():
+    with problem.leave_no_trace():
         set_generators(states or {})
         with problem.at(weights, leaves) as there, there.loss("train_loss", batch) as (loss, *_):
             found = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)

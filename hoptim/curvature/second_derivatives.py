@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
@@ -15,9 +14,9 @@ from hoptim.linalg import vectors
 from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.vectors import Layout
 from hoptim.linalg.vjp import no_second_derivative, nodes
-from hoptim.problem.problem import At, Problem, as_leaves
+from hoptim.problem.problem import At, as_leaves
 
-_CHECKED: WeakSet[Problem] = WeakSet()
+NAME = "second derivatives"  # of the check, which is done once for each problem
 _ONCE = once_differentiable(lambda _: None).__code__
 
 
@@ -28,7 +27,7 @@ def check_twice_differentiable(at: At, loss: Tensor, batch: Any) -> None:
     one for the weights alone does not. A backward pass that leaves autograd without that mark is found by differences of
     gradients, with a warning.
     """
-    if at.problem in _CHECKED:
+    if NAME in at.problem.checked:
         return
     seen = nodes([loss])
     custom = [type(node)._forward_cls for node in seen if isinstance(node, BackwardCFunction)]  # type: ignore[attr-defined]
@@ -38,7 +37,7 @@ def check_twice_differentiable(at: At, loss: Tensor, batch: Any) -> None:
         raise no_second_derivative(
             "that of torch._weight_norm lacks a term. Use torch.nn.utils.parametrizations.weight_norm"
         )
-    _CHECKED.add(at.problem)
+    at.problem.checked.add(NAME)
     if custom and (error := _error_by_differences(at, batch)):
         warnings.warn(
             f"autograd's curvature is off by {error:.0%} from differences of gradients: the backward pass of "
@@ -50,8 +49,8 @@ def check_twice_differentiable(at: At, loss: Tensor, batch: Any) -> None:
 
 def check_once(at: At, batch: Any) -> None:
     """The same check for a curvature that does not evaluate the loss by itself; the first time it costs one loss."""
-    if at.problem not in _CHECKED:
-        with at.problem.untouched(), at.loss("train_loss", batch) as (loss, *_):
+    if NAME not in at.problem.checked:
+        with at.problem.leave_no_trace(), at.loss("train_loss", batch) as (loss, *_):
             check_twice_differentiable(at, loss, batch)
 
 
@@ -60,12 +59,16 @@ def _error_by_differences(at: At, batch: Any) -> float:
     layout = Layout.of(at.weights)
     w = layout.flatten(at.weights).detach()
     v = gaussian(w)
-    step = float(vectors.norm(w) / vectors.norm(v)) * first_step(*layout.dtypes)
+    step = float(vectors.norm(w) / vectors.norm(v)) * first_step(at.problem.rounding(layout.dtypes))
 
     def there(place: Tensor, product: bool = False) -> Tensor:
         """∇L_T at these weights, or A v, from the same random state each time."""
         moved = as_leaves(layout.unflatten(place))
-        with at.problem.untouched(), at.problem.at(moved, at.leaves) as there, there.loss("train_loss", batch) as (loss, *_):
+        with (
+            at.problem.leave_no_trace(),
+            at.problem.at(moved, at.leaves) as there,
+            there.loss("train_loss", batch) as (loss, *_),
+        ):
             graph = GradientGraph(loss, moved, at.leaves)
             found = graph.vjp(graph.weights)(layout.unflatten(v)) if product else graph.value
             return layout.flatten(found).detach()

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from hoptim.curvature.finite_difference import gradients
 from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Linearization
-from hoptim.diagnostics.report import Bound, Compared, Spectrum
+from hoptim.diagnostics.report import Compared, ErrorBound, Spectrum
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.lanczos import gaussian, lanczos
 from hoptim.linalg.vectors import Layout, Tree
@@ -28,7 +28,6 @@ from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.methods.unrolled import Unrolled
 from hoptim.methods.validation_loss import validate
-from hoptim.problem.mixed_precision import epsilon_of_losses
 from hoptim.problem.problem import At, Problem, as_leaves
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
@@ -37,7 +36,7 @@ from hoptim.training.record import standard_error as spread_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Setup:
     """The problem with its batches; called with a method, it returns the hypergradient."""
 
     problem: Problem
@@ -52,12 +51,16 @@ class Case:
     def gradient(self) -> None:
         """One training gradient: the unit of cost."""
         leaves = trees.map_tree(Tensor.detach, self.problem.leaves())
-        with self.problem.untouched(), self.problem.at(leaves=leaves) as at, at.loss("train_loss", self.train) as (loss, *_):
+        with (
+            self.problem.leave_no_trace(),
+            self.problem.at(leaves=leaves) as at,
+            at.loss("train_loss", self.train) as (loss, *_),
+        ):
             torch.autograd.grad(loss, list(at.weights.values()), allow_unused=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local:
+class Measured:
     """Measurements from one graph at the present weights.
 
     Attributes:
@@ -75,9 +78,9 @@ class Local:
     product_seconds: float
 
 
-def look(case: Case, method: Implicit) -> Local:
+def look(setup: Setup, method: Implicit) -> Measured:
     """The spectrum, a Newton step and the cost of a product, from one graph."""
-    with _condition(case, method) as (at, F):
+    with _condition(setup, method) as (at, F):
         A = F.A + method.damping
         probe = gaussian(F.value)
         known = A.is_symmetric and A.is_fixed
@@ -86,7 +89,7 @@ def look(case: Case, method: Implicit) -> Local:
         away = math.nan
         if newton is not None and newton.status.ok:
             away = float(vectors.norm(newton.value) / trees.norm(at.weights).detach())
-        return Local(
+        return Measured(
             spectrum=spectrum,
             top=max(abs(spectrum.lowest), abs(spectrum.highest)) if spectrum else 1.0,
             distance=away if math.isfinite(away) else None,
@@ -96,19 +99,14 @@ def look(case: Case, method: Implicit) -> Local:
 
 
 @contextmanager
-def _condition(case: Case, method: Implicit) -> Iterator[tuple[At, Linearization]]:
+def _condition(setup: Setup, method: Implicit) -> Iterator[tuple[At, Linearization]]:
     """The method's F at the present weights."""
-    curvature = method.chosen(case.problem).curvature
-    with (
-        case.problem.untouched(),
-        case.problem.at() as at,
-        curvature.linearize(at, case.train, case.loop.draw) as gradient,
-    ):
-        yield at, method.condition(gradient, at, case.loop)
+    with setup.problem.leave_no_trace(), setup.problem.at() as at, method.linearize(at, setup.train, setup.loop) as F:
+        yield at, F
 
 
 def compared(
-    case: Case, method: Method, result: Hypergradient, reference: Hypergradient | None, inner: Optimizer, steps: int
+    setup: Setup, method: Method, result: Hypergradient, reference: Hypergradient | None, inner: Optimizer, steps: int
 ) -> Iterator[Compared]:
     """This hypergradient beside a longer solve of the same system, and beside unrolled steps."""
     if reference is None:  # there is no system
@@ -117,7 +115,7 @@ def compared(
         name = f"{reference.solution.products} products (residual {float(reference.solution.residuals[-1].amax()):.0e})"
         yield _beside(name, result, reference)
     if not isinstance(method, Unrolled) and is_differentiable(inner):
-        unrolled = Unrolled(steps)(case.problem, case.train, case.val, loop=replace(case.loop, inner=inner))
+        unrolled = Unrolled(steps)(setup.problem, setup.train, setup.val, loop=replace(setup.loop, inner=inner))
         if unrolled.solution.status.ok:
             yield _beside(f"unrolling {steps} steps", result, unrolled)
 
@@ -127,19 +125,19 @@ def _beside(name: str, this: Hypergradient, other: Hypergradient) -> Compared:
     return Compared(other=name, cosine=cosine(a, b), length=float(trees.norm(a) / trees.norm(b)))
 
 
-def standard_error(case: Case, method: Method, chunks: int) -> float | str:
+def standard_error(setup: Setup, method: Method, chunks: int) -> float | str:
     """√(Σ_r ‖h_r − h‖² / (R(R−1))) / ‖h‖ over R chunks of the validation batch; or why it is unknown."""
-    parts = _split(case.val, chunks)
+    parts = _split(setup.val, chunks)
     if parts is None:
         return "the standard error: the validation batch's tensors share no first axis to split along"
 
     def losses(model: Any, hparams: Any, batches: list[Any]) -> Tensor:
-        return torch.stack([case.problem.call_loss("val_loss", model, hparams, batch)[0].mean() for batch in batches])
+        return torch.stack([setup.problem.call_loss("val_loss", model, hparams, batch)[0].mean() for batch in batches])
 
-    given, options = case.problem, {"has_aux": case.problem.has_aux, "process_group": case.problem.process_group}
+    given, options = setup.problem, {"has_aux": setup.problem.has_aux, "process_group": setup.problem.process_group}
     problem = Problem(given.model, given.hparams, given.train_loss, losses, **options)
     try:
-        result = method(problem, case.train, parts, loop=case.loop)
+        result = method(problem, setup.train, parts, loop=setup.loop)
     except Exception as caught:  # of the user's loss, which may not be made for parts
         reason = str(caught).strip().partition("\n")[0]
         return f"the standard error: val_loss fails on a part of the validation batch ({type(caught).__name__}: {reason})"
@@ -162,7 +160,7 @@ def _split(batch: Any, chunks: int) -> list[Any] | None:
     ]
 
 
-def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> Bound | None:
+def error_bound(setup: Setup, method: Implicit, result: Hypergradient, local: Measured) -> ErrorBound | None:
     """How far the hypergradient can be off; ``None`` if A is not positive definite, or the hypergradient is zero."""
     lowest = local.spectrum.lowest if local.spectrum else 0.0
     known = isinstance(method.curvature, GaussNewton) and 0 < 0.99 * method.damping <= lowest
@@ -170,15 +168,15 @@ def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> 
     length = float(trees.norm(result.grads))
     if not result.solution.status.ok or result.val_loss.ndim or mu <= 1e-6 * local.top or not length:
         return None
-    with case.problem.untouched(), case.problem.at() as at:
-        g = validate(at, case.val).g
-    with _condition(case, method) as (at, F):
+    with setup.problem.leave_no_trace(), setup.problem.at() as at:
+        g = validate(at, setup.val).g
+    with _condition(setup, method) as (at, F):
         A, x = F.A + method.damping, F.layout.flatten(result.solution.value)
-        residual, B = float(vectors.norm(F.layout.flatten(g) - A.T @ x)), _mixed_norm(at, case.train, F)
-    with _moved(case.problem.weights(), local.newton):
-        there = case(method)
+        residual, B = float(vectors.norm(F.layout.flatten(g) - A.T @ x)), _mixed_norm(at, setup.train, F)
+    with _moved(setup.problem.weights(), local.newton):
+        there = setup(method)
     change = float(trees.norm({name: t - result.grads[name] for name, t in there.grads.items()}))
-    return Bound(mu=mu, known=known, solve=B * residual / (mu * length), inner=change / length)
+    return ErrorBound(mu=mu, known=known, solve=B * residual / (mu * length), inner=change / length)
 
 
 def _mixed_norm(at: At, batch: Any, F: Linearization, products: int = 10) -> float:
@@ -186,7 +184,7 @@ def _mixed_norm(at: At, batch: Any, F: Linearization, products: int = 10) -> flo
     layout = Layout.of(at.leaves)
     leaves = layout.flatten(at.leaves).detach()
     u, size = vectors.unit(gaussian(leaves)), 0.0
-    reach = float(epsilon_of_losses(*layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
+    reach = float(at.problem.rounding(layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
     for _ in range(products):
         ends = [as_leaves(layout.unflatten(leaves + sign * reach * u)) for sign in (1, -1)]
         up, down = (F.layout.flatten(gradients(at.problem, batch, at.weights, end)[1]) for end in ends)

@@ -17,12 +17,13 @@ from hoptim.curvature.second_derivatives import check_twice_differentiable
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.bound_options import Bound
-from hoptim.methods.inner_step import Group, InnerStep, State
+from hoptim.methods.inner_step import Group, InnerState, InnerStep
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.problem.functional import DifferentiableStatistics
 from hoptim.problem.hyperparameters import transforms_of
 from hoptim.problem.kept import Kept, noted
-from hoptim.problem.problem import ModuleState, Problem, set_generators
+from hoptim.problem.problem import ModuleState, Problem
+from hoptim.problem.random_stream import set_generators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Snapshot:
     """Weights, the inner optimizer's state, what else forward passes change, and random states, between two steps."""
 
     weights: Tree
-    state: State
+    state: InnerState
     modules: ModuleState
     generators: dict[str, Tensor] = field(default_factory=dict)
 
@@ -268,8 +269,8 @@ def evaluated_losses(
             check_dense(touched)
             slope |= {name: slope[name] + part if name in slope else part for name, part in touched.items()}
             total = total + loss.detach()
-        gradient, total = _over_ranks(problem, slope, total, weights)
-        yield Losses(gradient=gradient, loss=total, weights=now, buffers=buffers, statistics=statistics)
+        total, means = problem.ranks.mean_with_loss(total, slope, weights)
+        yield Losses(gradient=trees.present(means), loss=total, weights=now, buffers=buffers, statistics=statistics)
 
 
 def _check_buffers(problem: Problem, before: Tree) -> None:
@@ -279,16 +280,6 @@ def _check_buffers(problem: Problem, before: Tree) -> None:
             f"the forward pass registers or fills the buffer {new[0].partition('.')[2]!r}, so that the first step "
             "can't be repeated as the others: run the model on one batch before"
         )
-
-
-def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> tuple[Tree, Tensor]:
-    """Their means over the ranks; the derivative of a mean is that of this rank's own gradient."""
-    ranks = problem.ranks
-    if ranks.size == 1:
-        return found, total
-    loss, averaged = ranks.mean_with_loss(total, found, weights)
-    slope = trees.present(averaged)
-    return {n: mean + (found[n] - found[n].detach()) if n in found else mean for n, mean in slope.items()}, loss
 
 
 def _moved(entries: Tree, device: torch.device) -> Tree:

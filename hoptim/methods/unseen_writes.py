@@ -15,7 +15,8 @@ from hoptim.linalg.vectors import Tree
 from hoptim.linalg.vjp import nodes
 from hoptim.methods.trajectory import Snapshot, Step, evaluated_losses
 from hoptim.problem.functional import Attributes
-from hoptim.problem.problem import ModuleState, Problem, as_leaves, set_generators
+from hoptim.problem.problem import ModuleState, Problem, as_leaves
+from hoptim.problem.random_stream import set_generators
 
 REACH = 1e-2  # how far the weights are moved, relative to their size, to see what depends on them
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from hoptim.curvature.linearization import check_dense
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import OptionalTree, Tree
-from hoptim.problem.distributed import Ranks
 from hoptim.problem.problem import At
 
 
@@ -42,8 +41,12 @@ def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyTyp
     by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (at.weights, at.leaves, buffers))
     _check_touched(by_weight, by_leaf)
     g = trees.filled(by_weight, trees.expanded(at.weights, loss.shape))
-    found = Validation(loss=loss.detach(), g=g, direct=by_leaf, by_buffer=trees.present(by_buffer))
-    return _over_ranks(found, at.problem.ranks, at.leaves)
+    like = {f"l:{name}": leaf for name, leaf in trees.expanded(at.leaves, loss.shape).items()}
+    both = {**g, **{f"l:{name}": t for name, t in by_leaf.items()}}
+    loss, found = at.problem.ranks.mean_with_loss(loss.detach(), both, {**g, **like})
+    g = trees.present({name: found[name] for name in g})
+    direct = {name: found[f"l:{name}"] for name in by_leaf}
+    return Validation(loss=loss, g=g, direct=direct, by_buffer=trees.present(by_buffer))
 
 
 def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:
@@ -67,20 +70,4 @@ def _check_touched(by_weight: OptionalTree, by_leaf: OptionalTree) -> None:
         "the validation loss touches none of the weights: the hypergradient is its direct term alone. Is it computed "
         "with the model it is given?",
         stacklevel=2,
-    )
-
-
-def _over_ranks(local: Validation, ranks: Ranks, leaves: Tree) -> Validation:
-    """The means over the ranks, by one all-reduce."""
-    if ranks.size == 1:
-        return local
-    g = {f"w:{name}": value for name, value in local.g.items()}
-    like = {f"l:{name}": leaf for name, leaf in trees.expanded(leaves, local.loss.shape).items()}
-    direct = {f"l:{name}": value for name, value in local.direct.items()}
-    loss, found = ranks.mean_with_loss(local.loss, {**g, **direct}, {**g, **like})
-    return replace(
-        local,
-        loss=loss,
-        g=trees.present({name: found[f"w:{name}"] for name in local.g}),
-        direct={name: found[f"l:{name}"] for name in leaves},
     )

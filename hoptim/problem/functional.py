@@ -50,33 +50,31 @@ class Joint(nn.Module):
         """``function()``."""
         return function()
 
-    def held(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """The dicts of parameters and buffers of all modules, each with a copy of what it holds now."""
-        return [(own, own.copy()) for part in self.modules() for own in (part._parameters, part._buffers) if own]
-
 
 @contextmanager
-def swapped(joint: Joint, tensors: dict[str, Tensor]) -> Iterator[None]:
+def swapped(joint: Joint, parts: Sequence[nn.Module], tensors: dict[str, Tensor]) -> Iterator[None]:
     """``torch.func.functional_call`` for the time of a context: inside, ``tensors`` are in place of the module's own.
 
-    Torch's function finds where each belongs, also where modules share it; what the modules hold meanwhile is put there
-    again for the context.
+    Torch's function finds where each belongs, also where modules share it. What its modules, ``parts``, hold meanwhile is
+    put there again for the context.
 
     >>> joint = Joint(nn.Linear(1, 1), nn.ParameterDict({"decay": torch.tensor(1.0)}))
-    >>> with swapped(joint, {"hparams.decay": torch.tensor(2.0)}):
+    >>> with swapped(joint, list(joint.modules()), {"hparams.decay": torch.tensor(2.0)}):
     ...     joint.hparams["decay"].item()
     2.0
     >>> joint.hparams["decay"].item()
     1.0
     """
-    before, inside = joint.held(), functional_call(joint, tensors, (joint.held,))
+    own: list[dict[str, Any]] = [held for part in parts for held in (part._parameters, part._buffers) if held]
+    before = [held.copy() for held in own]
+    inside = functional_call(joint, tensors, (lambda: [held.copy() for held in own],))
     try:
-        for own, held in inside:
-            own.update(held)
+        for held, there in zip(own, inside, strict=True):
+            held.update(there)
         yield
     finally:
-        for own, held in before:
-            own.update(held)
+        for held, there in zip(own, before, strict=True):
+            held.update(there)
 
 
 def renormed_weights(parts: Sequence[nn.Module]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -40,8 +40,8 @@ from hoptim.problem.loss_checks import (
     split_aux,
     warn_of_training_mode,
 )
-from hoptim.problem.mixed_precision import full_precision, losses_precision
-from hoptim.problem.random_stream import python_and_numpy_untouched
+from hoptim.problem.mixed_precision import Lowered, full_precision, losses_precision, lowered
+from hoptim.problem.random_stream import restore_generators
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap, warn_of_compiled_aside
 from hoptim.validation import describe_type
 
@@ -60,6 +60,7 @@ class _Live:
     def __init__(self, problem: Problem) -> None:
         self.weights: Tree = dict(problem.model.named_parameters())
         self.leaves: Tree = dict(problem.hparams.named_parameters())
+        self.lowered = lowered()  # by the user's autocast, which is off in leave_no_trace but for losses
         self.look_inside(problem.joint)
 
     def look_inside(self, joint: Joint) -> None:
@@ -83,8 +84,7 @@ class ModuleState:
 class Evaluated(NamedTuple):
     """A loss, its parts if it is a ``CompositeLoss``, and the buffers and weights that its forward pass writes to.
 
-    ``written`` has these tensors as they are after the forward pass, by their names in the joint module. A buffer that was
-    written to without a graph, as under ``no_grad``, is a constant.
+    ``written`` has these tensors as they are after the forward pass, by their names in the joint module.
     """
 
     loss: Tensor
@@ -119,27 +119,23 @@ class At:
         problem, joint = self.problem, self.problem.joint
         live = problem._live
         assert live is not None, "for use inside Problem.at"
-        first = name not in problem._checked and torch.is_grad_enabled()
+        first = name not in problem.checked and torch.is_grad_enabled()
         weights, leaves = live.weights | self.weights, live.leaves | self.leaves
         renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes to these
         written = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
         written |= _clones(self.buffers)
-        before = {key: written[key].grad_fn for key, t in self.buffers.items() if t.requires_grad}
         with uncompiled(), restore_attributes(live.parts):
             looked_at = warn_of_training_mode(problem.model) if first and name == "val_loss" else nullcontext()
-            with losses_precision(), forbid_writes(name, weights, leaves, values=first), looked_at:
+            with losses_precision(live.lowered), forbid_writes(name, weights, leaves, values=first), looked_at:
                 losses = partial(problem._losses, name, batch)
                 loss, parts = functional_call(joint, written, (losses,)) if written else losses()  # updates ``written``
             if first:
                 pairs = ((live.weights, weights), (live.leaves, leaves))
                 replaced = {id(p): key for here, there in pairs for key, p in here.items() if there[key] is not p}
                 check_given(name, loss, replaced)
-                problem._checked.add(name)
+                problem.checked.add(name)
                 live.look_inside(joint)  # the first forward pass may have built layers
                 self.buffers.update({key: t for key, t in live.buffers.items() if key not in written})
-            for key, node in before.items():  # what was written to in place, but not in a graph, has its old one
-                if written[key].grad_fn is node and not trees.is_same(written[key], self.buffers[key]):
-                    written[key] = written[key].detach()
             yield Evaluated(loss, parts, written)
 
 
@@ -183,7 +179,7 @@ class Problem:
     (['weight'], ['decay'])
     """
 
-    _live: _Live | None = None  # inside untouched and at, where other tensors may be in place of the live ones
+    _live: _Live | None = None  # inside leave_no_trace and at, where other tensors may be in place of the live ones
 
     def __init__(
         self,
@@ -216,7 +212,8 @@ class Problem:
         self.check_learned()
         check_apart(self.model.named_parameters(), self.hparams.named_parameters())
         self._constants = DetachedView(self.hparams, beside=self.model)
-        self._checked: set[LossName] = set()  # the losses that were checked, at their first evaluation
+        self.checked: set[str] = set()  # what was checked or told, each once for a problem, such as "train_loss"
+        self.programs: Any = None  # compiled products, if there are any
         self.has_trained = False
         self.options: Any = None  # what was learned as options of the inner optimizer, for a retraining
         self.starts = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
@@ -230,11 +227,13 @@ class Problem:
 
     def weights(self) -> Tree:
         """The live weights w that require a gradient, by the model's names; also where others are in place of them."""
-        return {name: p for name, p in (self._live or _Live(self)).weights.items() if p.requires_grad}
+        live = self.model.named_parameters() if self._live is None else self._live.weights.items()
+        return {name: p for name, p in live if p.requires_grad}
 
     def leaves(self) -> Tree:
         """The live unconstrained hyperparameters that require a gradient, by the names of ``hparams``; likewise."""
-        return {name: p for name, p in (self._live or _Live(self)).leaves.items() if p.requires_grad}
+        live = self.hparams.named_parameters() if self._live is None else self._live.leaves.items()
+        return {name: p for name, p in live if p.requires_grad}
 
     def loss(self, batch: Any) -> Any:
         """L_T on the live model, for the inner step; hyperparameters are constants here and cost nothing.
@@ -284,7 +283,7 @@ class Problem:
             given = {"model." + name: t for name, t in at.weights.items()}
             given |= {"hparams." + name: t for name, t in at.leaves.items()}
             restored = nullcontext() if attributes is None else restore_attributes(live.parts)
-            with swapped(self.joint, given | _clones(at.buffers)), restored:
+            with swapped(self.joint, live.parts, given | _clones(at.buffers)), restored:
                 if attributes is not None:
                     attributes.put()
                 yield at
@@ -303,6 +302,15 @@ class Problem:
             now = trees.shared(live.buffers, {} if before is None else before.tensors)
             copies = {name: t.detach().clone() if t is live.buffers[name] else t for name, t in now.items()}
             return ModuleState(tensors=copies, attributes=Attributes(live.parts))
+
+    @property
+    def lowered(self) -> Lowered:
+        """The devices on which losses are computed in lower precision, by the user's autocast, and their types."""
+        return lowered() if self._live is None else self._live.lowered
+
+    def rounding(self, dtypes: Iterable[torch.dtype]) -> float:
+        """The relative rounding error of losses of weights of these types, under the user's autocast."""
+        return max(torch.finfo(dtype).eps for dtype in (*dtypes, *(dtype for _, dtype in self.lowered)))
 
     def call_loss(self, name: LossName, model: Any, hparams: Any, batch: Any) -> tuple[Any, LossParts | None, Any]:
         """What the named loss returned, not yet checked; its parts, if it is a ``CompositeLoss``; and its ``aux``."""
@@ -331,7 +339,7 @@ class Problem:
         self.ranks.check_same(self.leaves(), "hyperparameters", "start them from the same values, and move them alike")
 
     def generators(self) -> dict[str, Tensor]:
-        """The states of the random generators that a loss may draw from, by device."""
+        """The states of torch's random generators that a loss may draw from, by device."""
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             devices = {str(t.device) for t in (*self.joint.parameters(), *self.joint.buffers()) if t.is_cuda}
@@ -339,25 +347,21 @@ class Problem:
         return states
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def leave_no_trace(self) -> Iterator[None]:
         """Restore all random generators afterwards; inside, gradients are enabled and second derivatives exist.
 
         So the dropout masks of a hyperstep's training loss are those of the next training step.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
-        states = self.generators()
-        try:
-            with (
-                python_and_numpy_untouched(),
-                self._looked_up() as live,
-                torch.enable_grad(),
-                twice_differentiable(live.parts),
-                full_precision(),
-            ):
-                yield
-        finally:
-            set_generators(states)
+        with (
+            restore_generators(),
+            self._looked_up() as live,
+            torch.enable_grad(),
+            twice_differentiable(live.parts),
+            full_precision(),
+        ):
+            yield
 
     @contextmanager
     def _looked_up(self) -> Iterator[_Live]:
@@ -368,12 +372,3 @@ class Problem:
             yield self._live
         finally:
             self._live = outside
-
-
-def set_generators(states: Mapping[str, Tensor]) -> None:
-    """Set the random generators to these states, which are on the host."""
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)

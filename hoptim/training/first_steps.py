@@ -14,7 +14,8 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.problem.kept import Kept, copied
 from hoptim.problem.loss_checks import annotate_errors
-from hoptim.problem.problem import Problem, set_generators
+from hoptim.problem.problem import Problem
+from hoptim.problem.random_stream import set_generators
 from hoptim.problem.wrappers import is_compiled
 from hoptim.solvers.solution import Status
 
@@ -126,7 +127,7 @@ def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor])
 
 def _gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> Tree:
     """∇_w L_T on this batch, from these random states."""
-    with problem.untouched():
+    with problem.leave_no_trace():
         set_generators(generators)
         with problem.at() as at, at.loss("train_loss", batch) as (loss, *_):
             found = torch.autograd.grad(loss, list(at.weights.values()), allow_unused=True)

@@ -98,13 +98,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def ask(problem: Problem, batch: Any, gauss_newton: bool = False) -> Linearization | None:
     """As a curvature asks."""
     curvature = GaussNewton(compile=True) if gauss_newton else Exact(compile=True)
-    with problem.untouched(), problem.at() as at:
+    with problem.leave_no_trace(), problem.at() as at:
         return compiled_linearization(at, batch, curvature)
 
 
 def take(problem: Problem, batch: Any, seed: int = 0, gauss_newton: bool = False) -> Linearization:
     """The same, where it can be compiled."""
-    with problem.untouched(), warnings.catch_warnings():
+    with problem.leave_no_trace(), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.simplefilter("error")
         found = ask(problem, batch, gauss_newton)
@@ -130,7 +130,7 @@ def mixed(found: Linearization, v: Tree) -> Found:
 
 def plain(problem: Problem, batch: Any, v: Tree, seed: int = 0) -> tuple[Tensor, Tree, Found, Found]:
     """L_T, F, A v and Bᵀv by a double backward pass."""
-    with problem.untouched(), problem.at() as at:
+    with problem.leave_no_trace(), problem.at() as at:
         weights, leaves = at.weights, at.leaves
         torch.manual_seed(seed)
         with at.loss("train_loss", batch) as (loss, *_):
@@ -277,10 +277,10 @@ def test_dual_numbers_and_a_second_backward_pass_agree(name: str) -> None:
     problem, batch = make(CASES[name][0](), CASES[name][1])
     layout, both = Layout.of(problem.weights()), []
     v = torch.randn(layout.size)
-    with problem.untouched(), problem.at() as at:
+    with problem.leave_no_trace(), problem.at() as at:
         inputs = Inputs.of(at, batch)
         for way, how in ((by_dual_numbers, layout), (by_second_pass, Exact())):
-            with problem.untouched():  # the same masks
+            with problem.leave_no_trace():  # the same masks
                 both.append(way(problem, inputs, how, inputs.tensors(), v))
     (loss, F, Av, Bv), (loss2, F2, Av2, Bv2) = both
     assert torch.equal(loss, loss2)

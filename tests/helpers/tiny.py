@@ -138,7 +138,7 @@ def linearized(
     draw: Any = None,
 ) -> Any:
     condition, batch = condition or hoptim.Gradient(), BATCHES[0] if at is None else at
-    with problem.untouched(), problem.at() as here, curvature.linearize(here, batch, draw) as one:
+    with problem.leave_no_trace(), problem.at() as here, curvature.linearize(here, batch, draw) as one:
         return then(condition(one, here, TrainingContext(inner=inner)))
 
 

@@ -302,7 +302,7 @@ def test_curvature_that_is_not_symmetric_is_transposed_inside() -> None:
 
     problem, inner = started("adamw")
     P = (real_step(problem, inner, push=1e-5) - real_step(problem, inner, push=-1e-5)) / 2e-5
-    with problem.untouched(), problem.at() as at, Exact().linearize(at, BATCHES[0]) as one:
+    with problem.leave_no_trace(), problem.at() as at, Exact().linearize(at, BATCHES[0]) as one:
         found = Update()(dataclasses.replace(one, A=Dense(M)), at, TrainingContext(inner=inner)).A
         A, AT = matrix(found), matrix(found.T)
     truth = P[:, None] * M + 0.1 * 0.3 * torch.eye(SIZE)

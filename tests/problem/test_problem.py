@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 import warnings
 from collections.abc import Callable
@@ -57,11 +58,13 @@ def test_tied_weights_are_replaced_together() -> None:
 
 def test_pure_loss_leaves_no_trace() -> None:
     problem = noisy_problem()
-    before = snapshot(problem)
-    with problem.untouched():
+    before, tensors = snapshot(problem), [*problem.joint.parameters(), *problem.joint.buffers()]
+    with problem.leave_no_trace(), problem.at() as at:
         for name in ("train_loss", "val_loss"):
-            loss_at(problem, name, problem.weights(), problem.leaves(), classes(8, 0))
+            with at.loss(name, classes(8, 0)) as (loss, *_):
+                torch.autograd.grad(loss, list(at.weights.values()), allow_unused=True)
     assert same(snapshot(problem), before)
+    assert all(map(operator.is_, [*problem.joint.parameters(), *problem.joint.buffers()], tensors))
 
 
 KERNELS = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -78,9 +81,9 @@ def test_attention_is_unfused_inside_and_as_the_user_chose_outside_even_after_an
     seen = []
 
     def fails() -> None:
-        with problem.untouched():
+        with problem.leave_no_trace():
             seen.append(kernels())
-            with problem.untouched():
+            with problem.leave_no_trace():
                 seen.append(kernels())
             seen.append(kernels())
             raise ZeroDivisionError
@@ -102,10 +105,12 @@ def test_a_pure_loss_inside_another_is_that_of_its_own_tensors() -> None:
 
     w = {name: value.requires_grad_() for name, value in first.items()}
     second = {name: value.requires_grad_() for name, value in second.items()}
-    with problem.untouched():
+    with problem.leave_no_trace():
         with problem.at(w, leaves) as at, at.loss("train_loss", x) as (outer, *_):
             assert at.weights["weight"] is w["weight"] is problem.model.weight
             live = problem.weights()["weight"]
+            with problem.at(second, leaves):
+                assert problem.weights()["weight"] is live
             found = outer, loss_at(problem, "train_loss", second, leaves, x)
         assert live is problem.model.weight is not w["weight"], "they are the live ones wherever they are asked for"
         again = loss_at(problem, "train_loss", second, leaves, x)
@@ -119,13 +124,13 @@ def test_threads_leave_the_settings_of_the_process_as_they_were() -> None:
     first_in, second_in = threading.Event(), threading.Event()
 
     def first() -> None:
-        with linear_problem().untouched():
+        with linear_problem().leave_no_trace():
             first_in.set()
             second_in.wait(10)
 
     def second() -> None:
         first_in.wait(10)
-        with linear_problem().untouched():
+        with linear_problem().leave_no_trace():
             second_in.set()
             one.join()
             seen.append(kernels())
@@ -152,7 +157,7 @@ def test_a_pure_loss_by_itself_is_twice_differentiable() -> None:
             return torch.stack([torch.cat([one.flatten() for one in row]) for row in rows])
 
     bare = hessian()
-    with problem.untouched():
+    with problem.leave_no_trace():
         inside = hessian()
     torch.testing.assert_close(bare, bare.T)
     torch.testing.assert_close(bare, inside)
@@ -172,7 +177,7 @@ def test_a_part_that_the_first_forward_pass_builds_keeps_its_buffers() -> None:
 
     problem = Problem(Late(), HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
     x = torch.randn(5, 2)
-    with problem.untouched():
+    with problem.leave_no_trace():
         loss_at(problem, "train_loss", problem.weights(), problem.leaves(), x)
         built = problem.model.norm.running_mean.clone()
         for name in ("val_loss", "train_loss"):
@@ -182,10 +187,10 @@ def test_a_part_that_the_first_forward_pass_builds_keeps_its_buffers() -> None:
 
 def test_weights_that_are_put_in_between_two_hypersteps_are_seen() -> None:
     problem = linear_problem()
-    with problem.untouched():
+    with problem.leave_no_trace():
         pass
     problem.model.weight = nn.Parameter(torch.ones(1, 2))
-    with problem.untouched():
+    with problem.leave_no_trace():
         assert problem.weights()["weight"] is problem.model.weight
 
 

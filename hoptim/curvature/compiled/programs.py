@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from hoptim.curvature.linearization import GradientGraph, Linearization
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.vectors import Layout
-from hoptim.problem.mixed_precision import epsilon_of_losses, lowered
-from hoptim.problem.problem import At, Problem, set_generators
+from hoptim.problem.problem import At, Problem
+from hoptim.problem.random_stream import set_generators
 
 MOST_PROGRAMS = 8  # made for one problem
 CHECK_EVERY = 32  # points
@@ -63,11 +62,12 @@ def compiled_linearization(at: At, batch: Any, curvature: DoubleBackward) -> Lin
     tensor([3., 6.])
     """
     problem = at.problem
-    cache = _CACHES.setdefault(problem, _Cache())
+    cache: Programs = problem.programs or Programs()
+    problem.programs = cache
     try:
         inputs = Inputs.of(at, batch)
         key = (curvature, *_key(problem, inputs))
-        program = cache.programs.get(key, "new")
+        program = cache.by_key.get(key, "new")
     except Exception as error:  # no key: an unknown class in the batch, or a value without a hash
         cache.give_up(error)
         return None
@@ -89,21 +89,24 @@ def compiled_linearization(at: At, batch: Any, curvature: DoubleBackward) -> Lin
                 "size, and make a number that changes a tensor of hparams, of the batch or in a buffer"
             )
         cache.made += 1
-        cache.programs[key] = program = _make(at, inputs, curvature)
+        cache.by_key[key] = program = _make(at, inputs, curvature)
         return program.at(inputs.tensors())
     except Exception as error:  # tracing any kind of model may raise anything
-        cache.programs[key] = None
+        cache.by_key[key] = None
         cache.give_up(error)
         return None
 
 
 @dataclass
-class _Cache:
+class Programs:
     """The programs of one problem by key; ``None`` for one that plain PyTorch has to compute."""
 
-    programs: dict[Any, Program | None] = field(default_factory=dict)
+    by_key: dict[Any, Program | None] = field(default_factory=dict)
     made: int = 0
     has_warned: bool = False
+
+    def __reduce__(self) -> Any:
+        return Programs, ()  # compiled code can't be copied
 
     def give_up(self, error: Exception) -> None:
         """Warn once why plain PyTorch takes over."""
@@ -117,14 +120,11 @@ class _Cache:
         self.has_warned = True
 
 
-_CACHES: WeakKeyDictionary[Problem, _Cache] = WeakKeyDictionary()
-
-
 def _key(problem: Problem, inputs: Inputs) -> tuple[Any, ...]:
     """What a program depends on besides values; any other dependence is found by comparing values."""
     found, tree = tree_flatten(inputs)
     modes = tuple(part.training for part in problem.joint.modules())
-    return tree, *map(_describe, found), modes, lowered(), torch.get_default_dtype(), id(problem.train_loss)
+    return tree, *map(_describe, found), modes, problem.lowered, torch.get_default_dtype(), id(problem.train_loss)
 
 
 def _describe(leaf: Any) -> tuple[Any, ...]:
@@ -138,15 +138,15 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
 def _make(at: At, inputs: Inputs, curvature: DoubleBackward) -> Program:
     """A new program, checked against plain PyTorch."""
     problem, tensors = at.problem, inputs.tensors()
-    with problem.untouched(), at.loss("train_loss", inputs.batch) as (loss, parts, _):
+    with problem.leave_no_trace(), at.loss("train_loss", inputs.batch) as (loss, parts, _):
         graph = GradientGraph(loss, at.weights, at.leaves, parts)
 
     def attempt(function: Function) -> Program:
-        with problem.untouched():
+        with problem.leave_no_trace():
             program = Program(function, tensors, graph.layout, graph.untouched)
-        with problem.untouched():
+        with problem.leave_no_trace():
             found = program.at(tensors)
-        with problem.untouched():
+        with problem.leave_no_trace():
             if off := _what_is_off(found, at, inputs.batch, curvature, True):
                 raise UntraceableError(off)
         return program
@@ -160,7 +160,7 @@ def _make(at: At, inputs: Inputs, curvature: DoubleBackward) -> Program:
 def _what_is_off(found: Linearization, at: At, batch: Any, curvature: DoubleBackward, is_due: bool) -> str:
     """Which value of a program differs from plain PyTorch, in words, or ""; unless ``is_due``, only L_T is compared."""
     with at.loss("train_loss", batch) as (loss, parts, _):
-        L, epsilon = loss.detach(), epsilon_of_losses(*found.layout.dtypes)
+        L, epsilon = loss.detach(), at.problem.rounding(found.layout.dtypes)
         half, fifth = epsilon**0.5, epsilon**0.2  # of the digits
         rounding = 100 * torch.finfo(torch.promote_types(L.dtype, torch.float32)).eps  # of a loss or a gradient near zero
         if not _agree(found.loss, L, half, rounding):
