@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from hoptim.curvature.minibatch import Sampled as Sampled
     from hoptim.diagnostics.audit import audit as audit
     from hoptim.diagnostics.report import Audit as Audit
-    from hoptim.methods.compute import hypergradient as hypergradient
     from hoptim.methods.conditions import Gradient as Gradient
     from hoptim.methods.conditions import Update as Update
+    from hoptim.methods.hypergradient import hypergradient as hypergradient
     from hoptim.methods.implicit import Implicit as Implicit
     from hoptim.methods.preconditioners import Jacobi as Jacobi
     from hoptim.methods.preconditioners import SecondMoments as SecondMoments
@@ -80,7 +80,7 @@ _FILES = {
     "Update": "methods.conditions",
     "WarmStart": "solvers.warm_start",
     "audit": "diagnostics.audit",
-    "hypergradient": "methods.compute",
+    "hypergradient": "methods.hypergradient",
     "outer_adam": "problem.outer_adam",
     "outer_step": "training.outer_step",
     "retrain": "training.retrain",

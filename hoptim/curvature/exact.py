@@ -6,10 +6,12 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from hoptim.curvature.linearization import Curvature, GradientGraph, Linearization, Point
+from hoptim.curvature.linearization import Curvature, Draw, GradientGraph, Linearization
 from hoptim.curvature.second_derivatives import check_once, check_twice_differentiable
 from hoptim.linalg.operators import Operator
+from hoptim.problem.problem import At
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +29,19 @@ class DoubleBackward(Curvature):
         """The curvature at the point where ``graph`` was built."""
 
     @contextmanager
-    def linearize(self, point: Point) -> Iterator[Linearization]:
+    def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F and its derivatives from one graph."""
         if self.compile:
             from hoptim.curvature.compiled.programs import compiled_linearization  # here, since inductor is slow to import
 
-            check_once(point)
-            found = compiled_linearization(point, self)
+            check_once(at, batch)
+            found = compiled_linearization(at, batch, self)
             if found is not None:
                 yield found
                 return
-        with point.problem.evaluated("train_loss", point.batch) as (loss, parts, _):
-            check_twice_differentiable(point.problem, loss, point.weights, point.leaves, point.batch)
-            graph = GradientGraph(loss, point.weights, point.leaves, parts)
+        with at.loss("train_loss", batch) as (loss, parts, _):
+            check_twice_differentiable(at, loss, batch)
+            graph = GradientGraph(loss, at.weights, at.leaves, parts)
             yield graph.linearization(self.of(graph))
 
 

@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from hoptim.curvature.linearization import Curvature, Linearization, Point, as_leaves, check_dense
+from hoptim.curvature.linearization import Curvature, Draw, Linearization, check_dense
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.operators import Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
-from hoptim.problem.mixed_precision import epsilon_of_losses
-from hoptim.problem.problem import Problem, set_generators
+from hoptim.problem.problem import At, Problem, as_leaves
+from hoptim.problem.random_stream import set_generators
 from hoptim.validation import is_finite
 
 Difference = tuple[OptionalTree, OptionalTree]  # (∂F/∂w v, ∂F/∂λᵀ v)
@@ -26,7 +25,6 @@ APART = 4.0  # from one step to the next that is tried
 AGREE, TELL = 0.01, 6.0  # how far apart two of them may be for the smaller to be taken; and for no warning, as a multiple
 HALF = 1e-4  # in half precision, with a rounding error above this, no other step is good enough to check Bᵀx
 LARGER = 3  # how many larger steps are tried
-_TOLD: WeakSet[Problem] = WeakSet()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +62,23 @@ class FiniteDifference(Curvature):
             raise ValueError(f"step={self.step!r}: give a positive number, or None to choose it")
 
     @contextmanager
-    def linearize(self, point: Point) -> Iterator[Linearization]:
+    def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F; each product evaluates two gradients at other weights."""
-        states = point.problem.generators()  # saved here, since drawing a batch between products would change the masks
-        loss, gradient, _ = gradients(point, point.weights)
+        states = at.problem.generators()  # saved here, since drawing a batch between products would change the masks
+        loss, gradient, _ = gradients(at.problem, batch, at.weights, at.leaves)
         touched = trees.present(gradient)
-        layout = Layout.of({name: point.weights[name] for name in touched})
-        w = layout.flatten(point.weights).detach()
+        layout = Layout.of({name: at.weights[name] for name in touched})
+        w = layout.flatten(at.weights).detach()
         length = vectors.norm(w)
         size = torch.where(length > 0, length, 1.0)
-        chosen = self.step
+        chosen, rounding = self.step, at.problem.rounding(weight.dtype for weight in at.weights.values())
 
-        def at(step: float, v: Tensor) -> Difference:
+        def quotient(step: float, v: Tensor) -> Difference:
             """The difference over a step of this length relative to w."""
             along = vectors.norm(v)
             epsilon = size * step / torch.where(along > 0, along, 1.0)
             (up, up_leaves), (down, down_leaves) = (
-                gradients(point, point.weights | as_leaves(layout.unflatten(w + step * v)), states)[1:]
+                gradients(at.problem, batch, at.weights | as_leaves(layout.unflatten(w + step * v)), at.leaves, states)[1:]
                 for step in (epsilon, -epsilon)
             )
             return _quotient(up, down, 2 * epsilon), _quotient(up_leaves, down_leaves, 2 * epsilon)
@@ -89,17 +87,17 @@ class FiniteDifference(Curvature):
             """One part of a difference; the first one chooses the step."""
             nonlocal chosen
             if chosen is not None:
-                return at(chosen, v)[part]
-            dtypes = [weight.dtype for weight in point.weights.values()]
-            rounding = epsilon_of_losses(*dtypes)
+                return quotient(chosen, v)[part]
             within = max(AGREE, rounding ** (2 / 3))
-            chosen, found, apart = _best_step(lambda step: at(step, v)[part], first_step(*dtypes), 50 * rounding, within)
+            chosen, found, apart = _best_step(
+                lambda step: quotient(step, v)[part], first_step(rounding), 50 * rounding, within
+            )
             tell("the products differ", apart, within)
             return found
 
         def tell(words: str, apart: float, within: float) -> None:
-            if apart > TELL * within and point.problem not in _TOLD:
-                _TOLD.add(point.problem)
+            if apart > TELL * within and "steps" not in at.problem.checked:
+                at.problem.checked.add("steps")
                 warnings.warn(
                     f"FiniteDifference: over steps of about {chosen:.1g} times the length of the weights {words} by "
                     f"{apart:.0%} from one step to the next, for rounding or for kinks such as those of ReLU. Compute in "
@@ -116,9 +114,8 @@ class FiniteDifference(Curvature):
             if x.ndim > 1:
                 return trees.stack([mixed(row) for row in x])
             found = difference(x, 1)
-            rounding = epsilon_of_losses(*(weight.dtype for weight in point.weights.values()))
             if self.step is None and chosen is not None and rounding < HALF:  # checked too, since it is the answer
-                name, apart = _farthest(found, at(chosen * APART, x)[1])
+                name, apart = _farthest(found, quotient(chosen * APART, x)[1])
                 tell(f"the derivative in {name!r} differs", apart, AGREE)
             return found
 
@@ -132,15 +129,14 @@ class FiniteDifference(Curvature):
         )
 
 
-def first_step(*dtypes: torch.dtype) -> float:
-    """The step that is tried first, relative to the length of the weights, for losses of weights of these types.
+def first_step(rounding: float) -> float:
+    """The step that is tried first, relative to the length of the weights, for losses with this relative rounding error.
 
     It is not less than 100 rounding errors, so that in half precision it is the cube root itself.
 
-    >>> [f"{first_step(dtype):.1g}" for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    >>> [f"{first_step(torch.finfo(dtype).eps):.1g}" for dtype in (torch.float64, torch.float32, torch.bfloat16)]
     ['2e-06', '0.001', '0.2']
     """
-    rounding = epsilon_of_losses(*dtypes)
     root: float = rounding ** (1 / 3)
     return max(root / APART, min(100 * rounding, root))
 
@@ -187,20 +183,18 @@ def _farthest(found: OptionalTree, other: OptionalTree) -> tuple[str, float]:
     return name, apart[name] if math.isfinite(apart[name]) else 0.0
 
 
-def gradients(point: Point, weights: Tree, states: Tree | None = None) -> tuple[Tensor, OptionalTree, OptionalTree]:
-    """L_T, ∂L_T/∂w and ∂L_T/∂λ at other weights, under these random states or else the present ones, which do not change."""
-
-    def inside(loss: Tensor, _: Any) -> tuple[Tensor, OptionalTree, OptionalTree]:
-        inputs = [*weights.values(), *point.leaves.values()]
-        found = torch.autograd.grad(loss, inputs, allow_unused=True)
-        by_weight: OptionalTree = dict(zip(weights, found[: len(weights)], strict=True))
-        by_leaf: OptionalTree = dict(zip(point.leaves, found[len(weights) :], strict=True))
-        check_dense(by_weight)
-        return loss.detach(), by_weight, by_leaf
-
-    with point.problem.untouched():
+def gradients(
+    problem: Problem, batch: Any, weights: Tree, leaves: Tree, states: Tree | None = None
+) -> tuple[Tensor, OptionalTree, OptionalTree]:
+    """L_T, ∂L_T/∂w and ∂L_T/∂λ elsewhere, under these random states or else the present ones, which do not change."""
+    with problem.leave_no_trace():
         set_generators(states or {})
-        return point.problem.pure("train_loss", weights, point.leaves, point.batch, inside)
+        with problem.at(weights, leaves) as there, there.loss("train_loss", batch) as (loss, *_):
+            found = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
+    by_weight: OptionalTree = dict(zip(weights, found[: len(weights)], strict=True))
+    by_leaf: OptionalTree = dict(zip(leaves, found[len(weights) :], strict=True))
+    check_dense(by_weight)
+    return loss.detach(), by_weight, by_leaf
 
 
 def _quotient(up: OptionalTree, down: OptionalTree, width: Tensor) -> OptionalTree:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,53 +16,11 @@ from hoptim.linalg.operators import Embedded, Operator, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import VJP
 from hoptim.problem.composite_loss import LossParts
-from hoptim.problem.distributed import OverRanks, Ranks
-from hoptim.problem.problem import Problem
+from hoptim.problem.distributed import OverRanks
+from hoptim.problem.problem import At
 from hoptim.validation import describe_type
 
-R = TypeVar("R")
-
-
-def as_leaves(live: Tree) -> Tree:
-    """New leaves that share memory, so that nothing reaches the ``.grad`` or the hooks of the live tensors."""
-    return {name: value.detach().requires_grad_() for name, value in live.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """Where F is linearised: weights, hyperparameters and a training batch.
-
-    Attributes:
-        problem: the problem whose training loss it is.
-        live: the live weights and hyperparameters.
-        weights: w, new leaves that share the live memory.
-        leaves: λ, likewise.
-        batch: the training batch.
-        draw: returns another training batch; ``None`` if there is no source of more.
-    """
-
-    problem: Problem
-    live: tuple[Tree, Tree]
-    weights: Tree
-    leaves: Tree
-    batch: Any
-    draw: Callable[[], Any] | None = None
-
-    @classmethod
-    def of(cls, problem: Problem, batch: Any, draw: Callable[[], Any] | None = None) -> Point:
-        """The point of the model's present weights and hyperparameters."""
-        live = problem.weights(), problem.leaves()
-        return cls(problem=problem, live=live, weights=as_leaves(live[0]), leaves=as_leaves(live[1]), batch=batch, draw=draw)
-
-    def inside(self, function: Callable[[], R]) -> R:
-        """``function()`` with these weights and hyperparameters in place of the live ones: see :meth:`Problem.call`."""
-        return self.problem.call(self.weights, self.leaves, function)
-
-    def another_batch(self, who: str) -> Any:
-        """Another training batch; ``who`` is the caller's name for the error."""
-        if self.draw is None:
-            raise ValueError(f"{who} needs more training batches: give train_batches")
-        return self.draw()
+Draw = Callable[[], Any]  # draws another training batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +61,14 @@ class Curvature(ABC):
     """A strategy for A = ∂F/∂w: a frozen dataclass that linearises F = ∇_w L_T at a point."""
 
     @abstractmethod
-    def linearize(self, point: Point) -> AbstractContextManager[Linearization]:
-        """F and its derivatives, for use inside the context, which has to be entered inside :meth:`Point.inside`."""
+    def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> AbstractContextManager[Linearization]:
+        """F and its derivatives on a training batch, for use inside the context.
+
+        Args:
+            at: weights and hyperparameters, from :meth:`Problem.at`.
+            batch: the training batch.
+            draw: draws another one; ``None`` if there is no source of more.
+        """
 
 
 def check_curvature(curvature: object) -> None:
@@ -189,20 +153,21 @@ def _times(t: Tensor, size: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32)) * size.reshape((*size.shape, *[1] * (t.ndim - size.ndim)))
 
 
-def over_ranks(local: Linearization, ranks: Ranks, point: Point) -> Linearization:
+def over_ranks(local: Linearization, at: At) -> Linearization:
     """F and its derivatives averaged over the ranks; a weight is in if any of them touches it."""
+    ranks = at.problem.ranks
     if ranks.size == 1:
         return local
-    loss, found = ranks.mean_with_loss(local.loss, local.layout.unflatten(local.value), point.weights)
+    loss, found = ranks.mean_with_loss(local.loss, local.layout.unflatten(local.value), at.weights)
     value = trees.present(found)
-    here = local.on(Layout.of({name: point.weights[name] for name in value}))
+    here = local.on(Layout.of({name: at.weights[name] for name in value}))
     return replace(
         here,
         loss=loss,
         value=here.layout.flatten(value),
         A=OverRanks(here.A, ranks),
-        mixed=lambda x: ranks.mean_of_found(here.mixed(x), trees.expanded(point.leaves, x.shape[:-1])),
-        untouched=tuple(name for name in point.weights if name not in value),
+        mixed=lambda x: ranks.mean_of_found(here.mixed(x), trees.expanded(at.leaves, x.shape[:-1])),
+        untouched=tuple(name for name in at.weights if name not in value),
     )
 
 

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hoptim.curvature.exact import Exact
-from hoptim.curvature.linearization import Curvature, Linearization, Point, check_curvature
+from hoptim.curvature.linearization import Curvature, Draw, Linearization, check_curvature
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Mean, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.problem.kept import noted
+from hoptim.problem.problem import At
 from hoptim.validation import is_whole
 
 
@@ -46,12 +48,11 @@ class Averaged(Curvature):
         check_curvature(self.curvature)
 
     @contextmanager
-    def linearize(self, point: Point) -> Iterator[Linearization]:
+    def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """The mean over the batches, whose graphs are all held."""
-        kept = [noted(point.batch), *(noted(point.another_batch("Averaged")) for _ in range(self.batches - 1))]
+        kept = [noted(batch), *(noted(_drawn(draw, "Averaged")) for _ in range(self.batches - 1))]
         with ExitStack() as stack:
-            points = [replace(point, batch=one.get()) for one in kept]
-            yield _mean([stack.enter_context(self.curvature.linearize(one)) for one in points], point.weights)
+            yield _mean([stack.enter_context(self.curvature.linearize(at, one.get())) for one in kept], at.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +80,24 @@ class Sampled(Curvature):
         check_curvature(self.curvature)
 
     @contextmanager
-    def linearize(self, point: Point) -> Iterator[Linearization]:
+    def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F and B of the hyperstep's own batch, and an A that draws a batch for each product."""
-        kept = noted(point.batch)
-        with self.curvature.linearize(point) as base:
+        kept = noted(batch)
+        with self.curvature.linearize(at, batch) as base:
 
             def product(v: Tensor) -> Tensor:  # the same batch for all of R vectors
-                fresh = replace(point, batch=point.another_batch("Sampled"))
+                fresh = _drawn(draw, "Sampled")
                 kept.get()
-                with self.curvature.linearize(fresh) as one:
+                with self.curvature.linearize(at, fresh) as one:
                     return one.on(base.layout).A @ v
 
             yield replace(base, A=Symmetric(product, like=base.value, is_fixed=False))
+
+
+def _drawn(draw: Draw | None, who: str) -> Any:
+    if draw is None:
+        raise ValueError(f"{who} needs more training batches: give train_batches")
+    return draw()
 
 
 def _mean(found: Sequence[Linearization], weights: Tree) -> Linearization:

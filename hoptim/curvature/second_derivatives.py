@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from hoptim.curvature.finite_difference import first_step
-from hoptim.curvature.linearization import GradientGraph, Point, as_leaves
+from hoptim.curvature.linearization import GradientGraph
 from hoptim.linalg import vectors
 from hoptim.linalg.lanczos import gaussian
-from hoptim.linalg.vectors import Layout, Tree
+from hoptim.linalg.vectors import Layout
 from hoptim.linalg.vjp import no_second_derivative, nodes
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import At, as_leaves
 
-_CHECKED: WeakSet[Problem] = WeakSet()
+NAME = "second derivatives"  # of the check, which is done once for each problem
 _ONCE = once_differentiable(lambda _: None).__code__
 
 
-def check_twice_differentiable(problem: Problem, loss: Tensor, weights: Tree, leaves: Tree, batch: Any) -> None:
+def check_twice_differentiable(at: At, loss: Tensor, batch: Any) -> None:
     """Raise ``TypeError`` for an operation whose second derivative autograd would silently leave out. Once for each problem.
 
     A backward pass marked ``once_differentiable`` raises only if a second backward pass runs through it to the end, which
     one for the weights alone does not. A backward pass that leaves autograd without that mark is found by differences of
     gradients, with a warning.
     """
-    if problem in _CHECKED:
+    if NAME in at.problem.checked:
         return
     seen = nodes([loss])
     custom = [type(node)._forward_cls for node in seen if isinstance(node, BackwardCFunction)]  # type: ignore[attr-defined]
@@ -38,8 +37,8 @@ def check_twice_differentiable(problem: Problem, loss: Tensor, weights: Tree, le
         raise no_second_derivative(
             "that of torch._weight_norm lacks a term. Use torch.nn.utils.parametrizations.weight_norm"
         )
-    _CHECKED.add(problem)
-    if custom and (error := _error_by_differences(problem, weights, leaves, batch)):
+    at.problem.checked.add(NAME)
+    if custom and (error := _error_by_differences(at, batch)):
         warnings.warn(
             f"autograd's curvature is off by {error:.0%} from differences of gradients: the backward pass of "
             f"{sorted({cls.__name__ for cls in custom})} has no derivative or a wrong one; it may use detach(), .data, "
@@ -48,35 +47,35 @@ def check_twice_differentiable(problem: Problem, loss: Tensor, weights: Tree, le
         )
 
 
-def check_once(point: Point) -> None:
+def check_once(at: At, batch: Any) -> None:
     """The same check for a curvature that does not evaluate the loss by itself; the first time it costs one loss."""
-    if point.problem not in _CHECKED:
-        with point.problem.untouched(), point.problem.evaluated("train_loss", point.batch) as (loss, *_):
-            check_twice_differentiable(point.problem, loss, point.weights, point.leaves, point.batch)
+    if NAME not in at.problem.checked:
+        with at.problem.leave_no_trace(), at.loss("train_loss", batch) as (loss, *_):
+            check_twice_differentiable(at, loss, batch)
 
 
-def _error_by_differences(problem: Problem, weights: Tree, leaves: Tree, batch: Any) -> float:
+def _error_by_differences(at: At, batch: Any) -> float:
     """The relative error of A v against differences of gradients; 0 if it is small, or if two differences do not agree."""
-    layout = Layout.of(weights)
-    w = layout.flatten(weights).detach()
+    layout = Layout.of(at.weights)
+    w = layout.flatten(at.weights).detach()
     v = gaussian(w)
-    step = float(vectors.norm(w) / vectors.norm(v)) * first_step(*layout.dtypes)
+    step = float(vectors.norm(w) / vectors.norm(v)) * first_step(at.problem.rounding(layout.dtypes))
 
-    def at(place: Tensor, product: bool) -> Tensor:
+    def there(place: Tensor, product: bool = False) -> Tensor:
         """∇L_T at these weights, or A v, from the same random state each time."""
         moved = as_leaves(layout.unflatten(place))
-
-        def inside(loss: Tensor, _: Any) -> Tensor:
-            graph = GradientGraph(loss, moved, leaves)
+        with (
+            at.problem.leave_no_trace(),
+            at.problem.at(moved, at.leaves) as there,
+            there.loss("train_loss", batch) as (loss, *_),
+        ):
+            graph = GradientGraph(loss, moved, at.leaves)
             found = graph.vjp(graph.weights)(layout.unflatten(v)) if product else graph.value
             return layout.flatten(found).detach()
 
-        with problem.untouched():
-            return problem.pure("train_loss", moved, leaves, batch, inside)
-
     def difference(step: float) -> Tensor:
-        return (at(w + step * v, False) - at(w - step * v, False)) / (2 * step)
+        return (there(w + step * v) - there(w - step * v)) / (2 * step)
 
     near, far = difference(step), difference(2 * step)
-    error, noise, size = (float(vectors.norm(x)) for x in (at(w, True) - near, near - far, near))
+    error, noise, size = (float(vectors.norm(x)) for x in (there(w, product=True) - near, near - far, near))
     return error / size if error > 10 * noise + 0.01 * size else 0.0

@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from hoptim.curvature.exact import Exact
-from hoptim.diagnostics.evidence import Case, bound, compared, look, seconds, standard_error
+from hoptim.diagnostics.evidence import Setup, compared, error_bound, look, seconds, standard_error
 from hoptim.diagnostics.report import Audit, Direction, brief
 from hoptim.diagnostics.retraining import slopes
 from hoptim.methods.conditions import Gradient, Update
@@ -108,20 +108,20 @@ def audit(
     if isinstance(method, Replay) and train_batch is None:
         train_batch = method.batches[0]  # for the unit of cost, and the curvature at the start
     other = Implicit(condition=Update()) if loop.learned else Implicit()  # sees learned options
-    implicit = _whole(method if isinstance(method, Implicit) else other, problem)
+    implicit = (method if isinstance(method, Implicit) else other).completed(problem)
     method = implicit if isinstance(method, Implicit) else method
     draw = cycle([train_batch]).__next__ if train_batches is None else Batches(train_batches, "train_batches").draw
-    case = Case(problem=problem, train=train_batch, val=val_batch, loop=replace(loop, draw=draw))
+    setup = Setup(problem=problem, train=train_batch, val=val_batch, loop=replace(loop, draw=draw))
 
-    result = case(method)
+    result = setup(method)
     result.check_touched(loop.learned, sees_options=method.sees_options)
-    gradient_seconds = seconds(case.gradient)
-    cost = seconds(lambda: case(method)) / gradient_seconds
-    local = look(case, implicit)
-    reference = None if isinstance(method, Replay) else case(replace(implicit, solver=_longer(implicit, longer)))
+    gradient_seconds = seconds(setup.gradient)
+    cost = seconds(lambda: setup(method)) / gradient_seconds
+    local = look(setup, implicit)
+    reference = None if isinstance(method, Replay) else setup(replace(implicit, solver=_longer(implicit, longer)))
     retrainer = inner or torch.optim.SGD(problem.weights().values(), lr=1 / max(local.top, 1e-12))
-    error = standard_error(case, method, chunks)
-    directions_found = _measured(case, method, result, retrainer, steps, directions)
+    error = standard_error(setup, method, chunks)
+    directions_found = _measured(setup, method, result, retrainer, steps, directions)
     found = Audit(
         method=brief(method),
         status=result.solution.status,
@@ -130,28 +130,29 @@ def audit(
         distance=local.distance,
         spectrum=local.spectrum,
         residuals=tuple(float(row.amax()) for row in result.solution.residuals),
-        compared=tuple(compared(case, method, result, reference, retrainer, steps)),
+        compared=tuple(compared(setup, method, result, reference, retrainer, steps)),
         directions=() if isinstance(directions_found, str) else directions_found,
         standard_error=None if isinstance(error, str) else error,
-        bound=bound(case, implicit, result, local) if implicit is method else None,
+        bound=error_bound(setup, implicit, result, local) if implicit is method else None,
         product_cost=local.product_seconds / gradient_seconds,
         cost=cost,
-        path=tuple(_path(case, method, reference)),
+        path=tuple(_path(setup, method, reference)),
         missing=tuple(_missing(error, directions_found, reference, method, retrainer)),
     )
-    return replace(found, advice=advised(found, method, shows_parts=isinstance(problem.train_loss, CompositeLoss)))
+    shows_parts = isinstance(problem.train_loss, CompositeLoss)
+    return replace(found, advice=tuple(_advice(found, method, shows_parts=shows_parts)))
 
 
 def _measured(
-    case: Case, method: Method, result: Hypergradient, inner: Optimizer, steps: int, count: int
+    setup: Setup, method: Method, result: Hypergradient, inner: Optimizer, steps: int, count: int
 ) -> tuple[Direction, ...] | str:
     """The slopes by retraining; or why they could not be measured."""
     if not result.solution.status.ok:
         return "retraining: the hypergradient itself has failed"
-    if case.loop.learned and not is_differentiable(inner):
+    if setup.loop.learned and not is_differentiable(inner):
         return f"retraining: an option of {type(inner).__name__} is learned, in which torch can't differentiate its step"
     try:
-        return tuple(slopes(case, method, result, inner, steps, count))
+        return tuple(slopes(setup, method, result, inner, steps, count))
     except Exception as caught:
         if is_differentiable(inner):
             raise
@@ -178,12 +179,6 @@ def _missing(
         yield f"unrolling: torch can't differentiate a step of {type(inner).__name__}"
 
 
-def _whole(method: Implicit, problem: Problem) -> Implicit:
-    """The method with the defaults of this problem filled in."""
-    chosen = method.chosen(problem)
-    return replace(method, solver=chosen.solver, curvature=chosen.curvature)
-
-
 def _more_terms(method: Method) -> str:
     """The advice for a solve that is too short."""
     solver = method.solver if isinstance(method, Implicit) else None
@@ -204,7 +199,7 @@ def _longer(method: Implicit, terms: int) -> Solver:
     )
 
 
-def _path(case: Case, method: Method, reference: Hypergradient | None) -> Iterator[tuple[int, float, float]]:
+def _path(setup: Setup, method: Method, reference: Hypergradient | None) -> Iterator[tuple[int, float, float]]:
     """Residual and cosine to the longer solve, for fewer terms of the same solver and for its own number."""
     if not isinstance(method, Implicit) or reference is None or not reference.solution.status.ok:
         return
@@ -213,18 +208,14 @@ def _path(case: Case, method: Method, reference: Hypergradient | None) -> Iterat
         return
     most = solver.terms
     for terms in sorted({*(t for t in PATH if t < most), most}):
-        result = case(replace(method, solver=replace(solver, terms=terms)))
+        result = setup(replace(method, solver=replace(solver, terms=terms)))
         if result.solution.status.ok and len(result.solution.residuals):
             residual = float(result.solution.residuals[-1].amax())
             yield terms, residual, cosine(result.combined(), reference.combined())
 
 
-def advised(found: Audit, method: Method, *, shows_parts: bool) -> tuple[str, ...]:
-    """What to change, the most serious first; empty if nothing is wrong."""
-    return tuple(_advice(found, method, shows_parts))
-
-
-def _advice(found: Audit, method: Method, shows_parts: bool) -> Iterator[str]:
+def _advice(found: Audit, method: Method, *, shows_parts: bool) -> Iterator[str]:
+    """What to change, the most serious first."""
     if not found.status.ok:
         yield f"the solve failed: {found.status.message}"
         return

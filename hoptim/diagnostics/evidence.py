@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from hoptim.curvature.finite_difference import gradients
 from hoptim.curvature.gauss_newton import GaussNewton
-from hoptim.curvature.linearization import Linearization, Point, as_leaves
-from hoptim.diagnostics.report import Bound, Compared, Spectrum
+from hoptim.curvature.linearization import Linearization
+from hoptim.diagnostics.report import Compared, ErrorBound, Spectrum
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.lanczos import gaussian, lanczos
 from hoptim.linalg.vectors import Layout, Tree
@@ -28,8 +28,7 @@ from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.methods.unrolled import Unrolled
 from hoptim.methods.validation_loss import validate
-from hoptim.problem.mixed_precision import epsilon_of_losses
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import At, Problem, as_leaves
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
 from hoptim.training.record import cosine
@@ -37,7 +36,7 @@ from hoptim.training.record import standard_error as spread_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Setup:
     """The problem with its batches; called with a method, it returns the hypergradient."""
 
     problem: Problem
@@ -51,20 +50,17 @@ class Case:
 
     def gradient(self) -> None:
         """One training gradient: the unit of cost."""
-        weights = as_leaves(self.problem.weights())
         leaves = trees.map_tree(Tensor.detach, self.problem.leaves())
-        with self.problem.untouched():
-            self.problem.pure(
-                "train_loss",
-                weights,
-                leaves,
-                self.train,
-                lambda loss, _: torch.autograd.grad(loss, list(weights.values()), allow_unused=True),
-            )
+        with (
+            self.problem.leave_no_trace(),
+            self.problem.at(leaves=leaves) as at,
+            at.loss("train_loss", self.train) as (loss, *_),
+        ):
+            torch.autograd.grad(loss, list(at.weights.values()), allow_unused=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local:
+class Measured:
     """Measurements from one graph at the present weights.
 
     Attributes:
@@ -82,35 +78,35 @@ class Local:
     product_seconds: float
 
 
-def look(case: Case, method: Implicit) -> Local:
+def look(setup: Setup, method: Implicit) -> Measured:
     """The spectrum, a Newton step and the cost of a product, from one graph."""
-    point = Point.of(case.problem, case.train, case.loop.draw)
+    with _condition(setup, method) as (at, F):
+        A = F.A + method.damping
+        probe = gaussian(F.value)
+        known = A.is_symmetric and A.is_fixed
+        spectrum = Spectrum.of(lanczos(A, gaussian(F.value, 2), min(A.size, 30))) if known else None
+        newton = (MINRES if A.is_symmetric else GMRES)(terms=30).solve(A.T, F.value) if A.is_fixed else None
+        away = math.nan
+        if newton is not None and newton.status.ok:
+            away = float(vectors.norm(newton.value) / trees.norm(at.weights).detach())
+        return Measured(
+            spectrum=spectrum,
+            top=max(abs(spectrum.lowest), abs(spectrum.highest)) if spectrum else 1.0,
+            distance=away if math.isfinite(away) else None,
+            newton=F.layout.unflatten(newton.value) if newton is not None else {},
+            product_seconds=seconds(lambda: A.T @ probe),
+        )
 
-    def inside() -> Local:
-        with method.chosen(case.problem).curvature.linearize(point) as gradient:
-            F = method.condition(gradient, point, case.loop)
-            A = F.A + method.damping
-            probe = gaussian(F.value)
-            known = A.is_symmetric and A.is_fixed
-            spectrum = Spectrum.of(lanczos(A, gaussian(F.value, 2), min(A.size, 30))) if known else None
-            newton = (MINRES if A.is_symmetric else GMRES)(terms=30).solve(A.T, F.value) if A.is_fixed else None
-            away = math.nan
-            if newton is not None and newton.status.ok:
-                away = float(vectors.norm(newton.value) / trees.norm(point.weights).detach())
-            return Local(
-                spectrum=spectrum,
-                top=max(abs(spectrum.lowest), abs(spectrum.highest)) if spectrum else 1.0,
-                distance=away if math.isfinite(away) else None,
-                newton=F.layout.unflatten(newton.value) if newton is not None else {},
-                product_seconds=seconds(lambda: A.T @ probe),
-            )
 
-    with case.problem.untouched():
-        return point.inside(inside)
+@contextmanager
+def _condition(setup: Setup, method: Implicit) -> Iterator[tuple[At, Linearization]]:
+    """The method's F at the present weights."""
+    with setup.problem.leave_no_trace(), setup.problem.at() as at, method.linearize(at, setup.train, setup.loop) as F:
+        yield at, F
 
 
 def compared(
-    case: Case, method: Method, result: Hypergradient, reference: Hypergradient | None, inner: Optimizer, steps: int
+    setup: Setup, method: Method, result: Hypergradient, reference: Hypergradient | None, inner: Optimizer, steps: int
 ) -> Iterator[Compared]:
     """This hypergradient beside a longer solve of the same system, and beside unrolled steps."""
     if reference is None:  # there is no system
@@ -119,7 +115,7 @@ def compared(
         name = f"{reference.solution.products} products (residual {float(reference.solution.residuals[-1].amax()):.0e})"
         yield _beside(name, result, reference)
     if not isinstance(method, Unrolled) and is_differentiable(inner):
-        unrolled = Unrolled(steps)(case.problem, case.train, case.val, loop=replace(case.loop, inner=inner))
+        unrolled = Unrolled(steps)(setup.problem, setup.train, setup.val, loop=replace(setup.loop, inner=inner))
         if unrolled.solution.status.ok:
             yield _beside(f"unrolling {steps} steps", result, unrolled)
 
@@ -129,19 +125,19 @@ def _beside(name: str, this: Hypergradient, other: Hypergradient) -> Compared:
     return Compared(other=name, cosine=cosine(a, b), length=float(trees.norm(a) / trees.norm(b)))
 
 
-def standard_error(case: Case, method: Method, chunks: int) -> float | str:
+def standard_error(setup: Setup, method: Method, chunks: int) -> float | str:
     """√(Σ_r ‖h_r − h‖² / (R(R−1))) / ‖h‖ over R chunks of the validation batch; or why it is unknown."""
-    parts = _split(case.val, chunks)
+    parts = _split(setup.val, chunks)
     if parts is None:
         return "the standard error: the validation batch's tensors share no first axis to split along"
 
     def losses(model: Any, hparams: Any, batches: list[Any]) -> Tensor:
-        return torch.stack([case.problem.call_loss("val_loss", model, hparams, batch)[0].mean() for batch in batches])
+        return torch.stack([setup.problem.call_loss("val_loss", model, hparams, batch)[0].mean() for batch in batches])
 
-    given, options = case.problem, {"has_aux": case.problem.has_aux, "process_group": case.problem.process_group}
+    given, options = setup.problem, {"has_aux": setup.problem.has_aux, "process_group": setup.problem.process_group}
     problem = Problem(given.model, given.hparams, given.train_loss, losses, **options)
     try:
-        result = method(problem, case.train, parts, loop=case.loop)
+        result = method(problem, setup.train, parts, loop=setup.loop)
     except Exception as caught:  # of the user's loss, which may not be made for parts
         reason = str(caught).strip().partition("\n")[0]
         return f"the standard error: val_loss fails on a part of the validation batch ({type(caught).__name__}: {reason})"
@@ -164,7 +160,7 @@ def _split(batch: Any, chunks: int) -> list[Any] | None:
     ]
 
 
-def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> Bound | None:
+def error_bound(setup: Setup, method: Implicit, result: Hypergradient, local: Measured) -> ErrorBound | None:
     """How far the hypergradient can be off; ``None`` if A is not positive definite, or the hypergradient is zero."""
     lowest = local.spectrum.lowest if local.spectrum else 0.0
     known = isinstance(method.curvature, GaussNewton) and 0 < 0.99 * method.damping <= lowest
@@ -172,32 +168,26 @@ def bound(case: Case, method: Implicit, result: Hypergradient, local: Local) -> 
     length = float(trees.norm(result.grads))
     if not result.solution.status.ok or result.val_loss.ndim or mu <= 1e-6 * local.top or not length:
         return None
-    point = Point.of(case.problem, case.train, case.loop.draw)
-
-    def inside() -> tuple[float, float]:
-        g = validate(case.problem, point.weights, point.leaves, case.val).g
-        with method.chosen(case.problem).curvature.linearize(point) as gradient:
-            F = method.condition(gradient, point, case.loop)
-            A, x = F.A + method.damping, F.layout.flatten(result.solution.value)
-            return float(vectors.norm(F.layout.flatten(g) - A.T @ x)), _mixed_norm(point, F)
-
-    with case.problem.untouched():
-        residual, B = point.inside(inside)
-    with _moved(point.live[0], local.newton):
-        there = case(method)
+    with setup.problem.leave_no_trace(), setup.problem.at() as at:
+        g = validate(at, setup.val).g
+    with _condition(setup, method) as (at, F):
+        A, x = F.A + method.damping, F.layout.flatten(result.solution.value)
+        residual, B = float(vectors.norm(F.layout.flatten(g) - A.T @ x)), _mixed_norm(at, setup.train, F)
+    with _moved(setup.problem.weights(), local.newton):
+        there = setup(method)
     change = float(trees.norm({name: t - result.grads[name] for name, t in there.grads.items()}))
-    return Bound(mu=mu, known=known, solve=B * residual / (mu * length), inner=change / length)
+    return ErrorBound(mu=mu, known=known, solve=B * residual / (mu * length), inner=change / length)
 
 
-def _mixed_norm(point: Point, F: Linearization, products: int = 10) -> float:
+def _mixed_norm(at: At, batch: Any, F: Linearization, products: int = 10) -> float:
     """‖B‖₂ by power iteration on BᵀB; B u is a central difference of gradients in λ."""
-    layout = Layout.of(point.leaves)
-    leaves = layout.flatten(point.leaves).detach()
+    layout = Layout.of(at.leaves)
+    leaves = layout.flatten(at.leaves).detach()
     u, size = vectors.unit(gaussian(leaves)), 0.0
-    reach = float(epsilon_of_losses(*layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
+    reach = float(at.problem.rounding(layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
     for _ in range(products):
         ends = [as_leaves(layout.unflatten(leaves + sign * reach * u)) for sign in (1, -1)]
-        up, down = (F.layout.flatten(gradients(replace(point, leaves=end), point.weights)[1]) for end in ends)
+        up, down = (F.layout.flatten(gradients(at.problem, batch, at.weights, end)[1]) for end in ends)
         Bu = (up - down) / (2 * reach)
         size = max(size, float(vectors.norm(Bu)))
         u = vectors.unit(layout.flatten(F.mixed(Bu)))

@@ -64,7 +64,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bound:
+class ErrorBound:
     """How far the hypergradient can be from the exact one, relative to its own length.
 
     ``solve``: ‖B‖·‖r‖ / (μ·‖h‖) for the residual r of x, where A ⪰ μI; ``inner``: the change of h over one Newton step to
@@ -111,7 +111,7 @@ class Audit:
     compared: tuple[Compared, ...]
     directions: tuple[Direction, ...]
     standard_error: float | None
-    bound: Bound | None
+    bound: ErrorBound | None
     product_cost: float
     cost: float
     path: tuple[tuple[int, float, float], ...]

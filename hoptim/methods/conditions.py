@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hoptim.curvature.linearization import Linearization, Point, as_leaves
+from hoptim.curvature.linearization import Linearization
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
@@ -16,13 +16,14 @@ from hoptim.linalg.vjp import VJP
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import TrainingContext
 from hoptim.methods.own_decay import own_decay
+from hoptim.problem.problem import At, as_leaves
 
 
 class Condition(ABC):
     """A strategy for F: a frozen dataclass that makes F from the linearised gradient of the training loss."""
 
     @abstractmethod
-    def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
+    def __call__(self, gradient: Linearization, at: At, loop: TrainingContext) -> Linearization:
         """F with its derivatives, from ∇_w L_T with its derivatives."""
 
 
@@ -42,13 +43,13 @@ class Gradient(Condition):
     Gradient()
     """
 
-    def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
+    def __call__(self, gradient: Linearization, at: At, loop: TrainingContext) -> Linearization:
         """The gradient and the decay with their derivatives."""
         layout = gradient.layout
-        decay = own_decay(loop, point.live, point.leaves, layout.unflatten(gradient.value))
+        decay = own_decay(loop, at, layout.unflatten(gradient.value))
         if not decay:
             return gradient
-        w = {name: point.weights[name].detach() for name in layout.names}
+        w = {name: at.weights[name].detach() for name in layout.names}
         c = layout.flatten({name: one.detach().expand(w[name].shape).to(layout.dtype) for name, one in decay.items()})
         learned = {name: one * w[name] for name, one in decay.items() if one.requires_grad}
 
@@ -56,7 +57,7 @@ class Gradient(Condition):
             found = gradient.mixed(x)
             if not learned:
                 return found
-            return trees.add(found, VJP(learned, point.leaves)(layout.unflatten(x), x.ndim > 1))
+            return trees.add(found, VJP(learned, at.leaves)(layout.unflatten(x), x.ndim > 1))
 
         return replace(gradient, value=gradient.value + c * layout.flatten(w), A=gradient.A + c, mixed=mixed)
 
@@ -81,14 +82,14 @@ class Update(Condition):
     Update()
     """
 
-    def __call__(self, gradient: Linearization, point: Point, loop: TrainingContext) -> Linearization:
+    def __call__(self, gradient: Linearization, at: At, loop: TrainingContext) -> Linearization:
         """The update with its derivatives."""
         if loop.inner is None:
             raise ValueError("Update needs the inner optimizer: call hypergradient(..., inner=optimizer)")
-        w = {name: point.weights[name] for name in gradient.layout.names}
+        w = {name: at.weights[name] for name in gradient.layout.names}
         G = as_leaves(gradient.layout.unflatten(gradient.value))
-        step = InnerStep.of(loop.inner, *point.live, learned=loop.learned)
-        moved, _ = step.step(w, G, point.leaves)
+        step = InnerStep.of(loop.inner, at.problem.weights(), at.problem.leaves(), learned=loop.learned)
+        moved, _ = step.step(w, G, at.leaves)
         held = {name for group in step.groups for name in group.names}
         u = {name: value - moved[name] for name, value in w.items() if name in held}
         fixed = tuple(name for name in w if name not in held)
@@ -97,7 +98,7 @@ class Update(Condition):
                 f"the inner optimizer moves none of the weights {list(fixed)}: give the one that trains the model"
             )
         layout = Layout.of({name: w[name] for name in u})
-        update = _Update(u, w, G, point.leaves, layout, gradient)
+        update = _Update(u, w, G, at.leaves, layout, gradient)
         return Linearization(
             loss=gradient.loss,
             layout=layout,

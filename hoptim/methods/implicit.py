@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hoptim.curvature.exact import Exact
 from hoptim.curvature.gauss_newton import GaussNewton
-from hoptim.curvature.linearization import Curvature, Linearization, Point, over_ranks
+from hoptim.curvature.linearization import Curvature, Linearization, over_ranks
 from hoptim.curvature.minibatch import Sampled
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.conditions import Condition, Gradient, Update
@@ -20,10 +20,10 @@ from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.own_decay import doubt_of_decay, doubt_of_momentum
 from hoptim.methods.preconditioners import Preconditioner
-from hoptim.methods.result import Hypergradient, assemble
+from hoptim.methods.result import Terms
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.composite_loss import CompositeLoss
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import At, Problem
 from hoptim.solvers.base import Solver, solve_scaled
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
@@ -32,14 +32,6 @@ from hoptim.solvers.solution import Solution, State, Status
 from hoptim.validation import describe_type, is_finite, listed
 
 TERMS = 5  # of the default solver: stopping early regularises, see scripts/fidelity.py
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """The solver and the curvature of an :class:`Implicit` for one problem."""
-
-    solver: Solver
-    curvature: Curvature
 
 
 @dataclass(frozen=True)
@@ -96,53 +88,47 @@ class Implicit(Method):
         """Without a preconditioner, since an optimizer has no second moments before its first step."""
         return replace(self, preconditioner=None)
 
-    def chosen(self, problem: Problem) -> Chosen:
-        """Solver and curvature, with the defaults for this problem in place of ``None``."""
+    def completed(self, problem: Problem) -> Implicit:
+        """The same with the solver and the curvature of this problem in place of ``None``."""
         shows_parts = isinstance(problem.train_loss, CompositeLoss)
         curvature = self.curvature or (GaussNewton() if shows_parts else Exact())
         if isinstance(curvature, Sampled):
             default: Solver = Neumann()
         else:
             default = (MINRES if isinstance(self.condition, Gradient) else GMRES)(terms=TERMS)
-        return Chosen(solver=self.solver or default, curvature=curvature)
+        return replace(self, solver=self.solver or default, curvature=curvature)
 
-    def __call__(
-        self,
-        problem: Problem,
-        train_batch: Any,
-        val_batch: Any,
-        state: State | None = None,
-        loop: TrainingContext | None = None,
-    ) -> Hypergradient:
-        """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
-        loop = loop or TrainingContext()
-        with problem.untouched():
-            point = Point.of(problem, train_batch, loop.draw)
-            return point.inside(lambda: self._at(point, val_batch, state, loop))
+    def _compute(
+        self, problem: Problem, train_batch: Any, val_batch: Any, state: State | None, loop: TrainingContext
+    ) -> Terms:
+        whole = self.completed(problem)
+        with problem.at() as at:
+            validation = validate(at, val_batch)
+            with whole.linearize(at, train_batch, loop) as F:
+                _check_weights(F, loop)
+                g = F.layout.flatten(validation.g, validation.loss.shape)
+                solution = whole._solve(F, g, problem, loop, state)
+                indirect = F.mixed(-solution.value)
+                detail = _stuck(solution, loop, at.leaves) or solution.detail
+                named = replace(solution, value=F.layout.views(solution.value), detail=detail)
+                return Terms(validation, indirect, named, F.loss, F.value)
 
-    def _at(self, point: Point, val_batch: Any, state: State | None, loop: TrainingContext) -> Hypergradient:
-        """The same at a point, whose tensors stand in for the model's."""
-        problem, leaves = point.problem, point.leaves
-        chosen = self.chosen(problem)
-        validation = validate(problem, point.weights, leaves, val_batch)
-        with chosen.curvature.linearize(point) as local:
-            F = self.condition(over_ranks(local, problem.ranks, point), point, loop)
-            _check_weights(F, loop)
-            g = F.layout.flatten(validation.g, validation.loss.shape)
-            solution = self._solve(chosen.solver, F, g, point, loop.inner, state)
-            indirect = F.mixed(-solution.value)
-            detail = _stuck(solution, loop, leaves) or solution.detail
-            named = replace(solution, value=F.layout.views(solution.value), detail=detail)
-            return assemble(validation, indirect, named, leaves, F.loss, F.value)
+    @contextmanager
+    def linearize(self, at: At, train_batch: Any, loop: TrainingContext) -> Iterator[Linearization]:
+        """The condition F of a :meth:`completed` method with its derivatives, for use inside the context."""
+        assert self.curvature is not None
+        with self.curvature.linearize(at, train_batch, loop.draw) as local:
+            yield self.condition(over_ranks(local, at), at, loop)
 
-    def _solve(
-        self, solver: Solver, F: Linearization, g: Tensor, point: Point, inner: Optimizer | None, state: State | None
-    ) -> Solution:
+    def _solve(self, F: Linearization, g: Tensor, problem: Problem, loop: TrainingContext, state: State | None) -> Solution:
         """(A + damping·I)ᵀx = g, in the scale of the preconditioner if there is one."""
-        A = F.A + self.damping
+        A, solver = F.A + self.damping, self.solver
+        assert solver is not None
         if self.preconditioner is None:
             return solver.solve(A, g, state)
-        return solve_scaled(solver, A, g, self.preconditioner(A, F.layout, point, inner).rsqrt(), state)
+        live = problem.weights()
+        D = self.preconditioner(A, {name: live[name] for name in F.layout.names}, loop.inner)
+        return solve_scaled(solver, A, g, D.rsqrt(), state)
 
 
 def doubts(method: Method, loop: TrainingContext, weights: Tree, solution: Solution) -> dict[str, str]:

@@ -17,7 +17,7 @@ from hoptim.methods.bound_options import DIFFERENTIABLE, Bound, Kind, bind, chec
 from hoptim.methods.learned_options import LearnedOption, check_unscheduled
 from hoptim.validation import describe_type
 
-State = dict[str, dict[str, Tensor]]
+InnerState = dict[str, dict[str, Tensor]]
 
 _PLAIN = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
 KINDS = tuple(DIFFERENTIABLE)
@@ -63,7 +63,7 @@ class InnerStep:
     kind: Kind
     groups: tuple[Group, ...]
     defaults: Mapping[str, Any]
-    state: State
+    state: InnerState
 
     @classmethod
     def of(
@@ -143,7 +143,7 @@ class InnerStep:
                 check_differentiable(self.kind, group.options, key, f"the {key}")
         return replace(self, groups=tuple(replace(group, options={**group.options, **options}) for group in self.groups))
 
-    def step(self, weights: Tree, gradients: Tree, leaves: Tree, state: State | None = None) -> tuple[Tree, State]:
+    def step(self, weights: Tree, gradients: Tree, leaves: Tree, state: InnerState | None = None) -> tuple[Tree, InnerState]:
         """One step: new weights and new state, with a graph where gradients are enabled.
 
         Args:
@@ -161,7 +161,7 @@ class InnerStep:
             return new, after
         return _detached(new), {name: _detached(entries) for name, entries in after.items()}
 
-    def _step(self, weights: Tree, gradients: Tree, leaves: Tree, state: State) -> tuple[Tree, State]:
+    def _step(self, weights: Tree, gradients: Tree, leaves: Tree, state: InnerState) -> tuple[Tree, InnerState]:
         gradients = {name: g for name in weights if (g := gradients.get(name)) is not None}
         new = {name: value.clone() for name, value in weights.items()}
         optimizer, zero_rates = self._optimizer(new, gradients, leaves, state)
@@ -178,7 +178,9 @@ class InnerStep:
             new[name] = w + rate * (new[name] - w) if isinstance(rate, Tensor) and rate.requires_grad else w.clone()
         return new, after
 
-    def _optimizer(self, new: Tree, gradients: Tree, leaves: Tree, state: State) -> tuple[optim.Optimizer, dict[str, Any]]:
+    def _optimizer(
+        self, new: Tree, gradients: Tree, leaves: Tree, state: InnerState
+    ) -> tuple[optim.Optimizer, dict[str, Any]]:
         """A new optimizer on the clones ``new`` that have a gradient, with its state; and the learning rates that are 0.
 
         Adam divides by its lr, though its step is linear in it. If lr is 0, the step is taken with lr = 1 and then scaled:
@@ -186,7 +188,7 @@ class InnerStep:
         """
         groups: list[dict[str, Any]] = []
         zero_rates: dict[str, Any] = {}
-        states: State = {}
+        states: InnerState = {}
         for group in self.groups:
             names = [name for name in group.names if name in gradients]
             states |= {name: _cloned(state.get(name, {}), new[name]) for name in names}
@@ -210,7 +212,7 @@ class InnerStep:
             optimizer.state[new[name]] = entries
         return optimizer, zero_rates
 
-    def _first_state(self, empty: Tree, leaves: Tree) -> State:
+    def _first_state(self, empty: Tree, leaves: Tree) -> InnerState:
         """The state that torch starts with, for weights without one."""
         if not empty:
             return {}

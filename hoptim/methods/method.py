@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from hoptim.methods.learned_options import LearnedOption, find_learned_options
-from hoptim.methods.result import Hypergradient
+from hoptim.methods.result import Hypergradient, Terms, assemble
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State
 from hoptim.validation import describe_type
@@ -41,13 +41,13 @@ class Method(ABC):
     keeps_steps: int = 0  # how many of the last inner steps the optimizer has to keep for it
     keeps_every: int = 1  # the number of steps from one kept copy of the weights to the next
     takes_train_batch: bool = True  # whether it needs a training batch
+    needs_inner: bool = False  # whether it repeats steps of the inner optimizer
     sees_options: bool = True  # whether options of the inner optimizer, such as its learning rate, have a derivative
 
     def cut_short(self) -> Method:
         """A cheaper version, if there is one, for the dry run that shows whether the hypergradient can be computed."""
         return self
 
-    @abstractmethod
     def __call__(
         self,
         problem: Problem,
@@ -56,7 +56,23 @@ class Method(ABC):
         state: State | None = None,
         loop: TrainingContext | None = None,
     ) -> Hypergradient:
-        """The hypergradient at the model's present weights; ``state`` is that of the last call's solution."""
+        """The hypergradient at the model's present weights; ``state`` is that of the last call's solution.
+
+        Raises:
+            ValueError: the method needs the inner optimizer, and ``loop`` has none.
+        """
+        loop = loop or TrainingContext()
+        if self.needs_inner and loop.inner is None:
+            name = type(self).__name__
+            raise ValueError(f"{name} needs the inner optimizer: call hypergradient(..., inner=optimizer)")
+        with problem.leave_no_trace():
+            return assemble(self._compute(problem, train_batch, val_batch, state, loop), problem.leaves())
+
+    @abstractmethod
+    def _compute(
+        self, problem: Problem, train_batch: Any, val_batch: Any, state: State | None, loop: TrainingContext
+    ) -> Terms:
+        """The direct and the indirect term, inside ``problem.leave_no_trace()``."""
 
 
 def checked(problem: object, method: object, inner: Any) -> TrainingContext:

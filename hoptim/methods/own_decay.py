@@ -12,11 +12,12 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.bound_options import Bound, bind
 from hoptim.methods.inner_step import is_differentiable, kind_of
 from hoptim.methods.method import TrainingContext
+from hoptim.problem.problem import At
 
 DECAYS = ("weight_decay", "lambd")  # ASGD shrinks weights by λ as well
 
 
-def own_decay(loop: TrainingContext, live: tuple[Tree, Tree], leaves: Tree, gradient: Tree) -> Tree:
+def own_decay(loop: TrainingContext, at: At, gradient: Tree) -> Tree:
     """c by weight name, of the weight's shape or of one number, where training ends at ∇_w L_T + c ⊙ w = 0.
 
     Coupled decay is added to the gradient, so that c is the group's ``weight_decay``. Decoupled decay, as AdamW's, is added
@@ -24,18 +25,17 @@ def own_decay(loop: TrainingContext, live: tuple[Tree, Tree], leaves: Tree, grad
 
     Args:
         loop: the inner optimizer, and which of its options are learned.
-        live: the live weights and leaves.
-        leaves: the tensors in place of the leaves, to which a learned decay has a graph.
+        at: has the tensors in place of the leaves, to which a learned decay has a graph.
         gradient: ∇_w L_T by name. Before the first step of a weight v̂ is its square, as after a step with it.
     """
-    inner, (weights, live_leaves) = loop.inner, live
+    inner, live_leaves = loop.inner, at.problem.leaves()
     if inner is None or not is_differentiable(inner):
         return {}
-    kind, name_of = kind_of(inner), {id(p): name for name, p in weights.items()}
+    kind, name_of = kind_of(inner), {id(p): name for name, p in at.problem.weights().items()}
     found: Tree = {}
     for number, group in enumerate(inner.param_groups):
         options = [bind(kind, number, group, key, live_leaves, loop.learned) for key in DECAYS if key in group]
-        values = [one.value(leaves) if isinstance(one, Bound) else one for one in options]
+        values = [one.value(at.leaves) if isinstance(one, Bound) else one for one in options]
         held = {name_of[id(p)]: p for p in group["params"] if id(p) in name_of}
         for name, p in held.items():
             if name in gradient and any(isinstance(value, Tensor) or value for value in values):

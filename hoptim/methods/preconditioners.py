@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hoptim.curvature.linearization import Point
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import Layout, Tree
+from hoptim.linalg.vectors import Tree
 from hoptim.validation import is_finite, is_whole
 
 
@@ -19,8 +18,14 @@ class Preconditioner(ABC):
     """A strategy for D: a frozen dataclass."""
 
     @abstractmethod
-    def __call__(self, A: Operator, layout: Layout, point: Point, inner: Optimizer | None) -> Tensor:
-        """The diagonal of D, of shape (n,), every entry positive."""
+    def __call__(self, A: Operator, weights: Tree, inner: Optimizer | None) -> Tensor:
+        """The diagonal of D, of shape (n,), every entry positive.
+
+        Args:
+            A: the curvature, with damping.
+            weights: the live weights in the order of A's vectors.
+            inner: the inner optimizer, if it is known.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class Jacobi(Preconditioner):
 
     >>> from hoptim.linalg.operators import Symmetric
     >>> A = Symmetric(lambda v: torch.tensor([1.0, 4.0]) * v, like=torch.ones(2))
-    >>> Jacobi(probes=1)(A, None, None, None)
+    >>> Jacobi(probes=1)(A, {}, None)
     tensor([1., 4.])
     """
 
@@ -51,7 +56,7 @@ class Jacobi(Preconditioner):
         if not (is_finite(self.floor) and 0 < self.floor <= 1):
             raise ValueError(f"floor={self.floor!r}: give a number above 0 and at most 1")
 
-    def __call__(self, A: Operator, layout: Layout | None, point: Point | None, inner: Optimizer | None) -> Tensor:
+    def __call__(self, A: Operator, weights: Tree, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive."""
         generator = torch.Generator(A.device).manual_seed(0)
         signs = torch.randint(0, 2, (self.probes, A.size), generator=generator, device=A.device)
@@ -85,22 +90,21 @@ class SecondMoments(Preconditioner):
         if self.epsilon is not None and not (is_finite(self.epsilon) and self.epsilon > 0):
             raise ValueError(f"epsilon={self.epsilon!r}: give a positive number, or None for the optimizer's own")
 
-    def __call__(self, A: Operator, layout: Layout, point: Point, inner: Optimizer | None) -> Tensor:
+    def __call__(self, A: Operator, weights: Tree, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive."""
         if inner is None:
             raise ValueError("SecondMoments needs the inner optimizer: call hypergradient(..., inner=optimizer)")
-        names = {id(p): name for name, p in point.live[0].items()}
-        found: Tree = {}
-        for group in inner.param_groups:
-            for p in group["params"]:
-                moment = inner.state.get(p, {}).get("exp_avg_sq")
-                if id(p) in names and moment is not None:
-                    correction = 1 - group["betas"][1] ** float(inner.state[p]["step"]) if "betas" in group else 1.0
-                    root = (moment / correction).sqrt() + (self.epsilon or group["eps"])
-                    found[names[id(p)]] = root.reshape(p.shape)
-        if missing := [name for name in layout.names if name not in found]:
+        groups = {p: group for group in inner.param_groups for p in group["params"]}
+        moments = {name: inner.state.get(p, {}).get("exp_avg_sq") for name, p in weights.items()}
+        if missing := [name for name, moment in moments.items() if moment is None]:
             raise ValueError(
                 f"{type(inner).__name__} holds no second moments of the weights {missing}: take an inner optimizer such as "
                 "Adam or AdamW, after its first step, or Jacobi()"
             )
-        return layout.flatten(found)
+        roots = []
+        for name, p in weights.items():
+            group = groups[p]
+            correction = 1 - group["betas"][1] ** float(inner.state[p]["step"]) if "betas" in group else 1.0
+            root = (moments[name] / correction).sqrt() + (self.epsilon or group["eps"])
+            roots.append(root.reshape(-1).to(A.device, A.dtype))
+        return torch.cat(roots)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
-from hoptim.methods.result import Hypergradient
+from hoptim.methods.result import Terms
 from hoptim.methods.reverse import through_steps
 from hoptim.methods.trajectory import RecordedLoss, Step, Trajectory, present
 from hoptim.problem.problem import Problem
@@ -69,7 +69,7 @@ class Replay(Method):
     segments: int = 8
     options: Options | None = None
 
-    takes_train_batch = False
+    takes_train_batch, needs_inner = False, True
 
     def __post_init__(self) -> None:
         has_places = hasattr(self.batches, "__getitem__") and hasattr(self.batches, "__len__")
@@ -91,21 +91,10 @@ class Replay(Method):
         """The first step alone."""
         return replace(self, batches=[self.batches[0]])
 
-    def __call__(
-        self,
-        problem: Problem,
-        train_batch: Any,
-        val_batch: Any,
-        state: State | None = None,
-        loop: TrainingContext | None = None,
-    ) -> Hypergradient:
-        """The hypergradient over all steps; ``train_batch`` and ``state`` are ignored."""
-        loop = loop or TrainingContext()
-        if loop.inner is None:
-            raise ValueError("Replay needs the inner optimizer: call hypergradient(..., inner=optimizer)")
-        with problem.untouched():
-            trajectory, steps = self.trajectory(problem, loop.inner, loop.learned), len(self.batches)
-            return through_steps(problem, trajectory, self.segments, val_batch, live=False, expected=steps)
+    def _compute(self, problem: Problem, _: Any, val_batch: Any, __: State | None, loop: TrainingContext) -> Terms:
+        assert loop.inner is not None
+        trajectory = self.trajectory(problem, loop.inner, loop.learned)
+        return through_steps(problem, trajectory, self.segments, val_batch, live=False, expected=len(self.batches))
 
     def trajectory(self, problem: Problem, inner: Optimizer, learned: Sequence[LearnedOption] = ()) -> Trajectory:
         """The steps of the training, from the present weights on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,19 +91,27 @@ class Hypergradient:
             return {name: torch.tensordot(share.to(value), value, dims=1) for name, value in tree.items()}
 
 
-def assemble(
-    validation: Validation, indirect: OptionalTree, solution: Solution, leaves: Tree, train_loss: Tensor, F: Tensor
-) -> Hypergradient:
-    """∂L_V/∂λ + ``indirect``, where ``None`` counts as zero; all NaN if something failed.
+class Terms(NamedTuple):
+    """What a method computes.
 
-    Args:
+    Attributes:
         validation: L_V and its derivatives.
         indirect: −Bᵀx by the names of the leaves; ``None`` for one that F does not depend on.
         solution: x by name, and how the solve ended.
-        leaves: λ.
         train_loss: L_T.
         F: the condition's value, flat.
     """
+
+    validation: Validation
+    indirect: OptionalTree
+    solution: Solution
+    train_loss: Tensor
+    F: Tensor
+
+
+def assemble(terms: Terms, leaves: Tree) -> Hypergradient:
+    """∂L_V/∂λ + the indirect term, where ``None`` counts as zero; all NaN if something failed."""
+    validation, indirect, solution, train_loss, F = terms
     direct = {name: _whole(validation.direct[name], leaf, validation.loss) for name, leaf in leaves.items()}
     through = {name: _whole(indirect[name], leaf, validation.loss) for name, leaf in leaves.items()}
     grads = {name: part if validation.direct[name] is None else direct[name] + part for name, part in through.items()}

@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.curvature.linearization import as_leaves
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
 from hoptim.linalg.vjp import VJP
-from hoptim.methods.inner_step import State
-from hoptim.methods.result import Hypergradient, assemble
+from hoptim.methods.inner_step import InnerState
+from hoptim.methods.result import Terms
 from hoptim.methods.trajectory import Snapshot, Step, Trajectory, evaluated_losses
 from hoptim.methods.unseen_writes import unseen_writes
 from hoptim.methods.validation_loss import Validation, validate
-from hoptim.problem.problem import ModuleState, Problem, set_generators
+from hoptim.problem.functional import Attributes, DifferentiableStatistics
+from hoptim.problem.problem import ModuleState, Problem, as_leaves
+from hoptim.problem.random_stream import set_generators
 from hoptim.solvers.solution import Solution, Status
 
 SAME = 1e-3  # how far a repeated step may end from where it ended before, relative to the length of the step
@@ -40,11 +41,11 @@ GROWN = 10.0  # if ∂L_V/∂w grows more than this, training is sensitive to it
 
 def through_steps(
     problem: Problem, trajectory: Trajectory, segments: int, val_batch: Any, *, live: bool, expected: int
-) -> Hypergradient:
+) -> Terms:
     """dL_V/dλ at the end of the steps, whose start is held fixed.
 
     Args:
-        problem: the problem, inside ``problem.untouched()``.
+        problem: the problem, inside ``problem.leave_no_trace()``.
         trajectory: the steps.
         segments: k.
         val_batch: the validation batch.
@@ -64,15 +65,15 @@ def through_steps(
     unseen = reverse.unseen(begins, states, val_batch)
     validation = reverse.validate(end, val_batch)
     g = {name: validation.g[name] for name in end.weights}
-    back = Back(
+    later = Derivatives(
         weights=g, state={}, buffers=validation.by_buffer, leaves=dict.fromkeys(leaves), norms=(_norm(g, end.weights),)
     )
-    back = reverse.back(begins, end, steps, back)
-    assert back.last is not None  # there is one step at least
-    loss, gradient = back.last
-    indirect = problem.ranks.mean_of_found(back.leaves, trees.expanded(leaves, validation.loss.shape))
-    solution = _solution_of(back, expected, end.weights, begins[0][1].weights, sorted({*unseen, *back.unseen}))
-    return assemble(validation, indirect, solution, leaves, loss, Layout.of(gradient).flatten(gradient))
+    later = reverse.through(begins, end, steps, later)
+    assert later.last is not None  # there is one step at least
+    loss, gradient = later.last
+    indirect = problem.ranks.mean_of_found(later.leaves, trees.expanded(leaves, validation.loss.shape))
+    solution = _solution_of(later, expected, end.weights, begins[0][1].weights, sorted({*unseen, *later.unseen}))
+    return Terms(validation, indirect, solution, loss, Layout.of(gradient).flatten(gradient))
 
 
 def loss_at_end(problem: Problem, trajectory: Trajectory, leaves: Tree, val_batch: Any) -> Tensor:
@@ -91,7 +92,7 @@ def _moving(buffers: Sequence[Tree]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Back:
+class Derivatives:
     """Derivatives after going back through some steps.
 
     Attributes:
@@ -149,42 +150,41 @@ class Reverse:
             at = self._advance(number, at)
         return at
 
-    def back(self, begins: list[tuple[int, Snapshot]], end: Snapshot, high: int, back: Back) -> Back:
+    def through(self, begins: list[tuple[int, Snapshot]], end: Snapshot, high: int, later: Derivatives) -> Derivatives:
         """Back through the steps before ``high``, which ended at ``end``: segment by segment, the last first."""
         for low, at in reversed(begins):
             if high - low == 1:
-                back = self._through(low, at, end, back)
+                later = self._through_one(low, at, end, later)
             else:
-                back = self.back(self.begins(low, at, high), end, high, back)
+                later = self.through(self.begins(low, at, high), end, high, later)
             high, end = low, at
-        return back
+        return later
 
     def _advance(self, number: int, at: Snapshot) -> Snapshot:
         """The snapshot after one step."""
         set_generators(at.generators)
-        problem, leaves, step, weights = self.problem, self.leaves, self.steps[number], as_leaves(at.weights)
-
-        def inside() -> Snapshot:
-            with (
-                evaluated_losses(problem, step.losses, weights, leaves, at.modules, graph=False) as found,
-                torch.no_grad(),
-            ):
-                base = trees.map_tree(Tensor.detach, found.weights)
-                new, state = step.present_dynamics().step(base, found.gradient, leaves, at.state)
-                tensors = {name: found.tensors[name].detach() for name in at.modules.tensors}
-                modules = ModuleState(trees.shared(tensors, at.modules.tensors), found.attributes())
+        problem, step, weights = self.problem, self.steps[number], as_leaves(at.weights)
+        with (
+            evaluated_losses(step, problem, weights, self.leaves, at.modules, graph=False, with_statistics=False) as found,
+            torch.no_grad(),
+        ):
+            base = trees.map_tree(Tensor.detach, found.weights)
+            new, state = step.present_dynamics().step(base, found.gradient, self.leaves, at.state)
+            tensors = {name: found.buffers[name].detach() for name in at.modules.tensors}
+            attributes = Attributes(list(problem.joint.modules()))
+            modules = ModuleState(tensors=trees.shared(tensors, at.modules.tensors), attributes=attributes)
             return Snapshot(weights=new, state=state, modules=modules, generators=problem.generators())
-
-        return problem.call(weights, leaves, inside, at.modules.tensors)
 
     def validate(self, end: Snapshot, batch: Any) -> Validation:
         """The validation loss at the end and its derivatives, also in the buffers that the steps have changed."""
-        problem, leaves, tensors = self.problem, self.leaves, end.modules.tensors
+        problem, tensors = self.problem, end.modules.tensors
         weights = as_leaves({**problem.weights(), **end.weights})
         buffers = as_leaves({name: tensors[name] for name in self.moving})
-        start = {**tensors, **buffers}
-        with problem.differentiable_statistics(), problem.with_attributes(end.modules.attributes):
-            return problem.call(weights, leaves, lambda: validate(problem, weights, leaves, batch, start, buffers), start)
+        with (
+            DifferentiableStatistics().around(problem.joint),
+            problem.at(weights, self.leaves, tensors | buffers, end.modules.attributes) as at,
+        ):
+            return validate(at, batch, buffers)
 
     def unseen(self, begins: list[tuple[int, Snapshot]], states: Sequence[ModuleState], batch: Any) -> list[str]:
         """What steps write without a derivative, though losses read it: tried on some steps after which it has changed.
@@ -210,7 +210,7 @@ class Reverse:
         set_generators(generators)  # for the validation loss, which comes next
         return sorted(found)
 
-    def _through(self, number: int, at: Snapshot, end: Snapshot, back: Back) -> Back:
+    def _through_one(self, number: int, at: Snapshot, end: Snapshot, later: Derivatives) -> Derivatives:
         """Back through one step from ``at`` to ``end``; its graph lives only here."""
         set_generators(at.generators)
         problem, leaves, step = self.problem, self.leaves, self.steps[number]
@@ -219,53 +219,46 @@ class Reverse:
         flat = as_leaves({path: value for path, value in state.items() if path not in counts})
         buffers = as_leaves({name: at.modules.tensors[name] for name in self.moving})
         modules = replace(at.modules, tensors={**at.modules.tensors, **buffers})
-        batched = next(iter(back.weights.values())).ndim > next(iter(w.values())).ndim
-
-        def inside() -> Back:
-            with (
-                problem.differentiable_statistics() as statistics,
-                evaluated_losses(problem, step.losses, w, leaves, modules, statistics, graph=True) as here,
-            ):
-                gradient = here.gradient
-                if not gradient:
-                    raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
-                weights, after = step.present_dynamics().step(here.weights, gradient, leaves, _nested(counts | flat))
-                outputs = {**_keyed("w", weights), **_keyed("s", _flat(after)), **_keyed("b", here.tensors)}
-                cotangents = {**_keyed("w", back.weights), **_keyed("s", back.state), **_keyed("b", back.buffers)}
-                outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
-                inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("b", buffers), **_keyed("l", leaves)}
-                found = VJP(outputs, inputs)(cotangents, batched)
-            off = _difference(end.weights, weights)
+        batched = next(iter(later.weights.values())).ndim > next(iter(w.values())).ndim
+        with evaluated_losses(step, problem, w, leaves, modules, graph=True) as here:
+            gradient = here.gradient
+            if not gradient:
+                raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
+            weights, after = step.present_dynamics().step(here.weights, gradient, leaves, _nested(counts | flat))
+            outputs = {**_keyed("w", weights), **_keyed("s", _flat(after)), **_keyed("b", here.buffers)}
+            cotangents = {**_keyed("w", later.weights), **_keyed("s", later.state), **_keyed("b", later.buffers)}
+            outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
+            inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("b", buffers), **_keyed("l", leaves)}
+            found = VJP(outputs, inputs)(cotangents, batched)
             written = {name for name, t in here.weights.items() if t is not w[name] and not trees.is_same(t, w[name])}
-            if statistics.is_stale and self.moving:
+            if here.statistics is not None and here.statistics.is_stale and self.moving:
                 written.add("running statistics")
-            before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, back.weights))
-            return Back(
-                weights=before,
-                state={name: part for name in flat if (part := found["s" + name]) is not None},
-                buffers={name: part for name in buffers if (part := found["b" + name]) is not None},
-                leaves=trees.add(back.leaves, {name: found["l" + name] for name in leaves}),
-                norms=(*back.norms, _norm(before, w)),
-                missed=(*back.missed, trees.norm(off)),
-                went=(*back.went, trees.norm(_difference(end.weights, at.weights))),
-                off={name: back.off[name] + part for name, part in off.items()} if back.off else off,
-                last=back.last or (here.loss, trees.map_tree(Tensor.detach, gradient)),
-                unseen=back.unseen | (written if number else set()),  # the start is fixed, so nothing is missing there
-            )
+        off = _difference(end.weights, weights)
+        before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, later.weights))
+        return Derivatives(
+            weights=before,
+            state={name: part for name in flat if (part := found["s" + name]) is not None},
+            buffers={name: part for name in buffers if (part := found["b" + name]) is not None},
+            leaves=trees.add(later.leaves, {name: found["l" + name] for name in leaves}),
+            norms=(*later.norms, _norm(before, w)),
+            missed=(*later.missed, trees.norm(off)),
+            went=(*later.went, trees.norm(_difference(end.weights, at.weights))),
+            off={name: later.off[name] + part for name, part in off.items()} if later.off else off,
+            last=later.last or (here.loss, trees.map_tree(Tensor.detach, gradient)),
+            unseen=later.unseen | (written if number else set()),  # the start is fixed, so nothing is missing there
+        )
 
-        return problem.call(w, leaves, inside, modules.tensors)
 
-
-def _solution_of(back: Back, steps: int, end: Tree, begin: Tree, unseen: Sequence[str]) -> Solution:
+def _solution_of(later: Derivatives, steps: int, end: Tree, begin: Tree, unseen: Sequence[str]) -> Solution:
     """The solution of ``steps`` expected steps, from ``begin`` to ``end``; it reads from the device once.
 
     ``unseen`` are the names of what the steps write without a derivative.
     """
-    norms, missed, went = map(torch.stack, (back.norms, back.missed, back.went))
+    norms, missed, went = map(torch.stack, (later.norms, later.missed, later.went))
     rounding = ULPS * max(torch.finfo(value.dtype).eps for value in end.values()) * trees.norm(end)
     start = torch.where(norms[0] > 0, norms[0], 1.0)
     worst = _ratio((missed - rounding).clamp(min=0), went).amax()
-    share = _ratio(trees.norm(back.off), trees.norm(_difference(end, begin)))
+    share = _ratio(trees.norm(later.off), trees.norm(_difference(end, begin)))
     grown, worst, share = torch.stack([(norms[-1] / start).amax(), worst, share]).tolist()
     status, detail = Status.FINISHED, ""
     if not math.isfinite(grown):
@@ -281,7 +274,9 @@ def _solution_of(back: Back, steps: int, end: Tree, begin: Tree, unseen: Sequenc
     elif grown > GROWN:
         status, detail = Status.SENSITIVE, f"∂L_V/∂w grew {grown:.3g} times over {len(norms) - 1} steps"
     residuals = norms[1:] / start
-    return Solution(value=back.weights, status=status, detail=detail, residuals=residuals, products=len(residuals), state={})
+    return Solution(
+        value=later.weights, status=status, detail=detail, residuals=residuals, products=len(residuals), state={}
+    )
 
 
 def _difference(a: Tree, b: Tree) -> Tree:
@@ -302,13 +297,13 @@ def _keyed(kind: str, x: Tree) -> Tree:
     return {kind + name: value for name, value in x.items()}
 
 
-def _flat(state: State) -> Tree:
+def _flat(state: InnerState) -> Tree:
     """The state as one dict; no key of torch's optimizers holds the separator."""
     return {f"{key}|{name}": value for name, entries in state.items() for key, value in entries.items()}
 
 
-def _nested(flat: Tree) -> State:
-    state: State = {}
+def _nested(flat: Tree) -> InnerState:
+    state: InnerState = {}
     for path, value in flat.items():
         key, name = path.split("|", 1)
         state.setdefault(name, {})[key] = value

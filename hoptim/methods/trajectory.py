@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from hoptim.curvature.second_derivatives import check_twice_differentiable
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.bound_options import Bound
-from hoptim.methods.inner_step import Group, InnerStep, State
+from hoptim.methods.inner_step import Group, InnerState, InnerStep
 from hoptim.methods.learned_options import LearnedOption
-from hoptim.problem.functional import Attributes, DifferentiableStatistics
+from hoptim.problem.functional import DifferentiableStatistics
 from hoptim.problem.hyperparameters import transforms_of
 from hoptim.problem.kept import Kept, noted
-from hoptim.problem.problem import ModuleState, Problem, set_generators
+from hoptim.problem.problem import ModuleState, Problem
+from hoptim.problem.random_stream import set_generators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Snapshot:
     """Weights, the inner optimizer's state, what else forward passes change, and random states, between two steps."""
 
     weights: Tree
-    state: State
+    state: InnerState
     modules: ModuleState
     generators: dict[str, Tensor] = field(default_factory=dict)
 
@@ -215,34 +216,35 @@ class Losses:
     """The losses of one step, evaluated one after the other.
 
     Attributes:
-        gradient: ∇_w of their sum, at ``weights``.
+        gradient: ∇_w of their sum, at the weights of ``at``.
         loss: the sum.
         weights: the weights from which the optimizer steps, with what the forward passes have written to them.
-        tensors: the buffers afterwards.
-        attributes: the plain attributes of the modules afterwards, when called.
+        buffers: the buffers afterwards.
+        statistics: how running statistics got their graphs; ``None`` if these were not asked for.
     """
 
     gradient: Tree
     loss: Tensor
     weights: Tree
-    tensors: Tree
-    attributes: Callable[[], Attributes]
+    buffers: Tree
+    statistics: DifferentiableStatistics | None
 
 
 @contextmanager
 def evaluated_losses(
+    step: Step,
     problem: Problem,
-    losses: Sequence[RecordedLoss],
     weights: Tree,
     leaves: Tree,
     modules: ModuleState,
-    statistics: DifferentiableStatistics | None = None,
     *,
     graph: bool,
+    with_statistics: bool = True,
 ) -> Iterator[Losses]:
-    """The losses of a step times their shares, at tensors that stand in for the model's.
+    """The losses of a step times their shares, at tensors that are in place of the model's.
 
-    With ``graph`` the gradient has a graph, which works inside the context. With ``statistics`` the buffers have one.
+    With ``graph`` the gradient has a graph, which works inside the context. Buffers have one; running statistics do only
+    ``with_statistics``.
 
     Raises:
         ValueError: a forward pass registers or fills a buffer.
@@ -250,33 +252,34 @@ def evaluated_losses(
     slope: Tree = {}
     total = next(iter(weights.values())).new_zeros(())
     with ExitStack() as stack:
-        attributes = stack.enter_context(problem.with_attributes(modules.attributes))
-        tensors, now = modules.tensors, weights
-        for one in losses:
+        at = stack.enter_context(problem.at(weights, leaves, modules.tensors, modules.attributes))
+        around = DifferentiableStatistics().around(problem.joint) if with_statistics else nullcontext()
+        statistics, now, buffers = stack.enter_context(around), weights, at.buffers
+        for one in step.losses:
             set_generators(one.generators or {})
-            at = stack.enter_context(problem.evaluated("train_loss", one.batch, tensors))
+            found = stack.enter_context(replace(at, buffers=buffers).loss("train_loss", one.batch))
+            _check_buffers(problem, found.written)
             if graph:
-                check_twice_differentiable(problem, at.loss, weights, leaves, one.batch)
-            loss = at.loss * one.share
-            tensors = {name: t if statistics is None else statistics.graph_of(t) for name, t in at.written.items()}
-            now = {name: at.written.get(f"model.{name}", w) for name, w in now.items()}
+                check_twice_differentiable(at, found.loss, one.batch)
+            loss = found.loss * one.share
+            buffers = {name: t if statistics is None else statistics.graph_of(t) for name, t in found.written.items()}
+            now = {name: found.written.get(f"model.{name}", w) for name, w in now.items()}
             parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
             touched = trees.present(dict(zip(weights, parts, strict=True)))
             check_dense(touched)
             slope |= {name: slope[name] + part if name in slope else part for name, part in touched.items()}
             total = total + loss.detach()
-        gradient, total = _over_ranks(problem, slope, total, weights)
-        yield Losses(gradient=gradient, loss=total, weights=now, tensors=tensors, attributes=attributes)
+        total, means = problem.ranks.mean_with_loss(total, slope, weights)
+        yield Losses(gradient=trees.present(means), loss=total, weights=now, buffers=buffers, statistics=statistics)
 
 
-def _over_ranks(problem: Problem, found: Tree, total: Tensor, weights: Tree) -> tuple[Tree, Tensor]:
-    """Their means over the ranks; the derivative of a mean is that of this rank's own gradient."""
-    ranks = problem.ranks
-    if ranks.size == 1:
-        return found, total
-    loss, averaged = ranks.mean_with_loss(total, found, weights)
-    slope = trees.present(averaged)
-    return {n: mean + (found[n] - found[n].detach()) if n in found else mean for n, mean in slope.items()}, loss
+def _check_buffers(problem: Problem, before: Tree) -> None:
+    """Raise ``ValueError`` if a forward pass has registered or filled a buffer."""
+    if new := sorted(name for name, _ in problem.joint.named_buffers() if name not in before):
+        raise ValueError(
+            f"the forward pass registers or fills the buffer {new[0].partition('.')[2]!r}, so that the first step "
+            "can't be repeated as the others: run the model on one batch before"
+        )
 
 
 def _moved(entries: Tree, device: torch.device) -> Tree:

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from hoptim.methods.method import Method, TrainingContext
-from hoptim.methods.result import Hypergradient
+from hoptim.methods.result import Terms
 from hoptim.methods.reverse import through_steps
 from hoptim.methods.trajectory import Trajectory, look_ahead
 from hoptim.problem.problem import Problem
@@ -47,6 +47,8 @@ class Unrolled(Method):
     _: KW_ONLY
     checkpoint: bool = False
 
+    needs_inner = True
+
     def __post_init__(self) -> None:
         if not (is_whole(self.steps) and self.steps >= 1):
             raise ValueError(f"steps={self.steps!r}: give a whole number of inner steps, 1 or more")
@@ -70,22 +72,11 @@ class Unrolled(Method):
     def _segments(self, steps: int) -> int:
         return math.isqrt(steps - 1) + 1 if self.checkpoint else steps
 
-    def __call__(
-        self,
-        problem: Problem,
-        train_batch: Any,
-        val_batch: Any,
-        state: State | None = None,
-        loop: TrainingContext | None = None,
-    ) -> Hypergradient:
-        """The hypergradient over the steps kept in ``loop.trajectory``, or else over those that would come next."""
-        loop = loop or TrainingContext()
-        if loop.inner is None:
-            raise ValueError("Unrolled needs the inner optimizer: call hypergradient(..., inner=optimizer)")
+    def _compute(self, problem: Problem, train_batch: Any, val_batch: Any, _: State | None, loop: TrainingContext) -> Terms:
+        """Through the steps kept in ``loop.trajectory``, or else through those that would come next."""
+        assert loop.inner is not None
         taken: Trajectory | None = loop.trajectory
-        with problem.untouched():
-            trajectory = taken or look_ahead(
-                problem, loop.inner, loop.draw or (lambda: train_batch), self.steps, loop.learned
-            )
-            segments = self._segments(len(trajectory.steps))
-            return through_steps(problem, trajectory, segments, val_batch, live=taken is not None, expected=self.steps)
+        draw = loop.draw or (lambda: train_batch)
+        trajectory = taken or look_ahead(problem, loop.inner, draw, self.steps, loop.learned)
+        segments = self._segments(len(trajectory.steps))
+        return through_steps(problem, trajectory, segments, val_batch, live=taken is not None, expected=self.steps)

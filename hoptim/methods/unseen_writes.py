@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.curvature.linearization import as_leaves
 from hoptim.linalg import trees
 from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.vectors import Tree
 from hoptim.linalg.vjp import nodes
 from hoptim.methods.trajectory import Snapshot, Step, evaluated_losses
-from hoptim.problem.problem import ModuleState, Problem, set_generators
+from hoptim.problem.functional import Attributes
+from hoptim.problem.problem import ModuleState, Problem, as_leaves
+from hoptim.problem.random_stream import set_generators
 
 REACH = 1e-2  # how far the weights are moved, relative to their size, to see what depends on them
 
@@ -67,7 +68,7 @@ def unseen_writes(
     names = sorted({name for names in problem.ranks.gathered(own) for name in names})
     if not names:
         return []
-    places = before, ModuleState({**before.tensors, **changed}, there.attributes)
+    places = before, replace(before, tensors={**before.tensors, **changed}, attributes=there.attributes)
     one, other = (replace(at, modules=modules) for modules in places)
     gradients = [_passed(problem, step, place, leaves, moving).gradient for place in (one, other)]
     is_read = any(not trees.is_same(g, gradients[1].get(name)) for name, g in gradients[0].items())
@@ -84,23 +85,17 @@ def unseen_writes(
 def _passed(problem: Problem, step: Step, at: Snapshot, leaves: Tree, moving: Sequence[str]) -> _Pass:
     weights = as_leaves(at.weights)
     begin = as_leaves({name: at.modules.tensors[name] for name in moving})
-    modules_at = replace(at.modules, tensors={**at.modules.tensors, **begin})
-
-    def inside() -> _Pass:
-        with (
-            problem.differentiable_statistics() as statistics,
-            evaluated_losses(problem, step.losses, weights, leaves, modules_at, statistics, graph=False) as found,
-        ):
-            tensors = {name: found.tensors[name] for name in at.modules.tensors}
-            ends = {name: _leaves(t) for name, t in tensors.items() if t.requires_grad}
-            inputs = {id(w) for w in weights.values()}
-            seen = frozenset(name for name, found_ends in ends.items() if found_ends & inputs)
-            cut = frozenset(name for name in seen if name in begin and id(begin[name]) not in ends[name])
-            modules = ModuleState(trees.map_tree(Tensor.detach, tensors), found.attributes())
-            return _Pass(gradient=found.gradient, modules=modules, seen=seen, cut=cut)
-
+    start = replace(at.modules, tensors={**at.modules.tensors, **begin})
     set_generators(at.generators)
-    return problem.call(weights, leaves, inside, modules_at.tensors)
+    with evaluated_losses(step, problem, weights, leaves, start, graph=False) as found:
+        tensors = {name: found.buffers[name] for name in at.modules.tensors}
+        ends = {name: _leaves(t) for name, t in tensors.items() if t.requires_grad}
+        inputs = {id(w) for w in weights.values()}
+        seen = frozenset(name for name, found_ends in ends.items() if found_ends & inputs)
+        cut = frozenset(name for name in seen if name in begin and id(begin[name]) not in ends[name])
+        attributes = Attributes(list(problem.joint.modules()))
+        modules = ModuleState(tensors=trees.map_tree(Tensor.detach, tensors), attributes=attributes)
+        return _Pass(gradient=found.gradient, modules=modules, seen=seen, cut=cut)
 
 
 def _leaves(t: Tensor) -> set[int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from torch import Tensor
 from hoptim.curvature.linearization import check_dense
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import OptionalTree, Tree
-from hoptim.problem.distributed import Ranks
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import At
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,30 +31,22 @@ class Validation:
     by_buffer: Tree = field(default_factory=dict)
 
 
-def validate(
-    problem: Problem, weights: Tree, leaves: Tree, batch: Any, start: Tree | None = None, buffers: Tree | None = None
-) -> Validation:
-    """L_V and its derivatives at tensors that stand in for the model's, by one backward pass for each loss.
-
-    Args:
-        problem: the problem.
-        weights: w.
-        leaves: λ.
-        batch: the validation batch.
-        start: the buffers to start from, by their names in the joint module; default: the present ones.
-        buffers: those of them in which to differentiate; default: none.
-    """
-    buffers = buffers or {}
-    with problem.evaluated("val_loss", batch, start) as (loss, *_):
+def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyType({})) -> Validation:
+    """L_V and its derivatives in weights, hyperparameters and these of the buffers, by one backward pass for each loss."""
+    with at.loss("val_loss", batch) as (loss, *_):
         losses = loss.reshape(-1)
-        inputs = [*weights.values(), *leaves.values(), *buffers.values()]
+        inputs = [*at.weights.values(), *at.leaves.values(), *buffers.values()]
         rows = [torch.autograd.grad(one, inputs, allow_unused=True, retain_graph=True) for one in losses]
     columns = iter([_stacked(column, loss.ndim) for column in zip(*rows, strict=True)])
-    by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (weights, leaves, buffers))
+    by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (at.weights, at.leaves, buffers))
     _check_touched(by_weight, by_leaf)
-    g = trees.filled(by_weight, trees.expanded(weights, loss.shape))
-    found = Validation(loss=loss.detach(), g=g, direct=by_leaf, by_buffer=trees.present(by_buffer))
-    return _over_ranks(found, problem.ranks, leaves)
+    g = trees.filled(by_weight, trees.expanded(at.weights, loss.shape))
+    like = {f"l:{name}": leaf for name, leaf in trees.expanded(at.leaves, loss.shape).items()}
+    both = {**g, **{f"l:{name}": t for name, t in by_leaf.items()}}
+    loss, found = at.problem.ranks.mean_with_loss(loss.detach(), both, {**g, **like})
+    g = trees.present({name: found[name] for name in g})
+    direct = {name: found[f"l:{name}"] for name in by_leaf}
+    return Validation(loss=loss, g=g, direct=direct, by_buffer=trees.present(by_buffer))
 
 
 def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:
@@ -78,20 +70,4 @@ def _check_touched(by_weight: OptionalTree, by_leaf: OptionalTree) -> None:
         "the validation loss touches none of the weights: the hypergradient is its direct term alone. Is it computed "
         "with the model it is given?",
         stacklevel=2,
-    )
-
-
-def _over_ranks(local: Validation, ranks: Ranks, leaves: Tree) -> Validation:
-    """The means over the ranks, by one all-reduce."""
-    if ranks.size == 1:
-        return local
-    g = {f"w:{name}": value for name, value in local.g.items()}
-    like = {f"l:{name}": leaf for name, leaf in trees.expanded(leaves, local.loss.shape).items()}
-    direct = {f"l:{name}": value for name, value in local.direct.items()}
-    loss, found = ranks.mean_with_loss(local.loss, {**g, **direct}, {**g, **like})
-    return replace(
-        local,
-        loss=loss,
-        g=trees.present({name: found[f"w:{name}"] for name in local.g}),
-        direct={name: found[f"l:{name}"] for name in leaves},
     )

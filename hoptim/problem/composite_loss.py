@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hoptim.problem.loss_checks import check_takes, scalar
-from hoptim.problem.mixed_precision import losses_precision
+from hoptim.problem.mixed_precision import losses_precision, lowered
 from hoptim.validation import describe_type
 
 
@@ -63,8 +63,10 @@ class CompositeLoss:
             raise TypeError(f"predict returned a tensor of {z.dtype}: return what has a gradient, such as the logits")
         penalty = None if self.penalty is None else scalar("penalty", self.penalty(model, hparams), needs_gradient=False)
 
+        of_the_user = lowered()
+
         def criterion(z: Tensor) -> Tensor:
-            with losses_precision():  # Gauss-Newton calls it again outside the loss
+            with losses_precision(of_the_user):  # Gauss-Newton calls it again outside the loss
                 return self.criterion(z, hparams, batch)
 
         return LossParts(z=z, criterion=criterion, penalty=penalty)

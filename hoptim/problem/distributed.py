@@ -86,10 +86,18 @@ class Ranks:
         return {name: value if share else None for (name, value), share in zip(averaged.items(), shares, strict=True)}
 
     def mean_with_loss(self, loss: Tensor, found: Mapping[str, Tensor | None], like: Tree) -> tuple[Tensor, OptionalTree]:
-        """The mean of a loss, and of tensors that may be missing as in ``mean_of_found``, by one all-reduce."""
+        """The mean of a loss, and of tensors that may be missing as in ``mean_of_found``, by one all-reduce.
+
+        The derivative of a mean is that of this rank's own tensor.
+        """
+        if self.size == 1:
+            return loss, dict(found)
         averaged = self.mean_of_found({**found, ":loss": loss}, {**like, ":loss": loss})
         mean = averaged.pop(":loss")
         assert mean is not None
+        for name, own in found.items():
+            if own is not None and own.requires_grad:
+                averaged[name] = averaged[name] + (own - own.detach())  # type: ignore[operator]
         return mean, averaged
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:

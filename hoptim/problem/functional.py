@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as global_hooks
@@ -48,6 +49,32 @@ class Joint(nn.Module):
     def forward(self, function: Callable[[], R]) -> R:
         """``function()``."""
         return function()
+
+
+@contextmanager
+def swapped(joint: Joint, parts: Sequence[nn.Module], tensors: dict[str, Tensor]) -> Iterator[None]:
+    """``torch.func.functional_call`` for the time of a context: inside, ``tensors`` are in place of the module's own.
+
+    Torch's function finds where each belongs, also where modules share it. What its modules, ``parts``, hold meanwhile is
+    put there again for the context.
+
+    >>> joint = Joint(nn.Linear(1, 1), nn.ParameterDict({"decay": torch.tensor(1.0)}))
+    >>> with swapped(joint, list(joint.modules()), {"hparams.decay": torch.tensor(2.0)}):
+    ...     joint.hparams["decay"].item()
+    2.0
+    >>> joint.hparams["decay"].item()
+    1.0
+    """
+    own: list[dict[str, Any]] = [held for part in parts for held in (part._parameters, part._buffers) if held]
+    before = [held.copy() for held in own]
+    inside = functional_call(joint, tensors, (lambda: [held.copy() for held in own],))
+    try:
+        for held, there in zip(own, inside, strict=True):
+            held.update(there)
+        yield
+    finally:
+        for held, there in zip(own, before, strict=True):
+            held.update(there)
 
 
 def renormed_weights(parts: Sequence[nn.Module]) -> list[Tensor]:
@@ -236,16 +263,16 @@ class DifferentiableStatistics(TorchFunctionMode):
         self.is_stale = False
 
     @contextmanager
-    def around(self, parts: Sequence[nn.Module]) -> Iterator[None]:
+    def around(self, joint: nn.Module) -> Iterator[DifferentiableStatistics]:
         """Inside, it is the mode of each forward pass of a layer with running statistics."""
         with ExitStack() as stack:
-            for part in parts:
+            for part in joint.modules():
                 if getattr(part, "running_mean", None) is not None:
                     enter = part.register_forward_pre_hook(lambda *_: self.__enter__() and None)
                     leave = part.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
                     stack.callback(enter.remove)
                     stack.callback(leave.remove)
-            yield
+            yield self
 
     def graph_of(self, t: Tensor) -> Tensor:
         """A buffer with its graph, if it is a statistic that was written; else the buffer."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from hoptim.problem.detached_view import DetachedView
 from hoptim.problem.distributed import Ranks
 from hoptim.problem.functional import (
     Attributes,
-    DifferentiableStatistics,
     Joint,
     renormed_weights,
     restore_attributes,
+    swapped,
     twice_differentiable,
 )
 from hoptim.problem.hyperparameters import HyperParameters
@@ -40,50 +40,35 @@ from hoptim.problem.loss_checks import (
     split_aux,
     warn_of_training_mode,
 )
-from hoptim.problem.mixed_precision import full_precision, losses_precision
-from hoptim.problem.random_stream import python_and_numpy_untouched
+from hoptim.problem.mixed_precision import Lowered, full_precision, losses_precision, lowered
+from hoptim.problem.random_stream import restore_generators
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap, warn_of_compiled_aside
 from hoptim.validation import describe_type
 
 Loss = Callable[[Any, Any, Any], Tensor]
 LossName = Literal["train_loss", "val_loss"]
-R = TypeVar("R")
 
 
-@dataclass
+def as_leaves(live: Tree) -> Tree:
+    """New leaves that share memory, so that nothing reaches the ``.grad`` or the hooks of the live tensors."""
+    return {name: value.detach().requires_grad_() for name, value in live.items()}
+
+
 class _Live:
     """The modules and live tensors of a problem, looked up once for each hypergradient."""
 
-    parts: list[nn.Module]
-    weights: Tree
-    leaves: Tree
-    buffers: Tree  # by their names in the joint module
+    def __init__(self, problem: Problem) -> None:
+        self.weights: Tree = dict(problem.model.named_parameters())
+        self.leaves: Tree = dict(problem.hparams.named_parameters())
+        self.lowered = lowered()  # by the user's autocast, which is off in leave_no_trace but for losses
+        self.look_inside(problem.joint)
 
-    @classmethod
-    def of(cls, problem: Problem) -> _Live:
-        weights: Tree = dict(problem.model.named_parameters())
-        leaves: Tree = dict(problem.hparams.named_parameters())
-        return cls(list(problem.joint.modules()), weights, leaves, dict(problem.joint.named_buffers()))
-
-
-def _clones(buffers: Tree) -> Tree:
-    """Clones of buffers, for a forward pass to write into."""
-    return {name: buffer.clone() for name, buffer in buffers.items()}
+    def look_inside(self, joint: Joint) -> None:
+        """Look up the parts of the model and the hyperparameters, and their buffers, by their names in the joint module."""
+        self.parts, self.buffers = list(joint.modules()), dict(joint.named_buffers())
 
 
-class Evaluated(NamedTuple):
-    """A loss, its parts if it is a ``CompositeLoss``, and the buffers and weights that its forward pass writes to.
-
-    ``written`` has these tensors as they are after the forward pass, by their names in the joint module. A buffer that was
-    written to without a graph, as under ``no_grad``, is a constant.
-    """
-
-    loss: Tensor
-    parts: LossParts | None
-    written: Tree
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleState:
     """What a forward pass may change in model and hyperparameters besides the learned tensors.
 
@@ -94,6 +79,69 @@ class ModuleState:
 
     tensors: Tree
     attributes: Attributes
+
+
+class Evaluated(NamedTuple):
+    """A loss, its parts if it is a ``CompositeLoss``, and the buffers and weights that its forward pass writes to.
+
+    ``written`` has these tensors as they are after the forward pass, by their names in the joint module.
+    """
+
+    loss: Tensor
+    parts: LossParts | None
+    written: Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class At:
+    """A problem at tensors that are in place of the model's own; made by :meth:`Problem.at`, for use inside that context.
+
+    Attributes:
+        problem: the problem.
+        weights: w.
+        leaves: λ.
+        buffers: the buffers from which each loss starts, by their names in the joint module; also weights that a forward
+            pass writes to, if it has written to them.
+    """
+
+    problem: Problem
+    weights: Tree
+    leaves: Tree
+    buffers: Tree
+
+    @contextmanager
+    def loss(self, name: LossName, batch: Any) -> Iterator[Evaluated]:
+        """The named loss, its parts if it is a ``CompositeLoss``, and what its forward pass has written.
+
+        For several micro-batches it is the mean of their losses. Only losses are computed under the user's autocast. Inside,
+        modes and plain attributes are as the loss has set them, and so backward passes through it must be inside.
+        """
+        problem, joint = self.problem, self.problem.joint
+        live = problem._live
+        assert live is not None, "for use inside Problem.at"
+        first = name not in problem.checked and torch.is_grad_enabled()
+        weights, leaves = live.weights | self.weights, live.leaves | self.leaves
+        renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes to these
+        written = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
+        written |= _clones(self.buffers)
+        with uncompiled(), restore_attributes(live.parts):
+            looked_at = warn_of_training_mode(problem.model) if first and name == "val_loss" else nullcontext()
+            with losses_precision(live.lowered), forbid_writes(name, weights, leaves, values=first), looked_at:
+                losses = partial(problem._losses, name, batch)
+                loss, parts = functional_call(joint, written, (losses,)) if written else losses()  # updates ``written``
+            if first:
+                pairs = ((live.weights, weights), (live.leaves, leaves))
+                replaced = {id(p): key for here, there in pairs for key, p in here.items() if there[key] is not p}
+                check_given(name, loss, replaced)
+                problem.checked.add(name)
+                live.look_inside(joint)  # the first forward pass may have built layers
+                self.buffers.update({key: t for key, t in live.buffers.items() if key not in written})
+            yield Evaluated(loss, parts, written)
+
+
+def _clones(buffers: Tree) -> Tree:
+    """Clones of buffers, for a forward pass to write into."""
+    return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
 class Problem:
@@ -131,8 +179,7 @@ class Problem:
     (['weight'], ['decay'])
     """
 
-    _live: _Live | None = None  # inside untouched and call, where other tensors may be in place of the live ones
-    _given: dict[str, Tree] | None = None  # inside call: the weights, leaves and buffers that are in place of the live ones
+    _live: _Live | None = None  # inside leave_no_trace and at, where other tensors may be in place of the live ones
 
     def __init__(
         self,
@@ -165,7 +212,8 @@ class Problem:
         self.check_learned()
         check_apart(self.model.named_parameters(), self.hparams.named_parameters())
         self._constants = DetachedView(self.hparams, beside=self.model)
-        self._checked: set[LossName] = set()  # the losses that were checked, at their first evaluation
+        self.checked: set[str] = set()  # what was checked or told, each once for a problem, such as "train_loss"
+        self.programs: Any = None  # compiled products, if there are any
         self.has_trained = False
         self.options: Any = None  # what was learned as options of the inner optimizer, for a retraining
         self.starts = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
@@ -178,17 +226,14 @@ class Problem:
             raise ValueError("no parameter of hparams requires a gradient: there is nothing to learn")
 
     def weights(self) -> Tree:
-        """The weights w that require a gradient, by the model's names; inside :meth:`call`, those that it was given."""
-        return {name: p for name, p in self._named("weights", self.model).items() if p.requires_grad}
+        """The live weights w that require a gradient, by the model's names; also where others are in place of them."""
+        live = self.model.named_parameters() if self._live is None else self._live.weights.items()
+        return {name: p for name, p in live if p.requires_grad}
 
     def leaves(self) -> Tree:
-        """The unconstrained hyperparameters that require a gradient, by the names of ``hparams``; likewise."""
-        return {name: p for name, p in self._named("leaves", self.hparams).items() if p.requires_grad}
-
-    def _named(self, kind: Literal["weights", "leaves"], module: nn.Module) -> Tree:
-        if self._given is not None:
-            return self._given[kind]
-        return dict(module.named_parameters()) if self._live is None else getattr(self._live, kind)
+        """The live unconstrained hyperparameters that require a gradient, by the names of ``hparams``; likewise."""
+        live = self.hparams.named_parameters() if self._live is None else self._live.leaves.items()
+        return {name: p for name, p in live if p.requires_grad}
 
     def loss(self, batch: Any) -> Any:
         """L_T on the live model, for the inner step; hyperparameters are constants here and cost nothing.
@@ -208,84 +253,40 @@ class Problem:
             self._constants.check_detached(loss)
             return (loss, aux) if self.has_aux else loss
 
-    def call(self, weights: Tree, leaves: Tree, function: Callable[[], R], buffers: Tree | None = None) -> R:
-        """``function()`` with these tensors in place of weights and hyperparameters, and with clones of the buffers.
-
-        These are the present buffers, or those of ``buffers``, by their names in the joint module.
-
-        This is ``torch.func.functional_call`` on model and hyperparameters as one module. Inside, :meth:`evaluated` gives
-        losses as functions of the tensors. Backward passes must also be inside: activation checkpointing runs the model
-        again during them, and needs the same tensors.
-        """
-        with self._looked_up() as live:
-            given = {"model." + name: t for name, t in weights.items()}
-            given |= {"hparams." + name: t for name, t in leaves.items()}
-            outside = self._given
-            present: Tree = dict(self.joint.named_buffers()) if live.buffers else {}  # perhaps replaced by others already
-            here = present | (buffers or {})
-            self._given = {"weights": live.weights | weights, "leaves": live.leaves | leaves, "buffers": here}
-            try:
-                return functional_call(self.joint, given | _clones(here), (function,))
-            finally:
-                self._given = outside
-
     @contextmanager
-    def evaluated(self, name: LossName, batch: Any, start: Tree | None = None) -> Iterator[Evaluated]:
-        """The named loss at the tensors of :meth:`call`, its parts if it is a ``CompositeLoss``, and what was written.
+    def at(
+        self,
+        weights: Tree | None = None,
+        leaves: Tree | None = None,
+        buffers: Tree | None = None,
+        attributes: Attributes | None = None,
+    ) -> Iterator[At]:
+        """Inside, these tensors are in place of the model's and the hyperparameters', and losses are functions of them.
 
-        For several micro-batches it is the mean of their losses. Only losses are computed under the user's autocast. Modes
-        and plain attributes are restored on exit, so backward passes through a loss must be inside. ``start`` has buffers,
-        and weights that the forward pass writes to, from which it starts instead of the present ones.
+        This is ``torch.func.functional_call`` on model and hyperparameters as one module, for the time of a context, since
+        backward passes need the same tensors: activation checkpointing runs the model again during them. What is computed
+        has second derivatives.
+
+        Args:
+            weights: w by name; default: new leaves that share the memory of the live weights.
+            leaves: λ by name; likewise.
+            buffers: those from which a loss starts, by their names in the joint module; default: the live ones.
+            attributes: likewise the modes and plain attributes of the modules.
         """
-        assert self._live is not None, "evaluated is for use inside call"
-        assert self._given is not None
-        live, weights, leaves = self._live, self._given["weights"], self._given["leaves"]
-        first = name not in self._checked and torch.is_grad_enabled()
-        renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes to these
-        given = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
-        given |= _clones({**self._given["buffers"], **(start or {})})
-        before = {key: t.grad_fn for key, t in given.items()}
-        with uncompiled(), restore_attributes(live.parts):
-            looked_at = warn_of_training_mode(self.model) if first and name == "val_loss" else nullcontext()
-            with losses_precision(), forbid_writes(name, weights, leaves, values=first), looked_at:
-                losses = partial(self._losses_and_buffers, name, batch, start is not None)
-                (loss, parts), buffers = functional_call(self.joint, given, (losses,)) if given else losses()
-            if first:
-                pairs = ((live.weights, weights), (live.leaves, leaves))
-                replaced = {id(p): key for here, there in pairs for key, p in here.items() if there[key] is not p}
-                check_given(name, loss, replaced)
-                self._checked.add(name)
-                # The first forward pass may have built layers.
-                live.parts, live.buffers = list(self.joint.modules()), dict(self.joint.named_buffers())
-                self._given["buffers"] = live.buffers
-            if start is not None and (new := sorted(buffers.keys() - given.keys())):
-                raise ValueError(
-                    f"the forward pass registers or fills the buffer {new[0].partition('.')[2]!r}, so that the first step "
-                    "can't be repeated as the others: run the model on one batch before"
-                )
-            written = given | buffers
-            for key, t in (
-                start or {}
-            ).items():  # a buffer that was written to in place, but not in a graph, has its old one
-                if t.requires_grad and written[key].grad_fn is before[key] and not trees.is_same(written[key], t):
-                    written[key] = written[key].detach()
-            yield Evaluated(loss, parts, written)
-
-    def pure(
-        self, name: LossName, weights: Tree, leaves: Tree, batch: Any, use: Callable[[Tensor, LossParts | None], R]
-    ) -> R:
-        """``use(loss, parts)`` of the named loss as a pure function of these tensors: ``evaluated`` inside ``call``."""
-
-        def inside() -> R:
-            with self.evaluated(name, batch) as at:
-                return use(at.loss, at.parts)
-
         with self._looked_up() as live, twice_differentiable(live.parts):
-            return self.call(weights, leaves, inside)
-
-    def _losses_and_buffers(self, name: LossName, batch: Any, are_needed: bool) -> tuple[tuple[Tensor, Any], Tree]:
-        """The loss and its parts, and if they are needed the buffers after it, which may be other tensors than before."""
-        return self._losses(name, batch), dict(self.joint.named_buffers()) if are_needed else {}
+            at = At(
+                problem=self,
+                weights=as_leaves(self.weights()) if weights is None else weights,
+                leaves=as_leaves(self.leaves()) if leaves is None else leaves,
+                buffers=live.buffers | (buffers or {}),
+            )
+            given = {"model." + name: t for name, t in at.weights.items()}
+            given |= {"hparams." + name: t for name, t in at.leaves.items()}
+            restored = nullcontext() if attributes is None else restore_attributes(live.parts)
+            with swapped(self.joint, live.parts, given | _clones(at.buffers)), restored:
+                if attributes is not None:
+                    attributes.put()
+                yield at
 
     def _losses(self, name: LossName, batch: Any) -> tuple[Tensor, LossParts | None]:
         """The loss and its parts, checked."""
@@ -300,22 +301,16 @@ class Problem:
         with self._looked_up() as live:
             now = trees.shared(live.buffers, {} if before is None else before.tensors)
             copies = {name: t.detach().clone() if t is live.buffers[name] else t for name, t in now.items()}
-            return ModuleState(copies, Attributes(live.parts))
+            return ModuleState(tensors=copies, attributes=Attributes(live.parts))
 
-    @contextmanager
-    def differentiable_statistics(self) -> Iterator[DifferentiableStatistics]:
-        """Inside, running statistics have a derivative."""
-        with self._looked_up() as live:
-            statistics = DifferentiableStatistics()
-            with statistics.around(live.parts):
-                yield statistics
+    @property
+    def lowered(self) -> Lowered:
+        """The devices on which losses are computed in lower precision, by the user's autocast, and their types."""
+        return lowered() if self._live is None else self._live.lowered
 
-    @contextmanager
-    def with_attributes(self, attributes: Attributes) -> Iterator[Callable[[], Attributes]]:
-        """Inside, modules have these modes and plain attributes. Yields a function for those of the time of its call."""
-        with self._looked_up() as live, restore_attributes(live.parts):
-            attributes.put()
-            yield lambda: Attributes(live.parts)
+    def rounding(self, dtypes: Iterable[torch.dtype]) -> float:
+        """The relative rounding error of losses of weights of these types, under the user's autocast."""
+        return max(torch.finfo(dtype).eps for dtype in (*dtypes, *(dtype for _, dtype in self.lowered)))
 
     def call_loss(self, name: LossName, model: Any, hparams: Any, batch: Any) -> tuple[Any, LossParts | None, Any]:
         """What the named loss returned, not yet checked; its parts, if it is a ``CompositeLoss``; and its ``aux``."""
@@ -344,7 +339,7 @@ class Problem:
         self.ranks.check_same(self.leaves(), "hyperparameters", "start them from the same values, and move them alike")
 
     def generators(self) -> dict[str, Tensor]:
-        """The states of the random generators that a loss may draw from, by device."""
+        """The states of torch's random generators that a loss may draw from, by device."""
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             devices = {str(t.device) for t in (*self.joint.parameters(), *self.joint.buffers()) if t.is_cuda}
@@ -352,41 +347,28 @@ class Problem:
         return states
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def leave_no_trace(self) -> Iterator[None]:
         """Restore all random generators afterwards; inside, gradients are enabled and second derivatives exist.
 
         So the dropout masks of a hyperstep's training loss are those of the next training step.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
-        states = self.generators()
-        try:
-            with (
-                python_and_numpy_untouched(),
-                self._looked_up() as live,
-                torch.enable_grad(),
-                twice_differentiable(live.parts),
-                full_precision(),
-            ):
-                yield
-        finally:
-            set_generators(states)
+        with (
+            restore_generators(),
+            self._looked_up() as live,
+            torch.enable_grad(),
+            twice_differentiable(live.parts),
+            full_precision(),
+        ):
+            yield
 
     @contextmanager
     def _looked_up(self) -> Iterator[_Live]:
         """The live modules and tensors, looked up in the outermost of nested calls."""
         outside = self._live
-        self._live = outside or _Live.of(self)
+        self._live = outside or _Live(self)
         try:
             yield self._live
         finally:
             self._live = outside
-
-
-def set_generators(states: Mapping[str, Tensor]) -> None:
-    """Set the random generators to these states, which are on the host."""
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)

@@ -81,10 +81,15 @@ def set_global_states(tensors: Mapping[str, Tensor]) -> None:
     _put(from_tensors(tensors), {})
 
 
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Set those global generators to these states that are both in ``states`` and in this process."""
+    _put(states, {})
+
+
 @contextmanager
-def python_and_numpy_untouched() -> Iterator[None]:
-    """Restore Python's and NumPy's global generators afterwards."""
-    outside = {name: state for name, state in _read({}).items() if name in ("python", "numpy")}
+def restore_generators() -> Iterator[None]:
+    """Restore all global generators afterwards."""
+    outside = _read({})
     try:
         yield
     finally:
@@ -158,7 +163,7 @@ def _read(others: Generators) -> dict[str, Any]:
 def _put(states: Mapping[str, Any], others: Generators) -> None:
     """Set those generators that are both in ``states`` and in this process."""
     for name, state in states.items():
-        if name == "":
+        if name in ("", "cpu"):
             torch.set_rng_state(state)
         elif name == "python":
             random.setstate(state)

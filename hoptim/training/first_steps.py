@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.curvature.linearization import as_leaves
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.problem.kept import Kept, copied
 from hoptim.problem.loss_checks import annotate_errors
-from hoptim.problem.problem import Problem, set_generators
+from hoptim.problem.problem import Problem
+from hoptim.problem.random_stream import set_generators
 from hoptim.problem.wrappers import is_compiled
 from hoptim.solvers.solution import Status
 
@@ -127,12 +127,8 @@ def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor])
 
 def _gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> Tree:
     """∇_w L_T on this batch, from these random states."""
-    weights, leaves = as_leaves(problem.weights()), as_leaves(problem.leaves())
-
-    def differentiated(loss: Tensor, _: Any) -> Tree:
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        return trees.present(dict(zip(weights, found, strict=True)))
-
-    with problem.untouched():
+    with problem.leave_no_trace():
         set_generators(generators)
-        return problem.pure("train_loss", weights, leaves, batch, differentiated)
+        with problem.at() as at, at.loss("train_loss", batch) as (loss, *_):
+            found = torch.autograd.grad(loss, list(at.weights.values()), allow_unused=True)
+            return trees.present(dict(zip(at.weights, found, strict=True)))

@@ -61,17 +61,12 @@ class ToNoise(Method):
     curvature: Curvature | None = None
     sees_options = False
 
-    def __call__(
-        self,
-        problem: hoptim.Problem,
-        train_batch: Any,
-        val_batch: Any,
-        state: State | None = None,
-        loop: TrainingContext | None = None,
+    def _compute(
+        self, problem: hoptim.Problem, train_batch: Any, val_batch: Any, state: State | None, loop: TrainingContext
     ) -> Any:
         tolerance = min(relative_noise(problem, val_batch.chunk(self.chunks)), 0.9)
         method = Implicit(MINRES(terms=self.terms, tolerance=tolerance), curvature=self.curvature)
-        return method(problem, train_batch, val_batch, state, loop)
+        return method._compute(problem, train_batch, val_batch, state, loop)
 
 
 def relative_noise(problem: hoptim.Problem, chunks: Iterable[Tensor]) -> float:
@@ -79,7 +74,7 @@ def relative_noise(problem: hoptim.Problem, chunks: Iterable[Tensor]) -> float:
     model, rows = problem.model, []
     training = model.training
     weights = [w for w in model.parameters() if w.requires_grad]
-    with problem.untouched():
+    with problem.leave_no_trace():
         for chunk in chunks:
             found = torch.autograd.grad(problem.val_loss(model, problem.hparams, chunk), weights, allow_unused=True)
             rows.append(torch.cat([t.flatten() for t in found if t is not None]))

@@ -20,10 +20,10 @@ from hoptim.curvature.compiled.derivatives import Inputs, by_dual_numbers, by_se
 from hoptim.curvature.compiled.programs import compiled_linearization
 from hoptim.curvature.exact import Exact
 from hoptim.curvature.gauss_newton import GaussNewton
-from hoptim.curvature.linearization import Linearization, Point, as_leaves
+from hoptim.curvature.linearization import Linearization
 from hoptim.linalg.vectors import Layout
 from hoptim.problem.composite_loss import CompositeLoss
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import Problem, as_leaves
 
 Tree = dict[str, Tensor]
 Found = dict[str, Tensor | None]
@@ -97,14 +97,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def ask(problem: Problem, batch: Any, gauss_newton: bool = False) -> Linearization | None:
     """As a curvature asks."""
-    point, curvature = Point.of(problem, batch), GaussNewton(compile=True) if gauss_newton else Exact(compile=True)
-    with problem.untouched():
-        return point.inside(lambda: compiled_linearization(point, curvature))
+    curvature = GaussNewton(compile=True) if gauss_newton else Exact(compile=True)
+    with problem.leave_no_trace(), problem.at() as at:
+        return compiled_linearization(at, batch, curvature)
 
 
 def take(problem: Problem, batch: Any, seed: int = 0, gauss_newton: bool = False) -> Linearization:
     """The same, where it can be compiled."""
-    with problem.untouched(), warnings.catch_warnings():
+    with problem.leave_no_trace(), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.simplefilter("error")
         found = ask(problem, batch, gauss_newton)
@@ -130,21 +130,18 @@ def mixed(found: Linearization, v: Tree) -> Found:
 
 def plain(problem: Problem, batch: Any, v: Tree, seed: int = 0) -> tuple[Tensor, Tree, Found, Found]:
     """L_T, F, A v and Bᵀv by a double backward pass."""
-    weights, leaves = as_leaves(problem.weights()), as_leaves(problem.leaves())
-
-    def then(loss: Tensor, _: Any) -> tuple[Tensor, Tree, Found, Found]:
-        F = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
-        outputs = [f for f in F if f is not None and f.requires_grad]
-        along = [v[name] for name, f in zip(weights, F, strict=True) if f is not None and f.requires_grad]
-        inputs = [*weights.values(), *leaves.values()]
-        found = torch.autograd.grad(outputs, inputs, along, allow_unused=True)
-        value = {name: f.detach() for name, f in zip(weights, F, strict=True) if f is not None}
-        Av = dict(zip(weights, found, strict=False))
-        return loss.detach(), value, Av, dict(zip(leaves, found[len(weights) :], strict=True))
-
-    with problem.untouched():
+    with problem.leave_no_trace(), problem.at() as at:
+        weights, leaves = at.weights, at.leaves
         torch.manual_seed(seed)
-        return problem.pure("train_loss", weights, leaves, batch, then)
+        with at.loss("train_loss", batch) as (loss, *_):
+            F = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
+            outputs = [f for f in F if f is not None and f.requires_grad]
+            along = [v[name] for name, f in zip(weights, F, strict=True) if f is not None and f.requires_grad]
+            inputs = [*weights.values(), *leaves.values()]
+            found = torch.autograd.grad(outputs, inputs, along, allow_unused=True)
+            value = {name: f.detach() for name, f in zip(weights, F, strict=True) if f is not None}
+            Av = dict(zip(weights, found, strict=False))
+            return loss.detach(), value, Av, dict(zip(leaves, found[len(weights) :], strict=True))
 
 
 def random_like(tree: Tree, *lead: int) -> Tree:
@@ -278,17 +275,14 @@ def test_gauss_newton(counted: list[str]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_dual_numbers_and_a_second_backward_pass_agree(name: str) -> None:
     problem, batch = make(CASES[name][0](), CASES[name][1])
-    point, layout = Point.of(problem, batch), Layout.of(problem.weights())
+    layout, both = Layout.of(problem.weights()), []
     v = torch.randn(layout.size)
-
-    def both() -> list[Any]:
-        inputs, found = Inputs.of(point), []
+    with problem.leave_no_trace(), problem.at() as at:
+        inputs = Inputs.of(at, batch)
         for way, how in ((by_dual_numbers, layout), (by_second_pass, Exact())):
-            with problem.untouched():  # the same masks
-                found.append(way(problem, inputs, how, inputs.tensors(), v))
-        return found
-
-    (loss, F, Av, Bv), (loss2, F2, Av2, Bv2) = point.inside(both)
+            with problem.leave_no_trace():  # the same masks
+                both.append(way(problem, inputs, how, inputs.tensors(), v))
+    (loss, F, Av, Bv), (loss2, F2, Av2, Bv2) = both
     assert torch.equal(loss, loss2)
     assert distance({"F": F, "A v": Av, **Bv}, {"F": F2, "A v": Av2, **Bv2}) < 1e-10
 

@@ -59,11 +59,8 @@ def made(name: str, model: nn.Module | None = None, penalty: Any = quartic) -> t
 
 
 def operator(problem: Problem, batch: Any, curvature: Any) -> Any:
-    weights = {name: p.detach().requires_grad_() for name, p in problem.weights().items()}
-    leaves = {name: p.detach().requires_grad_() for name, p in problem.leaves().items()}
-    return problem.pure(
-        "train_loss", weights, leaves, batch, lambda loss, parts: curvature.of(GradientGraph(loss, weights, leaves, parts))
-    )
+    with problem.at() as at, at.loss("train_loss", batch) as (loss, parts, _):
+        return curvature.of(GradientGraph(loss, at.weights, at.leaves, parts))
 
 
 def matrix(A: Any) -> Tensor:

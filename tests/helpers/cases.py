@@ -44,6 +44,12 @@ def unflat(vector: Tensor, shapes: Tree) -> Tree:
     }
 
 
+def loss_at(problem: hoptim.Problem, name: Any, weights: Tree, leaves: Tree, batch: Any) -> Tensor:
+    """A loss of the problem at these tensors."""
+    with problem.at(weights, leaves) as at, at.loss(name, batch) as (loss, *_):
+        return loss
+
+
 # Operators ----------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from torch.func import grad, jacrev
 from torch.nn import functional as F
 
 import hoptim
-from hoptim.curvature.linearization import Point
 from hoptim.methods.method import TrainingContext
 
 SHAPES = {"0.weight": (3, 2), "0.bias": (3,), "3.weight": (2, 3), "3.bias": (2,)}
@@ -138,15 +137,9 @@ def linearized(
     inner: Any = None,
     draw: Any = None,
 ) -> Any:
-    point = Point.of(problem, BATCHES[0] if at is None else at, draw)
-    condition = condition or hoptim.Gradient()
-
-    def inside() -> Any:
-        with curvature.linearize(point) as one:
-            return then(condition(one, point, TrainingContext(inner=inner)))
-
-    with problem.untouched():
-        return point.inside(inside)
+    condition, batch = condition or hoptim.Gradient(), BATCHES[0] if at is None else at
+    with problem.leave_no_trace(), problem.at() as here, curvature.linearize(here, batch, draw) as one:
+        return then(condition(one, here, TrainingContext(inner=inner)))
 
 
 def matrix(A: Any) -> Tensor:

@@ -12,7 +12,7 @@ from systems import Dense
 from torch import Tensor, nn
 
 from hoptim import Exact, HyperParameters, Problem
-from hoptim.curvature.linearization import Linearization, Point
+from hoptim.curvature.linearization import Linearization
 from hoptim.linalg.operators import Embedded, Mean, Operator, Scaled, Symmetric
 from hoptim.linalg.vectors import Layout
 
@@ -106,13 +106,8 @@ def test_an_embedded_operator_is_zero_where_it_does_not_reach(lead: tuple[int, .
 
 
 def linearized(problem: Problem, batch: Any, then: Callable[[Linearization], Any]) -> Any:
-    point = Point.of(problem, batch)
-
-    def inside() -> Any:
-        with Exact().linearize(point) as one:
-            return then(one)
-
-    return point.inside(inside)
+    with problem.at() as at, Exact().linearize(at, batch) as one:
+        return then(one)
 
 
 def test_products_with_the_hessian_and_the_mixed_derivative_of_a_real_model() -> None:

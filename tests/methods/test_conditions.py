@@ -47,7 +47,6 @@ from hoptim import (
     Update,
     hypergradient,
 )
-from hoptim.curvature.linearization import Point
 from hoptim.linalg.operators import Operator
 from hoptim.methods.method import TrainingContext
 from hoptim.solvers.gmres import GMRES
@@ -303,15 +302,9 @@ def test_curvature_that_is_not_symmetric_is_transposed_inside() -> None:
 
     problem, inner = started("adamw")
     P = (real_step(problem, inner, push=1e-5) - real_step(problem, inner, push=-1e-5)) / 2e-5
-    point = Point.of(problem, BATCHES[0])
-
-    def inside() -> tuple[Tensor, Tensor]:
-        with Exact().linearize(point) as one:
-            A = Update()(dataclasses.replace(one, A=Dense(M)), point, TrainingContext(inner=inner)).A
-            return matrix(A), matrix(A.T)
-
-    with problem.untouched():
-        A, AT = point.inside(inside)
+    with problem.leave_no_trace(), problem.at() as at, Exact().linearize(at, BATCHES[0]) as one:
+        found = Update()(dataclasses.replace(one, A=Dense(M)), at, TrainingContext(inner=inner)).A
+        A, AT = matrix(found), matrix(found.T)
     truth = P[:, None] * M + 0.1 * 0.3 * torch.eye(SIZE)
     torch.testing.assert_close(A, truth, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(AT, truth.T, rtol=1e-6, atol=1e-8)

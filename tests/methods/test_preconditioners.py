@@ -67,7 +67,7 @@ def test_scaled_is_s_a_s_and_so_is_its_transpose() -> None:
 
 
 def diagonal(A: Any, **options: Any) -> Tensor:
-    return Jacobi(**options)(A, None, None, None)
+    return Jacobi(**options)(A, {}, None)
 
 
 def test_jacobi_is_exact_for_a_diagonal_operator_and_takes_its_size() -> None:
@@ -86,7 +86,7 @@ def test_jacobi_is_the_diagonal_in_the_mean_over_probes() -> None:
 
 def test_jacobi_spends_its_probes_on_one_batched_product() -> None:
     A = Counted(spd())
-    Jacobi(probes=4)(A, None, None, None)
+    Jacobi(probes=4)(A, {}, None)
     assert A.calls == 1
 
 
@@ -103,7 +103,7 @@ def test_jacobi_has_a_floor_and_leaves_a_flat_operator_alone() -> None:
 class Fixed(Jacobi):
     """Any diagonal: the answer may not depend on it."""
 
-    def __call__(self, A: Operator, layout: Any, point: Any, inner: Any) -> Tensor:
+    def __call__(self, A: Operator, weights: Any, inner: Any) -> Tensor:
         return torch.rand(A.size, generator=torch.Generator().manual_seed(2)) * 5 + 0.1
 
 
@@ -140,7 +140,7 @@ def test_diagonal_is_that_of_the_damped_curvature() -> None:
 def test_a_few_terms_with_it_are_those_of_the_scaled_system() -> None:
     problem = tiny()
     A = linearized(problem, GaussNewton(), lambda one: matrix(one.A)) + 0.2 * torch.eye(WEIGHTS)
-    s = Fixed()(Dense(A), None, None, None).rsqrt()
+    s = Fixed()(Dense(A), {}, None).rsqrt()
     v = y = s * g_of(problem)
     for _ in range(3):
         v = v - 0.1 * s * (A @ (s * v))

@@ -31,7 +31,7 @@ from hoptim import (
     Neumann,
     Nystrom,
 )
-from hoptim.methods.implicit import Hypergradient
+from hoptim.methods.result import Hypergradient
 
 Tree = dict[str, Tensor]
 ACTIVATIONS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "softplus": nn.Softplus, "gelu": nn.GELU}

@@ -480,7 +480,7 @@ def test_differentiable_statistics_are_torchs_do(name: str, dtype: torch.dtype) 
     x = torch.randn(shape, dtype=dtype)
     for mode in (True, True, False):
         expected = plain.train(mode)(x)
-        with DifferentiableStatistics().around([ours]):
+        with DifferentiableStatistics().around(ours):
             torch.testing.assert_close(ours.train(mode)(x), expected)
         torch.testing.assert_close(ours.state_dict(), plain.state_dict())
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import loss_at
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -224,15 +225,15 @@ def test_what_autocast_keeps_of_one_tensor_is_not_taken_for_another() -> None:
         {n: p.detach().clone().requires_grad_() for n, p in t().items()} for t in (problem.weights, problem.leaves)
     )
     values = []
-    with autocast(), problem.untouched():
+    with autocast(), problem.leave_no_trace():
         for _ in range(2):
-            values.append(problem.pure("train_loss", weights, leaves, TRAIN[0], lambda loss, _: loss.item()))
+            values.append(loss_at(problem, "train_loss", weights, leaves, TRAIN[0]).item())
             for value in weights.values():
                 value.data.mul_(2)
-    with autocast(), problem.untouched():
+    with autocast(), problem.leave_no_trace():
         for value in weights.values():
             value.data.div_(2)
-        assert problem.pure("train_loss", weights, leaves, TRAIN[0], lambda loss, _: loss.item()) == values[1] != values[0]
+        assert loss_at(problem, "train_loss", weights, leaves, TRAIN[0]).item() == values[1] != values[0]
 
 
 def test_under_float16_hypersteps_are_in_full_precision() -> None:
@@ -267,18 +268,21 @@ def test_an_audit_under_autocast_knows_its_noise() -> None:
 
 
 def test_contexts_of_precision() -> None:
-    assert lowered() == ()
+    problem = problem_of()
+    assert problem.lowered == lowered() == ()
     with autocast():
-        assert lowered() == (("cpu", BF16),)
-        with full_precision():
-            assert (lowered(), torch.is_autocast_enabled("cpu")) == ((("cpu", BF16),), False)
-            with full_precision(), losses_precision():
+        assert problem.lowered == lowered() == (("cpu", BF16),)
+        with problem.leave_no_trace():
+            assert (problem.lowered, torch.is_autocast_enabled("cpu")) == ((("cpu", BF16),), False)
+            with problem.leave_no_trace(), losses_precision(problem.lowered):
                 assert torch.is_autocast_enabled("cpu")
             assert not torch.is_autocast_enabled("cpu")
         assert torch.is_autocast_enabled("cpu")
-    with pytest.raises(RuntimeError, match="within"), full_precision():
+        with full_precision():
+            assert lowered() == ()
+    with pytest.raises(RuntimeError, match="within"), problem.leave_no_trace():
         raise RuntimeError("within")
-    assert lowered() == ()
+    assert problem.lowered == lowered() == ()
 
 
 # GradScaler -----------------------------------------------------------------------------------------------------------

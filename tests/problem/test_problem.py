@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 import warnings
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import classes, noisy_problem, same, snapshot
+from cases import classes, loss_at, noisy_problem, same, snapshot
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -21,10 +22,6 @@ def mean_square(model: Any, hparams: Any, batch: Any) -> Tensor:
     return model(batch).square().mean() + hparams["a"] * sum(p.square().sum() for p in model.parameters())
 
 
-def itself(loss: Tensor, _: Any) -> Tensor:
-    return loss
-
-
 def linear_problem() -> Problem:
     return Problem(nn.Linear(2, 1), HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
 
@@ -33,7 +30,7 @@ def test_pure_loss_is_that_of_the_tensors_given() -> None:
     problem, x = linear_problem(), torch.randn(5, 2)
     weights = {"weight": torch.randn(1, 2, requires_grad=True), "bias": torch.randn(1, requires_grad=True)}
     leaves = {"a": torch.tensor(3.0, requires_grad=True)}
-    loss = problem.pure("train_loss", weights, leaves, x, itself)
+    loss = loss_at(problem, "train_loss", weights, leaves, x)
     penalty = 3.0 * (weights["weight"].square().sum() + weights["bias"].square().sum())
     torch.testing.assert_close(loss, (x @ weights["weight"].T + weights["bias"]).square().mean() + penalty)
 
@@ -55,17 +52,19 @@ def test_tied_weights_are_replaced_together() -> None:
     model[1].weight = model[0].weight
     problem = Problem(model, HyperParameters({"a": torch.tensor(0.0)}), mean_square, mean_square)
     w, x = torch.randn(2, 2, requires_grad=True), torch.randn(3, 2)
-    loss = problem.pure("train_loss", {"0.weight": w}, {"a": torch.tensor(0.0)}, x, itself)
+    loss = loss_at(problem, "train_loss", {"0.weight": w}, {"a": torch.tensor(0.0)}, x)
     torch.testing.assert_close(loss, (x @ w.T @ w.T).square().mean())
 
 
 def test_pure_loss_leaves_no_trace() -> None:
     problem = noisy_problem()
-    before = snapshot(problem)
-    with problem.untouched():
+    before, tensors = snapshot(problem), [*problem.joint.parameters(), *problem.joint.buffers()]
+    with problem.leave_no_trace(), problem.at() as at:
         for name in ("train_loss", "val_loss"):
-            problem.pure(name, problem.weights(), problem.leaves(), classes(8, 0), itself)
+            with at.loss(name, classes(8, 0)) as (loss, *_):
+                torch.autograd.grad(loss, list(at.weights.values()), allow_unused=True)
     assert same(snapshot(problem), before)
+    assert all(map(operator.is_, [*problem.joint.parameters(), *problem.joint.buffers()], tensors))
 
 
 KERNELS = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -82,9 +81,9 @@ def test_attention_is_unfused_inside_and_as_the_user_chose_outside_even_after_an
     seen = []
 
     def fails() -> None:
-        with problem.untouched():
+        with problem.leave_no_trace():
             seen.append(kernels())
-            with problem.untouched():
+            with problem.leave_no_trace():
                 seen.append(kernels())
             seen.append(kernels())
             raise ZeroDivisionError
@@ -104,17 +103,17 @@ def test_a_pure_loss_inside_another_is_that_of_its_own_tensors() -> None:
     leaves = {"a": torch.tensor(0.0)}
     losses = [(x @ w["weight"].T + w["bias"]).square().mean() for w in (first, second)]
 
-    def inner(outer: Tensor, _: Any) -> tuple[Tensor, Tensor]:
-        assert problem.weights()["weight"] is w["weight"]
-        with problem.untouched():
-            return outer, problem.pure("train_loss", second, leaves, x, itself)
-
     w = {name: value.requires_grad_() for name, value in first.items()}
     second = {name: value.requires_grad_() for name, value in second.items()}
-    with problem.untouched():
-        found = problem.pure("train_loss", w, leaves, x, inner)
-        assert problem.weights()["weight"] is problem.model.weight
-        again = problem.pure("train_loss", second, leaves, x, itself)
+    with problem.leave_no_trace():
+        with problem.at(w, leaves) as at, at.loss("train_loss", x) as (outer, *_):
+            assert at.weights["weight"] is w["weight"] is problem.model.weight
+            live = problem.weights()["weight"]
+            with problem.at(second, leaves):
+                assert problem.weights()["weight"] is live
+            found = outer, loss_at(problem, "train_loss", second, leaves, x)
+        assert live is problem.model.weight is not w["weight"], "they are the live ones wherever they are asked for"
+        again = loss_at(problem, "train_loss", second, leaves, x)
     torch.testing.assert_close(found, (losses[0], losses[1]))
     torch.testing.assert_close(again, losses[1])
 
@@ -125,13 +124,13 @@ def test_threads_leave_the_settings_of_the_process_as_they_were() -> None:
     first_in, second_in = threading.Event(), threading.Event()
 
     def first() -> None:
-        with linear_problem().untouched():
+        with linear_problem().leave_no_trace():
             first_in.set()
             second_in.wait(10)
 
     def second() -> None:
         first_in.wait(10)
-        with linear_problem().untouched():
+        with linear_problem().leave_no_trace():
             second_in.set()
             one.join()
             seen.append(kernels())
@@ -151,14 +150,15 @@ def test_a_pure_loss_by_itself_is_twice_differentiable() -> None:
     weights = {name: p.detach().clone().requires_grad_() for name, p in problem.weights().items()}
     values = list(weights.values())
 
-    def hessian(loss: Tensor, _: Any) -> Tensor:
-        slopes = torch.cat([one.flatten() for one in torch.autograd.grad(loss, values, create_graph=True)])
-        rows = [torch.autograd.grad(slope, values, retain_graph=True, materialize_grads=True) for slope in slopes]
-        return torch.stack([torch.cat([one.flatten() for one in row]) for row in rows])
+    def hessian() -> Tensor:
+        with problem.at(weights) as at, at.loss("train_loss", x) as (loss, *_):
+            slopes = torch.cat([one.flatten() for one in torch.autograd.grad(loss, values, create_graph=True)])
+            rows = [torch.autograd.grad(slope, values, retain_graph=True, materialize_grads=True) for slope in slopes]
+            return torch.stack([torch.cat([one.flatten() for one in row]) for row in rows])
 
-    bare = problem.pure("train_loss", weights, problem.leaves(), x, hessian)
-    with problem.untouched():
-        inside = problem.pure("train_loss", weights, problem.leaves(), x, hessian)
+    bare = hessian()
+    with problem.leave_no_trace():
+        inside = hessian()
     torch.testing.assert_close(bare, bare.T)
     torch.testing.assert_close(bare, inside)
 
@@ -177,20 +177,20 @@ def test_a_part_that_the_first_forward_pass_builds_keeps_its_buffers() -> None:
 
     problem = Problem(Late(), HyperParameters({"a": torch.tensor(0.5)}), mean_square, mean_square)
     x = torch.randn(5, 2)
-    with problem.untouched():
-        problem.pure("train_loss", problem.weights(), problem.leaves(), x, itself)
+    with problem.leave_no_trace():
+        loss_at(problem, "train_loss", problem.weights(), problem.leaves(), x)
         built = problem.model.norm.running_mean.clone()
         for name in ("val_loss", "train_loss"):
-            problem.pure(name, problem.weights(), problem.leaves(), x, itself)
+            loss_at(problem, name, problem.weights(), problem.leaves(), x)
     assert torch.equal(problem.model.norm.running_mean, built)
 
 
 def test_weights_that_are_put_in_between_two_hypersteps_are_seen() -> None:
     problem = linear_problem()
-    with problem.untouched():
+    with problem.leave_no_trace():
         pass
     problem.model.weight = nn.Parameter(torch.ones(1, 2))
-    with problem.untouched():
+    with problem.leave_no_trace():
         assert problem.weights()["weight"] is problem.model.weight
 
 
@@ -263,7 +263,7 @@ def test_errors_name_the_loss(which: str) -> None:
     problem = linear_problem()
     setattr(problem, which, lambda m, h, b: m(b))
     with pytest.raises(ValueError, match=rf"{which} returned a tensor of shape \(5, 1\): return a scalar"):
-        problem.pure(which, problem.weights(), problem.leaves(), torch.randn(5, 2), itself)
+        loss_at(problem, which, problem.weights(), problem.leaves(), torch.randn(5, 2))
 
 
 class Scaled(nn.Module):

@@ -13,7 +13,6 @@ from systems import solve as solved
 from torch import Tensor, nn
 
 from hoptim import Chebyshev, Exact, Identity, Implicit, Neumann, Problem, Solution, Solver, Status
-from hoptim.curvature.linearization import Point
 from hoptim.linalg.lanczos import spectral_norm, start_vector
 from hoptim.linalg.operators import Operator, Symmetric
 from hoptim.methods.preconditioners import Preconditioner
@@ -356,15 +355,11 @@ def test_a_second_attempt_is_in_the_hypergradient_too(solver: Solver, preconditi
 
 def test_batched_solve_is_a_loop_of_solves_on_a_real_model() -> None:
     problem = noisy_problem()
-    point, solver = Point.of(problem, classes(8, 0)), Neumann(terms=6, step_size=0.01)
-
-    def inside() -> None:
-        with Exact().linearize(point) as F:
-            g = torch.randn(4, F.A.size)
-            together = solver.solve(F.A, g)
-            for i in range(4):
-                alone = solver.solve(F.A, g[i])
-                torch.testing.assert_close(together.residuals[:, i], alone.residuals, rtol=1e-10, atol=0)
-                torch.testing.assert_close(together.value[i], alone.value, rtol=1e-10, atol=1e-13)
-
-    point.inside(inside)
+    solver = Neumann(terms=6, step_size=0.01)
+    with problem.at() as at, Exact().linearize(at, classes(8, 0)) as F:
+        g = torch.randn(4, F.A.size)
+        together = solver.solve(F.A, g)
+        for i in range(4):
+            alone = solver.solve(F.A, g[i])
+            torch.testing.assert_close(together.residuals[:, i], alone.residuals, rtol=1e-10, atol=0)
+            torch.testing.assert_close(together.value[i], alone.value, rtol=1e-10, atol=1e-13)

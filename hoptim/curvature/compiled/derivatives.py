@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hoptim.curvature.exact import DoubleBackward
-from hoptim.curvature.linearization import GradientGraph, Point, as_leaves
+from hoptim.curvature.linearization import GradientGraph
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
-from hoptim.problem.composite_loss import LossParts
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import At, Evaluated, Problem, as_leaves
 
 Derivatives = tuple[Tensor, Tensor, Tensor, OptionalTree]  # L_T, F, A v, Bᵀv
 
@@ -32,12 +30,12 @@ class Inputs(NamedTuple):
     batch: Any
 
     @classmethod
-    def of(cls, point: Point) -> Inputs:
-        """The point's tensors, and all others that its problem holds."""
-        joint, weights, leaves = point.problem.joint, point.weights, point.leaves
+    def of(cls, at: At, batch: Any) -> Inputs:
+        """The tensors of ``at``, and all others that its problem holds."""
+        joint, weights, leaves = at.problem.joint, at.weights, at.leaves
         frozen = {name: p.detach() for name, p in joint.model.named_parameters() if name not in weights}
         constant = {name: p.detach() for name, p in joint.hparams.named_parameters() if name not in leaves}
-        return cls(weights, leaves, frozen, constant, dict(joint.named_buffers()), point.batch)
+        return cls(weights, leaves, frozen, constant, at.buffers, batch)
 
     def tensors(self) -> list[Tensor]:
         """All tensors, also those in the batch, detached."""
@@ -56,13 +54,10 @@ def by_second_pass(
     """By backward passes through the graph of F, as without compilation; ``tensors`` replace those of the inputs."""
     inputs = inputs.at(tensors)
     weights, leaves = as_leaves(inputs.weights), as_leaves(inputs.leaves)
-
-    def use(loss: Tensor, parts: LossParts | None) -> Derivatives:
+    with _evaluated(problem, inputs._replace(weights=weights, leaves=leaves)) as (loss, parts, _):
         graph = GradientGraph(loss, weights, leaves, parts)
         found = graph.linearization(curvature.of(graph))
         return found.loss, found.value, found.A @ v, found.mixed(v)
-
-    return _evaluate(problem, inputs._replace(weights=weights, leaves=leaves), use)
 
 
 def by_dual_numbers(problem: Problem, inputs: Inputs, layout: Layout, tensors: Sequence[Tensor], v: Tensor) -> Derivatives:
@@ -73,23 +68,23 @@ def by_dual_numbers(problem: Problem, inputs: Inputs, layout: Layout, tensors: S
     """
     inputs = inputs.at(tensors)
     weights, leaves, along = as_leaves(inputs.weights), as_leaves(inputs.leaves), layout.unflatten(v)
-
-    def use(loss: Tensor, _: LossParts | None) -> Derivatives:
-        slopes = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(w, along[name]) if name in along else w for name, w in weights.items()}
+        with _evaluated(problem, inputs._replace(weights=dual, leaves=leaves)) as (loss, *_):
+            slopes = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
         pairs = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in slopes]
         F, Av = (layout.flatten(dict(zip(weights, part, strict=False))) for part in zip(*pairs, strict=True))
         Bv = {name: tangent for name, (_, tangent) in zip(leaves, pairs[len(weights) :], strict=True)}
         return forward_ad.unpack_dual(loss).primal.detach(), F, Av, Bv
 
-    with forward_ad.dual_level():
-        dual = {name: forward_ad.make_dual(w, along[name]) if name in along else w for name, w in weights.items()}
-        return _evaluate(problem, inputs._replace(weights=dual, leaves=leaves), use)
 
-
-def _evaluate(problem: Problem, inputs: Inputs, use: Callable[[Tensor, LossParts | None], Derivatives]) -> Derivatives:
-    """``use(loss, parts)`` of the training loss, with the inputs in place of the live tensors."""
+@contextmanager
+def _evaluated(problem: Problem, inputs: Inputs) -> Iterator[Evaluated]:
+    """The training loss with the inputs in place of the live tensors."""
     weights, leaves = inputs.weights | inputs.frozen, inputs.leaves | inputs.constant
-    evaluate = partial(problem.pure, "train_loss", weights, leaves, inputs.batch, use)
-    with torch.enable_grad():
-        found: Derivatives = functional_call(problem.joint, inputs.buffers, (evaluate,))
-    return found
+    with (
+        torch.enable_grad(),
+        problem.at(weights, leaves, inputs.buffers) as at,
+        at.loss("train_loss", inputs.batch) as found,
+    ):
+        yield found

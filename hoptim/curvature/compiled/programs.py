@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +17,19 @@ from hoptim.curvature.compiled.derivatives import Inputs, by_dual_numbers, by_se
 from hoptim.curvature.compiled.program import Function, Program
 from hoptim.curvature.compiled.splitting import UntraceableError
 from hoptim.curvature.exact import DoubleBackward, Exact
-from hoptim.curvature.linearization import GradientGraph, Linearization, Point
+from hoptim.curvature.linearization import GradientGraph, Linearization
 from hoptim.linalg import trees, vectors
 from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.vectors import Layout
-from hoptim.problem.mixed_precision import epsilon_of_losses, lowered
-from hoptim.problem.problem import Problem, set_generators
+from hoptim.problem.problem import At, Problem
+from hoptim.problem.random_stream import set_generators
 
 MOST_PROGRAMS = 8  # made for one problem
 CHECK_EVERY = 32  # points
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
-def compiled_linearization(point: Point, curvature: DoubleBackward) -> Linearization | None:
+def compiled_linearization(at: At, batch: Any, curvature: DoubleBackward) -> Linearization | None:
     """F and its derivatives at a point, by graphs that are compiled once for all values.
 
     Weights, hyperparameters, buffers and the batch's tensors are inputs of the graphs, so other values of them need no new
@@ -44,7 +43,8 @@ def compiled_linearization(point: Point, curvature: DoubleBackward) -> Lineariza
     that of a factor of the gradient alone, can stay unnoticed for up to 31 points.
 
     Args:
-        point: where; to be called inside :meth:`Point.inside`.
+        at: where.
+        batch: the training batch.
         curvature: which A.
 
     Returns:
@@ -56,17 +56,18 @@ def compiled_linearization(point: Point, curvature: DoubleBackward) -> Lineariza
     >>> hparams = torch.nn.ParameterDict({"decay": torch.tensor(3.0)})
     >>> def loss(model, hparams, batch):
     ...     return 0.5 * hparams["decay"] * model.weight.square().sum() + model(batch).sum()
-    >>> point = Point.of(Problem(torch.nn.Linear(2, 1, bias=False), hparams, loss, loss), torch.ones(1, 2))
-    >>> found = point.inside(lambda: compiled_linearization(point, Exact()))
+    >>> with Problem(torch.nn.Linear(2, 1, bias=False), hparams, loss, loss).at() as at:
+    ...     found = compiled_linearization(at, torch.ones(1, 2), Exact())
     >>> found.A @ torch.tensor([1.0, 2.0])
     tensor([3., 6.])
     """
-    problem = point.problem
-    cache = _CACHES.setdefault(problem, _Cache())
+    problem = at.problem
+    cache: Programs = problem.programs or Programs()
+    problem.programs = cache
     try:
-        inputs = Inputs.of(point)
+        inputs = Inputs.of(at, batch)
         key = (curvature, *_key(problem, inputs))
-        program = cache.programs.get(key, "new")
+        program = cache.by_key.get(key, "new")
     except Exception as error:  # no key: an unknown class in the batch, or a value without a hash
         cache.give_up(error)
         return None
@@ -79,7 +80,7 @@ def compiled_linearization(point: Point, curvature: DoubleBackward) -> Lineariza
             random_state = problem.generators()
             found = program.at(inputs.tensors())
             set_generators(random_state)
-            if not _what_is_off(found, point, curvature, is_due):
+            if not _what_is_off(found, at, batch, curvature, is_due):
                 return found
             set_generators(random_state)
         if cache.made == MOST_PROGRAMS:
@@ -88,21 +89,24 @@ def compiled_linearization(point: Point, curvature: DoubleBackward) -> Lineariza
                 "size, and make a number that changes a tensor of hparams, of the batch or in a buffer"
             )
         cache.made += 1
-        cache.programs[key] = program = _make(point, inputs, curvature)
+        cache.by_key[key] = program = _make(at, inputs, curvature)
         return program.at(inputs.tensors())
     except Exception as error:  # tracing any kind of model may raise anything
-        cache.programs[key] = None
+        cache.by_key[key] = None
         cache.give_up(error)
         return None
 
 
 @dataclass
-class _Cache:
+class Programs:
     """The programs of one problem by key; ``None`` for one that plain PyTorch has to compute."""
 
-    programs: dict[Any, Program | None] = field(default_factory=dict)
+    by_key: dict[Any, Program | None] = field(default_factory=dict)
     made: int = 0
     has_warned: bool = False
+
+    def __reduce__(self) -> Any:
+        return Programs, ()  # compiled code can't be copied
 
     def give_up(self, error: Exception) -> None:
         """Warn once why plain PyTorch takes over."""
@@ -116,14 +120,11 @@ class _Cache:
         self.has_warned = True
 
 
-_CACHES: WeakKeyDictionary[Problem, _Cache] = WeakKeyDictionary()
-
-
 def _key(problem: Problem, inputs: Inputs) -> tuple[Any, ...]:
     """What a program depends on besides values; any other dependence is found by comparing values."""
     found, tree = tree_flatten(inputs)
     modes = tuple(part.training for part in problem.joint.modules())
-    return tree, *map(_describe, found), modes, lowered(), torch.get_default_dtype(), id(problem.train_loss)
+    return tree, *map(_describe, found), modes, problem.lowered, torch.get_default_dtype(), id(problem.train_loss)
 
 
 def _describe(leaf: Any) -> tuple[Any, ...]:
@@ -134,19 +135,19 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
     raise UntraceableError(f"the batch holds a {type(leaf).__name__}: give tensors in dicts, lists and tuples")
 
 
-def _make(point: Point, inputs: Inputs, curvature: DoubleBackward) -> Program:
+def _make(at: At, inputs: Inputs, curvature: DoubleBackward) -> Program:
     """A new program, checked against plain PyTorch."""
-    problem, tensors = point.problem, inputs.tensors()
-    with problem.untouched(), problem.evaluated("train_loss", point.batch) as (loss, parts, _):
-        graph = GradientGraph(loss, point.weights, point.leaves, parts)
+    problem, tensors = at.problem, inputs.tensors()
+    with problem.leave_no_trace(), at.loss("train_loss", inputs.batch) as (loss, parts, _):
+        graph = GradientGraph(loss, at.weights, at.leaves, parts)
 
     def attempt(function: Function) -> Program:
-        with problem.untouched():
+        with problem.leave_no_trace():
             program = Program(function, tensors, graph.layout, graph.untouched)
-        with problem.untouched():
+        with problem.leave_no_trace():
             found = program.at(tensors)
-        with problem.untouched():
-            if off := _what_is_off(found, point, curvature, True):
+        with problem.leave_no_trace():
+            if off := _what_is_off(found, at, inputs.batch, curvature, True):
                 raise UntraceableError(off)
         return program
 
@@ -156,17 +157,17 @@ def _make(point: Point, inputs: Inputs, curvature: DoubleBackward) -> Program:
     return attempt(partial(by_second_pass, problem, inputs, curvature))
 
 
-def _what_is_off(found: Linearization, point: Point, curvature: DoubleBackward, is_due: bool) -> str:
+def _what_is_off(found: Linearization, at: At, batch: Any, curvature: DoubleBackward, is_due: bool) -> str:
     """Which value of a program differs from plain PyTorch, in words, or ""; unless ``is_due``, only L_T is compared."""
-    with point.problem.evaluated("train_loss", point.batch) as (loss, parts, _):
-        L, epsilon = loss.detach(), epsilon_of_losses(*found.layout.dtypes)
+    with at.loss("train_loss", batch) as (loss, parts, _):
+        L, epsilon = loss.detach(), at.problem.rounding(found.layout.dtypes)
         half, fifth = epsilon**0.5, epsilon**0.2  # of the digits
         rounding = 100 * torch.finfo(torch.promote_types(L.dtype, torch.float32)).eps  # of a loss or a gradient near zero
         if not _agree(found.loss, L, half, rounding):
             return f"the compiled L_T is {float(found.loss):g}, not {float(L):g}"
         if not is_due:
             return ""
-        graph = GradientGraph(loss, point.weights, point.leaves, parts)
+        graph = GradientGraph(loss, at.weights, at.leaves, parts)
         plain = graph.linearization(curvature.of(graph))
         if plain.layout != found.layout:
             return "L_T touches other weights than it did"
