@@ -114,8 +114,7 @@ from hoptim.solvers.nystrom import Nystrom
 from hoptim.solvers.solution import Solution, Status
 from hoptim.solvers.warm_start import SOBA, WarmStart
 from hoptim.training.cross_validated import CrossValidated
-from hoptim.training.optimizer import BilevelOptimizer
-from hoptim.training.outer_step import outer_step
+from hoptim.training.optimizer import BilevelOptimizer, outer_step
 from hoptim.training.record import Record
 from hoptim.training.retrain import retrain
 

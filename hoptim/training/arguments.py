@@ -49,22 +49,32 @@ def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
     return [float(weight) for weight in found]
 
 
-def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: int | None, options: object) -> None:
-    """Check that the method needs no steps before the last hyperstep and sees the options, and that hooks are functions."""
-    check_method("hypergradient", hypergradient)
-    steps = 0 if hypergradient is None else hypergradient.keeps_steps
-    if every is not None and steps > every:
-        raise ValueError(
-            f"{hypergradient} goes back {steps} inner steps, but hypersteps come every {every}: unroll at most {every}"
-        )
+def check_options(options: object) -> None:
+    """Check that ``options`` is a dict."""
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f'options is {describe_type(options)}: give a dict, such as {{"lr": "rate"}}')
-    unseen = [key for key in options or () if key != "weight_decay"]  # which is a part of the condition Gradient()
-    if unseen and hypergradient is not None and not hypergradient.sees_options:
+
+
+def check_method_fits(method: Method | None, every: int | None, options: Mapping[str, Any] | None) -> None:
+    """Check that the method needs no steps before the last hyperstep, and sees the options that are learned."""
+    check_method("hypergradient", method)
+    check_options(options)
+    if method is None:
+        return
+    if every is not None and method.keeps_steps > every:
         raise ValueError(
-            f"options makes {', '.join(unseen)} hyperparameters, in which {hypergradient} has no derivative: leave "
+            f"{method} goes back {method.keeps_steps} inner steps, but hypersteps come every {every}: unroll at most {every}"
+        )
+    unseen = [key for key in options or () if key != "weight_decay"]  # which is a part of the condition Gradient()
+    if unseen and not method.sees_options:
+        raise ValueError(
+            f"options makes {', '.join(unseen)} hyperparameters, in which {method} has no derivative: leave "
             "hypergradient out for Unrolled(), or give Implicit(condition=Update())"
         )
+
+
+def check_hooks(hooks: Sequence[Any]) -> None:
+    """Check that hooks are functions in a list."""
     if not isinstance(hooks, Sequence):
         raise TypeError(f"hooks is {describe_type(hooks)}: give a list of functions of the record")
     for hook in hooks:
@@ -74,14 +84,32 @@ def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: 
             raise TypeError(f"hook {hook!r} can't be called: give functions of the record")
 
 
-def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> None:
-    """Check that the inner optimizer holds weights and no hyperparameters, and the outer one the other way round."""
-    for name, optimizer in (("inner", inner), ("outer", outer)):
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{name} is {describe_type(optimizer)}: give a torch.optim.Optimizer")
-        if isinstance(getattr(optimizer, "problem", None), Problem):
-            raise TypeError(f"{name} is {describe_type(optimizer)} already: give the optimizer inside it, as its .{name}")
+def check_optimizer(name: str, optimizer: Optimizer, problem: Problem) -> None:
+    """Check that the inner optimizer holds weights and no hyperparameters; or the outer one, the other way round."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{name} is {describe_type(optimizer)}: give a torch.optim.Optimizer")
+    if isinstance(getattr(optimizer, "problem", None), Problem):
+        raise TypeError(f"{name} is {describe_type(optimizer)} already: give the optimizer inside it, as its .{name}")
     checked_problem(problem)
+    weights = {id(p): key for key, p in problem.model.named_parameters()}
+    leaves = {id(p): key for key, p in problem.hparams.named_parameters()}
+    if name == "inner":
+        own, other, learned = weights, leaves, problem.weights()
+        kind, other_kind, remedy = "weight of the model", "hyperparameter", "model.parameters()"
+    else:
+        own, other, learned = leaves, weights, problem.leaves()
+        kind, other_kind, remedy = "hyperparameter", "weight of the model", "hparams.parameters()"
+        _check_outer_kind(optimizer)
+    here, live = held(optimizer).keys(), {id(p) for p in learned.values()}
+    if wrong := [other[p] for p in here if p in other and not (p in own and p not in live)]:  # a frozen one may be both
+        raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {other_kind}: build it on {remedy}")
+    if not here & own.keys():
+        raise ValueError(f"the {name} optimizer holds no {kind} of the problem: build it on {remedy}")
+    if not here & live:
+        raise ValueError(f"the {name} optimizer holds no {kind} that requires a gradient: build it on {remedy}")
+
+
+def _check_outer_kind(outer: Optimizer) -> None:
     if not isinstance(outer, LevelAdam) and any("fall_after" in group for group in outer.param_groups):
         raise ValueError(
             "outer has param groups of hparams.optimizer(), without the levels that belong to them: give "
@@ -89,27 +117,13 @@ def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> No
         )
     if isinstance(outer, LBFGS):
         raise ValueError("outer is an LBFGS, which needs a closure that a hyperstep has not: take SGD or Adam")
-    weights = {id(p): name for name, p in problem.model.named_parameters()}
-    leaves = {id(p): name for name, p in problem.hparams.named_parameters()}
-    learned = {id(p) for p in (*problem.weights().values(), *problem.leaves().values())}
-    for name, optimizer, own, other, kind, other_kind, remedy in (
-        ("inner", inner, weights, leaves, "weight of the model", "hyperparameter", "model.parameters()"),
-        ("outer", outer, leaves, weights, "hyperparameter", "weight of the model", "hparams.parameters()"),
-    ):
-        here, frozen = held(optimizer).keys(), own.keys() - learned
-        if wrong := [other[p] for p in here if p in other and p not in frozen]:  # a frozen tensor may be both
-            raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {other_kind}: build it on {remedy}")
-        if not here & own.keys():
-            raise ValueError(f"the {name} optimizer holds no {kind} of the problem: build it on {remedy}")
-        if not here & own.keys() & learned:
-            raise ValueError(f"the {name} optimizer holds no {kind} that requires a gradient: build it on {remedy}")
 
 
-def warn_of_unheld(inner: Optimizer, outer: Optimizer, problem: Problem, known: Sequence[tuple[str, str]] = ()) -> Unheld:
+def warn_of_unheld(held_by: Mapping[str, Optimizer], problem: Problem, known: Sequence[tuple[str, str]] = ()) -> Unheld:
     """Find tensors that require a gradient but are in neither optimizer; warn of those that are not ``known``."""
     found: Unheld = []
-    for name, optimizer, live in (("inner", inner, problem.weights()), ("outer", outer, problem.leaves())):
-        here = held(optimizer)
+    for name, live in (("inner", problem.weights()), ("outer", problem.leaves())):
+        here = held(held_by[name])
         unheld = [(name, key) for key, p in live.items() if id(p) not in here]
         if new := [key for which, key in unheld if (which, key) not in known]:
             own = {key: p for key, p in live.items() if id(p) in here}
@@ -128,13 +142,6 @@ def _is_copy(name: str, tensor: Tensor, own: Tree) -> bool:
     parts = name.split(".")
     ends = [".".join(parts[place:]) for place in range(1, len(parts))]
     return any(end in own and own[end].shape == tensor.shape for end in ends)
-
-
-def check_again(inner: Optimizer, outer: Optimizer, problem: Problem, known: Unheld) -> Unheld:
-    """Repeat the checks of the construction before a hypergradient, since layers may have been replaced or frozen."""
-    problem.check_learned()
-    check_optimizers(inner, outer, problem)
-    return warn_of_unheld(inner, outer, problem, known)
 
 
 def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:

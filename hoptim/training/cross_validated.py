@@ -20,14 +20,13 @@ from hoptim.problem.problem import Loss, Problem
 from hoptim.problem.random_stream import RandomStream
 from hoptim.training import arguments
 from hoptim.training.checkpoint import held_weights
-from hoptim.training.fit import Fit, Parts, Train
+from hoptim.training.fit import Fit, FoldTraining, LeafAverage, Train
 from hoptim.training.fit_file import FitFile
 from hoptim.training.fold_optimizer import FoldOptimizer, due_steps
 from hoptim.training.folds import Fold, make_folds
-from hoptim.training.leaf_average import LeafAverage
 from hoptim.training.record import Record, natural_values
-from hoptim.training.resumable import ResumableOptimizer
-from hoptim.training.shared import Shared, check_models
+from hoptim.training.shared_tensors import SharedTensors, check_models
+from hoptim.training.training_optimizer import TrainingOptimizer
 from hoptim.validation import describe_type
 
 
@@ -183,7 +182,7 @@ class CrossValidated:
         arguments.check_fold_schedule(warmup, hypersteps)
         if not isinstance(hparams, nn.Module):
             raise TypeError(f"hparams is {describe_type(hparams)}: give a HyperParameters or another nn.Module")
-        self.hparams, self.average, self._hypersteps, self._fitted = hparams, average, hypersteps, False
+        self.hparams, self.average, self._hypersteps = hparams, average, hypersteps
 
         def problem() -> Problem:
             return Problem(arguments.made_by(make), hparams, train_loss, val_loss, has_aux=has_aux)
@@ -211,17 +210,14 @@ class CrossValidated:
                 hooks=hooks,  # only the first one calls them, for all
             )
 
-        optimizers: list[FoldOptimizer] = []
-        everything = torch.arange(examples, device="cpu")
+        folds_in_training: list[FoldTraining] = []
         with arguments.gradients("CrossValidated"):
-            for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
+            for number, (fold, stream, one) in enumerate(zip(self.folds, streams, problems[1:], strict=True), 1):
                 with annotate_errors(f"for fold {number}"):
-                    optimizers.append(fold_optimizer(fold, one))
-            model, unused = problems[0].wrapper, [everything]  # the last training has no hypersteps
-            last = ResumableOptimizer(inner(model), outer, problems[0], val_batches=unused, options=options, every=None)
-        self._parts = Parts(
-            folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything, shared=Shared(models)
-        )
+                    name = f"fold {number} of {len(self.folds)}"
+                    folds_in_training.append(FoldTraining(name, fold, stream, fold_optimizer(fold, one)))
+            last = TrainingOptimizer(inner(problems[0].wrapper), problems[0], options=options)
+        self._fit = Fit(folds_in_training, last, torch.arange(examples, device="cpu"), SharedTensors(models))
 
     def fit(
         self, train: Train, *, checkpoint: str | os.PathLike[str] | None = None, every_seconds: float = 60.0
@@ -243,32 +239,31 @@ class CrossValidated:
             TypeError: the state of an object given to ``resumable`` can't be saved.
         """
         check_takes("train", train, "model, optimizer, examples")
-        if self._fitted:
+        fit, problem = self._fit, self._fit.last.problem
+        if fit.has_begun:
             raise RuntimeError("fit was called before: its models are trained now, so make a new CrossValidated")
-        last, optimizers = self._parts.last, self._parts.optimizers
-        file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), last.problem.ranks)
-        average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
-        fit = Fit(self._parts, train, average, file)
+        file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), problem.ranks)
+        average = LeafAverage(problem, skip=self._hypersteps // 2) if self.average else None
         with arguments.gradients("fit"):
-            self._fitted = True
-            fit.run()
+            fit.run(train, average, file)
         return CrossValidatedFit(
-            model=last.problem.wrapper,
-            models=[optimizer.problem.wrapper for optimizer in optimizers],
-            hyperparameters=natural_values(last.problem),
+            model=problem.wrapper,
+            models=[one.optimizer.problem.wrapper for one in fit.folds],
+            hyperparameters=natural_values(problem),
             history=fit.history,
             cost=sum(fit.seconds.values()) / fit.seconds["last"],
         )
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a resumed fit has to share with the saved one."""
-        first = self._parts.optimizers[0]
+        optimizers = [one.optimizer for one in self._fit.folds]
+        first = optimizers[0]
         return {
-            "examples": len(self._parts.examples),
+            "examples": len(self._fit.examples),
             "folds": [(fold.train, fold.held_out) for fold in self.folds],
             "hypersteps": self._hypersteps,
             "average": self.average,
-            "the steps of the hypersteps": [list(optimizer.due) for optimizer in self._parts.optimizers],
+            "the steps of the hypersteps": [list(optimizer.due) for optimizer in optimizers],
             "hypergradient": re.sub(" at 0x[0-9a-f]+", "", repr(first.hypergradient)),
             "the inner optimizer": type(first.inner).__name__,
             "the outer optimizer": type(first.outer).__name__,

@@ -29,7 +29,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from hoptim import BilevelOptimizer, HyperParameters, Implicit, Neumann, Problem, Record, Status
-from hoptim.training.progress import Progress
+from hoptim.training.record import cosine_in_common
 
 DIVERGING = Implicit(Neumann(terms=1000, step_size=1e3))
 
@@ -706,11 +706,10 @@ def test_cosine_to_last_is_that_of_consecutive_hypergradients_also_over_a_checkp
 
 def test_cosine_of_two_vectors_is_over_what_both_touch() -> None:
     a, b, c = ({"x": torch.tensor(x)} for x in ([2.0, 1.0, 0.0, 5.0], [1.0, 2.0, 3.0, 0.0], [0.0, 0.0, -1.0, 0.0]))
-    progress = Progress()
     expected = [None, pytest.approx(4 / 5), pytest.approx(1.0), pytest.approx(-1.0), None]
-    assert [progress.cosine_to_last(one) for one in (a, b, b, c, a)] == expected
-    assert progress.cosine_to_last({"x": torch.zeros(4)}) is None
-    assert progress.cosine_to_last({"x": torch.zeros(3)}) is None
+    assert [cosine_in_common(*two) for two in pairwise(({}, a, b, b, c, a))] == expected
+    assert cosine_in_common({"x": torch.zeros(4)}, a) is None
+    assert cosine_in_common({"x": torch.zeros(3)}, a) is None
 
 
 def test_cosine_of_example_weights_is_known_where_batches_share_examples() -> None:
