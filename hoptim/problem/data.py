@@ -71,8 +71,8 @@ class Batches:
             )
         if isinstance(source, (tuple, list)) and _is_one_batch(source):
             raise ValueError(
-                f"{name} looks like one batch of inputs and targets, for {len(source[0])} examples, and each of the two would "
-                f"be a batch: give a list of batches, {name}=[(x, y)]"
+                f"{name} looks like one batch of inputs and targets, for {len(source[0])} examples, and each of the two "
+                f"would be a batch: give a list of batches, {name}=[(x, y)]"
             )
         if isinstance(source, Iterator):
             raise TypeError(f"{name} is a one-shot iterator: give what makes it, such as the DataLoader or a list")

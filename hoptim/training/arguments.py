@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method, check_method, checked_problem, held
 from hoptim.problem.level_adam import LevelAdam
 from hoptim.problem.loss_checks import check_takes
@@ -19,11 +18,6 @@ from hoptim.problem.problem import Problem
 from hoptim.validation import describe_type, is_finite, is_whole, listed
 
 OnFailure = Literal["skip", "raise"]
-UNHELD = "That is right if another optimizer trains them; else add them, or freeze them with requires_grad_(False)"
-COPY = (
-    "They look like a copy of the model, such as an average of its weights: freeze it with requires_grad_(False), or keep "
-    "it outside the model"
-)
 Unheld = list[tuple[str, str]]  # "inner" or "outer", and the name of a tensor that should be in this optimizer but is not
 
 
@@ -126,22 +120,14 @@ def warn_of_unheld(held_by: Mapping[str, Optimizer], problem: Problem, known: Se
         here = held(held_by[name])
         unheld = [(name, key) for key, p in live.items() if id(p) not in here]
         if new := [key for which, key in unheld if (which, key) not in known]:
-            own = {key: p for key, p in live.items() if id(p) in here}
-            advice = COPY if all(_is_copy(key, live[key], own) for key in new) else UNHELD
             warnings.warn(
                 f"the {name} optimizer does not hold {listed(new)}, though they require a gradient: the hypergradient takes "
-                f"them as learned. {advice}",
+                "them as learned. That is right if another optimizer trains them; else add them, or freeze them with "
+                "requires_grad_(False), also an average of the weights that is a part of the model",
                 stacklevel=3,
             )
         found += unheld
     return found
-
-
-def _is_copy(name: str, tensor: Tensor, own: Tree) -> bool:
-    """Whether the tensor may be in a copy of the model: its name ends in that of one of its own, of the same shape."""
-    parts = name.split(".")
-    ends = [".".join(parts[place:]) for place in range(1, len(parts))]
-    return any(end in own and own[end].shape == tensor.shape for end in ends)
 
 
 def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:
