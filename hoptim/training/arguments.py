@@ -176,14 +176,6 @@ def check_functions(make: object, inner: object, val_batches: object) -> None:
             check_takes(name, given, arguments)
 
 
-def made_by(make: Callable[[], nn.Module]) -> nn.Module:
-    """A new model; raises ``TypeError`` if ``make`` returned something else."""
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"make returned {describe_type(model)}: return an nn.Module")
-    return model
-
-
 @contextmanager
 def gradients(what: str) -> Iterator[None]:
     """Enable gradients inside, whatever is set around it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from queue import SimpleQueue
 from typing import Any
 
@@ -37,14 +37,16 @@ class Coroutine:
         self.is_done = self._is_closing = False
         self._inbox: SimpleQueue[Any] = SimpleQueue()
         self._outbox: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-        enter, context = _settings_of_this_thread(), contextvars.copy_context()
+        settings, context = _settings_of_this_thread(), contextvars.copy_context()
 
         def body() -> None:
             error: BaseException | None = None
             try:
                 self._inbox.get()
                 self.check()
-                with enter():
+                with ExitStack() as stack:
+                    for setting in settings:
+                        stack.enter_context(setting)
                     function()
             except BaseException as caught:
                 error = caught
@@ -91,20 +93,12 @@ class CoroutineClosed(BaseException):
     """Raised inside a function that was closed."""
 
 
-def _settings_of_this_thread() -> Callable[[], ExitStack]:
-    """A function that applies this thread's settings of torch in another thread."""
-    device = torch.get_default_device()
-    cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    lowered = [(kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)]
-
-    def enter() -> ExitStack:
-        stack = ExitStack()
-        if cuda is not None:
-            torch.cuda.set_device(cuda)
-        if device != torch.get_default_device():
-            stack.enter_context(device)
-        for kind, dtype in lowered:
-            stack.enter_context(torch.autocast(kind, dtype=dtype))
-        return stack
-
-    return enter
+def _settings_of_this_thread() -> list[AbstractContextManager[Any]]:
+    """Contexts in which another thread has the settings of torch that this one has."""
+    lowered = [kind for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)]
+    found: list[Any] = [torch.autocast(kind, dtype=torch.get_autocast_dtype(kind)) for kind in lowered]
+    if torch.get_default_device() != torch.device("cpu"):
+        found.append(torch.device(torch.get_default_device()))
+    if torch.cuda.is_initialized():
+        found.append(torch.cuda.device(torch.cuda.current_device()))
+    return found

@@ -20,10 +20,10 @@ from hoptim.problem.problem import Loss, Problem
 from hoptim.problem.random_stream import RandomStream
 from hoptim.training import arguments
 from hoptim.training.checkpoint import held_weights
-from hoptim.training.fit import Fit, FoldTraining, LeafAverage, Train
+from hoptim.training.fit import Fit, LeafAverage
 from hoptim.training.fit_file import FitFile
-from hoptim.training.fold_optimizer import FoldOptimizer, due_steps
-from hoptim.training.folds import Fold, make_folds
+from hoptim.training.fold_optimizer import FoldOptimizer, Train, due_steps
+from hoptim.training.folds import make_folds
 from hoptim.training.record import Record, natural_values
 from hoptim.training.shared_tensors import SharedTensors, check_models
 from hoptim.training.training_optimizer import TrainingOptimizer
@@ -185,39 +185,37 @@ class CrossValidated:
         self.hparams, self.average, self._hypersteps = hparams, average, hypersteps
 
         def problem() -> Problem:
-            return Problem(arguments.made_by(make), hparams, train_loss, val_loss, has_aux=has_aux)
+            return Problem(make(), hparams, train_loss, val_loss, has_aux=has_aux)
 
-        problems = [problem()]
-        self.folds = make_folds(folds, examples, problems[0].ranks)
-        streams = [RandomStream(f"fold {number}") for number, _ in enumerate(self.folds, 1)]
-        for stream in streams:
-            with stream.drawing():
-                problems.append(problem())
-        models = [problem.model for problem in problems]
-        check_models(models)
+        whole, optimizers = problem(), []
+        self.folds = make_folds(folds, examples, whole.ranks)
         outer = outer_adam(hparams, validation=examples) if outer is None else outer
-
-        def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
-            return FoldOptimizer(
-                inner(problem.wrapper),
-                outer,
-                problem,
-                due=due_steps(arguments.checked_steps(steps, len(fold.train)), warmup, hypersteps),
-                val_batches=[fold.held_out] if val_batches is None else val_batches(fold.held_out),
-                options=options,
-                hypergradient=hypergradient,
-                on_failure=on_failure,
-                hooks=hooks,  # only the first one calls them, for all
-            )
-
-        folds_in_training: list[FoldTraining] = []
         with arguments.gradients("CrossValidated"):
-            for number, (fold, stream, one) in enumerate(zip(self.folds, streams, problems[1:], strict=True), 1):
+            for number, fold in enumerate(self.folds, 1):
+                stream = RandomStream(f"fold {number}")
                 with annotate_errors(f"for fold {number}"):
-                    name = f"fold {number} of {len(self.folds)}"
-                    folds_in_training.append(FoldTraining(name, fold, stream, fold_optimizer(fold, one)))
-            last = TrainingOptimizer(inner(problems[0].wrapper), problems[0], options=options)
-        self._fit = Fit(folds_in_training, last, torch.arange(examples, device="cpu"), SharedTensors(models))
+                    with stream.drawing():
+                        one = problem()
+                    optimizers.append(
+                        FoldOptimizer(
+                            inner(one.wrapper),
+                            outer,
+                            one,
+                            name=f"fold {number} of {len(self.folds)}",
+                            fold=fold,
+                            stream=stream,
+                            due=due_steps(arguments.checked_steps(steps, len(fold.train)), warmup, hypersteps),
+                            val_batches=[fold.held_out] if val_batches is None else val_batches(fold.held_out),
+                            options=options,
+                            hypergradient=hypergradient,
+                            on_failure=on_failure,
+                            hooks=hooks,  # only the first one calls them, for all
+                        )
+                    )
+            models = [whole.model, *(optimizer.problem.model for optimizer in optimizers)]
+            check_models(models)
+            last = TrainingOptimizer(inner(whole.wrapper), whole, options=options)
+        self._fit = Fit(optimizers, last, torch.arange(examples, device="cpu"), SharedTensors(models))
 
     def fit(
         self, train: Train, *, checkpoint: str | os.PathLike[str] | None = None, every_seconds: float = 60.0
@@ -248,7 +246,7 @@ class CrossValidated:
             fit.run(train, average, file)
         return CrossValidatedFit(
             model=problem.wrapper,
-            models=[one.optimizer.problem.wrapper for one in fit.folds],
+            models=[one.problem.wrapper for one in fit.folds],
             hyperparameters=natural_values(problem),
             history=fit.history,
             cost=sum(fit.seconds.values()) / fit.seconds["last"],
@@ -256,8 +254,7 @@ class CrossValidated:
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a resumed fit has to share with the saved one."""
-        optimizers = [one.optimizer for one in self._fit.folds]
-        first = optimizers[0]
+        optimizers, first = self._fit.folds, self._fit.folds[0]
         return {
             "examples": len(self._fit.examples),
             "folds": [(fold.train, fold.held_out) for fold in self.folds],

@@ -5,79 +5,29 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
-from hoptim.problem.random_stream import RandomStream, from_tensors, global_states, set_global_states, to_tensors
-from hoptim.training.coroutine import Coroutine
+from hoptim.problem.random_stream import from_tensors, global_states, set_global_states, to_tensors
 from hoptim.training.fit_file import FitFile
-from hoptim.training.fold_optimizer import FoldOptimizer, joined
-from hoptim.training.folds import Fold
+from hoptim.training.fold_optimizer import FoldOptimizer, SavePoint, Train, joined
 from hoptim.training.optimizer import project_
 from hoptim.training.record import Record
 from hoptim.training.shared_tensors import SharedTensors
 from hoptim.training.training_optimizer import Saved, TrainingOptimizer, restore_model
-
-Train = Callable[[nn.Module, Any, Tensor], Any]  # a loop may say that its optimizer is a BilevelOptimizer
-
-
-class SavePoint(NamedTuple):
-    """Where a fold pauses to be saved: the number of the save point, and the state there."""
-
-    number: int
-    state: Saved
-
-
-@dataclass
-class FoldTraining:
-    """The training of one fold.
-
-    Attributes:
-        name: for errors, such as "fold 2 of 3".
-        fold: its examples.
-        stream: its random numbers.
-        optimizer: its optimizer, with the model.
-        paused: what it has paused with: its hypergradient, or a save point.
-    """
-
-    name: str
-    fold: Fold
-    stream: RandomStream
-    optimizer: FoldOptimizer
-    paused: Hypergradient | SavePoint | None = None
-
-    def prepare(self, train: Train) -> None:
-        """Make the coroutine; :meth:`resume` starts it."""
-
-        def training() -> None:
-            with annotate_errors(f"in the training of {self.name}"):
-                train(self.optimizer.problem.wrapper, self.optimizer, self.fold.train.clone())
-
-        self.optimizer.coroutine = Coroutine(training)
-
-    def resume(self, record: Record | None = None) -> None:
-        """Let it run on, with its random numbers, until it pauses again or ends."""
-        with self.stream.drawing():
-            self.paused = self.optimizer.coroutine.resume(record)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the training has ended."""
-        return self.optimizer.coroutine.is_done
 
 
 class Fit:
     """The trainings of :meth:`CrossValidated.fit`, which runs once.
 
     Args:
-        folds: the trainings of the folds.
+        folds: the optimizers of the folds, each with its model.
         last: the optimizer of the last training, with its model.
         examples: the indices of all examples.
         shared: what the models share.
@@ -88,7 +38,7 @@ class Fit:
         seconds: the wall-clock time of each phase.
     """
 
-    def __init__(self, folds: list[FoldTraining], last: TrainingOptimizer, examples: Tensor, shared: SharedTensors) -> None:
+    def __init__(self, folds: list[FoldOptimizer], last: TrainingOptimizer, examples: Tensor, shared: SharedTensors) -> None:
         self.folds, self.last, self.examples, self.shared = folds, last, examples, shared
         self.has_begun = False
         self.history: list[dict[str, Any]] = []
@@ -108,7 +58,7 @@ class Fit:
         """
         saved = None if file is None else file.read()
         self.has_begun, self._average = True, average
-        for optimizer in (*(one.optimizer for one in self.folds), self.last):
+        for optimizer in (*self.folds, self.last):
             self.shared.watch(optimizer)
         if saved is None:
             self._random = {"folds": [to_tensors(one.stream.states()) for one in self.folds]}
@@ -132,27 +82,27 @@ class Fit:
         """Train all folds from one hyperstep to the next until one of them ends, then the others to their end."""
         self._clock, record = time.perf_counter(), None
         for one in self.folds:
-            one.prepare(train)
-            one.optimizer.save_points.save = None if file is None else self._pauses_to_save(one, file)
+            one.begin(train)
+            one.save_points.save = None if file is None else self._pauses_to_save(one, file)
         try:
             while self._run_to_hyperstep(record, file):
                 record = self._move()
                 self.history.append(record.row())
                 if self._average is not None:
                     self._average.add()
-                if file is not None and len(self.history) == 1 and not self.folds[0].optimizer.save_points.are_used:
+                if file is not None and len(self.history) == 1 and not self.folds[0].save_points.are_used:
                     warnings.warn(
                         f"the loop has no marks, so that {file.path} is written only once, between the folds and the "
                         "last training: write the loop as for epoch in optimizer.resumable(range(epochs))",
                         stacklevel=4,
                     )
             for one in self.folds:
-                one.optimizer.due = ()
-                while not one.is_done:
+                one.due = ()
+                while not one.coroutine.is_done:
                     self._resume(one)
         finally:
             for one in self.folds:
-                one.optimizer.coroutine.close()
+                one.coroutine.close()
         self._check_lengths()
         if self._average is not None:
             self._average.put()
@@ -168,24 +118,24 @@ class Fit:
                     self._resume(one, record)
                 first = self.folds[0].paused
                 self._wanted = first.number if isinstance(first, SavePoint) else None
-            if any(one.is_done for one in self.folds):
+            if any(one.coroutine.is_done for one in self.folds):
                 return False
             states = [one.paused.state for one in self.folds if isinstance(one.paused, SavePoint)]
             if len(states) == len(self.folds) and file is not None:
                 file.write(self._saved_in_folds(states))
         return True
 
-    def _resume(self, one: FoldTraining, record: Record | None = None) -> None:
+    def _resume(self, one: FoldOptimizer, record: Record | None = None) -> None:
         one.resume(record)
         with annotate_errors(f"in the training of {one.name}"):
             self.shared.check()
 
-    def _pauses_to_save(self, one: FoldTraining, file: FitFile) -> Callable[[int, Callable[[], Saved]], None]:
+    def _pauses_to_save(self, one: FoldOptimizer, file: FitFile) -> Callable[[int, Callable[[], Saved]], None]:
         """A function that pauses the first fold at a save point if a checkpoint is due, and the others at the same point."""
 
         def save(number: int, state: Callable[[], Saved]) -> None:
             if file.is_due() if one is self.folds[0] else number == self._wanted:
-                one.optimizer.coroutine.pause(SavePoint(number, state()))
+                one.coroutine.pause(SavePoint(number, state()))
 
         return save
 
@@ -200,14 +150,14 @@ class Fit:
 
     def _move(self) -> Record:
         """The hyperstep of all folds, taken by the optimizer of the first one."""
-        begun = time.perf_counter() - sum(one.optimizer.seconds for one in self.folds)
+        begun = time.perf_counter() - sum(one.seconds for one in self.folds)
         results = [one.paused for one in self.folds if isinstance(one.paused, Hypergradient)]
-        return self.folds[0].optimizer._move(begun, joined(results))
+        return self.folds[0]._move(begun, joined(results))
 
     def _check_lengths(self) -> None:
         """Warn if a fold took another number of steps than it said, and raise if that left no hyperstep."""
         for number, one in enumerate(self.folds, 1):
-            taken, told = one.optimizer.inner_steps, one.optimizer.steps
+            taken, told = one.inner_steps, one.steps
             words = f"the training of fold {number} took {taken} steps, where steps says {told}"
             if taken < told and not self.history:
                 raise ValueError(f"{words}: it ended before the first hyperstep. Give steps as they are")
@@ -230,7 +180,7 @@ class Fit:
 
     def _saved_in_last(self, state: Saved) -> dict[str, Any]:
         """The state of the fit at a save point of the last training, or before it."""
-        models = [dict(one.optimizer.problem.model.state_dict()) for one in self.folds]
+        models = [dict(one.problem.model.state_dict()) for one in self.folds]
         return {**self._saved("last"), "models": models, "last": state}
 
     def _saved(self, phase: str) -> dict[str, Any]:
@@ -257,11 +207,11 @@ class Fit:
             set_global_states(saved["process"])
             for one, begun, state in zip(self.folds, saved["begun"], saved["folds"], strict=True):
                 one.stream.load(from_tensors(begun))
-                one.optimizer.save_points.resume_from = state
+                one.save_points.resume_from = state
         else:
             set_global_states(saved["begun"])
             for one, model in zip(self.folds, saved["models"], strict=True):
-                one.optimizer.problem.model.load_state_dict(model)
+                one.problem.model.load_state_dict(model)
 
 
 class LeafAverage:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hoptim.problem.distributed import Ranks
-from hoptim.validation import describe_type, is_finite
 
 VERSION = 1
 PHASES = ("folds", "last")
@@ -31,20 +30,15 @@ class FitFile:
         ranks: the processes that train together. The first one writes for all, and each reads.
 
     Raises:
-        TypeError: ``path`` is no path.
-        ValueError: there is no such folder; ``every_seconds`` is negative.
+        ValueError: there is no such folder.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], every_seconds: float, settings: Mapping[str, Any], ranks: Ranks
     ) -> None:
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f'checkpoint is {describe_type(path)}: give the path of a file, such as "fit.pt"')
         self.path = Path(path)
         if self.path.is_dir() or not self.path.parent.is_dir():
             raise ValueError(f"checkpoint={os.fspath(path)!r}: give a file in a folder that is there")
-        if not (is_finite(every_seconds) and every_seconds >= 0):
-            raise ValueError(f"every_seconds={every_seconds!r}: give a number of seconds, 0 or more")
         self._every, self._settings, self._ranks = every_seconds, {**settings, "processes": ranks.size}, ranks
         self._written, self._was_read_back = time.monotonic(), False
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.result import Hypergradient
+from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
+from hoptim.problem.random_stream import RandomStream
 from hoptim.solvers.solution import Solution
 from hoptim.training.coroutine import Coroutine
+from hoptim.training.folds import Fold
 from hoptim.training.optimizer import BilevelOptimizer, FirstHyperstep
 from hoptim.training.record import Record
+from hoptim.training.training_optimizer import Saved
+
+Train = Callable[[nn.Module, Any, Tensor], Any]  # a loop may say that its optimizer is a BilevelOptimizer
 
 
 def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
@@ -38,27 +44,65 @@ def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
     return [begin + (steps - begin) * number // hypersteps for number in range(1, hypersteps + 1)]
 
 
+class SavePoint(NamedTuple):
+    """Where a fold pauses to be saved: the number of the save point, and the state there."""
+
+    number: int
+    state: Saved
+
+
 class FoldOptimizer(BilevelOptimizer):
     """A BilevelOptimizer that takes its hypersteps after given steps, together with the other folds.
 
     Args:
+        name: for errors, such as "fold 2 of 3".
+        fold: the examples.
+        stream: the random numbers of the fold.
         due: the inner steps after which hypersteps follow, in order; the last one is the last of the training.
         **more: arguments of :class:`BilevelOptimizer`.
 
     Attributes:
-        coroutine: the training, which pauses at hypersteps.
+        steps: the length that the training is said to have.
+        coroutine: the training, once it is begun.
+        paused: what it has paused with: the hypergradient of a hyperstep, or a save point.
         seconds: the time that the last hypergradient took.
     """
 
     coroutine: Coroutine
     due: tuple[int, ...]
+    paused: Hypergradient | SavePoint | None = None
     seconds = 0.0
 
-    def __init__(self, inner: Optimizer, outer: Optimizer, problem: Problem, *, due: Sequence[int], **more: Any) -> None:
-        self.due, self.steps = tuple(due), due[-1]
+    def __init__(
+        self,
+        inner: Optimizer,
+        outer: Optimizer,
+        problem: Problem,
+        *,
+        name: str,
+        fold: Fold,
+        stream: RandomStream,
+        due: Sequence[int],
+        **more: Any,
+    ) -> None:
+        self.name, self.fold, self.stream, self.due, self.steps = name, fold, stream, tuple(due), due[-1]
         shortest = min(b - a for a, b in zip((0, *due), due, strict=False))
         super().__init__(inner, outer, problem, every=shortest, **more)
         self._progress.first_hyperstep = FirstHyperstep()  # the fit itself tells of a training that is too short
+
+    def begin(self, train: Train) -> None:
+        """Prepare the training of the fold; :meth:`resume` starts it."""
+
+        def training() -> None:
+            with annotate_errors(f"in the training of {self.name}"):
+                train(self.problem.wrapper, self, self.fold.train.clone())
+
+        self.coroutine = Coroutine(training)
+
+    def resume(self, record: Record | None = None) -> None:
+        """Let the training run on, with its random numbers, until it pauses again or ends."""
+        with self.stream.drawing():
+            self.paused = self.coroutine.resume(record)
 
     def _steps_left(self, step: int) -> float:
         return next((due - step for due in self.due if due >= step), math.inf)

@@ -53,7 +53,7 @@ def retrain(
     Raises:
         TypeError: an argument of the wrong kind; ``make`` or ``inner`` returned something else.
         ValueError: ``make`` returned the trained model, one that shares with it what is trained, or a copy of it; ``train``
-            wrote into a buffer that they share; there are no examples; ``inner`` made another optimizer than the one whose
+            wrote into a buffer that they share; ``inner`` made another optimizer than the one whose
             options were learned.
         RuntimeError: ``train`` took no step, or moved the hyperparameters; under ``torch.inference_mode()``.
 
@@ -86,8 +86,6 @@ def retrain(
     checked_problem(problem)
     arguments.check_functions(make, inner, None)
     check_takes("train", train, "model, optimizer, examples")
-    if hasattr(examples, "__len__") and not len(examples):
-        raise ValueError("examples is empty: give those to train on, such as torch.arange(n)")
     if problem.has_trained and not _have_moved(problem):
         warnings.warn(
             "the model of the problem was trained, but no hyperparameter has moved since the problem was made: the new "
@@ -95,7 +93,7 @@ def retrain(
             stacklevel=2,
         )
     with arguments.gradients("retrain"):
-        model = arguments.made_by(make)
+        model = make()
         losses, group = (problem.train_loss, problem.val_loss), problem.process_group
         new = Problem(model, problem.hparams, *losses, has_aux=problem.has_aux, process_group=group)
         _check_new(new.model, problem)

@@ -223,11 +223,9 @@ class TrainingOptimizer(Optimizer):
                 scheduler, a ``GradScaler`` or an averaged model; or a ``torch.Generator``.
 
         Raises:
-            TypeError: ``iterable`` can't be iterated, or an object has no state.
+            TypeError: an object has no state.
             ValueError: the training has started already; the checkpoint is of another loop.
         """
-        if not isinstance(iterable, Iterable):
-            raise TypeError(f"resumable goes around {describe_type(iterable)}: give what the loop is over, as range(epochs)")
         for one in stateful:
             if not isinstance(one, torch.Generator) and not hasattr(one, "load_state_dict"):
                 raise TypeError(
