@@ -85,31 +85,21 @@ def check_optimizer(name: str, optimizer: Optimizer, problem: Problem) -> None:
     if isinstance(getattr(optimizer, "problem", None), Problem):
         raise TypeError(f"{name} is {describe_type(optimizer)} already: give the optimizer inside it, as its .{name}")
     checked_problem(problem)
-    weights = {id(p): key for key, p in problem.model.named_parameters()}
-    leaves = {id(p): key for key, p in problem.hparams.named_parameters()}
-    if name == "inner":
-        own, other, learned = weights, leaves, problem.weights()
-        kind, other_kind, remedy = "weight of the model", "hyperparameter", "model.parameters()"
-    else:
-        own, other, learned = leaves, weights, problem.leaves()
-        kind, other_kind, remedy = "hyperparameter", "weight of the model", "hparams.parameters()"
-        _check_outer_kind(optimizer)
-    here, live = held(optimizer).keys(), {id(p) for p in learned.values()}
-    if wrong := [other[p] for p in here if p in other and not (p in own and p not in live)]:  # a frozen one may be both
+    weight, leaf = ("weight of the model", problem.model), ("hyperparameter", problem.hparams)
+    (kind, own), (other_kind, other) = (weight, leaf) if name == "inner" else (leaf, weight)
+    remedy = "model.parameters()" if name == "inner" else "hparams.parameters()"
+    live = {id(p) for p in (problem.weights() if name == "inner" else problem.leaves()).values()}
+    here, frozen = held(optimizer).keys(), {id(p) for p in own.parameters()} - live
+    if wrong := [key for key, p in other.named_parameters() if id(p) in here and id(p) not in frozen]:  # which may be both
         raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {other_kind}: build it on {remedy}")
-    if not here & own.keys():
-        raise ValueError(f"the {name} optimizer holds no {kind} of the problem: build it on {remedy}")
     if not here & live:
         raise ValueError(f"the {name} optimizer holds no {kind} that requires a gradient: build it on {remedy}")
-
-
-def _check_outer_kind(outer: Optimizer) -> None:
-    if not isinstance(outer, LevelAdam) and any("fall_after" in group for group in outer.param_groups):
+    if name == "outer" and not isinstance(optimizer, LevelAdam) and any("fall_after" in g for g in optimizer.param_groups):
         raise ValueError(
             "outer has param groups of hparams.optimizer(), without the levels that belong to them: give "
             "hoptim.outer_adam(hparams), which serves several recipes"
         )
-    if isinstance(outer, LBFGS):
+    if name == "outer" and isinstance(optimizer, LBFGS):
         raise ValueError("outer is an LBFGS, which needs a closure that a hyperstep has not: take SGD or Adam")
 
 

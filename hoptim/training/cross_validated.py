@@ -25,9 +25,8 @@ from hoptim.training.fit_file import FitFile
 from hoptim.training.fold_optimizer import FoldOptimizer, Train, due_steps
 from hoptim.training.folds import make_folds
 from hoptim.training.record import Record, natural_values
-from hoptim.training.shared_tensors import SharedTensors, check_models
+from hoptim.training.shared_tensors import SharedTensors
 from hoptim.training.training_optimizer import TrainingOptimizer
-from hoptim.validation import describe_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +179,6 @@ class CrossValidated:
     ) -> None:
         arguments.check_functions(make, inner, val_batches)
         arguments.check_fold_schedule(warmup, hypersteps)
-        if not isinstance(hparams, nn.Module):
-            raise TypeError(f"hparams is {describe_type(hparams)}: give a HyperParameters or another nn.Module")
         self.hparams, self.average, self._hypersteps = hparams, average, hypersteps
 
         def problem() -> Problem:
@@ -212,10 +209,9 @@ class CrossValidated:
                             hooks=hooks,  # only the first one calls them, for all
                         )
                     )
-            models = [whole.model, *(optimizer.problem.model for optimizer in optimizers)]
-            check_models(models)
+            shared = SharedTensors([whole.model, *(optimizer.problem.model for optimizer in optimizers)])
             last = TrainingOptimizer(inner(whole.wrapper), whole, options=options)
-        self._fit = Fit(optimizers, last, torch.arange(examples, device="cpu"), SharedTensors(models))
+        self._fit = Fit(optimizers, last, torch.arange(examples, device="cpu"), shared)
 
     def fit(
         self, train: Train, *, checkpoint: str | os.PathLike[str] | None = None, every_seconds: float = 60.0

@@ -45,7 +45,7 @@ def dry_run(
         result.combined(val_weights)
     status, detail = result.solution.status, result.solution.detail
     if status in _NON_FINITE:
-        warnings.warn(f"in the dry run: {status.name}: {status.message} ({detail})", stacklevel=6)
+        warnings.warn(f"in the dry run: {status.name}: {status.message} ({detail})", stacklevel=7)
 
 
 @dataclass

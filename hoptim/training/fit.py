@@ -139,15 +139,6 @@ class Fit:
 
         return save
 
-    def _saves_when_due(self, file: FitFile) -> Callable[[int, Callable[[], Saved]], None]:
-        """A function that writes a checkpoint at a save point of the last training, if one is due."""
-
-        def save(_: int, state: Callable[[], Saved]) -> None:
-            if file.is_due():
-                file.write(self._saved_in_last(state()))
-
-        return save
-
     def _move(self) -> Record:
         """The hyperstep of all folds, taken by the optimizer of the first one."""
         begun = time.perf_counter() - sum(one.seconds for one in self.folds)

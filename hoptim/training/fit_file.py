@@ -40,7 +40,7 @@ class FitFile:
         if self.path.is_dir() or not self.path.parent.is_dir():
             raise ValueError(f"checkpoint={os.fspath(path)!r}: give a file in a folder that is there")
         self._every, self._settings, self._ranks = every_seconds, {**settings, "processes": ranks.size}, ranks
-        self._written, self._was_read_back = time.monotonic(), False
+        self._written = time.monotonic()
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last writing, by the clock of the first rank."""
@@ -53,16 +53,10 @@ class FitFile:
             OSError: the disk is full or can't be written to.
             TypeError: the state holds other things than tensors and plain values.
         """
-        if self._ranks.size > 1:
-            packed = self._ranks.gathered_by_first(_packed(dict(state)))
-            states = None if packed is None else [_unpacked(one) for one in packed]
-        else:
-            states = [dict(state)]
-        if states is not None:
+        packed = self._ranks.gathered_by_first(_packed(dict(state)))
+        if packed is not None:
+            states = [_unpacked(one) for one in packed]  # also to fail now if it can't be read, and not at the resume
             data = _packed({"version": VERSION, "settings": self._settings, "ranks": states})
-            if not self._was_read_back:  # fail now if it can't be read, and not at the resume
-                _unpacked(data)
-                self._was_read_back = True
             write_atomically(self.path, data, "make room; fit with the same checkpoint goes on from the last one")
         self._written = time.monotonic()
 

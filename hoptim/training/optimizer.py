@@ -349,7 +349,8 @@ def outer_step(problem: Problem, outer: Optimizer, grads: Tree) -> None:
             validation loss is a vector.
 
     Raises:
-        ValueError: ``grads`` lacks a hyperparameter, has another shape, or is not finite, as after a failed solve.
+        KeyError: ``grads`` lacks a hyperparameter.
+        ValueError: it has another shape, or is not finite, as after a failed solve.
 
     >>> import torch
     >>> from torch import nn
@@ -364,8 +365,6 @@ def outer_step(problem: Problem, outer: Optimizer, grads: Tree) -> None:
     """
     leaves = problem.leaves()
     for name, leaf in leaves.items():
-        if name not in grads:
-            raise ValueError(f"grads have nothing for hyperparameter {name!r}: give result.grads, by all names")
         if grads[name].shape != leaf.shape:
             raise ValueError(
                 f"the hypergradient of {name!r} has shape {tuple(grads[name].shape)}, the hyperparameter "

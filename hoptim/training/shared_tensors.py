@@ -58,25 +58,23 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool, bool]]:
         yield from ((name, buffer, True, trains) for name, buffer in module.named_buffers(prefix, recurse=False))
 
 
-def check_models(models: Sequence[nn.Module]) -> None:
-    """Check that no two models of a fit share a tensor that would be trained on what a fold holds out."""
-    for found in find_shared(models):
-        if found.trains:
-            raise ValueError(
-                f"two models that make returned share the tensor {found.first!r}, so that each would be trained on what is "
-                "held out from the other: make every layer anew inside make, or deepcopy it there"
-            )
-
-
 class SharedTensors:
     """The frozen weights and the buffers that models share, and what the buffers hold.
 
     Args:
         models: the models.
+
+    Raises:
+        ValueError: they share a tensor that is trained.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self._models, self._found = models, find_shared(models)
+        if trained := [one.first for one in self._found if one.trains]:
+            raise ValueError(
+                f"two models that make returned share the tensor {trained[0]!r}, so that each would be trained on what is "
+                "held out from the other: make every layer anew inside make, or deepcopy it there"
+            )
         self._held = {one: models[one.model].get_buffer(one.name).clone() for one in self._found if one.is_buffer}
 
     def watch(self, optimizer: TrainingOptimizer) -> None:

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -730,3 +730,7 @@ def test_cosine_of_example_weights_is_known_where_batches_share_examples() -> No
     shared = nn.functional.cosine_similarity(before, now, dim=0).item()
     assert [record.cosine_to_last for record in records] == [None, None, pytest.approx(shared)]
     assert optimizer.record.row()["cosine_to_last"] == pytest.approx(shared)
+
+
+def test_the_loss_is_a_tensor_for_a_type_checker() -> None:
+    assert get_type_hints(BilevelOptimizer.loss)["return"] is Tensor
