@@ -15,7 +15,7 @@ from hoptim.curvature.linearization import Curvature, Linearization, Point, chec
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Mean, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
-from hoptim.problem.kept import noted
+from hoptim.problem.held_batch import hold
 from hoptim.validation import is_whole
 
 
@@ -48,7 +48,7 @@ class Averaged(Curvature):
     @contextmanager
     def linearize(self, point: Point) -> Iterator[Linearization]:
         """The mean over the batches, whose graphs are all held."""
-        kept = [noted(point.batch), *(noted(point.another_batch("Averaged")) for _ in range(self.batches - 1))]
+        kept = [hold(point.batch), *(hold(point.another_batch("Averaged")) for _ in range(self.batches - 1))]
         with ExitStack() as stack:
             points = [replace(point, batch=one.get()) for one in kept]
             yield _mean([stack.enter_context(self.curvature.linearize(one)) for one in points], point.weights)
@@ -81,7 +81,7 @@ class Sampled(Curvature):
     @contextmanager
     def linearize(self, point: Point) -> Iterator[Linearization]:
         """F and B of the hyperstep's own batch, and an A that draws a batch for each product."""
-        kept = noted(point.batch)
+        kept = hold(point.batch)
         with self.curvature.linearize(point) as base:
 
             def product(v: Tensor) -> Tensor:  # the same batch for all of R vectors

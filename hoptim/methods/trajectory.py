@@ -18,7 +18,7 @@ from hoptim.linalg.vectors import Tree
 from hoptim.methods.inner_step import InnerStep, State
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.problem.functional import Attributes, DifferentiableStatistics
-from hoptim.problem.kept import noted
+from hoptim.problem.held_batch import hold
 from hoptim.problem.problem import ModuleState, Problem, set_generators
 
 
@@ -73,7 +73,7 @@ def look_ahead(
 ) -> Trajectory:
     """The next ``steps`` steps from the present weights, on batches from ``draw``."""
     dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
-    batches = [noted(draw()) for _ in range(steps)]
+    batches = [hold(draw()) for _ in range(steps)]
     taken = [Step(losses=(RecordedLoss(batch=batch.get()),), dynamics=dynamics) for batch in batches]
     return Trajectory(begins=((0, present(problem, dynamics)),), steps=tuple(taken))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from hoptim.problem.kept import copied
+from hoptim.problem.held_batch import hold_copy
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.random_stream import RandomStream, from_tensors, to_tensors
 from hoptim.validation import describe_type
@@ -96,7 +96,7 @@ class Batches:
         them.
         """
         batch = self._next()
-        return batch if isinstance(self.source, (list, tuple)) else copied(batch).batch
+        return batch if isinstance(self.source, (list, tuple)) else hold_copy(batch).batch
 
     def _next(self) -> Any:
         with self._stream.drawing(_own_generators(self.source)) as states_now:

@@ -18,8 +18,8 @@ from hoptim.methods.inner_step import Group, InnerStep
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory
 from hoptim.problem.data import MicroBatches
+from hoptim.problem.held_batch import HeldBatch, hold, hold_copy
 from hoptim.problem.hyperparameters import transforms_of
-from hoptim.problem.kept import Kept, copied, noted
 from hoptim.problem.problem import Problem
 
 _ONE = torch.ones(())
@@ -44,7 +44,7 @@ class SeenLoss(NamedTuple):
     """
 
     number: int
-    batch: Kept
+    batch: HeldBatch
     generators: dict[str, Tensor] | None = None
     start: StepStart | None = None
     share: Tensor = _ONE
@@ -68,7 +68,7 @@ class RecentSteps:
         self._losses: list[SeenLoss] = []  # whose backward passes made the gradient
         self._last: SeenLoss | None = None  # the last loss, until the next step
         self._in_hooks: list[list[SeenLoss]] = []  # what hooks hold: a loss kept for a log must not keep its batch
-        self._copy: Kept | None = None  # of the last batch, with which the next copy shares what has not changed
+        self._copy: HeldBatch | None = None  # of the last batch, with which the next copy shares what has not changed
         self.forget_steps()
 
     def forget_steps(self) -> None:
@@ -76,7 +76,7 @@ class RecentSteps:
         self._start: StepStart | None = None
         self._snapshots: list[tuple[int, Snapshot]] = []
         self._steps: list[Step] = []
-        self._batches: list[Kept] = []
+        self._batches: list[HeldBatch] = []
 
     # The events of a training
 
@@ -86,7 +86,7 @@ class RecentSteps:
         if self.is_between_steps:
             self._losses = []
         if not (self._losses and self._losses[-1].batch.batch is batch):  # as in repeated calls of a closure
-            self._losses.append(SeenLoss(self.computed, noted(batch)))
+            self._losses.append(SeenLoss(self.computed, hold(batch)))
         self.is_cleared = self.is_between_steps = False
 
     def before_loss(
@@ -98,8 +98,8 @@ class RecentSteps:
         start: StepStart | None = None,
     ) -> SeenLoss:
         """Call this before a loss is computed; the batch is kept as a copy, or by reference."""
-        self._copy = copied(batch, self._copy) if is_copied else None
-        kept = noted(batch) if self._copy is None else self._copy._replace(leaves=())  # without the original
+        self._copy = hold_copy(batch, self._copy) if is_copied else None
+        kept = hold(batch) if self._copy is None else self._copy._replace(leaves=())  # without the original
         self.computed += 1
         self._last = SeenLoss(self.computed, kept, generators, start)
         return self._last

@@ -18,7 +18,7 @@ from jobs import ROOT, command, env, result, rows, run, start, timeless, torchru
 from tasks.checkpoint import read_checkpoint
 from wandb_file import read
 
-from hoptim.training.fit_file import read_whole
+from hoptim.training.files import read_whole
 
 OPTIONS = ("outer_steps=30", "inner_steps=10", "task.hidden=16", "checkpoint_every=2", "plots=false")
 KILLS_A_RUN = 5

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import hoptim
 from hoptim import CrossValidated, HyperParameters, Implicit, Neumann
-from hoptim.training.fit_file import read_whole, write_atomically
+from hoptim.training.files import read_whole, write_atomically
 
 EPOCHS = 4
 STEPS = {len(train): EPOCHS * -(-len(train) // 2) for train in (*(train for train, _ in FOLDS), range(N))}
