@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hoptim.solvers.warm_start import WarmStart as WarmStart
     from hoptim.training.cross_validated import CrossValidated as CrossValidated
     from hoptim.training.optimizer import BilevelOptimizer as BilevelOptimizer
-    from hoptim.training.outer_step import outer_step as outer_step
+    from hoptim.training.optimizer import outer_step as outer_step
     from hoptim.training.record import Record as Record
     from hoptim.training.retrain import retrain as retrain
 
@@ -82,7 +82,7 @@ _FILES = {
     "audit": "diagnostics.audit",
     "hypergradient": "methods.hypergradient",
     "outer_adam": "problem.outer_adam",
-    "outer_step": "training.outer_step",
+    "outer_step": "training.optimizer",
     "retrain": "training.retrain",
 }
 _ROOMS = (

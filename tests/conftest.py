@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hoptim.training.progress import Ahead
+from hoptim.training.optimizer import FirstHyperstep
 
 for threads in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):  # of subprocesses too: tests run on all cores already
     os.environ.setdefault(threads, "1")
@@ -28,7 +28,7 @@ def float64() -> Iterator[None]:
 def short_trainings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most trainings in tests are too short for a hyperstep, and would say so in whichever test they are collected."""
     if request.path.name != "test_no_hypersteps.py":
-        monkeypatch.setattr(Ahead, "tell", lambda ahead: None)
+        monkeypatch.setattr(FirstHyperstep, "warn_if_missed", lambda first: None)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from hoptim.curvature.linearization import Curvature, Draw, Linearization, check
 from hoptim.linalg import trees
 from hoptim.linalg.operators import Mean, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTree, Tree
-from hoptim.problem.kept import noted
+from hoptim.problem.held_batch import hold
 from hoptim.problem.problem import At
 from hoptim.validation import is_whole
 
@@ -50,7 +50,7 @@ class Averaged(Curvature):
     @contextmanager
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """The mean over the batches, whose graphs are all held."""
-        kept = [noted(batch), *(noted(_drawn(draw, "Averaged")) for _ in range(self.batches - 1))]
+        kept = [hold(batch), *(hold(_drawn(draw, "Averaged")) for _ in range(self.batches - 1))]
         with ExitStack() as stack:
             yield _mean([stack.enter_context(self.curvature.linearize(at, one.get())) for one in kept], at.weights)
 
@@ -82,7 +82,7 @@ class Sampled(Curvature):
     @contextmanager
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F and B of the hyperstep's own batch, and an A that draws a batch for each product."""
-        kept = noted(batch)
+        kept = hold(batch)
         with self.curvature.linearize(at, batch) as base:
 
             def product(v: Tensor) -> Tensor:  # the same batch for all of R vectors

@@ -9,19 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions.transforms import Transform
 from torch.optim import Optimizer
 
 from hoptim.curvature.linearization import check_dense
 from hoptim.curvature.second_derivatives import check_twice_differentiable
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.bound_options import Bound
-from hoptim.methods.inner_step import Group, InnerState, InnerStep
+from hoptim.methods.inner_step import InnerState, InnerStep
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.problem.functional import DifferentiableStatistics
-from hoptim.problem.hyperparameters import transforms_of
-from hoptim.problem.kept import Kept, noted
+from hoptim.problem.held_batch import hold
 from hoptim.problem.problem import ModuleState, Problem
 from hoptim.problem.random_stream import set_generators
 
@@ -77,7 +74,7 @@ def look_ahead(
 ) -> Trajectory:
     """The next ``steps`` steps from the present weights, on batches from ``draw``."""
     dynamics = InnerStep.of(inner, problem.weights(), problem.leaves(), learned=learned)
-    batches = [noted(draw()) for _ in range(steps)]
+    batches = [hold(draw()) for _ in range(steps)]
     taken = [Step(losses=(RecordedLoss(batch=batch.get()),), dynamics=dynamics) for batch in batches]
     return Trajectory(begins=((0, present(problem, dynamics)),), steps=tuple(taken))
 
@@ -87,128 +84,6 @@ def present(problem: Problem, dynamics: InnerStep) -> Snapshot:
     weights = trees.map_tree(_copy, problem.weights())
     modules, generators = problem.module_state(), problem.generators()
     return Snapshot(weights=weights, state=dynamics.state, modules=modules, generators=generators)
-
-
-class Recorder:
-    """Keeps the inner steps from the first recorded loss to the next restart.
-
-    A loss belongs to the step before which its backward pass runs, unless gradients are cleared in between.
-    """
-
-    def __init__(self) -> None:
-        self._begins: list[tuple[int, Snapshot]] = []
-        self._steps: list[Step] = []
-        self._added: list[RecordedLoss] = []
-        self._kept: list[Kept] = []  # the batches of the losses
-        self._before: Snapshot | None = None  # before the step whose losses are being computed
-        self._dynamics: InnerStep | None = None
-
-    def cleared(self) -> None:
-        """Forget the backward passes since the last step, whose gradients were cleared."""
-        self._added = []
-
-    def record_loss(
-        self, problem: Problem, inner: Optimizer, batch: Kept, learned: Sequence[LearnedOption] = (), every: int = 1
-    ) -> Callable[[Tensor], None]:
-        """Call this before a training loss is computed; the function it returns is a hook for the loss's backward pass.
-
-        A snapshot is kept before the first step and before every ``every``-th step after it. If layers were frozen,
-        unfrozen or replaced since the last loss, the steps before are forgotten.
-        """
-        weights = problem.weights()
-        self._forget_unlike(weights)
-        if not self._added:  # options may change between steps, but not between the losses of one
-            is_due, leaves = len(self._steps) % every == 0, problem.leaves()
-            dynamics = InnerStep.of(inner, weights, leaves, learned=learned, with_state=is_due)
-            if is_due and (not self._steps or dynamics.has_live_state(leaves)):
-                modules = problem.module_state(self._begins[-1][1].modules if self._begins else None)
-                self._before = Snapshot(weights=trees.map_tree(_copy, weights), state=dynamics.state, modules=modules)
-            else:
-                self._before = None
-            self._dynamics = replace(dynamics, state={})
-        self._kept.append(batch)
-        loss = RecordedLoss(batch=batch.batch, generators=problem.generators())
-        return lambda share: self._added.append(replace(loss, share=share.detach()))
-
-    def stepped(self) -> None:
-        """Add the step that was just taken."""
-        if self._added and self._dynamics is not None:
-            if self._before is not None:
-                self._begins.append((len(self._steps), self._before))
-            self._steps.append(Step(losses=tuple(self._added), dynamics=self._dynamics))
-        self._added, self._before = [], None
-
-    def check(self, steps: int, weights: Tree) -> None:
-        """Raise ``ValueError`` if no step of these weights is known, though ``steps`` are to be unrolled."""
-        self._forget_unlike(weights)
-        if steps and not self._steps:
-            raise ValueError(
-                f"none of the last {steps} inner steps, which are to be unrolled, is known: compute the training loss by "
-                "optimizer.loss(batch), and call backward() on it; freeze or unfreeze layers before that"
-            )
-
-    def trajectory(self, weights: Tree) -> Trajectory | None:
-        """The steps kept so far, if any, of these weights.
-
-        Raises:
-            ValueError: something was written to one of their batches.
-        """
-        self._forget_unlike(weights)
-        for batch in self._kept:
-            batch.get()
-        return Trajectory(begins=tuple(self._begins), steps=tuple(self._steps)) if self._steps else None
-
-    def restart(self) -> None:
-        """Forget all steps."""
-        self._begins, self._steps, self._added, self._kept, self._before = [], [], [], [], None
-
-    def _forget_unlike(self, weights: Tree) -> None:
-        """Forget all steps if other weights were trained in them."""
-        first = self._begins[0][1] if self._begins else self._before
-        if first is not None and _shapes(first.weights) != _shapes(weights):
-            self.restart()
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """The steps kept so far, for a checkpoint, with their batches as they are."""
-        if not self._steps:
-            return None
-        return {
-            "begins": [(number, at.weights, at.state, at.modules.tensors) for number, at in self._begins],
-            "steps": [
-                {
-                    "seen": [(one.batch, one.generators, float(one.share)) for one in step.losses],
-                    "groups": _plain(step.dynamics),
-                }
-                for step in self._steps
-            ],
-        }
-
-    def load_state_dict(self, saved: dict[str, Any] | None, problem: Problem, inner: Optimizer) -> None:
-        """Restore the steps, for an inner optimizer of the same class, unless other weights were trained in them.
-
-        Plain attributes of modules are those of now.
-        """
-        live = problem.weights()
-        self.restart()
-        if saved is None or any(weights.keys() != live.keys() for _, weights, *_ in saved["begins"]):
-            return
-        now, transforms = problem.module_state(), transforms_of(problem.hparams)
-        for number, weights, state, *buffers in saved["begins"]:  # there were no buffers in early versions
-            pairs = [(name, value) for one in buffers for name, value in one.items() if name in now.tensors]
-            tensors = {name: value.to(now.tensors[name].device) for name, value in pairs}
-            at = Snapshot(
-                weights={name: value.to(live[name].device) for name, value in weights.items()},
-                state={name: _moved(entries, live[name].device) for name, entries in state.items()},
-                modules=replace(now, tensors={**now.tensors, **tensors}),
-            )
-            self._begins.append((number, at))
-        dynamics = InnerStep.of(inner, {}, {})
-        for step in saved["steps"]:
-            losses = tuple(
-                RecordedLoss(batch=batch, generators=states and trees.map_tree(Tensor.cpu, states), share=share)
-                for batch, states, share in step["seen"]
-            )
-            self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=_groups(step["groups"], transforms))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,43 +157,5 @@ def _check_buffers(problem: Problem, before: Tree) -> None:
         )
 
 
-def _moved(entries: Tree, device: torch.device) -> Tree:
-    return {key: value if key == "step" else value.to(device) for key, value in entries.items()}
-
-
-def _shapes(weights: Tree) -> dict[str, torch.Size]:
-    return {name: w.shape for name, w in weights.items()}
-
-
 def _copy(value: Tensor) -> Tensor:
     return value.detach().clone()
-
-
-def _plain(dynamics: InnerStep) -> list[tuple[list[str], dict[str, Any]]]:
-    """The groups as plain values; a bound option is a dict of the name of its leaf and, if it is computed, its scale."""
-
-    def plain(option: Any) -> Any:
-        if isinstance(option, tuple):
-            return tuple(plain(member) for member in option)
-        if not isinstance(option, Bound):
-            return option
-        return {"leaf": option.name} | ({"number": option.number, "start": option.start} if option.transform else {})
-
-    return [(list(group.names), {key: plain(option) for key, option in group.options.items()}) for group in dynamics.groups]
-
-
-def _groups(saved: list[tuple[list[str], dict[str, Any]]], transforms: Mapping[str, Transform]) -> tuple[Group, ...]:
-    def whole(option: Any) -> Any:
-        if isinstance(option, (tuple, list)):
-            return tuple(whole(member) for member in option)
-        if not isinstance(option, dict):
-            return option
-        name, number = option["leaf"], option.get("number", option.get("factor"))  # a factor, in checkpoints of before
-        if number is None:
-            return Bound(name=name)
-        return Bound(name=name, transform=transforms[name], number=number, start=option.get("start", 1.0))
-
-    return tuple(
-        Group(names=tuple(names), options={key: whole(option) for key, option in options.items()})
-        for names, options in saved
-    )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from hoptim.problem.kept import copied
+from hoptim.problem.held_batch import hold_copy
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.random_stream import RandomStream, from_tensors, to_tensors
 from hoptim.validation import describe_type
@@ -53,7 +54,7 @@ class Batches:
 
     Raises:
         TypeError: ``source`` can be iterated only once, or not at all, or is a loader that Accelerate prepared.
-        ValueError: it is empty; raised at the first draw if its length is unknown.
+        ValueError: it is empty, raised at the first draw if its length is unknown; or a single batch ``(x, y)``.
 
     >>> batches = Batches(["a", "b"], "val_batches")
     >>> [batches.draw() for _ in range(3)]
@@ -67,6 +68,11 @@ class Batches:
         if isinstance(source, NO_BATCHES) or hasattr(source, "__array__") or not isinstance(source, Iterable):
             raise TypeError(
                 f"{name} is {describe_type(source)}: give a DataLoader, a list of batches, such as [batch], or a function"
+            )
+        if isinstance(source, (tuple, list)) and _is_one_batch(source):
+            raise ValueError(
+                f"{name} looks like one batch of inputs and targets, for {len(source[0])} examples, and each of the two "
+                f"would be a batch: give a list of batches, {name}=[(x, y)]"
             )
         if isinstance(source, Iterator):
             raise TypeError(f"{name} is a one-shot iterator: give what makes it, such as the DataLoader or a list")
@@ -90,7 +96,7 @@ class Batches:
         them.
         """
         batch = self._next()
-        return batch if isinstance(self.source, (list, tuple)) else copied(batch).batch
+        return batch if isinstance(self.source, (list, tuple)) else hold_copy(batch).batch
 
     def _next(self) -> Any:
         with self._stream.drawing(_own_generators(self.source)) as states_now:
@@ -143,6 +149,15 @@ class _Draws:
 
     def __iter__(self) -> Iterator[Any]:
         yield self.draw()
+
+
+def _is_one_batch(source: Sequence[Any]) -> bool:
+    """Whether these are inputs and targets of the same examples; the parts of a tensor that was split are not."""
+    if len(source) != 2 or not all(isinstance(one, (torch.Tensor, np.ndarray)) and one.ndim for one in source):
+        return False
+    x, y = source
+    is_column = y.ndim == 2 and y.shape[1] == 1 and x.shape != y.shape
+    return len(x) == len(y) and (x.dtype != y.dtype or x.ndim != y.ndim or is_column)
 
 
 def _length(source: Iterable[Any]) -> int | None:

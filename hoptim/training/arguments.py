@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method, check_method, checked_problem, held
 from hoptim.problem.level_adam import LevelAdam
 from hoptim.problem.loss_checks import check_takes
@@ -19,11 +18,6 @@ from hoptim.problem.problem import Problem
 from hoptim.validation import describe_type, is_finite, is_whole, listed
 
 OnFailure = Literal["skip", "raise"]
-UNHELD = "That is right if another optimizer trains them; else add them, or freeze them with requires_grad_(False)"
-COPY = (
-    "They look like a copy of the model, such as an average of its weights: freeze it with requires_grad_(False), or keep "
-    "it outside the model"
-)
 Unheld = list[tuple[str, str]]  # "inner" or "outer", and the name of a tensor that should be in this optimizer but is not
 
 
@@ -49,22 +43,32 @@ def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
     return [float(weight) for weight in found]
 
 
-def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: int | None, options: object) -> None:
-    """Check that the method needs no steps before the last hyperstep and sees the options, and that hooks are functions."""
-    check_method("hypergradient", hypergradient)
-    steps = 0 if hypergradient is None else hypergradient.keeps_steps
-    if every is not None and steps > every:
-        raise ValueError(
-            f"{hypergradient} goes back {steps} inner steps, but hypersteps come every {every}: unroll at most {every}"
-        )
+def check_options(options: object) -> None:
+    """Check that ``options`` is a dict."""
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f'options is {describe_type(options)}: give a dict, such as {{"lr": "rate"}}')
-    unseen = [key for key in options or () if key != "weight_decay"]  # which is a part of the condition Gradient()
-    if unseen and hypergradient is not None and not hypergradient.sees_options:
+
+
+def check_method_fits(method: Method | None, every: int | None, options: Mapping[str, Any] | None) -> None:
+    """Check that the method needs no steps before the last hyperstep, and sees the options that are learned."""
+    check_method("hypergradient", method)
+    check_options(options)
+    if method is None:
+        return
+    if every is not None and method.keeps_steps > every:
         raise ValueError(
-            f"options makes {', '.join(unseen)} hyperparameters, in which {hypergradient} has no derivative: leave "
+            f"{method} goes back {method.keeps_steps} inner steps, but hypersteps come every {every}: unroll at most {every}"
+        )
+    unseen = [key for key in options or () if key != "weight_decay"]  # which is a part of the condition Gradient()
+    if unseen and not method.sees_options:
+        raise ValueError(
+            f"options makes {', '.join(unseen)} hyperparameters, in which {method} has no derivative: leave "
             "hypergradient out for Unrolled(), or give Implicit(condition=Update())"
         )
+
+
+def check_hooks(hooks: Sequence[Any]) -> None:
+    """Check that hooks are functions in a list."""
     if not isinstance(hooks, Sequence):
         raise TypeError(f"hooks is {describe_type(hooks)}: give a list of functions of the record")
     for hook in hooks:
@@ -74,67 +78,46 @@ def check_strategies(hypergradient: Method | None, hooks: Sequence[Any], every: 
             raise TypeError(f"hook {hook!r} can't be called: give functions of the record")
 
 
-def check_optimizers(inner: Optimizer, outer: Optimizer, problem: Problem) -> None:
-    """Check that the inner optimizer holds weights and no hyperparameters, and the outer one the other way round."""
-    for name, optimizer in (("inner", inner), ("outer", outer)):
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{name} is {describe_type(optimizer)}: give a torch.optim.Optimizer")
-        if isinstance(getattr(optimizer, "problem", None), Problem):
-            raise TypeError(f"{name} is {describe_type(optimizer)} already: give the optimizer inside it, as its .{name}")
+def check_optimizer(name: str, optimizer: Optimizer, problem: Problem) -> None:
+    """Check that the inner optimizer holds weights and no hyperparameters; or the outer one, the other way round."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{name} is {describe_type(optimizer)}: give a torch.optim.Optimizer")
+    if isinstance(getattr(optimizer, "problem", None), Problem):
+        raise TypeError(f"{name} is {describe_type(optimizer)} already: give the optimizer inside it, as its .{name}")
     checked_problem(problem)
-    if not isinstance(outer, LevelAdam) and any("fall_after" in group for group in outer.param_groups):
+    weight, leaf = ("weight of the model", problem.model), ("hyperparameter", problem.hparams)
+    (kind, own), (other_kind, other) = (weight, leaf) if name == "inner" else (leaf, weight)
+    remedy = "model.parameters()" if name == "inner" else "hparams.parameters()"
+    live = {id(p) for p in (problem.weights() if name == "inner" else problem.leaves()).values()}
+    here, frozen = held(optimizer).keys(), {id(p) for p in own.parameters()} - live
+    if wrong := [key for key, p in other.named_parameters() if id(p) in here and id(p) not in frozen]:  # which may be both
+        raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {other_kind}: build it on {remedy}")
+    if not here & live:
+        raise ValueError(f"the {name} optimizer holds no {kind} that requires a gradient: build it on {remedy}")
+    if name == "outer" and not isinstance(optimizer, LevelAdam) and any("fall_after" in g for g in optimizer.param_groups):
         raise ValueError(
             "outer has param groups of hparams.optimizer(), without the levels that belong to them: give "
             "hoptim.outer_adam(hparams), which serves several recipes"
         )
-    if isinstance(outer, LBFGS):
+    if name == "outer" and isinstance(optimizer, LBFGS):
         raise ValueError("outer is an LBFGS, which needs a closure that a hyperstep has not: take SGD or Adam")
-    weights = {id(p): name for name, p in problem.model.named_parameters()}
-    leaves = {id(p): name for name, p in problem.hparams.named_parameters()}
-    learned = {id(p) for p in (*problem.weights().values(), *problem.leaves().values())}
-    for name, optimizer, own, other, kind, other_kind, remedy in (
-        ("inner", inner, weights, leaves, "weight of the model", "hyperparameter", "model.parameters()"),
-        ("outer", outer, leaves, weights, "hyperparameter", "weight of the model", "hparams.parameters()"),
-    ):
-        here, frozen = held(optimizer).keys(), own.keys() - learned
-        if wrong := [other[p] for p in here if p in other and p not in frozen]:  # a frozen tensor may be both
-            raise ValueError(f"the {name} optimizer holds {wrong[0]!r}, a {other_kind}: build it on {remedy}")
-        if not here & own.keys():
-            raise ValueError(f"the {name} optimizer holds no {kind} of the problem: build it on {remedy}")
-        if not here & own.keys() & learned:
-            raise ValueError(f"the {name} optimizer holds no {kind} that requires a gradient: build it on {remedy}")
 
 
-def warn_of_unheld(inner: Optimizer, outer: Optimizer, problem: Problem, known: Sequence[tuple[str, str]] = ()) -> Unheld:
+def warn_of_unheld(held_by: Mapping[str, Optimizer], problem: Problem, known: Sequence[tuple[str, str]] = ()) -> Unheld:
     """Find tensors that require a gradient but are in neither optimizer; warn of those that are not ``known``."""
     found: Unheld = []
-    for name, optimizer, live in (("inner", inner, problem.weights()), ("outer", outer, problem.leaves())):
-        here = held(optimizer)
+    for name, live in (("inner", problem.weights()), ("outer", problem.leaves())):
+        here = held(held_by[name])
         unheld = [(name, key) for key, p in live.items() if id(p) not in here]
         if new := [key for which, key in unheld if (which, key) not in known]:
-            own = {key: p for key, p in live.items() if id(p) in here}
-            advice = COPY if all(_is_copy(key, live[key], own) for key in new) else UNHELD
             warnings.warn(
                 f"the {name} optimizer does not hold {listed(new)}, though they require a gradient: the hypergradient takes "
-                f"them as learned. {advice}",
+                "them as learned. That is right if another optimizer trains them; else add them, or freeze them with "
+                "requires_grad_(False), also an average of the weights that is a part of the model",
                 stacklevel=3,
             )
         found += unheld
     return found
-
-
-def _is_copy(name: str, tensor: Tensor, own: Tree) -> bool:
-    """Whether the tensor may be in a copy of the model: its name ends in that of one of its own, of the same shape."""
-    parts = name.split(".")
-    ends = [".".join(parts[place:]) for place in range(1, len(parts))]
-    return any(end in own and own[end].shape == tensor.shape for end in ends)
-
-
-def check_again(inner: Optimizer, outer: Optimizer, problem: Problem, known: Unheld) -> Unheld:
-    """Repeat the checks of the construction before a hypergradient, since layers may have been replaced or frozen."""
-    problem.check_learned()
-    check_optimizers(inner, outer, problem)
-    return warn_of_unheld(inner, outer, problem, known)
 
 
 def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:
@@ -181,14 +164,6 @@ def check_functions(make: object, inner: object, val_batches: object) -> None:
             raise TypeError(f"{name} is {describe_type(given)}: give a function, such as {example}")
         if arguments:
             check_takes(name, given, arguments)
-
-
-def made_by(make: Callable[[], nn.Module]) -> nn.Module:
-    """A new model; raises ``TypeError`` if ``make`` returned something else."""
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"make returned {describe_type(model)}: return an nn.Module")
-    return model
 
 
 @contextmanager

@@ -1,26 +1,28 @@
-"""Checks of a state before BilevelOptimizer loads it: it has to be complete, and of the same model. Or it is a bare one."""
+"""Checks of a state before an optimizer loads it: it has to be complete, and of the same model. Or it is a bare one."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 from torch.optim import Optimizer
 
-from hoptim.methods import learned_options
 from hoptim.problem.problem import Problem
-from hoptim.training.progress import Progress
 from hoptim.validation import describe_type, is_whole
 
 KEY = "hoptim"  # the entry that is added to the inner optimizer's own state
 VERSION = 1  # of this entry
-REQUIRED = (
-    "version", "outer", "hparams", "inner_steps", "hyper_steps", "solver_state", "last_gradient", "trajectory",
-    "val_batches", "train_batches",
+REQUIRED = ("version", "hparams", "inner_steps")
+REQUIRED_OUTER = (
+    *REQUIRED, "outer", "hyper_steps", "solver_state", "last_gradient", "trajectory", "val_batches", "train_batches"
 )  # fmt: skip
 DAMAGED = f"the {KEY!r} entry of this state_dict lacks {{missing}}: it is damaged; load an earlier checkpoint"
+BARE = (
+    f"this state_dict has no {KEY!r} entry: it is a bare optimizer's. It was loaded into the inner optimizer, while "
+    "hyperparameters, the outer optimizer and counters stay as they are. If it was a BilevelOptimizer's, something has "
+    "dropped the entry, as helpers of torch.distributed.checkpoint do: hand them optimizer.inner, and save the entry beside"
+)
 SHOWN = 5  # an error lists so many differing weights
 
 Shapes = list[tuple[str, list[int]]]
@@ -32,7 +34,7 @@ def held_weights(inner: Optimizer, problem: Problem) -> Shapes:
     return [(names.get(id(p), "?"), list(p.shape)) for group in inner.param_groups for p in group["params"]]
 
 
-def check_loadable(state_dict: object, weights: Shapes) -> None:
+def check_loadable(state_dict: object, weights: Shapes, required: Sequence[str]) -> None:
     """Check that a state is that of a BilevelOptimizer, of no newer version, complete, and of these weights; or a bare one.
 
     Raises:
@@ -51,7 +53,7 @@ def check_loadable(state_dict: object, weights: Shapes) -> None:
         raise ValueError(DAMAGED.format(missing=["version"]))
     if version > VERSION:
         raise ValueError(f"this state_dict is of version {version}, newer than {VERSION}: upgrade hoptim")
-    if missing := [name for name in REQUIRED if name not in saved]:
+    if missing := [name for name in required if name not in saved]:
         raise ValueError(DAMAGED.format(missing=missing))
     pairs = zip_longest(saved.get("weights", weights), weights)  # users drop the entry if weights were renamed
     if differing := [f"{_shown(there)} there is {_shown(here)} here" for there, here in pairs if there != here]:
@@ -60,21 +62,6 @@ def check_loadable(state_dict: object, weights: Shapes) -> None:
             f"this state_dict is another model's: {'; '.join(differing[:SHOWN])}{more}. Build the model as it was; if its "
             f"weights were only renamed, drop state_dict[{KEY!r}]['weights']"
         )
-
-
-def load_bare(inner: Optimizer, progress: Progress, state_dict: Mapping[str, Any]) -> None:
-    """Load the state of a run without hoptim into the inner optimizer; torch refuses that of another model."""
-    numbers = [option.present(inner.param_groups[option.group]) for option in progress.learned_options]
-    inner.load_state_dict(dict(state_dict))
-    progress.learned_options = learned_options.resumed(inner, progress.learned_options, numbers)
-    progress.recorder.restart()  # the next step does not start where the last one ended
-    warnings.warn(
-        f"this state_dict has no {KEY!r} entry: it is a bare optimizer's. It was loaded into the inner optimizer, while "
-        "hyperparameters, the outer optimizer and counters stay as they are. If it was a BilevelOptimizer's, something has "
-        "dropped the entry, as helpers of torch.distributed.checkpoint do: hand them optimizer.inner, and save the entry "
-        "beside",
-        stacklevel=3,
-    )
 
 
 def _shown(weight: tuple[str, list[int]] | None) -> str:

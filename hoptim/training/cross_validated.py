@@ -20,15 +20,13 @@ from hoptim.problem.problem import Loss, Problem
 from hoptim.problem.random_stream import RandomStream
 from hoptim.training import arguments
 from hoptim.training.checkpoint import held_weights
-from hoptim.training.fit import Fit, Parts, Train
+from hoptim.training.fit import Fit, LeafAverage
 from hoptim.training.fit_file import FitFile
-from hoptim.training.fold_optimizer import FoldOptimizer, due_steps
-from hoptim.training.folds import Fold, make_folds
-from hoptim.training.leaf_average import LeafAverage
+from hoptim.training.fold_optimizer import FoldOptimizer, Train, due_steps
+from hoptim.training.folds import make_folds
 from hoptim.training.record import Record, natural_values
-from hoptim.training.resumable import ResumableOptimizer
-from hoptim.training.shared import Shared, check_models
-from hoptim.validation import describe_type
+from hoptim.training.shared_tensors import SharedTensors
+from hoptim.training.training_optimizer import TrainingOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,47 +179,39 @@ class CrossValidated:
     ) -> None:
         arguments.check_functions(make, inner, val_batches)
         arguments.check_fold_schedule(warmup, hypersteps)
-        if not isinstance(hparams, nn.Module):
-            raise TypeError(f"hparams is {describe_type(hparams)}: give a HyperParameters or another nn.Module")
-        self.hparams, self.average, self._hypersteps, self._fitted = hparams, average, hypersteps, False
+        self.hparams, self.average, self._hypersteps = hparams, average, hypersteps
 
         def problem() -> Problem:
-            return Problem(arguments.made_by(make), hparams, train_loss, val_loss, has_aux=has_aux)
+            return Problem(make(), hparams, train_loss, val_loss, has_aux=has_aux)
 
-        problems = [problem()]
-        self.folds = make_folds(folds, examples, problems[0].ranks)
-        streams = [RandomStream(f"fold {number}") for number, _ in enumerate(self.folds, 1)]
-        for stream in streams:
-            with stream.drawing():
-                problems.append(problem())
-        models = [problem.model for problem in problems]
-        check_models(models)
+        whole, optimizers = problem(), []
+        self.folds = make_folds(folds, examples, whole.ranks)
         outer = outer_adam(hparams, validation=examples) if outer is None else outer
-
-        def fold_optimizer(fold: Fold, problem: Problem) -> FoldOptimizer:
-            return FoldOptimizer(
-                inner(problem.wrapper),
-                outer,
-                problem,
-                due=due_steps(arguments.checked_steps(steps, len(fold.train)), warmup, hypersteps),
-                val_batches=[fold.held_out] if val_batches is None else val_batches(fold.held_out),
-                options=options,
-                hypergradient=hypergradient,
-                on_failure=on_failure,
-                hooks=hooks,  # only the first one calls them, for all
-            )
-
-        optimizers: list[FoldOptimizer] = []
-        everything = torch.arange(examples, device="cpu")
         with arguments.gradients("CrossValidated"):
-            for number, (fold, one) in enumerate(zip(self.folds, problems[1:], strict=True), 1):
+            for number, fold in enumerate(self.folds, 1):
+                stream = RandomStream(f"fold {number}")
                 with annotate_errors(f"for fold {number}"):
-                    optimizers.append(fold_optimizer(fold, one))
-            model, unused = problems[0].wrapper, [everything]  # the last training has no hypersteps
-            last = ResumableOptimizer(inner(model), outer, problems[0], val_batches=unused, options=options, every=None)
-        self._parts = Parts(
-            folds=self.folds, streams=streams, optimizers=optimizers, last=last, examples=everything, shared=Shared(models)
-        )
+                    with stream.drawing():
+                        one = problem()
+                    optimizers.append(
+                        FoldOptimizer(
+                            inner(one.wrapper),
+                            outer,
+                            one,
+                            name=f"fold {number} of {len(self.folds)}",
+                            fold=fold,
+                            stream=stream,
+                            due=due_steps(arguments.checked_steps(steps, len(fold.train)), warmup, hypersteps),
+                            val_batches=[fold.held_out] if val_batches is None else val_batches(fold.held_out),
+                            options=options,
+                            hypergradient=hypergradient,
+                            on_failure=on_failure,
+                            hooks=hooks,  # only the first one calls them, for all
+                        )
+                    )
+            shared = SharedTensors([whole.model, *(optimizer.problem.model for optimizer in optimizers)])
+            last = TrainingOptimizer(inner(whole.wrapper), whole, options=options)
+        self._fit = Fit(optimizers, last, torch.arange(examples, device="cpu"), shared)
 
     def fit(
         self, train: Train, *, checkpoint: str | os.PathLike[str] | None = None, every_seconds: float = 60.0
@@ -243,32 +233,30 @@ class CrossValidated:
             TypeError: the state of an object given to ``resumable`` can't be saved.
         """
         check_takes("train", train, "model, optimizer, examples")
-        if self._fitted:
+        fit, problem = self._fit, self._fit.last.problem
+        if fit.has_begun:
             raise RuntimeError("fit was called before: its models are trained now, so make a new CrossValidated")
-        last, optimizers = self._parts.last, self._parts.optimizers
-        file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), last.problem.ranks)
-        average = LeafAverage(last.problem, skip=self._hypersteps // 2) if self.average else None
-        fit = Fit(self._parts, train, average, file)
+        file = None if checkpoint is None else FitFile(checkpoint, every_seconds, self._settings(), problem.ranks)
+        average = LeafAverage(problem, skip=self._hypersteps // 2) if self.average else None
         with arguments.gradients("fit"):
-            self._fitted = True
-            fit.run()
+            fit.run(train, average, file)
         return CrossValidatedFit(
-            model=last.problem.wrapper,
-            models=[optimizer.problem.wrapper for optimizer in optimizers],
-            hyperparameters=natural_values(last.problem),
+            model=problem.wrapper,
+            models=[one.problem.wrapper for one in fit.folds],
+            hyperparameters=natural_values(problem),
             history=fit.history,
             cost=sum(fit.seconds.values()) / fit.seconds["last"],
         )
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a resumed fit has to share with the saved one."""
-        first = self._parts.optimizers[0]
+        optimizers, first = self._fit.folds, self._fit.folds[0]
         return {
-            "examples": len(self._parts.examples),
+            "examples": len(self._fit.examples),
             "folds": [(fold.train, fold.held_out) for fold in self.folds],
             "hypersteps": self._hypersteps,
             "average": self.average,
-            "the steps of the hypersteps": [list(optimizer.due) for optimizer in self._parts.optimizers],
+            "the steps of the hypersteps": [list(optimizer.due) for optimizer in optimizers],
             "hypergradient": re.sub(" at 0x[0-9a-f]+", "", repr(first.hypergradient)),
             "the inner optimizer": type(first.inner).__name__,
             "the outer optimizer": type(first.outer).__name__,

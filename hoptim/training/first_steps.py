@@ -1,25 +1,27 @@
-"""Checks at the first loss and the first steps, so that mistakes show at once and not after the warm-up."""
+"""Checks at the first loss, the first steps and the first hyperstep, so that mistakes show at once; and of lost weights."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.method import Method, TrainingContext
-from hoptim.problem.kept import Kept, copied
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
 from hoptim.problem.random_stream import set_generators
 from hoptim.problem.wrappers import is_compiled
 from hoptim.solvers.solution import Status
+from hoptim.training.recent_steps import RecentSteps, SeenLoss
 
 ALIKE, UNLIKE = 0.9, 0.5  # below these cosines two gradients are not of one loss, without and with clipping
+MANY, FEW = 1000, 0.01  # warn if, of at least so many entries, at most this share has a gradient
+GONE = 0.01  # of the norm at the start; in scripts/arrive.py models that learned kept 5 %, those that died less than 1 %
 _NON_FINITE = (Status.NON_FINITE_LOSS, Status.NON_FINITE_GRADIENT, Status.NON_FINITE_PRODUCT)
 
 
@@ -42,11 +44,12 @@ def dry_run(
         result.combined(val_weights)
     status, detail = result.solution.status, result.solution.detail
     if status in _NON_FINITE:
-        warnings.warn(f"in the dry run: {status.name}: {status.message} ({detail})", stacklevel=4)
+        warnings.warn(f"in the dry run: {status.name}: {status.message} ({detail})", stacklevel=7)
 
 
+@dataclass
 class FirstSteps:
-    """Looks for common mistakes of a training loop at its first losses and steps.
+    """Looks for common mistakes of a training loop until its second step.
 
     These are: ``optimizer.loss`` is never called; the inner optimizer is stepped instead of the BilevelOptimizer; another
     loss goes backward than the one from ``optimizer.loss``.
@@ -55,59 +58,51 @@ class FirstSteps:
         needs_losses: whether hypersteps need the batches given to ``optimizer.loss``.
     """
 
-    def __init__(self, needs_losses: bool) -> None:
-        self._needs_losses = needs_losses
-        self._steps = self._losses = 0
-        self._has_closures = False  # with closures, weights move and losses are computed within a step
-        self._version: int | None = None  # of the weights at the last loss, if no step has come since
-        self._since_step: list[tuple[Kept, dict[str, Tensor]]] = []  # up to two losses: batch, random states before
+    needs_losses: bool
+    steps: int = 0
+    _has_closures: bool = False  # with closures, weights move and losses are computed within a step
+    _version: int | None = None  # of the weights at the last loss, if no step has come since
 
-    def before_loss(self, problem: Problem, batch: Any, check: Callable[[], None]) -> None:
+    def before_loss(self, problem: Problem, recent: RecentSteps, check: Callable[[], None]) -> None:
         """Call this before a training loss is computed; the first time it calls ``check``."""
-        if not self._losses:
+        if not recent.computed:
             check()
-        self._losses += 1
         version = sum(w._version for w in problem.weights().values())
         if self._version not in (None, version) and not self._has_closures:
             warnings.warn(
-                f"the weights have moved between losses {self._losses - 1} and {self._losses} without a step of the "
+                f"the weights have moved between losses {recent.computed} and {recent.computed + 1} without a step of the "
                 "BilevelOptimizer. If the inner optimizer is stepped in its place, call optimizer.step() on the "
                 "BilevelOptimizer, or no hyperstep will come. If a step moves the weights twice, as that of SAM does, "
                 "give both losses to it as a closure, optimizer.step(closure)",
                 stacklevel=4,
             )
         self._version = version
-        if len(self._since_step) < 2 and not self._steps:
-            self._since_step.append((copied(batch), problem.generators()))
 
-    def before_step(self, problem: Problem, *, has_closure: bool) -> FirstSteps | None:
-        """Call this before a step is taken. Returns itself, or ``None`` if there is nothing more to check.
+    def before_step(self, problem: Problem, recent: RecentSteps, *, has_closure: bool) -> None:
+        """Call this before a step is taken.
 
         Raises:
             ValueError: it is the second step and ``optimizer.loss`` was not called, though hypersteps need it.
         """
-        if not self._losses and self._needs_losses and self._steps:  # torch itself may take one step, to make a state
+        if not recent.computed and self.needs_losses and self.steps:  # torch itself may take one step, to make a state
             raise ValueError(
                 "two steps were taken and no loss has come from optimizer.loss(batch), so that a hyperstep would have no "
                 "training batch: compute the loss with it in place of the criterion, or give train_batches"
             )
-        self._has_closures = has_closure
-        if not self._steps and len(self._since_step) == 1 and not has_closure:
-            kept, generators = self._since_step[0]
-            _check_gradient(problem, kept.batch, generators)
-        self._steps += 1
-        self._version, self._since_step = None, []
-        return self if self._steps < 2 else None
+        losses = recent.losses()
+        if not self.steps and len(losses) == 1 and not has_closure:
+            _check_gradient(problem, losses[0])
+        self.steps, self._has_closures, self._version = self.steps + 1, has_closure, None
 
 
-def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> None:
-    """Warn if the weights' ``.grad`` is not the gradient of the training loss on this batch."""
+def _check_gradient(problem: Problem, loss: SeenLoss) -> None:
+    """Warn if the weights' ``.grad`` is not the gradient of this training loss."""
     if is_compiled(problem.wrapper) or problem.ranks.size > 1:  # other masks; other ranks may have more losses
         return
     live = {name: w for name, w in problem.weights().items() if w.grad is not None and not w.grad.is_sparse}
     if not live:
         return
-    expected = _gradient(problem, batch, generators)
+    expected = _gradient(problem, loss)
     pairs = {name: (w.grad, expected[name]) for name, w in live.items() if w.grad is not None and name in expected}
     given, own = ({name: pair[side].float() for name, pair in pairs.items()} for side in (0, 1))
     lengths = [float(trees.norm(x)) for x in (given, own)]
@@ -121,14 +116,59 @@ def _check_gradient(problem: Problem, batch: Any, generators: dict[str, Tensor])
             f"{lengths[0]:.3g} and {lengths[1]:.3g}. Hypergradients are for train_loss alone. If something is added to "
             "optimizer.loss(batch) before backward(), or a gradient is added to, put it into train_loss; if train_loss "
             "draws random numbers elsewhere than from torch's generators, that is all it is",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 
-def _gradient(problem: Problem, batch: Any, generators: dict[str, Tensor]) -> Tree:
-    """∇_w L_T on this batch, from these random states."""
+def _gradient(problem: Problem, loss: SeenLoss) -> Tree:
+    """∇_w L_T of a loss, computed again."""
     with problem.leave_no_trace():
-        set_generators(generators)
-        with problem.at() as at, at.loss("train_loss", batch) as (loss, *_):
-            found = torch.autograd.grad(loss, list(at.weights.values()), allow_unused=True)
+        set_generators(loss.generators or {})
+        with problem.at() as at, at.loss("train_loss", loss.batch.batch) as (value, *_):
+            found = torch.autograd.grad(value, list(at.weights.values()), allow_unused=True)
             return trees.present(dict(zip(at.weights, found, strict=True)))
+
+
+def warn_of_first_hyperstep(before: Tree, after: Tree, grads: Tree, every: int | None) -> None:
+    """Warn if the first outer step took most of a hyperparameter to zero, or had a gradient for hardly any of it."""
+    for name in before.keys() & grads.keys():
+        old, new, reached, size = before[name], after[name], int(grads[name].count_nonzero()), grads[name].numel()
+        positive = old > 0
+        share = float(((new.abs() < 0.01 * old) & positive).sum() / positive.sum().clamp(min=1))
+        if share > 0.5:
+            warnings.warn(
+                f"the first outer step took {share:.0%} of hyperparameter {name!r} to zero, from {float(old.mean()):.3g} on "
+                f"average to {float(new.mean()):.3g}: the outer rate is too large for it. Take one well below the value, or "
+                "constraints.positive, under which steps are relative",
+                stacklevel=7,
+            )
+        if size >= MANY and 0 < reached <= FEW * size:
+            steps = "" if every is None else f", that is every {every * size // reached:,} training steps"
+            warnings.warn(
+                f"the first hyperstep has a gradient for {reached:,} of the {size:,} entries of hyperparameter {name!r}: at "
+                f"this rate each is reached every {size // reached:,} hypersteps{steps}. Lower every, give train_batches "
+                "with larger batches, or share one entry among many examples",
+                stacklevel=7,
+            )
+
+
+def weight_norms(problem: Problem) -> dict[str, float]:
+    """The norms of the matrices among the weights; others, such as biases and scales, may begin and stay near zero."""
+    live = problem.weights().items()
+    weights = {name: weight.detach() for name, weight in live if weight.ndim > 1 and min(weight.shape[:2]) > 1}
+    wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in weights.items()}
+    found = [torch.linalg.vector_norm(weight, dtype=wide[name]).float() for name, weight in weights.items()]
+    return dict(zip(weights, torch.stack([one.to(found[0].device) for one in found]).tolist() if found else [], strict=True))
+
+
+def vanished_weights(problem: Problem, begun: Mapping[str, float]) -> dict[str, str]:
+    """A doubt if a weight has all but gone from the norm that it had when training began; none if no weight has."""
+    shares = {name: now / begun[name] for name, now in weight_norms(problem).items() if begun.get(name)}
+    name = min(shares, key=lambda name: shares[name], default=None)
+    if name is None or not shares[name] < GONE:
+        return {}
+    return {
+        "collapsed": f"weight {name!r} is at {shares[name]:.2g} of the norm that it had when training began. If a decay "
+        "takes it to zero, it is too large: the model hardly depends on its input, and hypergradients say little. Start "
+        "again with a smaller one"
+    }

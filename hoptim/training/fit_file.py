@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hoptim.problem.distributed import Ranks
 from hoptim.training.files import read_whole, write_atomically
-from hoptim.validation import describe_type, is_finite
 
 VERSION = 1
 PHASES = ("folds", "last")
@@ -30,22 +29,17 @@ class FitFile:
         ranks: the processes that train together. The first one writes for all, and each reads.
 
     Raises:
-        TypeError: ``path`` is no path.
-        ValueError: there is no such folder; ``every_seconds`` is negative.
+        ValueError: there is no such folder.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], every_seconds: float, settings: Mapping[str, Any], ranks: Ranks
     ) -> None:
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f'checkpoint is {describe_type(path)}: give the path of a file, such as "fit.pt"')
         self.path = Path(path)
         if self.path.is_dir() or not self.path.parent.is_dir():
             raise ValueError(f"checkpoint={os.fspath(path)!r}: give a file in a folder that is there")
-        if not (is_finite(every_seconds) and every_seconds >= 0):
-            raise ValueError(f"every_seconds={every_seconds!r}: give a number of seconds, 0 or more")
         self._every, self._settings, self._ranks = every_seconds, {**settings, "processes": ranks.size}, ranks
-        self._written, self._was_read_back = time.monotonic(), False
+        self._written = time.monotonic()
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last writing, by the clock of the first rank."""
@@ -58,16 +52,10 @@ class FitFile:
             OSError: the disk is full or can't be written to.
             TypeError: the state holds other things than tensors and plain values.
         """
-        if self._ranks.size > 1:
-            packed = self._ranks.gathered_by_first(_packed(dict(state)))
-            states = None if packed is None else [_unpacked(one) for one in packed]
-        else:
-            states = [dict(state)]
-        if states is not None:
+        packed = self._ranks.gathered_by_first(_packed(dict(state)))
+        if packed is not None:
+            states = [_unpacked(one) for one in packed]  # also to fail now if it can't be read, and not at the resume
             data = _packed({"version": VERSION, "settings": self._settings, "ranks": states})
-            if not self._was_read_back:  # fail now if it can't be read, and not at the resume
-                _unpacked(data)
-                self._was_read_back = True
             write_atomically(self.path, data, "make room; fit with the same checkpoint goes on from the last one")
         self._written = time.monotonic()
 

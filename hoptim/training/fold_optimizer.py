@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.result import Hypergradient
+from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
+from hoptim.problem.random_stream import RandomStream
 from hoptim.solvers.solution import Solution
-from hoptim.training.in_turn import InTurn
-from hoptim.training.progress import Ahead
+from hoptim.training.coroutine import Coroutine
+from hoptim.training.folds import Fold
+from hoptim.training.optimizer import BilevelOptimizer, FirstHyperstep
 from hoptim.training.record import Record
-from hoptim.training.resumable import ResumableOptimizer, State
+from hoptim.training.training_optimizer import Saved
 
-
-class Met(NamedTuple):
-    """A fold's hypergradient, and the seconds it took."""
-
-    result: Hypergradient
-    seconds: float
+Train = Callable[[nn.Module, Any, Tensor], Any]  # a loop may say that its optimizer is a BilevelOptimizer
 
 
 def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
@@ -45,55 +44,90 @@ def due_steps(steps: int, warmup: float, hypersteps: int) -> list[int]:
     return [begin + (steps - begin) * number // hypersteps for number in range(1, hypersteps + 1)]
 
 
-class FoldOptimizer(ResumableOptimizer):
+class SavePoint(NamedTuple):
+    """Where a fold pauses to be saved: the number of the save point, and the state there."""
+
+    number: int
+    state: Saved
+
+
+class FoldOptimizer(BilevelOptimizer):
     """A BilevelOptimizer that takes its hypersteps after given steps, together with the other folds.
 
     Args:
+        name: for errors, such as "fold 2 of 3".
+        fold: the examples.
+        stream: the random numbers of the fold.
         due: the inner steps after which hypersteps follow, in order; the last one is the last of the training.
         **more: arguments of :class:`BilevelOptimizer`.
+
+    Attributes:
+        steps: the length that the training is said to have.
+        coroutine: the training, once it is begun.
+        paused: what it has paused with: the hypergradient of a hyperstep, or a save point.
+        seconds: the time that the last hypergradient took.
     """
 
-    turn: InTurn
+    coroutine: Coroutine
+    due: tuple[int, ...]
+    paused: Hypergradient | SavePoint | None = None
+    seconds = 0.0
 
-    def __init__(self, inner: Optimizer, outer: Optimizer, problem: Problem, *, due: Sequence[int], **more: Any) -> None:
+    def __init__(
+        self,
+        inner: Optimizer,
+        outer: Optimizer,
+        problem: Problem,
+        *,
+        name: str,
+        fold: Fold,
+        stream: RandomStream,
+        due: Sequence[int],
+        **more: Any,
+    ) -> None:
+        self.name, self.fold, self.stream, self.due, self.steps = name, fold, stream, tuple(due), due[-1]
         shortest = min(b - a for a, b in zip((0, *due), due, strict=False))
         super().__init__(inner, outer, problem, every=shortest, **more)
-        self.due, self.steps = tuple(due), due[-1]
-        self._progress.ahead = Ahead()  # the fit itself tells of a training that is too short
-        self._await_next()
+        self._progress.first_hyperstep = FirstHyperstep()  # the fit itself tells of a training that is too short
 
-    def loss(self, batch: Any) -> Any:
+    def begin(self, train: Train) -> None:
+        """Prepare the training of the fold; :meth:`resume` starts it."""
+
+        def training() -> None:
+            with annotate_errors(f"in the training of {self.name}"):
+                train(self.problem.wrapper, self, self.fold.train.clone())
+
+        self.coroutine = Coroutine(training)
+
+    def resume(self, record: Record | None = None) -> None:
+        """Let the training run on, with its random numbers, until it pauses again or ends."""
+        with self.stream.drawing():
+            self.paused = self.coroutine.resume(record)
+
+    def _steps_left(self, step: int) -> float:
+        return next((due - step for due in self.due if due >= step), math.inf)
+
+    def loss(self, batch: Any) -> Tensor:
         """The training loss of ``batch``; ends the training here if the fit has failed elsewhere."""
-        self.turn.check()
+        self.coroutine.check()
         return super().loss(batch)
 
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
         """Hand over this fold's hypergradient, and wait until all folds have done so and the hyperparameters have moved."""
-        self.every, begun = None, time.perf_counter()
+        begun = time.perf_counter()
         result = self._hypergradient(train_batch, val_batch)
-        record = self.turn.pause(Met(result, time.perf_counter() - begun))
+        self.seconds = time.perf_counter() - begun
+        record = self.coroutine.pause(result)
         if record is not None:
             self._progress.hyper_steps, self._progress.record = record.hyper_step, record
-        self._await_next()
         return self._progress.record  # type: ignore[return-value]
 
-    def put(self, saved: State) -> None:
-        """Go to where a training was saved."""
-        super().put(saved)
-        self._await_next()
 
-    def _await_next(self) -> None:
-        """Set ``every`` and ``warmup`` so that the next hyperstep follows the next step that is due."""
-        self.every = next((step for step in self.due if step > self.inner_steps), None)
-        self.warmup = self.every or 0
-
-
-def joined(met: Sequence[Met]) -> Hypergradient:
+def joined(results: Sequence[Hypergradient]) -> Hypergradient:
     """The hypergradients of K folds as the hypergradient of a vector of K validation losses.
 
     The status is that of the first fold whose solve failed, or else of the first with a remark; ``detail`` names the fold.
     """
-    results = [one.result for one in met]
     return Hypergradient(
         grads=_stacked([result.combined() for result in results]),
         direct=_stacked([result.mixed_by(None, result.direct) for result in results]),

@@ -40,8 +40,8 @@ def make_folds(folds: int | Iterable[Any], examples: int, ranks: Ranks | None = 
 
     Raises:
         TypeError: ``folds`` is neither of these.
-        ValueError: there are fewer than two examples or folds; two folds hold out the same examples; a fold is empty, has an
-            index out of range or twice in one part, or trains on examples that it holds out; ranks have different folds.
+        ValueError: there are fewer than two examples or folds; a fold is empty, has an index out of range, or trains on
+            examples that it holds out; ranks have different folds.
 
     >>> make_folds([([0, 1], [2]), ([0, 1, 2], [3])], 4)[1]
     Fold(train=tensor([0, 1, 2]), held_out=tensor([3]))
@@ -50,19 +50,12 @@ def make_folds(folds: int | Iterable[Any], examples: int, ranks: Ranks | None = 
         raise ValueError(f"examples={examples!r}: give how many training examples there are, 2 or more")
     if isinstance(folds, Integral) and is_whole(folds):
         found = list(_random_folds(int(folds), examples, ranks or Ranks()))
-    elif hasattr(folds, "split") and not isinstance(folds, (str, Tensor)):
-        raise TypeError(f"folds is {describe_type(folds)}: give what it yields, as in folds=splitter.split(x, y)")
     elif isinstance(folds, (str, bytes, Tensor)) or not isinstance(folds, Iterable):
-        raise TypeError(f"folds is {describe_type(folds)}: give a number, or pairs of indices such as KFold(3).split(x)")
+        raise TypeError(f"folds is {describe_type(folds)}: give a number, or pairs of indices, as by splitter.split(x, y)")
     else:
         found = [_checked(number, pair, examples) for number, pair in enumerate(folds, 1)]
     if len(found) < 2:
         raise ValueError(f"folds: there are {len(found)}, give two or more")
-    seen: dict[tuple[int, ...], int] = {}
-    for number, fold in enumerate(found, 1):
-        first = seen.setdefault(tuple(fold.held_out.sort().values.tolist()), number)
-        if first != number:
-            raise ValueError(f"folds {first} and {number} hold out the same examples: give each fold others")
     digest = [zlib.crc32(part.numpy().tobytes()) for fold in found for part in (fold.train, fold.held_out)]
     if any(other != digest for other in (ranks or Ranks()).gathered(digest)):
         raise ValueError("folds: the ranks have other ones. Give all the same, as by a splitter with a random_state")
@@ -97,8 +90,6 @@ def _checked(number: int, pair: Any, examples: int) -> Fold:
         if int(part.min()) < 0 or int(part.max()) >= examples:
             wrong = int(part.min() if part.min() < 0 else part.max())
             raise ValueError(f"{where} has index {wrong}: examples={examples}, so indices go from 0 to {examples - 1}")
-        if len(part.unique()) < len(part):
-            raise ValueError(f"{where} has an example twice: give each once")
         parts[name] = part.long()
     both = parts["train"][torch.isin(parts["train"], parts["held out"])]
     if len(both):

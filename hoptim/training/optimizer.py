@@ -1,37 +1,73 @@
-"""BilevelOptimizer: the user's own optimizer, which now also moves the hyperparameters."""
+"""BilevelOptimizer: the user's own optimizer, which now also moves the hyperparameters; and the outer step alone."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
-from hoptim.methods import learned_options, named_options
+from hoptim.linalg.vectors import Tree
+from hoptim.methods import learned_options
 from hoptim.methods.default import default_method
 from hoptim.methods.implicit import doubts
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.data import Batches
+from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
+from hoptim.solvers.solution import State, Status
 from hoptim.training import arguments
-from hoptim.training.checkpoint import KEY, VERSION, check_loadable, held_weights, load_bare
-from hoptim.training.collapsed import collapsed, norms
-from hoptim.training.first_steps import FirstSteps, dry_run
-from hoptim.training.optimizer_proxy import OptimizerProxy
-from hoptim.training.outer_step import outer_step, warn_of_first_step
-from hoptim.training.progress import Progress, has_gradient, steps_left
-from hoptim.training.record import Record, natural_values
-from hoptim.validation import describe_type
+from hoptim.training.checkpoint import KEY, REQUIRED_OUTER
+from hoptim.training.first_steps import FirstSteps, dry_run, vanished_weights, warn_of_first_hyperstep, weight_norms
+from hoptim.training.recent_steps import SeenLoss
+from hoptim.training.record import Record, cosine_in_common, natural_values
+from hoptim.training.training_optimizer import Progress, TrainingOptimizer
 
 
-class BilevelOptimizer(OptimizerProxy):
+@dataclass
+class FirstHyperstep:
+    """The inner steps taken, and those that were left then until the first hyperstep; 0 after it."""
+
+    taken: int = 0
+    left: float = 0
+
+    def warn_if_missed(self) -> None:
+        """Warn if the training has ended before its first hyperstep."""
+        if 0 < self.left < math.inf:
+            warnings.warn(
+                f"the training ended after {self.taken} steps without a hyperstep, so that no hyperparameter has moved: the "
+                f"first one would have come after step {self.taken + self.left}. Give the BilevelOptimizer a smaller every, "
+                "or a shorter warmup; every=None is for hypersteps by hand",
+                stacklevel=2,
+            )
+
+
+@dataclass
+class BilevelProgress(Progress):
+    """What changes while a BilevelOptimizer runs."""
+
+    hyper_steps: int = 0
+    solver_state: State = field(default_factory=dict)
+    last_gradient: Tree = field(default_factory=dict)
+    record: Record | None = None
+    first_steps: FirstSteps | None = None  # until they are over
+    first_hyperstep: FirstHyperstep = field(default_factory=FirstHyperstep)
+    norms: dict[str, float] = field(default_factory=dict)  # of the weights when training began
+    unheld: arguments.Unheld = field(default_factory=list)  # tensors in neither optimizer, after a warning
+    warned: set[Status | str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self.first_hyperstep.warn_if_missed)  # also at the end of the process
+
+
+class BilevelOptimizer(TrainingOptimizer):
     """An optimizer that trains the weights, and every few steps moves the hyperparameters down the validation loss.
 
     It **is** a ``torch.optim.Optimizer``: ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, so
@@ -85,6 +121,9 @@ class BilevelOptimizer(OptimizerProxy):
     ('CONVERGED', 1.1)
     """
 
+    _required = REQUIRED_OUTER
+    _progress: BilevelProgress
+
     def __init__(
         self,
         inner: Optimizer,
@@ -101,64 +140,65 @@ class BilevelOptimizer(OptimizerProxy):
         on_failure: arguments.OnFailure = "skip",
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
-        arguments.check_optimizers(inner, outer, problem)
+        arguments.check_optimizer("inner", inner, problem)
+        arguments.check_optimizer("outer", outer, problem)
         arguments.check_schedule(every, warmup, on_failure)
-        arguments.check_strategies(hypergradient, hooks, every, options)
-        super().__init__()
-        self.inner, self.outer, self.problem = inner, outer, problem
-        learned = named_options.bind_by_name(inner, options or {}, problem.hparams)
-        self.hypergradient = default_method(learned, every) if hypergradient is None else hypergradient
-        self.every, self.warmup, self.on_failure, self.hooks = every, warmup, on_failure, tuple(hooks)
+        arguments.check_method_fits(hypergradient, every, options)
+        arguments.check_hooks(hooks)
+        self.outer, self.every, self.warmup, self.on_failure, self.hooks = outer, every, warmup, on_failure, tuple(hooks)
         self.val_weights = arguments.checked_weights(val_weights)
         self.val_batches = Batches(val_batches, "val_batches")
         self.train_batches = None if train_batches is None else Batches(train_batches, "train_batches")
-        self._progress = Progress(unheld=arguments.warn_of_unheld(inner, outer, problem))
+        super().__init__(inner, problem, options=options)
+        self.hypergradient = default_method(self.learned_options, every) if hypergradient is None else hypergradient
+        progress, held = self._progress, {"inner": inner, "outer": outer}
+        progress.unheld = arguments.warn_of_unheld(held, problem)
         if every is not None:
-            self._progress.first_steps = FirstSteps(train_batches is None or self.hypergradient.keeps_steps > 0)
-        problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
-        self._progress.norms = norms(problem)
-        self._progress.learn(learned, inner, problem)
-        self.register_state_dict_post_hook(_add_state)
+            progress.first_steps = FirstSteps(train_batches is None or self.hypergradient.keeps_steps > 0)
+        progress.norms = weight_norms(problem)
 
-    def loss(self, batch: Any) -> Any:
-        """The training loss of ``batch`` for ``backward()``, or a pair with ``has_aux``. Hyperparameters get no gradient."""
-        if not torch.is_grad_enabled():  # only to look at, so this is no training batch
-            return self.problem.loss(batch)
-        progress, method = self._progress, self.hypergradient
-        if progress.first_steps is not None:
-            drawn = self.train_batches
-            progress.first_steps.before_loss(self.problem, batch, lambda: self.check(drawn.peek() if drawn else batch))
-        left = steps_left(progress.inner_steps + 1, self.every, self.warmup)
-        is_kept, is_watched = left < method.keeps_steps, left in (0, math.inf)  # inf: hypersteps by hand
-        if (is_kept or (is_watched and not progress.window.cleared)) and not has_gradient(self.inner):
-            progress.cleared()  # by model.zero_grad()
-        kept = progress.keep(batch, is_needed=is_kept or (left == 0 and self.train_batches is None))
-        keep = progress.record_loss(self.problem, self.inner, kept, method.keeps_every) if is_kept else None
-        found = self.problem.loss(batch)
-        loss = found[0] if self.problem.has_aux else found
-        if keep is not None:
-            loss.register_hook(keep)
-        if self.train_batches is None:
-            progress.window.watch(kept, loss) if is_watched else progress.window.note(kept)
-        return found
+    def _new_progress(self) -> BilevelProgress:
+        return BilevelProgress()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the inner optimizer, and a hyperstep if one is due."""
-        if closure is not None and not callable(closure):
-            raise TypeError(f"closure is {describe_type(closure)}: call step() alone; batches go to optimizer.loss(batch)")
+    def _steps_left(self, step: int) -> float:
+        """The number of inner steps after step ``step`` until a hyperstep follows: 0 if one follows this step."""
+        return steps_left(step, self.every, self.warmup)
+
+    def _before_loss(self, batch: Any) -> SeenLoss | None:
+        progress, method, drawn, first = self._progress, self.hypergradient, self.train_batches, self._progress.first_steps
+        if first is not None:
+            first.before_loss(self.problem, progress.recent, lambda: self.check(drawn.peek() if drawn else batch))
+        left = self._steps_left(progress.inner_steps + 1)
+        is_unrolled = left < method.keeps_steps
+        is_repeated = is_unrolled or (first is not None and not first.steps)
+        kept = batch if is_repeated or drawn is None else None
+        if not is_repeated and left not in (0, math.inf):  # inf: hypersteps may come by hand
+            progress.recent.count(kept)
+            return None
+        start = None
+        if is_unrolled:
+            start = progress.recent.step_start(self.problem, self.inner, progress.learned_options, method.keeps_every)
+        generators = self.problem.generators() if is_repeated else None
+        return progress.recent.before_loss(kept, is_copied=is_repeated or left == 0, generators=generators, start=start)
+
+    def _before_step(self, *, has_closure: bool) -> None:
         progress = self._progress
         if progress.first_steps is not None:
-            progress.first_steps = progress.first_steps.before_step(self.problem, has_closure=closure is not None)
-        learned = progress.learned_options
-        with learned_options.in_effect(self.inner, learned, self.problem.hparams) if learned else nullcontext():
-            result = self.inner.step() if closure is None else self.inner.step(closure)
-        if progress.stepped(self.every, self.warmup):
-            progress.recorder.check(self.hypergradient.keeps_steps, self.problem.weights())
+            progress.first_steps.before_step(self.problem, progress.recent, has_closure=has_closure)
+            if progress.first_steps.steps == 2:
+                progress.first_steps = None
+
+    def _after_step(self) -> None:
+        """Take a hyperstep if one is due."""
+        progress, first = self._progress, self._progress.first_hyperstep
+        left = self._steps_left(progress.inner_steps)
+        first.taken, first.left = progress.inner_steps, 0 if progress.hyper_steps else left
+        if left == 0:
+            progress.recent.check_known(self.hypergradient.keeps_steps, self.problem.weights())
             try:
                 self.hyperstep()
             finally:
-                progress.recorder.restart()
-        return result
+                progress.recent.forget_steps()
 
     def hyperstep(self, train_batch: Any = None, val_batch: Any = None) -> Record:
         """Move the hyperparameters once, now; batches that are not given are drawn. Returns the record.
@@ -172,17 +212,38 @@ class BilevelOptimizer(OptimizerProxy):
         """
         return self._move(time.perf_counter(), self._hypergradient(train_batch, val_batch))
 
+    def _hypergradient(self, train_batch: Any, val_batch: Any) -> Hypergradient:
+        """The hypergradient at the present weights. The first time, check that the losses depend on all hyperparameters."""
+        progress, draw = self._progress, None if self.train_batches is None else self.train_batches.draw
+        if train_batch is None and self.hypergradient.takes_train_batch:
+            train_batch = progress.recent.batch() if draw is None else draw()
+        val_batch = self.val_batches.draw() if val_batch is None else val_batch
+        if not progress.hyper_steps:
+            self.problem.check_ranks()
+        with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
+            loop = self._context(draw, progress.recent.trajectory(self.problem.weights()))
+            result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
+        progress.solver_state = result.solution.state
+        if not progress.hyper_steps:
+            result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
+        found = doubts(self.hypergradient, loop, self.problem.weights(), result.solution)
+        for kind, doubt in {**found, **vanished_weights(self.problem, progress.norms)}.items():
+            self._warn_once(kind, doubt)
+        return result
+
     def _move(self, begun: float, result: Hypergradient) -> Record:
         """The outer step and the record of a hyperstep that began at this time."""
         progress, gradient, moved = self._progress, result.combined(self.val_weights), result.solution.status.ok
-        progress.count_hyperstep()
-        cosine_to_last = progress.cosine_to_last(gradient) if moved else None
+        progress.hyper_steps, progress.first_hyperstep.left = progress.hyper_steps + 1, 0
+        cosine_to_last = None
+        if moved:
+            cosine_to_last, progress.last_gradient = cosine_in_common(gradient, progress.last_gradient), gradient
         before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
         if moved:
             outer_step(self.problem, self.outer, gradient)
         after = natural_values(self.problem)
-        warn_of_first_step(before, after, gradient, self.every)
-        progress.record = Record(
+        warn_of_first_hyperstep(before, after, gradient, self.every)
+        record = progress.record = Record(
             inner_step=progress.inner_steps,
             hyper_step=progress.hyper_steps,
             moved=moved,
@@ -193,28 +254,18 @@ class BilevelOptimizer(OptimizerProxy):
             val_weights=self.val_weights,
         )
         for hook in self.hooks:
-            hook(progress.record)
+            hook(record)
+        if not moved and self.on_failure == "raise":
+            raise RuntimeError(f"{record.failure}. With on_failure='skip' the training would go on")
         if not moved:
-            progress.report_failure(progress.record, self.on_failure)
-        return progress.record
+            self._warn_once(record.status, record.failure)
+        return record
 
-    def _hypergradient(self, train_batch: Any, val_batch: Any) -> Hypergradient:
-        """The hypergradient at the present weights. The first time, check that the losses depend on all hyperparameters."""
-        progress, draw = self._progress, None if self.train_batches is None else self.train_batches.draw
-        if train_batch is None and self.hypergradient.takes_train_batch:
-            train_batch = progress.window.batch() if draw is None else draw()
-        val_batch = self.val_batches.draw() if val_batch is None else val_batch
-        if not progress.hyper_steps:
-            self.problem.check_ranks()
-        with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
-            loop = self._context(draw, progress.recorder.trajectory(self.problem.weights()))
-            result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
-        progress.solver_state = result.solution.state
-        if not progress.hyper_steps:
-            result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
-        found = doubts(self.hypergradient, loop, self.problem.weights(), result.solution)
-        progress.warn_of_doubts({**found, **collapsed(self.problem, progress.norms)})
-        return result
+    def _warn_once(self, kind: Status | str, words: str) -> None:
+        """Warn, but only the first time of its kind."""
+        if kind not in self._progress.warned:
+            self._progress.warned.add(kind)
+            warnings.warn(f"{words}. Later ones of this kind are only recorded", stacklevel=7)
 
     def check(self, train_batch: Any, val_batch: Any = None) -> None:
         """Raise what a hyperstep on these batches would raise, and change nothing; the first ``loss`` does so by itself."""
@@ -224,68 +275,40 @@ class BilevelOptimizer(OptimizerProxy):
 
     def _context(self, draw: Callable[[], Any] | None, trajectory: Any = None) -> TrainingContext:
         """What a method may need of the loop. Repeats the checks of the construction, since layers may be replaced."""
-        progress, learned = self._progress, self._progress.learned_options
+        progress, learned, held = self._progress, self.learned_options, {"inner": self.inner, "outer": self.outer}
         learned_options.check_in_place(self.inner, learned)
-        progress.unheld = unheld = arguments.check_again(self.inner, self.outer, self.problem, progress.unheld)
+        self.problem.check_learned()
+        for name, optimizer in held.items():
+            arguments.check_optimizer(name, optimizer, self.problem)
+        progress.unheld = unheld = arguments.warn_of_unheld(held, self.problem, progress.unheld)
         return TrainingContext(inner=self.inner, learned=learned, draw=draw, trajectory=trajectory, unheld=unheld)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the weights."""
-        self._progress.cleared()
-        self.inner.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add weights to the inner optimizer.
-
-        Raises:
-            TypeError: the group is no dict with ``"params"``.
-            ValueError: a tensor of the group is a hyperparameter.
-        """
-        added, known = arguments.checked_group(param_group, self.problem), self.learned_options
-        self._progress.learned_options = learned_options.add_group(self.inner, added, known, self.problem.hparams)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore inner and outer optimizer, hyperparameters, counters and positions in the batches.
-
-        From a bare optimizer's state only the inner one, with a warning. If the state is refused, nothing changes.
-
-        Raises:
-            ValueError: the state is damaged, of a newer version, of another model or of other constraints.
-        """
-        state_dict = copy.copy(state_dict)  # hooks may change it in place
-        for change in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = change(self, state_dict) or state_dict
-        check_loadable(state_dict, held_weights(self.inner, self.problem))
-        before = self._saved()  # without copies, since a load replaces these tensors
-        before[KEY]["hparams"] = copy.deepcopy(before[KEY]["hparams"])  # except for the hyperparameters
-        try:
-            self._load(state_dict) if KEY in state_dict else load_bare(self.inner, self._progress, state_dict)
-        except Exception:
-            self._load(before)
-            raise
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
-
     def _saved(self) -> dict[str, Any]:
-        """The inner optimizer's own state and one more entry, of tensors and plain values only."""
-        added = {
-            "version": VERSION,
-            "weights": held_weights(self.inner, self.problem),
+        progress, whole = self._progress, super()._saved()
+        whole[KEY] |= {
             "outer": self.outer.state_dict(),
-            "hparams": self.problem.hparams.state_dict(),
-            **self._progress.state_dict(),
+            "hyper_steps": progress.hyper_steps,
+            "solver_state": dict(progress.solver_state),
+            "last_gradient": dict(progress.last_gradient),
+            "norms": dict(progress.norms),
+            "trajectory": progress.recent.state_dict(),
             "val_batches": self.val_batches.state_dict(),
             "train_batches": None if self.train_batches is None else self.train_batches.state_dict(),
         }
-        return {**self.inner.state_dict(), KEY: added}
+        return whole
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        saved = state_dict[KEY]
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        learned_options.put_back(self.inner, self._progress.learned_options)
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        super()._load(state_dict)
+        saved, progress = state_dict[KEY], self._progress
         self.outer.load_state_dict(saved["outer"])
-        self.problem.hparams.load_state_dict(saved["hparams"])
-        self._progress.load_state_dict(saved, self.problem, self.inner)
+        leaves, device = self.problem.leaves(), next(iter(self.problem.weights().values())).device
+        progress.hyper_steps, progress.norms = saved["hyper_steps"], saved.get("norms", progress.norms)
+        progress.solver_state = {name: vector.to(device) for name, vector in saved["solver_state"].items()}
+        gradient = saved["last_gradient"].items()
+        progress.last_gradient = {name: value.to(leaves[name].device) for name, value in gradient if name in leaves}
+        progress.recent.load_state_dict(saved["trajectory"], self.problem, self.inner)
+        if progress.inner_steps:
+            progress.first_steps = None
         self.val_batches.load_state_dict(saved["val_batches"])
         if self.train_batches is not None and saved["train_batches"] is not None:
             self.train_batches.load_state_dict(saved["train_batches"])
@@ -296,30 +319,74 @@ class BilevelOptimizer(OptimizerProxy):
         return self._progress.record
 
     @property
-    def learned_options(self) -> list[learned_options.LearnedOption]:
-        """The options of the inner optimizer that are hyperparameters."""
-        return self._progress.learned_options
-
-    @property
-    def inner_steps(self) -> int:
-        """Inner steps taken so far."""
-        return self._progress.inner_steps
-
-    @property
     def hyper_steps(self) -> int:
         """Hypersteps taken so far, failed ones included."""
         return self._progress.hyper_steps
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if getattr(value, "_wrapped_by_lr_sched", False):  # the ``step`` that a scheduler puts here when it is built
-            learned_options.check_unscheduled(self.param_groups, self.problem.leaves())
-        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         how = f"every={self.every}, hypergradient={self.hypergradient}"
         return f"BilevelOptimizer({how},\ninner={self.inner},\nouter={self.outer})"
 
 
-def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    assert isinstance(optimizer, BilevelOptimizer)
-    state_dict.update(optimizer._saved())
+def steps_left(step: int, every: int | None, warmup: int) -> float:
+    """The number of inner steps after step ``step`` until a hyperstep follows: 0 if one follows this step.
+
+    >>> [steps_left(step, every=3, warmup=5) for step in (1, 6, 7)], steps_left(1, every=None, warmup=0)
+    ([5, 0, 2], inf)
+    """
+    return math.inf if every is None else -(-max(step, warmup) // every) * every - step
+
+
+def outer_step(problem: Problem, outer: Optimizer, grads: Tree) -> None:
+    """One step of the outer optimizer with these hypergradients, after which every constraint holds.
+
+    A hyperstep of :class:`BilevelOptimizer` does this once it has the hypergradient; call it in a loop of your own.
+
+    Args:
+        problem: the problem whose hyperparameters move.
+        outer: the optimizer of ``problem.hparams.parameters()``.
+        grads: dL_V/dλ by the names of ``problem.leaves()``, such as ``Hypergradient.grads``, or ``combined()`` if the
+            validation loss is a vector.
+
+    Raises:
+        KeyError: ``grads`` lacks a hyperparameter.
+        ValueError: it has another shape, or is not finite, as after a failed solve.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.distributions import constraints
+    >>> model, hparams = nn.Linear(1, 1), HyperParameters({"decay": torch.tensor(0.1)}, {"decay": constraints.nonnegative})
+    >>> def loss(model, hparams, batch):
+    ...     return hparams["decay"] * model(batch).square().sum()
+    >>> outer = torch.optim.SGD(hparams.parameters(), lr=1.0)
+    >>> outer_step(Problem(model, hparams, loss, loss), outer, {"decay": torch.tensor(0.5)})
+    >>> hparams["decay"].item()
+    0.0
+    """
+    leaves = problem.leaves()
+    for name, leaf in leaves.items():
+        if grads[name].shape != leaf.shape:
+            raise ValueError(
+                f"the hypergradient of {name!r} has shape {tuple(grads[name].shape)}, the hyperparameter "
+                f"{tuple(leaf.shape)}: of several validation losses give result.combined()"
+            )
+        if not bool(grads[name].isfinite().all()):
+            raise ValueError(
+                f"the hypergradient of {name!r} is not finite, so that nothing was moved: look at result.solution.status, "
+                "whose message says what to do, and step where it is ok"
+            )
+    try:
+        for name, leaf in leaves.items():
+            leaf.grad = grads[name].clone()
+        outer.step()
+    finally:
+        for leaf in leaves.values():
+            leaf.grad = None
+    project_(problem)
+
+
+def project_(problem: Problem) -> None:
+    """Move hyperparameters back into their constraints."""
+    for module in problem.hparams.modules():
+        if isinstance(module, HyperParameters):
+            module.project_()

@@ -152,13 +152,16 @@ def cosine(a: Tree, b: Tree) -> float:
 
 
 def cosine_in_common(a: Tree, b: Tree) -> float | None:
-    """The cosine over the entries that are zero neither in ``a`` nor in ``b``; ``None`` if there are none.
+    """The cosine over the entries that are zero neither in ``a`` nor in ``b``; ``None`` without any, or for other shapes.
 
     >>> cosine_in_common({"x": torch.tensor([3.0, 4.0, 0.0])}, {"x": torch.tensor([6.0, 8.0, 9.0])})
     1.0
     >>> cosine_in_common({"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([0.0, 1.0])}) is None
     True
     """
+    if {name: value.shape for name, value in a.items()} != {name: value.shape for name, value in b.items()}:
+        return None
+    b = {name: value.to(a[name]) for name, value in b.items()}
     both = {name: (value != 0) & (b[name] != 0) for name, value in a.items()}
     if not any(bool(mask.any()) for mask in both.values()):
         return None

@@ -8,22 +8,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from hoptim.methods.method import checked_problem
 from hoptim.methods.named_options import named_again
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
 from hoptim.training import arguments
-from hoptim.training.optimizer import BilevelOptimizer
-from hoptim.training.resumable import ResumableOptimizer
-from hoptim.training.shared import Shared, find_shared
+from hoptim.training.shared_tensors import SharedTensors, find_shared
+from hoptim.training.training_optimizer import TrainingOptimizer
 
 
 def retrain(
     problem: Problem,
     make: Callable[[], nn.Module],
-    train: Callable[[nn.Module, BilevelOptimizer, Any], Any],
+    train: Callable[[nn.Module, Any, Any], Any],
     examples: Any,
     *,
     inner: Callable[[nn.Module], Optimizer],
@@ -54,10 +53,11 @@ def retrain(
     Raises:
         TypeError: an argument of the wrong kind; ``make`` or ``inner`` returned something else.
         ValueError: ``make`` returned the trained model, one that shares with it what is trained, or a copy of it; ``train``
-            wrote into a buffer that they share; there are no examples; ``inner`` made another optimizer than the one whose
+            wrote into a buffer that they share; ``inner`` made another optimizer than the one whose
             options were learned.
         RuntimeError: ``train`` took no step, or moved the hyperparameters; under ``torch.inference_mode()``.
 
+    >>> from hoptim import BilevelOptimizer
     >>> from hoptim.recipes import WeightDecay
     >>> _ = torch.manual_seed(0)
     >>> x, y = torch.randn(40, 3), torch.randn(40, 1)
@@ -73,7 +73,7 @@ def retrain(
     >>> def make():
     ...     return nn.Linear(3, 1)
     >>> def inner(model):
-    ...     return SGD(model.parameters(), lr=0.1)
+    ...     return torch.optim.SGD(model.parameters(), lr=0.1)
     >>> model = make()
     >>> decay, val = WeightDecay(model, start=0.1), [torch.arange(20, 40)]
     >>> problem = Problem(model, decay, train_loss, val_loss)
@@ -86,8 +86,6 @@ def retrain(
     checked_problem(problem)
     arguments.check_functions(make, inner, None)
     check_takes("train", train, "model, optimizer, examples")
-    if hasattr(examples, "__len__") and not len(examples):
-        raise ValueError("examples is empty: give those to train on, such as torch.arange(n)")
     if problem.has_trained and not _have_moved(problem):
         warnings.warn(
             "the model of the problem was trained, but no hyperparameter has moved since the problem was made: the new "
@@ -95,17 +93,16 @@ def retrain(
             stacklevel=2,
         )
     with arguments.gradients("retrain"):
-        model = arguments.made_by(make)
+        model = make()
         losses, group = (problem.train_loss, problem.val_loss), problem.process_group
         new = Problem(model, problem.hparams, *losses, has_aux=problem.has_aux, process_group=group)
         _check_new(new.model, problem)
-        unmoved, made = SGD(problem.hparams.parameters(), lr=0.0), inner(model)
-        arguments.check_optimizers(made, unmoved, new)
-        arguments.check_strategies(None, (), None, options)
+        made = inner(model)
+        arguments.check_optimizer("inner", made, new)
+        arguments.check_options(options)
         again = named_again(problem.options, made, options or {}, problem.hparams)
-        optimizer = ResumableOptimizer(made, unmoved, new, val_batches=[examples], options=again, every=None)
-        optimizer.start_from(problem.options)
-        shared = Shared([problem.model, new.model])
+        optimizer = TrainingOptimizer(made, new, options=again, learned=problem.options)
+        shared = SharedTensors([problem.model, new.model])
         shared.watch(optimizer)
         before = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
         train(model, optimizer, examples)
@@ -115,7 +112,7 @@ def retrain(
         raise RuntimeError(f"train moved hyperparameter {moved[0]!r}, which is held fixed here: step only its optimizer")
     shared.check()
     in_loss = before.keys() - {option.name for option in optimizer.learned_options}
-    if in_loss and not optimizer.has_seen_loss:
+    if in_loss and not optimizer._progress.recent.has_seen_backward:
         warnings.warn(
             "no loss of optimizer.loss(batch) went backward in train, so that the new model knows nothing of what was "
             f"learned in train_loss, such as {min(in_loss)!r}: compute the loss with it in place of the criterion",

@@ -19,8 +19,8 @@ from fidelity_problems.methods import Entry
 from fidelity_problems.problems import Batch, Setup, Spec
 from fidelity_problems.truth import Trained, Tree
 from hoptim.methods.method import TrainingContext
-from hoptim.methods.trajectory import Recorder, Trajectory
-from hoptim.problem.kept import noted
+from hoptim.methods.trajectory import Trajectory
+from hoptim.training.recent_steps import RecentSteps
 
 AT_LEAST = 2e-3  # seconds of training gradients that one measurement of the unit of cost takes
 
@@ -94,19 +94,19 @@ class Case:
         if entry.carries:
             state = self.hypergradient(entry, None, self.spec.lag).solution.state
         if kept_steps:
-            recorder = Recorder()
+            recent = RecentSteps()
             for back in reversed(range(self.spec.lag)):
                 self.inner.zero_grad()
-                batch = noted(self.batch(back))
-                recorded = recorder.record_loss(self.problem, self.inner, batch) if back < kept_steps else None
-                loss = self.problem.loss(batch.batch)
-                if recorded is not None:
-                    loss.register_hook(recorded)
+                batch, start, generators = self.batch(back), None, None
+                if back < kept_steps:
+                    start, generators = recent.step_start(self.problem, self.inner), self.problem.generators()
+                seen = recent.before_loss(batch, generators=generators, start=start)
+                loss = self.problem.loss(batch)
+                recent.after_loss(seen, loss)
                 loss.backward()
                 self.inner.step()
-                if back < kept_steps:
-                    recorder.stepped()
-            self._trajectory = recorder.trajectory(self.problem.weights())
+                recent.stepped()
+            self._trajectory = recent.trajectory(self.problem.weights())
         else:
             self.put(self.found.weights, self.found.velocity)
         return state

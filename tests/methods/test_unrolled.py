@@ -554,9 +554,9 @@ def test_bound_learning_rate_survives_a_checkpoint_within_a_window() -> None:
     for optimizer, last in ((whole, 2), (first, 1)):
         for b in BATCHES[:last]:
             step(optimizer, [b])
-    saved = through_disk(first._progress.state_dict()["trajectory"])
-    first._progress.recorder.restart()
-    first._progress.recorder.load_state_dict(saved, first.problem, first.inner)
+    saved = through_disk(first._progress.recent.state_dict())
+    first._progress.recent.forget_steps()
+    first._progress.recent.load_state_dict(saved, first.problem, first.inner)
     step(first, [BATCHES[1]])
     assert same(first.record.result.grads, whole.record.result.grads)
     assert first.record.result.grads["lr"].abs() > 1e-3
@@ -566,7 +566,7 @@ def test_bound_learning_rate_survives_a_checkpoint_within_a_window() -> None:
 
 
 def kept(optimizer: BilevelOptimizer) -> int:
-    state = optimizer._progress.recorder.state_dict()
+    state = optimizer._progress.recent.state_dict()
     return 0 if state is None else len(state["steps"])
 
 
@@ -577,7 +577,7 @@ def test_nothing_is_kept_for_other_methods_or_outside_the_window() -> None:
     optimizer = optimizer_of(tiny(), "adamw", Implicit(Identity()), every=3)
     for b in BATCHES[:5]:
         step(optimizer, [b])
-        assert optimizer._progress.recorder.state_dict() is None
+        assert optimizer._progress.recent.state_dict() is None
     optimizer = optimizer_of(tiny(), "adamw", Unrolled(2), every=4, warmup=8)
     counts = []
     for i in range(12):

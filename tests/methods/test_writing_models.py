@@ -417,7 +417,7 @@ def test_buffers_that_do_not_change_are_held_once() -> None:
     outer = optim.SGD(problem.hparams.parameters(), lr=0.0)
     optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[None], hypergradient=Unrolled(STEPS), every=STEPS)
     case.go(optimizer, STEPS - 1)
-    begins = optimizer._progress.recorder.trajectory(problem.weights()).begins
+    begins = optimizer._progress.recent.trajectory(problem.weights()).begins
     assert len({at.modules.tensors["model.mask"].data_ptr() for _, at in begins}) == 1
     assert len({at.modules.tensors["model.real"].data_ptr() for _, at in begins}) == STEPS - 1
 

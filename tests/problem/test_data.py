@@ -222,3 +222,18 @@ def test_a_function_that_draws_is_resumed_to_the_bit_with_a_single_call(position
 def test_a_function_that_wants_arguments_is_refused() -> None:
     with pytest.raises(TypeError, match=r"val_batches takes \(split\), but is called as val_batches\(\)"):
         Batches(lambda split: split, "val_batches")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        torch.arange(40).split(20),
+        [torch.ones(3, 2), torch.zeros(3, 2)],
+        [torch.ones(4, 7, dtype=torch.long), torch.ones(4, 9, dtype=torch.long)],  # sequences of other lengths
+        [torch.ones(3, 2), torch.ones(2, dtype=torch.long)],
+        [(torch.ones(3, 2), torch.ones(3))],
+        [torch.tensor(1.0), torch.tensor(2)],
+    ],
+)
+def test_two_tensors_that_may_be_two_batches_are_two_batches(source: Any) -> None:
+    assert all(Batches(source, "val_batches").draw() is one for one in source[:1])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -231,6 +232,21 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     ),
     "tensor as batches": (lambda: optimizer(val_batches=ONE), TypeError, ["val_batches", "Tensor", "[batch]"]),
     "one dict as batches": (lambda: optimizer(val_batches={"x": ONE}), TypeError, ["val_batches", "dict", "[batch]"]),
+    "one pair as batches": (
+        lambda: optimizer(val_batches=(torch.ones(3, 2), torch.ones(3, dtype=torch.long))),
+        ValueError,
+        ["val_batches", "one batch of inputs and targets", "3 examples", "give a list of batches, val_batches=[(x, y)]"],
+    ),
+    "one pair with targets in a column": (
+        lambda: optimizer(train_batches=(torch.ones(3, 2), torch.ones(3, 1))),
+        ValueError,
+        ["train_batches=[(x, y)]"],
+    ),
+    "one pair in a list": (
+        lambda: optimizer(val_batches=[np.ones((3, 2)), np.ones(3)]),
+        ValueError,
+        ["val_batches=[(x, y)]"],
+    ),
     "no batches at all": (lambda: optimizer(val_batches=None), TypeError, ["val_batches", "NoneType", "DataLoader"]),
     "empty train batches": (lambda: optimizer(train_batches=[]), ValueError, ["train_batches is empty"]),
     "hyperstep before any batch": (

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import hoptim
 from hoptim import CG, GMRES, MINRES, SOBA, Chebyshev, Implicit, Neumann, Nystrom, Unrolled, WarmStart
-from hoptim.training.checkpoint import REQUIRED, VERSION
+from hoptim.training.checkpoint import REQUIRED_OUTER, VERSION
 
 
 def packed(value: Any) -> bytes:
@@ -142,7 +142,7 @@ def put(*path: Any) -> Callable[[dict[str, Any]], None]:
 
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    **{f"{name} is missing": (lambda s, name=name: s["hoptim"].pop(name)) for name in REQUIRED},
+    **{f"{name} is missing": (lambda s, name=name: s["hoptim"].pop(name)) for name in REQUIRED_OUTER},
     **{f"{name} is None": put("hoptim", name, None) for name in ("outer", "hparams", "solver_state", "val_batches")},
     "no groups": lambda s: s.pop("param_groups"),
     "no state": lambda s: s.pop("state"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hoptim
 from hoptim.recipes import WeightDecay
-from hoptim.training.collapsed import norms
+from hoptim.training.first_steps import weight_norms
 
 
 def told(start: float, steps: int = 60, *, zero: bool = False) -> tuple[list[str], nn.Module]:
@@ -69,4 +69,4 @@ def test_norms_are_those_of_weights_of_two_axes() -> None:
     decay = WeightDecay(model)
     problem = hoptim.Problem(model, decay, lambda m, h, b: h.penalty(m), lambda m, h, b: m(b).sum())
     weight = model.get_parameter("0.weight")
-    assert norms(problem) == {"0.weight": pytest.approx(float(weight.square().sum().sqrt()))}
+    assert weight_norms(problem) == {"0.weight": pytest.approx(float(weight.square().sum().sqrt()))}

@@ -489,7 +489,7 @@ def sharing() -> nn.Module:
         ({"make": lambda: ONE}, ValueError, "two models that make returned share the tensor '0.weight'"),
         ({"make": ONE}, TypeError, "make is a Sequential: give a function, such as def make"),
         ({"make": None}, TypeError, "make is a NoneType"),
-        ({"make": lambda: 3}, TypeError, "make returned an int: return an nn.Module"),
+        ({"make": lambda: 3}, TypeError, "model is an int: give an nn.Module"),
         ({"inner": inner(ONE)}, TypeError, "inner is a SGD|inner is an SGD"),
         ({"inner": lambda: None}, TypeError, "inner takes"),
         ({"inner": lambda model: None}, TypeError, "inner is a NoneType: give a torch.optim.Optimizer"),

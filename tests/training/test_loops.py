@@ -242,6 +242,7 @@ ORDERS = {
     "z a . b?": "a",
     "a?": "a",
     "z a . a . s": "aa",
+    "z a? z b . s": "b",
 }
 
 
@@ -256,7 +257,7 @@ OFF_SCHEDULE = {  # what goes backward is not looked at: each loss since the las
     "z a . b! c . s": "ac",
 }
 CALLS = [(order, None, expected) for order, expected in ORDERS.items()]
-CALLS += [(order, 1000, expected) for order, expected in OFF_SCHEDULE.items()]
+CALLS += [(f"z h . s {order}", 1000, expected) for order, expected in OFF_SCHEDULE.items()]  # the first step is looked at
 
 
 @pytest.mark.parametrize(("order", "every", "expected"), CALLS)

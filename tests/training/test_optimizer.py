@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from hoptim import BilevelOptimizer, HyperParameters, Implicit, Neumann, Problem, Record, Status
-from hoptim.training.progress import Progress
+from hoptim.training.record import cosine_in_common
 
 DIVERGING = Implicit(Neumann(terms=1000, step_size=1e3))
 
@@ -706,11 +706,10 @@ def test_cosine_to_last_is_that_of_consecutive_hypergradients_also_over_a_checkp
 
 def test_cosine_of_two_vectors_is_over_what_both_touch() -> None:
     a, b, c = ({"x": torch.tensor(x)} for x in ([2.0, 1.0, 0.0, 5.0], [1.0, 2.0, 3.0, 0.0], [0.0, 0.0, -1.0, 0.0]))
-    progress = Progress()
     expected = [None, pytest.approx(4 / 5), pytest.approx(1.0), pytest.approx(-1.0), None]
-    assert [progress.cosine_to_last(one) for one in (a, b, b, c, a)] == expected
-    assert progress.cosine_to_last({"x": torch.zeros(4)}) is None
-    assert progress.cosine_to_last({"x": torch.zeros(3)}) is None
+    assert [cosine_in_common(*two) for two in pairwise(({}, a, b, b, c, a))] == expected
+    assert cosine_in_common({"x": torch.zeros(4)}, a) is None
+    assert cosine_in_common({"x": torch.zeros(3)}, a) is None
 
 
 def test_cosine_of_example_weights_is_known_where_batches_share_examples() -> None:
@@ -731,3 +730,7 @@ def test_cosine_of_example_weights_is_known_where_batches_share_examples() -> No
     shared = nn.functional.cosine_similarity(before, now, dim=0).item()
     assert [record.cosine_to_last for record in records] == [None, None, pytest.approx(shared)]
     assert optimizer.record.row()["cosine_to_last"] == pytest.approx(shared)
+
+
+def test_the_loss_is_a_tensor_for_a_type_checker() -> None:
+    assert get_type_hints(BilevelOptimizer.loss)["return"] is Tensor

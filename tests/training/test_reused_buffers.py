@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import hoptim
 from hoptim import Averaged, BilevelOptimizer, CrossValidated, GaussNewton, Implicit, Neumann, Sampled, Unrolled
-from hoptim.problem.kept import copied, noted
+from hoptim.problem.held_batch import hold, hold_copy
 
 Batch = tuple[Tensor, Tensor]
 Fill = Callable[[Batch], Any]
@@ -187,6 +187,9 @@ WRITTEN = r"the tensor batch\[0\] was written to after .*batch\.clone\(\).*train
 @pytest.mark.parametrize("buffer", ["torch", "one dict"])
 def test_a_hyperstep_by_hand_on_a_buffer_that_was_filled_anew_is_refused(every: int | None, buffer: str) -> None:
     optimizer, fill = optimizer_of(every=every), BUFFERS[buffer]()
+    optimizer.loss(fill(BATCHES[2])).backward()
+    optimizer.step()  # batches of the first step may be copied, to be looked at
+    optimizer.zero_grad()
     for batch in BATCHES[:2]:
         optimizer.loss(fill(batch)).backward()
     optimizer.step()
@@ -302,7 +305,7 @@ def test_a_copy_of_what_is_kept_is_as_good_as_the_original(by_disk: bool) -> Non
         return pickle.loads(pickle.dumps(kept)) if by_disk else copy.deepcopy(kept)
 
     batch = {"x": torch.zeros(2), "y": torch.zeros(2)}
-    held, own = noted(batch), copied(batch)
+    held, own = hold(batch), hold_copy(batch)
     assert all(again(one).get().keys() == batch.keys() for one in (held, own))
     later = again(held)
     batch["y"].add_(1)
@@ -327,7 +330,7 @@ def test_a_full_batch_is_copied_once_for_all_steps_of_a_window(kind: str) -> Non
         optimizer.zero_grad()
         optimizer.loss(fill(BATCHES[0])).backward()
         optimizer.step()
-    trajectory = optimizer._progress.recorder.trajectory(optimizer.problem.weights())
+    trajectory = optimizer._progress.recent.trajectory(optimizer.problem.weights())
     assert trajectory is not None
     batches = [loss.batch for step in trajectory.steps for loss in step.losses]
     assert len(batches) == 4
@@ -358,7 +361,7 @@ def test_a_copy_is_like_its_batch() -> None:
     weight, array = nn.Parameter(torch.ones(2)), np.asfortranarray(np.ones((2, 3)))
     packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
     batch = {"x": [x, named], "more": (weight, array, None, "text", packed), "index": torch.tensor([1, 0])}
-    copy = copied(batch).get()
+    copy = hold_copy(batch).get()
     (other, other_named), (other_weight, other_array, nothing, text, other_packed) = copy["x"], copy["more"]
     assert (other is not x, torch.equal(other, x), other.requires_grad, other.is_leaf) == (True, True, True, True)
     assert (other.stride(), other.note) == (x.stride(), "mine")
@@ -372,13 +375,13 @@ def test_a_copy_is_like_its_batch() -> None:
 
 def test_a_copy_shares_only_what_has_not_changed() -> None:
     batch = [torch.ones(2), np.ones(2), torch.from_numpy(np.ones(2)), torch.zeros(2)]
-    first = copied(batch)
-    again = copied(batch, first)
+    first = hold_copy(batch)
+    again = hold_copy(batch, first)
     assert all(a is b for a, b in zip(first.get(), again.get(), strict=True))
     batch[0].add_(1)
     batch[1] += 1
     batch[2].numpy()[:] = 5
-    third = copied([*batch[:3], torch.zeros(2)], again)
+    third = hold_copy([*batch[:3], torch.zeros(2)], again)
     assert [part.tolist() for part in third.get()] == [[2, 2], [2, 2], [5, 5], [0, 0]]
     assert [part.tolist() for part in first.get()] == [[1, 1], [1, 1], [1, 1], [0, 0]]
 
@@ -386,8 +389,8 @@ def test_a_copy_shares_only_what_has_not_changed() -> None:
 def test_a_tensor_made_in_inference_mode_has_no_version_and_is_kept() -> None:
     with torch.inference_mode():
         x = torch.ones(2)
-    assert torch.equal(copied([x]).get()[0], x)
-    assert noted([x]).get()[0] is x
+    assert torch.equal(hold_copy([x]).get()[0], x)
+    assert hold([x]).get()[0] is x
 
 
 def test_the_check_of_the_first_step_compares_with_the_batch_of_the_loss(recwarn: pytest.WarningsRecorder) -> None:

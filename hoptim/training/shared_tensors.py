@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hoptim.training.optimizer import BilevelOptimizer
+from hoptim.training.training_optimizer import TrainingOptimizer
 
 
-class Found(NamedTuple):
+class SharedTensor(NamedTuple):
     """A tensor of a model that is also one of a model before it.
 
     Attributes:
@@ -29,7 +29,7 @@ class Found(NamedTuple):
     trains: bool
 
 
-def find_shared(models: Sequence[nn.Module]) -> list[Found]:
+def find_shared(models: Sequence[nn.Module]) -> list[SharedTensor]:
     """The tensors that models share, in the order of the models.
 
     >>> one, two = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
@@ -46,7 +46,7 @@ def find_shared(models: Sequence[nn.Module]) -> list[Found]:
             place = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
             first, first_name, first_trains = seen.setdefault(place or id(tensor), (number, name, trains))
             if first != number:
-                found.append(Found(number, name, first_name, is_buffer, trains or first_trains))
+                found.append(SharedTensor(number, name, first_name, is_buffer, trains or first_trains))
     return found
 
 
@@ -58,28 +58,26 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool, bool]]:
         yield from ((name, buffer, True, trains) for name, buffer in module.named_buffers(prefix, recurse=False))
 
 
-def check_models(models: Sequence[nn.Module]) -> None:
-    """Check that no two models of a fit share a tensor that would be trained on what a fold holds out."""
-    for found in find_shared(models):
-        if found.trains:
-            raise ValueError(
-                f"two models that make returned share the tensor {found.first!r}, so that each would be trained on what is "
-                "held out from the other: make every layer anew inside make, or deepcopy it there"
-            )
-
-
-class Shared:
+class SharedTensors:
     """The frozen weights and the buffers that models share, and what the buffers hold.
 
     Args:
         models: the models.
+
+    Raises:
+        ValueError: they share a tensor that is trained.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self._models, self._found = models, find_shared(models)
+        if trained := [one.first for one in self._found if one.trains]:
+            raise ValueError(
+                f"two models that make returned share the tensor {trained[0]!r}, so that each would be trained on what is "
+                "held out from the other: make every layer anew inside make, or deepcopy it there"
+            )
         self._held = {one: models[one.model].get_buffer(one.name).clone() for one in self._found if one.is_buffer}
 
-    def watch(self, optimizer: BilevelOptimizer) -> None:
+    def watch(self, optimizer: TrainingOptimizer) -> None:
         """Check after the first step of this optimizer, so that a mistake does not cost a whole training."""
         optimizer.register_step_post_hook(lambda *_: self.check() if optimizer.inner_steps == 1 else None)
 

@@ -18,10 +18,10 @@ _PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None), np.ndarra
 _CLOSED = (str, bytes, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, nn.Module)
 
 Path = tuple[Any, ...]
-Noted = tuple[Path, Tensor, int | None]  # a tensor in a batch: the way to it, itself, and its version, which counts writes
+FoundTensor = tuple[Path, Tensor, int | None]  # the way to a tensor, itself, and its version, which counts writes
 
 
-class Leaf(NamedTuple):
+class CopiedPart(NamedTuple):
     """A part of a batch, its version when it was copied, and the copy, which is the part itself if it can't be copied."""
 
     original: Any
@@ -29,8 +29,8 @@ class Leaf(NamedTuple):
     copy: Any
 
 
-class Kept(NamedTuple):
-    """A batch for later use; made by :func:`noted` or :func:`copied`.
+class HeldBatch(NamedTuple):
+    """A batch for later use; made by :func:`hold` or :func:`hold_copy`.
 
     Attributes:
         batch: the batch or its copy.
@@ -39,8 +39,8 @@ class Kept(NamedTuple):
     """
 
     batch: Any
-    tensors: Sequence[Noted]
-    leaves: Sequence[Leaf] = ()
+    tensors: Sequence[FoundTensor]
+    leaves: Sequence[CopiedPart] = ()
 
     def get(self) -> Any:
         """The batch, which is as it was when it was kept.
@@ -59,7 +59,7 @@ class Kept(NamedTuple):
 
     def changed(self) -> list[Path]:
         """The ways to the tensors that were written to, or in whose places are others with other values."""
-        now = {path: tensor for path, tensor, _ in noted(self.batch).tensors}
+        now = {path: tensor for path, tensor, _ in hold(self.batch).tensors}
         return [
             path
             for path, tensor, version in self.tensors
@@ -67,34 +67,35 @@ class Kept(NamedTuple):
         ]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _noted_again, (self.batch, self.changed())  # the versions of a copy are others
+        return _held_again, (self.batch, self.changed())  # the versions of a copy are others
 
 
-def noted(batch: Any) -> Kept:
+def hold(batch: Any) -> HeldBatch:
     """Keep a batch by reference, in a microsecond. NumPy's arrays have no versions: what is written to them goes unseen.
 
     >>> x = torch.ones(2)
-    >>> kept = noted({"x": x})
+    >>> kept = hold({"x": x})
     >>> _ = x.mul_(2)
     >>> kept.get()
     Traceback (most recent call last):
     ValueError: the tensor batch['x'] was written to after the batch was given or drawn, ...
     """
-    found: list[Noted] = []
+    found: list[FoundTensor] = []
     if isinstance(batch, Tensor):
         found.append(((), batch, _version(batch)))
     elif type(batch) not in _PLAIN:
-        _note(batch, (), found)
-    return Kept(batch, found)
+        _find_tensors(batch, (), found)
+    return HeldBatch(batch, found)
 
 
-def _noted_again(batch: Any, changed: Sequence[Path]) -> Kept:
-    return Kept(
-        batch, [(path, tensor, -1 if path in changed else version) for path, tensor, version in noted(batch).tensors]
+def _held_again(batch: Any, changed: Sequence[Path]) -> HeldBatch:
+    return HeldBatch(
+        batch,
+        [(path, tensor, -1 if path in changed else version) for path, tensor, version in hold(batch).tensors],
     )
 
 
-def _note(value: Any, path: Path, found: list[Noted]) -> None:
+def _find_tensors(value: Any, path: Path, found: list[FoundTensor]) -> None:
     """Append the tensors in ``value``, which are found in containers and in the attributes of objects."""
     for key, part in _parts(value):
         kind = type(part)
@@ -103,7 +104,7 @@ def _note(value: Any, path: Path, found: list[Noted]) -> None:
         if kind is Tensor or isinstance(part, Tensor):
             found.append(((*path, key), part, _version(part)))
         elif len(path) < DEEP:
-            _note(part, (*path, key), found)
+            _find_tensors(part, (*path, key), found)
 
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -117,7 +118,7 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
     return (slots | getattr(value, "__dict__", {})).items()
 
 
-def copied(batch: Any, last: Kept | None = None) -> Kept:
+def hold_copy(batch: Any, last: HeldBatch | None = None) -> HeldBatch:
     """Keep a copy of a batch: of its tensors and arrays. What is inside other objects is kept by reference.
 
     Args:
@@ -125,20 +126,20 @@ def copied(batch: Any, last: Kept | None = None) -> Kept:
         last: the copy before this one, to share what has not changed since.
 
     >>> x = torch.ones(2)
-    >>> kept = copied([x, "a name"])
+    >>> kept = hold_copy([x, "a name"])
     >>> _ = x.mul_(2)
     >>> kept.get()
     [tensor([1., 1.]), 'a name']
     """
     before = chain(() if last is None else last.leaves, repeat(None))
-    leaves: list[Leaf] = []
+    leaves: list[CopiedPart] = []
 
-    def copied_part(part: Any) -> Any:
-        leaves.append(_copied(part, next(before)))
+    def copy_part(part: Any) -> Any:
+        leaves.append(_copy_of(part, next(before)))
         return leaves[-1].copy
 
-    copy = _mapped(copied_part, batch)
-    return Kept(copy, noted(copy).tensors, leaves)
+    copy = _mapped(copy_part, batch)
+    return HeldBatch(copy, hold(copy).tensors, leaves)
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
@@ -150,20 +151,20 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value) if pytree.tree_is_leaf(value) else pytree.tree_map(function, value)
 
 
-def _copied(part: Any, last: Leaf | None) -> Leaf:
+def _copy_of(part: Any, last: CopiedPart | None) -> CopiedPart:
     if last is not None and last.original is part and _is_unchanged(last):
         return last
     if isinstance(part, np.ndarray):
-        return Leaf(part, None, part.copy(order="K"))
+        return CopiedPart(part, None, part.copy(order="K"))
     if not isinstance(part, Tensor):
-        return Leaf(part, None, part)
+        return CopiedPart(part, None, part)
     copy = part.detach().clone().requires_grad_(part.requires_grad)
     if type(part) is Tensor:
         vars(copy).update(vars(part))  # some loops put attributes there
-    return Leaf(part, _version(part), copy if type(copy) is type(part) else part)
+    return CopiedPart(part, _version(part), copy if type(copy) is type(part) else part)
 
 
-def _is_unchanged(leaf: Leaf) -> bool:
+def _is_unchanged(leaf: CopiedPart) -> bool:
     """Whether the original still has the values of the copy; on an accelerator, without waiting for it."""
     original, version, copy = leaf
     if isinstance(original, np.ndarray):
