@@ -166,7 +166,7 @@ def over_ranks(local: Linearization, at: At) -> Linearization:
         loss=loss,
         value=here.layout.flatten(value),
         A=OverRanks(here.A, ranks),
-        mixed=lambda x: ranks.mean_of_found(here.mixed(x), trees.expanded(at.leaves, x.shape[:-1])),
+        mixed=lambda x: ranks.mean_of_found(here.mixed(x), at.leaves, x.shape[:-1]),
         untouched=tuple(name for name in at.weights if name not in value),
     )
 

@@ -71,7 +71,7 @@ def through_steps(
     later = reverse.through(begins, end, steps, later)
     assert later.last is not None  # there is one step at least
     loss, gradient = later.last
-    indirect = problem.ranks.mean_of_found(later.leaves, trees.expanded(leaves, validation.loss.shape))
+    indirect = problem.ranks.mean_of_found(later.leaves, leaves, validation.loss.shape)
     solution = _solution_of(later, expected, end.weights, begins[0][1].weights, sorted({*unseen, *later.unseen}))
     return Terms(validation, indirect, solution, loss, Layout.of(gradient).flatten(gradient))
 

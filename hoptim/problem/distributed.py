@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +76,14 @@ class Ranks:
         layout = Layout.of(x)
         return layout.unflatten(self.mean_vector(layout.flatten(x)))
 
-    def mean_of_found(self, found: Mapping[str, Tensor | None], like: Tree) -> OptionalTree:
-        """The mean of tensors shaped as ``like``: a missing one counts as zero, and is ``None`` if all ranks lack it."""
+    def mean_of_found(self, found: Mapping[str, Tensor | None], like: Tree, lead: Sequence[int] = ()) -> OptionalTree:
+        """The mean of tensors shaped as ``like``: a missing one counts as zero, and is ``None`` if all ranks lack it.
+
+        With ``lead`` = (R,) each has a leading axis of R, unlike ``like``.
+        """
         if self.size == 1:
             return dict(found)
+        like = trees.expanded(like, lead)
         exists = torch.tensor([float(found.get(name) is not None) for name in like], device=next(iter(like.values())).device)
         averaged = self.mean({**trees.filled(found, like), "": exists})
         shares = averaged.pop("").tolist()  # the share of ranks on which it exists

@@ -273,7 +273,7 @@ class Problem:
             buffers: those from which a loss starts, by their names in the joint module; default: the live ones.
             attributes: likewise the modes and plain attributes of the modules.
         """
-        with self._looked_up() as live, twice_differentiable(live.parts):
+        with self._looked_up() as live:
             at = At(
                 problem=self,
                 weights=as_leaves(self.weights()) if weights is None else weights,
@@ -298,10 +298,10 @@ class Problem:
 
     def module_state(self, before: ModuleState | None = None) -> ModuleState:
         """Copies of the present buffers, and the plain attributes. Copies that ``before`` has already are shared with it."""
-        with self._looked_up() as live:
-            now = trees.shared(live.buffers, {} if before is None else before.tensors)
-            copies = {name: t.detach().clone() if t is live.buffers[name] else t for name, t in now.items()}
-            return ModuleState(tensors=copies, attributes=Attributes(live.parts))
+        live = self._live or _Live(self)
+        now = trees.shared(live.buffers, {} if before is None else before.tensors)
+        copies = {name: t.detach().clone() if t is live.buffers[name] else t for name, t in now.items()}
+        return ModuleState(tensors=copies, attributes=Attributes(live.parts))
 
     @property
     def lowered(self) -> Lowered:
@@ -356,19 +356,21 @@ class Problem:
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
         with (
             restore_generators(),
-            self._looked_up() as live,
+            self._looked_up(),
             torch.enable_grad(),
-            twice_differentiable(live.parts),
             full_precision(),
         ):
             yield
 
     @contextmanager
     def _looked_up(self) -> Iterator[_Live]:
-        """The live modules and tensors, looked up in the outermost of nested calls."""
-        outside = self._live
-        self._live = outside or _Live(self)
-        try:
+        """The live modules and tensors, looked up in the outermost of nested contexts; inside, second derivatives exist."""
+        if self._live is not None:
             yield self._live
+            return
+        self._live = _Live(self)
+        try:
+            with twice_differentiable(self._live.parts):
+                yield self._live
         finally:
-            self._live = outside
+            self._live = None
