@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -213,9 +214,14 @@ def losses(rows: Iterable[dict[str, Any]], **where: Any) -> dict[int, float]:
     """The lowest test loss of the rows that have these values, for each seed."""
     found: dict[int, float] = {}
     for row in rows:
-        if all(row[key] == value for key, value in where.items()):
+        if all(_same(row[key], value) for key, value in where.items()):
             found[row["seed"]] = min(found.get(row["seed"], float("inf")), row["test"])
     return found
+
+
+def _same(found: Any, value: Any) -> bool:
+    """Whether they are equal, numbers to the five digits of the saved rows."""
+    return found == value if isinstance(value, str) else math.isclose(found, value, rel_tol=1e-4)
 
 
 def against_best(rows: Sequence[dict[str, Any]], name: str, **where: Any) -> list[float]:

@@ -80,6 +80,8 @@ def test_rows_are_not_run_again_and_the_figures_are_theirs(made_up, tmp_path, mo
     assert arrive.losses(rows, how="fixed") == {300: 2.001, 301: 3.001}  # of the lowest of the four fixed values
     changes = arrive.against_best(rows, "mlp", how=LEVELS, start=3e-3 * 30)
     assert changes == pytest.approx([100 * (2.09 / 2.001 - 1), 100 * (3.09 / 3.001 - 1)])
+    thirds = [{**row, "set": "lstm", "start": row["start"] / 3} for row in rows if row["how"] == LEVELS]
+    assert arrive.losses(arrive.five_digits(thirds), start=1e-4 / 3).keys() == {300, 301}, "saved as 3.3333e-5"
     arrive.report(rows, arrive.wide_console(250))
     shown = capsys.readouterr().out
     assert "+3.7 ± 0.7" in shown
