@@ -59,6 +59,11 @@ def test_decays_that_learn_move_by_their_rate(name, made_up):
     assert 0.01 < last <= 4 * 0.05 * 1.01  # hypersteps after steps 2, 4, 6, 8, each at most at the rate
 
 
+def test_levels_move_once_where_adam_alone_moves_four_times(made_up):
+    found = arrive.run(Job(set="table", seed=0, how=LEVELS, start=1e-3), NOWHERE)
+    assert abs(math.log(found["decay"] / 1e-3)) == pytest.approx(0.6, rel=1e-3)
+
+
 def test_rows_are_not_run_again_and_the_figures_are_theirs(made_up, tmp_path, monkeypatch, capsys):
     all_jobs = [job for seed in (300, 301) for job in arrive.jobs("mlp", seed)]
     assert len(set(all_jobs)) == 2 * (2 * 4 + 2 * 3 * 2)
