@@ -59,6 +59,11 @@ def test_decays_that_learn_move_by_their_rate(name, made_up):
     assert 0.01 < last <= 4 * 0.05 * 1.01  # hypersteps after steps 2, 4, 6, 8, each at most at the rate
 
 
+def test_levels_move_once_where_adam_alone_moves_four_times(made_up):
+    found = arrive.run(Job(set="table", seed=0, how=LEVELS, start=1e-3), NOWHERE)
+    assert abs(math.log(found["decay"] / 1e-3)) == pytest.approx(0.6, rel=1e-3)
+
+
 def test_rows_are_not_run_again_and_the_figures_are_theirs(made_up, tmp_path, monkeypatch, capsys):
     all_jobs = [job for seed in (300, 301) for job in arrive.jobs("mlp", seed)]
     assert len(set(all_jobs)) == 2 * (2 * 4 + 2 * 3 * 2)
@@ -80,6 +85,8 @@ def test_rows_are_not_run_again_and_the_figures_are_theirs(made_up, tmp_path, mo
     assert arrive.losses(rows, how="fixed") == {300: 2.001, 301: 3.001}  # of the lowest of the four fixed values
     changes = arrive.against_best(rows, "mlp", how=LEVELS, start=3e-3 * 30)
     assert changes == pytest.approx([100 * (2.09 / 2.001 - 1), 100 * (3.09 / 3.001 - 1)])
+    thirds = [{**row, "set": "lstm", "start": row["start"] / 3} for row in rows if row["how"] == LEVELS]
+    assert arrive.losses(arrive.five_digits(thirds), start=1e-4 / 3).keys() == {300, 301}, "saved as 3.3333e-5"
     arrive.report(rows, arrive.wide_console(250))
     shown = capsys.readouterr().out
     assert "+3.7 ± 0.7" in shown
