@@ -1,4 +1,4 @@
-"""The models of the tasks; each is a function of the shape of an input and the number of classes."""
+"""The models of all tasks. Those of scripts/train.py are functions of the shape of an input and the number of classes."""
 
 from __future__ import annotations
 
@@ -81,6 +81,29 @@ def resnet18(shape: Shape, classes: int) -> nn.Module:
     model.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
+
+
+def convolutions(
+    *layers: nn.Conv2d, features: int, classes: int = 10, normed: bool = False, pooled: bool = False
+) -> nn.Module:
+    """Convolutions with ReLU, each of them perhaps with BatchNorm and a pooling that halves the size, and a linear layer."""
+    parts: list[nn.Module] = []
+    for layer in layers:
+        norm = [nn.BatchNorm2d(layer.out_channels)] if normed else []
+        parts += [layer, *norm, nn.ReLU(), *([nn.MaxPool2d(2)] if pooled else [])]
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(features, classes))
+
+
+class Reader(nn.Module):
+    """An LSTM that predicts the next letter of ``data.LETTERS``."""
+
+    def __init__(self, letters: int = 27) -> None:
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(letters, 12), nn.LSTM(12, 32, batch_first=True)
+        self.out = nn.Linear(32, letters)
+
+    def forward(self, letters: Tensor) -> Tensor:
+        return self.out(self.rnn(self.embedding(letters))[0]).flatten(0, 1)
 
 
 class Block(nn.Module):
