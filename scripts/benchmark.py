@@ -1,4 +1,4 @@
-"""Measure what a hypergradient costs in time and memory, beside a loop by hand, other libraries and other solvers.
+"""Measure what a hypergradient costs in time and memory, beside a loop by hand and other libraries.
 
     python scripts/benchmark.py --quick
     python scripts/benchmark.py --only cost wrapper
@@ -36,10 +36,10 @@ import torch
 from common.tables import wide_console
 from rich.console import Console
 from rich.table import Table
-from studies.benchmark.accuracy import accuracy, sides
 from studies.benchmark.measure import Row
 from studies.benchmark.peers import peers
 from studies.benchmark.sections import compiled, cost, growth, imports, memory, size, unrolling, wrapper
+from studies.benchmark.sides import sides
 from studies.benchmark.small import folds, small
 
 import hoptim
@@ -50,7 +50,6 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
     "cost": cost,
     "compiled": compiled,
     "peers": peers,
-    "accuracy": accuracy,
     "sides": sides,
     "memory": memory,
     "unrolling": unrolling,

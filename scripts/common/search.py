@@ -11,7 +11,7 @@ from typing import Any
 def check_optuna(without: str) -> None:
     """Exit with the remedy if Optuna is missing; ``without`` is the option that leaves it out."""
     if find_spec("optuna") is None:
-        raise SystemExit(f"Optuna is missing: pip install 'hoptim[tuners]', or leave it out: {without}")
+        raise SystemExit(f"Optuna is missing: pip install '.[tuners]', or leave it out: {without}")
 
 
 def tpe_sampler(seed: int, **options: Any) -> Any:

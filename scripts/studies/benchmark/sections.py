@@ -207,21 +207,6 @@ def size(rounds: int) -> list[Row]:
     return rows
 
 
-def solvers(terms: int) -> dict[str, hoptim.Solver]:
-    """Every solver with this many terms, or of this rank."""
-    found = {
-        "Identity": lambda: hoptim.Identity(),
-        "Neumann, step given": lambda: hoptim.Neumann(terms=terms, step_size=1e-3),
-        "Neumann": lambda: hoptim.Neumann(terms=terms),
-        "Chebyshev": lambda: hoptim.Chebyshev(terms=terms),
-        "CG": lambda: hoptim.CG(terms=terms, tolerance=0.0),
-        "MINRES": lambda: hoptim.MINRES(terms=terms, tolerance=0.0),
-        "GMRES": lambda: hoptim.GMRES(terms=terms, tolerance=0.0),
-        "Nystrom": lambda: hoptim.Nystrom(rank=terms),
-    }
-    return {name: build() for name, build in found.items() if hasattr(hoptim, name.split(",")[0])}
-
-
 def wrapper(rounds: int) -> list[Row]:
     """What BilevelOptimizer adds to a training step when no hyperstep is due, in % of a step without it.
 

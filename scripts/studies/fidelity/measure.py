@@ -2,113 +2,97 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from studies.fidelity.methods import Entry
-from studies.fidelity.problems import Batch, Setup, Spec
+from studies.fidelity.problems import Batch, Spec
 from studies.fidelity.truth import Trained, Tree
 
 import hoptim
-from hoptim.methods.method import TrainingContext
-from hoptim.methods.trajectory import Recorder, Trajectory
-from hoptim.problem.kept import noted
 
-AT_LEAST = 2e-3  # seconds of training gradients that one measurement of the unit of cost takes
+AT_LEAST = 2e-3  # seconds
 
 
 class Case:
     """A trained problem in float32, with its true hypergradient computed in float64."""
 
     def __init__(self, spec: Spec, seed: int, root: Path, found: Trained, dtype: torch.dtype = torch.float32) -> None:
-        self.spec, self.found = spec, found
-        self.setup: Setup = spec.make(seed, dtype, root)
-        self._batch_at = spec.batches(self.setup, seed)
-        self._trajectory: Trajectory | None = None
-        self._unit: Callable[[], Any] = lambda: torch.autograd.grad(self.problem.loss(self.batch()), self.weights)
-
-    @property
-    def problem(self) -> hoptim.Problem:
-        return self.setup.problem
-
-    @cached_property
-    def weights(self) -> list[torch.Tensor]:
-        return list(self.problem.weights().values())
+        self.spec, self.found, self.setup = spec, found, spec.make(seed, dtype, root)
+        self._batch_at, self.problem = spec.batches(self.setup, seed), self.setup.problem
+        self.weights = list(self.problem.weights().values())
 
     def batch(self, steps_back: int = 0) -> Batch:
         """The last training batch, or the one some steps before it."""
         return self._batch_at(self.spec.training.steps - 1 - steps_back)
 
-    def hypergradient(self, entry: Entry, state: Any = None, steps_back: int = 0) -> hoptim.Hypergradient:
-        back = itertools.count(steps_back + 1)
-        loop = TrainingContext(inner=self.inner, draw=lambda: self.batch(next(back)), trajectory=self._trajectory)
-        return entry.method(self.problem, self.batch(steps_back), self.setup.val, state, loop)
+    def optimizer(self, entry: Entry, weights: Tree, velocity: Tree) -> hoptim.BilevelOptimizer:
+        """An optimizer at these weights. Its outer rate is 0, so that a hyperstep changes nothing.
 
-    @cached_property
-    def inner(self) -> torch.optim.SGD:
-        """The inner optimizer; :meth:`put` sets its momentum."""
+        A method that averages batches takes those before the last.
+        """
         training = self.spec.training
-        return torch.optim.SGD(self.weights, lr=training.lr, momentum=training.momentum)
+        inner = torch.optim.SGD(self.weights, lr=training.lr, momentum=training.momentum)
+        self.put(inner, weights, velocity)
+        outer = torch.optim.SGD(self.problem.hparams.parameters(), lr=0.0)
+        options = {"train_batches": [self.batch(back) for back in range(1, 5)], "hypergradient": entry.method}
+        return hoptim.BilevelOptimizer(
+            inner, outer, self.problem, val_batches=[self.setup.val], every=self.spec.lag, warmup=0, **options
+        )
 
-    def put(self, weights: Tree, velocity: Tree) -> None:
-        """Set the weights and the inner optimizer's momentum."""
+    def put(self, inner: torch.optim.SGD, weights: Tree, velocity: Tree) -> None:
+        """Set the weights and the momentum."""
         with torch.no_grad():
             for name, p in self.problem.weights().items():
                 p.copy_(weights[name])
-                self.inner.state[p]["momentum_buffer"] = velocity[name].to(p.dtype, copy=True)
+                inner.state[p]["momentum_buffer"] = velocity[name].to(p.dtype, copy=True)
 
-    def before(self, entry: Entry) -> Any:
-        """Make what the method needs from before this hyperstep: the state of the last hyperstep, or the last inner steps.
+    def hyperstep(self, entry: Entry) -> hoptim.Record:
+        """The hyperstep at the end of the training, with what the method has from before it.
 
-        These steps are taken again from the earlier weights, so that the model ends at its trained weights.
+        That is a step size or a solution of the last hyperstep, or the last inner steps, which are taken again.
         """
-        self._trajectory, state = None, None
-        kept_steps = entry.method.keeps_steps
-        if entry.carries or kept_steps:
-            self.put(self.found.earlier, self.found.earlier_velocity)
-        if entry.carries:
-            state = self.hypergradient(entry, None, self.spec.lag).solution.state
-        if kept_steps:
-            recorder = Recorder()
+        now, before = (self.found.weights, self.found.velocity), (self.found.earlier, self.found.earlier_velocity)
+        if entry.method.keeps_steps:
+            optimizer = self.optimizer(entry, *before)
             for back in reversed(range(self.spec.lag)):
-                self.inner.zero_grad()
-                batch = noted(self.batch(back))
-                recorded = recorder.record_loss(self.problem, self.inner, batch) if back < kept_steps else None
-                loss = self.problem.loss(batch.batch)
-                if recorded is not None:
-                    loss.register_hook(recorded)
-                loss.backward()
-                self.inner.step()
-                if back < kept_steps:
-                    recorder.stepped()
-            self._trajectory = recorder.trajectory(self.problem.weights())
-        else:
-            self.put(self.found.weights, self.found.velocity)
-        return state
+                optimizer.zero_grad()
+                optimizer.loss(self.batch(back)).backward()
+                optimizer.step()  # the last one has the hyperstep
+            return optimizer.record
+        optimizer = self.optimizer(entry, *(before if entry.carries else now))
+        if entry.carries:
+            optimizer.hyperstep(self.batch(self.spec.lag), self.setup.val)
+            self.put(optimizer.inner, *now)
+        return optimizer.hyperstep(self.batch(), self.setup.val)
 
     def measured(self, entry: Entry) -> dict[str, Any]:
-        """Run the method with the state that it would have in a training.
+        """Run the method as it would be in a training, at its end.
 
-        Its cost is its CPU time over that of a training gradient, measured just before and after it. A failed solve moves
-        nothing, so its cosine and length are 0.
+        Its cost is the time of the hyperstep over that of a training gradient, measured just before and after it. A failed
+        solve moves nothing, so its cosine and length are 0.
         """
-        state = self.before(entry)
-        unit, results = seconds(self._unit, AT_LEAST), []
-        taken = seconds(lambda: results.append(self.hypergradient(entry, state)), 0.0)
-        unit += seconds(self._unit, AT_LEAST)
-        solution = results[-1].solution
-        cosine, length = compared(results[-1].grads, self.found.truth) if solution.status.ok else (0.0, 0.0)
+        unit = self.seconds_of_a_gradient()
+        record = self.hyperstep(entry)
+        unit += self.seconds_of_a_gradient()
+        solution = record.result.solution
+        cosine, length = compared(record.result.grads, self.found.truth) if solution.status.ok else (0.0, 0.0)
         return {
-            "cosine": cosine, "length": length, "cost": 2 * taken / unit, "products": solution.products,
+            "cosine": cosine, "length": length, "cost": 2 * record.seconds / unit, "products": solution.products,
             "status": solution.status.name, "ok": solution.status.ok,
         }  # fmt: skip
+
+    def seconds_of_a_gradient(self) -> float:
+        """The mean of as many training gradients as take 2 ms."""
+        begun, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - begun < AT_LEAST:
+            torch.autograd.grad(self.problem.loss(self.batch()), self.weights)
+            count += 1
+        return (time.perf_counter() - begun) / count
 
 
 def compared(found: Tree, truth: Tree) -> tuple[float, float]:
@@ -117,15 +101,6 @@ def compared(found: Tree, truth: Tree) -> tuple[float, float]:
     b = torch.cat([value.double().flatten() for value in truth.values()])
     lengths = float(a.norm()), float(b.norm())
     return (float(a @ b) / math.prod(lengths) if all(lengths) else 0.0), lengths[0] / lengths[1]
-
-
-def seconds(call: Callable[[], Any], at_least: float) -> float:
-    """CPU seconds of a call: the mean of as many calls as take ``at_least`` seconds."""
-    begun, count = time.process_time(), 0
-    while not count or time.process_time() - begun < at_least:
-        call()
-        count += 1
-    return (time.process_time() - begun) / count
 
 
 def kept(name: str, spec: Spec, seed: int, root: Path, folder: Path) -> Trained:

@@ -238,9 +238,7 @@ PROBLEMS = {
     "iris-relu-300": Spec(title="Iris MLP, ReLU, 300 steps", make=iris(nn.ReLU), training=SHORT),
     "iris-tanh-300": Spec(title="Iris MLP, tanh, 300 steps", make=iris(nn.Tanh), training=SHORT),
     "iris-wrong": Spec(
-        title="Iris MLP, ReLU, 40 % wrong, 500 steps",
-        make=iris(nn.ReLU, wrong=0.4),
-        training=replace(LONG, steps=500),
+        title="Iris MLP, ReLU, 40 % wrong, 500 steps", make=iris(nn.ReLU, wrong=0.4), training=replace(LONG, steps=500)
     ),
     "iris-wrong-16": Spec(
         title="Iris MLP, ReLU, 40 % wrong, batches of 16",

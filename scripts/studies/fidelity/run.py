@@ -7,7 +7,7 @@
 
 The true hypergradient is a closed form (ridge), or is differentiated through every step of the training, in float64. Each
 method then runs in float32 on the trained weights, with the state that it would have from the last hyperstep. Its cost is
-its CPU time over that of a training gradient, measured just before and after; on a busy machine it is noisy. The out folder
+its time over that of a training gradient, measured just before and after; on a busy machine it is noisy. The out folder
 keeps the trained problems, which are not trained again, the rows of all runs, and their medians over seeds, summary.json.
 """
 
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.records import read_records, write_records
 from common.study import Row, kept
 from common.tables import markdown
-from studies.fidelity import boston, measure
+from studies.fidelity import measure
 from studies.fidelity.learning import learned
 from studies.fidelity.methods import METHODS
 from studies.fidelity.problems import PROBLEMS
@@ -39,8 +39,7 @@ LEARNING = [
     "MINRES, GN, 5", "MINRES, exact, 5", "Neumann, exact, 20", "CG, exact, 7", "CG to 0.03, GN, +0.01, 20", "Identity, 0",
 ]  # fmt: skip
 BUDGETS = (12.0, 25.0, 60.0)
-PAPER = "boston"  # the paper's comparison, beside the problems
-SEEDS = {"ridge": 4, "logistic": 4, "digits-mlp": 4, "cnn": 3, PAPER: 5}  # 8 for the others, which vary more
+SEEDS = {"ridge": 4, "logistic": 4, "digits-mlp": 4, "cnn": 3}  # 8 for the others, which vary more
 
 
 def studied(methods: Sequence[str], options: Any) -> list[Row]:
@@ -56,8 +55,7 @@ def studied(methods: Sequence[str], options: Any) -> list[Row]:
             cases[where] = measure.Case(spec, seed, options.data, found)
         yield cases[where].measured(METHODS[job["method"]])
 
-    wanted = [p for p in options.problems if p != PAPER]
-    places = [(p, seed) for p in wanted for seed in range(options.seeds or SEEDS.get(p, 8))]
+    places = [(p, seed) for p in options.problems for seed in range(options.seeds or SEEDS.get(p, 8))]
     jobs = ({"problem": p, "method": method, "seed": seed} for p, seed in places for method in methods)
     return kept(options.out / "rows.json", jobs, run)
 
@@ -161,24 +159,20 @@ def main() -> None:
         print(markdown(["", "test loss", "accuracy", "longest over median length", "skipped", "CPU seconds"], lines))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {"torch": torch.__version__}
-    if PAPER in options.problems:
-        facts[PAPER] = boston.study(range(options.seeds or SEEDS[PAPER]), options.data, options.out / "boston.png")
-        print(facts[PAPER])
     if records := summed_up(studied(methods, options)):
         show(records)
         draw(records, options.out / "fidelity.png")
-    write_records(options.out / "summary.json", records, **facts)
+    write_records(options.out / "summary.json", records, torch=torch.__version__)
     print(f"-> {options.out}")
 
 
 def _options() -> argparse.Namespace:
-    names = [*PROBLEMS, PAPER]
+    names = list(PROBLEMS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--methods", nargs="+", metavar="PATTERN", help='such as "CG, GN*"; default: all')
     parser.add_argument("--learning", action="store_true", help="instead: let each method learn on digits with wrong labels")
-    parser.add_argument("--seeds", type=int, metavar="N", help="how many; default: 8 on Iris, 3 to 5 elsewhere")
+    parser.add_argument("--seeds", type=int, metavar="N", help="how many; default: 8 on Iris, 3 or 4 elsewhere")
     parser.add_argument("--saved", action="store_true", help="run nothing: print the tables of the page")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets; default: data")
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"), help="the folder of the results")

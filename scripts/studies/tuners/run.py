@@ -195,6 +195,37 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
             fontsize=9.5,
         )
         save(figure, folder / file, dpi=85)
+    draw_by_budget(curves, folder / "by_budget.png")
+
+
+def draw_by_budget(curves: Curves, path: Path, name: str = "fashion", counts: tuple[int, ...] = (1, 10_000)) -> None:
+    """The README's picture: the test losses themselves, on one data set, with few hyperparameters and with many."""
+    from common.pictures import plt, save
+
+    shown, grid = [method for method in STYLES if method != "random"], np.geomspace(1, curves.budgets[-1], 49)
+    if not all(curves.seeds(name, count, *shown) for count in counts):
+        return
+    figure, axes = plt.subplots(1, len(counts), figsize=(9.2, 3.4), sharey=True, layout="constrained")
+    for count, axis, title in zip(counts, axes, ("One weight decay", "A weight decay for each weight"), strict=True):
+        for method in shown:
+            label, colour, dashes, width = STYLES[method]
+            found = [list(curves.losses(name, count, method, budget).values()) for budget in grid]
+            middle, error = np.array(list(map(mean, found))), np.array(list(map(standard_error, found)))
+            axis.plot(grid, middle, color=colour, linestyle=dashes, linewidth=width, drawstyle="steps-post", label=label)
+            axis.fill_between(grid, middle - error, middle + error, color=colour, alpha=0.12, linewidth=0, step="post")
+        _budgets(axis, curves)
+        axis.set_title(title, fontsize=12)
+        axis.set_xlabel("cost, in trainings")
+    axes[0].set_ylabel("test loss")
+    axes[-1].legend(frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def _budgets(axis: Any, curves: Curves) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(curves.budgets, list(map(str, curves.budgets)))
+    axis.set_xlim(1, 1.04 * curves.budgets[-1])
+    axis.grid(axis="y", alpha=0.2)
 
 
 def _panel(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -> None:
@@ -218,10 +249,7 @@ def _panel(axis: Any, curves: Curves, name: str, count: int, in_seconds: bool) -
             colour = STYLES["optuna" if behind else "hoptim"][1]
             axis.axvspan(left, right, ymin=0, ymax=0.035, color=colour, alpha=0.85, linewidth=0)
     axis.axhline(0, color="black", linewidth=0.6, alpha=0.5)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(curves.budgets, list(map(str, curves.budgets)))
-    axis.set_xlim(1, 1.04 * curves.budgets[-1])
-    axis.grid(axis="y", alpha=0.2)
+    _budgets(axis, curves)
 
 
 def chosen(names: Sequence[Any], kind: type = str) -> dict[str, Any]:
