@@ -30,12 +30,9 @@ def mlp(shape: Shape, classes: int, hidden: Sequence[int] | None = None) -> nn.M
 
 def cnn(shape: Shape, classes: int, channels: Sequence[int] = (16, 32)) -> nn.Module:
     """3×3 convolutions with ReLU, each of which halves the size, and a linear layer."""
-    widths, side = [shape[0], *channels], [shape[1], shape[2]]
-    layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU()]
-        side = [(size + 1) // 2 for size in side]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * prod(side), classes))
+    layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise([shape[0], *channels])]
+    sides = [-(-size // 2 ** len(layers)) for size in shape[1:]]
+    return convolutions(*layers, features=channels[-1] * prod(sides), classes=classes)
 
 
 def lenet(shape: Shape, classes: int) -> nn.Module:

@@ -20,7 +20,6 @@ import hoptim
 
 Batch = tuple[Tensor, ...]
 LAG = 100  # training steps between two hypersteps
-TRUNCATE = (5, 10, 20, 50, 100, 200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,7 @@ class Spec:
         """Train in float64, and compute the true hypergradient through the run or in closed form."""
         setup = self.make(seed, torch.float64, root)
         batches = self.batches(setup, seed)
-        options = {"closed": setup.closed, "lag": self.lag, "truncate": TRUNCATE}
-        return trained(setup.problem, batches, setup.val, self.training, **options)
+        return trained(setup.problem, batches, setup.val, self.training, closed=setup.closed, lag=self.lag)
 
 
 def decays(model: nn.Module, value: float, dtype: torch.dtype) -> hoptim.HyperParameters:

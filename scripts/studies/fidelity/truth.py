@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,6 @@ class Trained:
         earlier: the weights at the last hyperstep, some steps earlier.
         earlier_velocity: the momentum there.
         truth: dL_V(w_N(λ), λ)/dλ through all N steps.
-        truncated: the same through the last K steps only, by K.
     """
 
     weights: Tree
@@ -50,7 +49,6 @@ class Trained:
     earlier: Tree
     earlier_velocity: Tree
     truth: Tree
-    truncated: dict[int, Tree] = field(default_factory=dict)
 
 
 def trained(
@@ -61,7 +59,6 @@ def trained(
     *,
     closed: Callable[[], Tree] | None = None,
     lag: int = 100,
-    truncate: Sequence[int] = (),
 ) -> Trained:
     """Train the model of ``problem``, and differentiate its validation loss through the whole training.
 
@@ -72,17 +69,14 @@ def trained(
         training: how to train.
         closed: computes the true hypergradient in closed form, instead of by :class:`hoptim.Replay`.
         lag: ``earlier`` is taken this many steps before the end.
-        truncate: the values of K for ``truncated``.
     """
     live = problem.weights()
     inner = torch.optim.SGD(live.values(), lr=training.lr, momentum=training.momentum)
-    steps, found, earlier = training.steps, {}, (_copy(live), _velocity(inner, live))
-    differentiated = () if closed else {steps, *truncate}
+    steps, earlier = training.steps, (_copy(live), _velocity(inner, live))
+    truth = {} if closed else _through(problem, [batch_at(t) for t in range(steps)], val_batch, inner)
     for step in range(steps):
         if step == steps - lag:
             earlier = _copy(live), _velocity(inner, live)
-        if (left := steps - step) in differentiated:
-            found[left] = _through(problem, [batch_at(t) for t in range(step, steps)], val_batch, inner)
         inner.zero_grad()
         problem.loss(batch_at(step)).backward()
         inner.step()
@@ -92,8 +86,7 @@ def trained(
         velocity=_velocity(inner, live),
         earlier=earlier[0],
         earlier_velocity=earlier[1],
-        truth=closed() if closed else found[steps],
-        truncated={left: found[left] for left in truncate if left in found},
+        truth=closed() if closed else truth,
     )
 
 
