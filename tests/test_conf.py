@@ -4,37 +4,26 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import torch
-import train
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from jobs import ROOT, result
-from tasks import schema
+from jobs import ROOT, result, train
 
 import hoptim
+from conf import composed as made
 from hoptim import tracking
 
-schema.register()
 FILES = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
 EXPERIMENTS = [path.stem for path in FILES if "MULTIRUN" not in path.read_text()]  # sweeps run in test_train.py
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_runs_for_a_few_steps(tmp_path, experiment):
-    torch.set_default_dtype(torch.float32)
+def test_every_experiment_runs_for_a_few_steps(tmp_path):
     short = (f"root={tmp_path}", "outer_steps=2", "inner_steps=5", "hoptim/tracker=[]", "plots=false")
-    if experiment == "iris_replay":  # it begins with the hyperparameters that another has learned
-        train.train(made(*short), tmp_path / "iris" / "seed=0")
-    train.train(made(f"experiment={experiment}", *short), tmp_path)
-    final = result(tmp_path)
-    assert final["name"] == experiment
-    assert final["inner_steps"] == 10
-    assert math.isfinite(final["test_loss"])
-
-
-def made(*overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", [*overrides])
+    train(*short, f"hydra.run.dir='{tmp_path}/iris/seed=0'")  # iris_replay begins with what it has learned
+    train("-m", f"experiment={','.join(name for name in EXPERIMENTS if name != 'iris')}", *short)
+    found = [result(path.parent) for path in tmp_path.rglob("result.json")]
+    assert sorted(final["name"] for final in found) == sorted(EXPERIMENTS)
+    for final in found:
+        assert final["inner_steps"] == 10
+        assert math.isfinite(final["test_loss"])
 
 
 def on_exact(solver):

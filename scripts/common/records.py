@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from hoptim.training import files
 
 Record = Mapping[str, Any]
 
@@ -15,7 +14,9 @@ Record = Mapping[str, Any]
 def write_whole(path: Path, text: str) -> None:
     """Write the whole file or leave the old one, so that a killed run damages nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, text.encode(), "make room and start again; what is finished is not run again")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def write_records(path: Path, records: Sequence[Record], **facts: Any) -> None:

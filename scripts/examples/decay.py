@@ -35,7 +35,7 @@ def val_loss(model, hparams, batch):
 hparams = hoptim.recipes.WeightDecay(model)
 problem = hoptim.Problem(model, hparams, train_loss, val_loss)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-optimizer = hoptim.BilevelOptimizer(optimizer, hparams.optimizer(), problem, val_batches=[val], every=20, warmup=375)
+optimizer = hoptim.BilevelOptimizer(optimizer, hparams.optimizer(), problem, val_batches=[val], every=80, warmup=375)
 for batch in batches:
     optimizer.zero_grad()
     loss = optimizer.loss(batch)

@@ -1,9 +1,10 @@
-"""The data sets of the tasks: how they are read, split, standardised and given wrong labels."""
+"""The data sets of all tasks: how they are read, split, standardised and given wrong labels."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,63 @@ import numpy as np
 import torch
 from sklearn import datasets
 from torch import Tensor
+from torch.nn import functional as F
 
 IMAGES = ("mnist", "fashion_mnist", "cifar10")
-TABLES = {"iris": datasets.load_iris, "wine": datasets.load_wine, "breast_cancer": datasets.load_breast_cancer}
-SMALL = ("digits", *TABLES)
+TABLES = {
+    "digits": datasets.load_digits,  # 1,797 images of 8×8 pixels from 0 to 16, in rows
+    "iris": datasets.load_iris,  # 150 flowers, 4 features, 3 classes
+    "wine": datasets.load_wine,  # 178 wines, 13 features, 3 classes
+    "breast_cancer": datasets.load_breast_cancer,  # 569 tumours, 30 features, 2 classes
+    "diabetes": datasets.load_diabetes,  # 442 patients, 10 features, a number
+}
+SMALL = ("digits", "iris", "wine", "breast_cancer")
+LETTERS = " abcdefghijklmnopqrstuvwxyz"
+
+
+@cache
+def table(name: str, root: Path = Path("data")) -> tuple[Tensor, Tensor]:
+    """The rows of a small data set and what to predict, as they are read: those of ``TABLES``, and Boston housing.
+
+    That has 506 tracts, 13 features and the median house value, and is read from boston/boston.csv in the folder ``root``.
+    """
+    if name != "boston":
+        x, y = TABLES[name](return_X_y=True)
+        return torch.tensor(x), torch.tensor(y)
+    path = root / "boston" / "boston.csv"
+    if not path.is_file():
+        raise SystemExit(
+            f"{path} is missing: write the 506 rows of Boston housing there as CSV, with a header, 13 features and then "
+            "medv; scikit-learn's fetch_openml('boston', version=1) has them"
+        )
+    rows = torch.tensor(np.genfromtxt(path, delimiter=",", skip_header=1), dtype=torch.float64)
+    return rows[:, :-1], rows[:, -1]
+
+
+@cache
+def fashion(root: Path, train: bool = True) -> tuple[Tensor, Tensor]:
+    """Fashion-MNIST: images of 28×28 bytes, and their classes; torchvision downloads it to ``root`` if necessary."""
+    from torchvision.datasets import FashionMNIST
+
+    found = FashionMNIST(str(root), train=train, download=True)
+    return found.data, found.targets
+
+
+@cache
+def small_fashion(root: Path) -> tuple[Tensor, Tensor]:
+    """The first 6,000 training images of Fashion-MNIST, averaged to 14×14 pixels, of shape (N, 1, 14, 14)."""
+    x, y = fashion(root)
+    return F.avg_pool2d(x[:6000, None].float() / 255, 2), y[:6000]
+
+
+@cache
+def novel(root: Path) -> Tensor:
+    """Moby-Dick as numbers of lower-case letters; whatever stands between two words becomes one space."""
+    path = root / "text" / "moby_dick.txt"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: write the novel there as plain text, for example from Project Gutenberg")
+    words = re.sub("[^a-z]+", " ", path.read_text().lower())
+    return torch.tensor([LETTERS.index(letter) for letter in words])
 
 
 @dataclass(frozen=True)
@@ -39,11 +93,9 @@ def read(name: str, root: str | Path) -> Labelled:
         return Labelled(x, y, len(parts[0][0]), scale=255.0)
     if name not in SMALL:
         raise ValueError(f"data={name!r}: give one of {', '.join((*IMAGES, *SMALL))}")
-    if name == "digits":
-        x, y = datasets.load_digits(return_X_y=True)
-        return Labelled(torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(y), len(y))
-    x, y = TABLES[name](return_X_y=True)
-    return Labelled(torch.tensor(x, dtype=torch.float32), torch.tensor(y), len(y))
+    x, y = table(name)
+    x = x.float().reshape(-1, 1, 8, 8) / 16 if name == "digits" else x.float()
+    return Labelled(x, y, len(y))
 
 
 def _images(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:

@@ -77,9 +77,7 @@ class Iris(Task):
     @property
     def train_loss(self) -> hoptim.CompositeLoss:
         return hoptim.CompositeLoss(
-            lambda model, _, batch: model(self.x[batch]),
-            lambda z, _, batch: F.cross_entropy(z, self.y[batch]),
-            self.penalty,
+            lambda model, _, batch: model(self.x[batch]), lambda z, _, batch: F.cross_entropy(z, self.y[batch]), self.penalty
         )
 
     def penalty(self, model: nn.Module, hparams: Any) -> Tensor:

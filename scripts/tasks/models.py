@@ -1,4 +1,4 @@
-"""The models of the tasks; each is a function of the shape of an input and the number of classes."""
+"""The models of all tasks. Those of scripts/train.py are functions of the shape of an input and the number of classes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,9 @@ def mlp(shape: Shape, classes: int, hidden: Sequence[int] | None = None) -> nn.M
 
 def cnn(shape: Shape, classes: int, channels: Sequence[int] = (16, 32)) -> nn.Module:
     """3×3 convolutions with ReLU, each of which halves the size, and a linear layer."""
-    widths, side = [shape[0], *channels], [shape[1], shape[2]]
-    layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU()]
-        side = [(size + 1) // 2 for size in side]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * prod(side), classes))
+    layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise([shape[0], *channels])]
+    sides = [-(-size // 2 ** len(layers)) for size in shape[1:]]
+    return convolutions(*layers, features=channels[-1] * prod(sides), classes=classes)
 
 
 def lenet(shape: Shape, classes: int) -> nn.Module:
@@ -81,6 +78,29 @@ def resnet18(shape: Shape, classes: int) -> nn.Module:
     model.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
+
+
+def convolutions(
+    *layers: nn.Conv2d, features: int, classes: int = 10, normed: bool = False, pooled: bool = False
+) -> nn.Module:
+    """Convolutions with ReLU, each of them perhaps with BatchNorm and a pooling that halves the size, and a linear layer."""
+    parts: list[nn.Module] = []
+    for layer in layers:
+        norm = [nn.BatchNorm2d(layer.out_channels)] if normed else []
+        parts += [layer, *norm, nn.ReLU(), *([nn.MaxPool2d(2)] if pooled else [])]
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(features, classes))
+
+
+class Reader(nn.Module):
+    """An LSTM that predicts the next letter of ``data.LETTERS``."""
+
+    def __init__(self, letters: int = 27) -> None:
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(letters, 12), nn.LSTM(12, 32, batch_first=True)
+        self.out = nn.Linear(32, letters)
+
+    def forward(self, letters: Tensor) -> Tensor:
+        return self.out(self.rnn(self.embedding(letters))[0]).flatten(0, 1)
 
 
 class Block(nn.Module):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
-import random
 import re
 import runpy
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any
 import accelerate_digits
 import lightning as L
 import lightning_digits
-import minilm
 import numpy as np
 import pytest
 import reviews
@@ -32,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 import hoptim
 
@@ -446,6 +442,12 @@ def test_trainer_saves_a_model_that_is_loaded_from_its_folder(tmp_path: Path) ->
 # The examples as they are
 
 
+@pytest.mark.parametrize("name", ["digits", "accelerate_digits", "lightning_digits", "reviews", "trainer_text"])
+def test_the_code_that_is_tested_here_is_that_of_the_example(name: str) -> None:
+    example, helper = (ROOT / folder / f"{name}.py" for folder in ("scripts/examples", "tests/helpers"))
+    assert helper.read_text() == example.read_text()
+
+
 @pytest.mark.parametrize("shorter", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "epochs", "fewer", "pattern", "good"),
@@ -464,110 +466,7 @@ def test_examples_run_and_learn(
     text = (ROOT / "scripts" / "examples" / f"{name}.py").read_text()
     assert len(text.splitlines()) < 60
     assert text.count(epochs) == 1
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "examples"))
     Path("example.py").write_text(text.replace(epochs, fewer) if shorter else text)
     runpy.run_path("example.py", run_name="__main__")
     assert good(float(re.findall(pattern, capsys.readouterr().out)[-1]))
-
-
-# MiniLM's study, on a tiny BERT
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
-    """A folder with a BERT of two layers, and 233 addresses of the words of the reviews."""
-    folder = tmp_path_factory.mktemp("minilm")
-    words, draw = reviews.tokenizer(), random.Random(0)
-    words.cls_token = words.sep_token = "[CLS]"
-    words.save_pretrained(folder)
-    torch.manual_seed(0)  # a fixture of the module comes before the seed of its first test
-    BertModel(BertConfig(vocab_size=len(reviews.WORDS), **trainer_text.SIZE)).float().save_pretrained(folder)
-    lines = [" ".join(draw.choices(reviews.PLAIN, k=30)) for _ in minilm.YEARS]
-    (folder / "text.txt").write_text("\n".join(lines))
-    numbers = {"steps": 4, "batch": 10, "train": 40, "val": 20, "test": 20, "length": 8, "every": 2, "seeds": 1}
-    rates = {"decay": 0.1, "lr": 1e-3, "outer_lr": 0.5}
-    return argparse.Namespace(model=str(folder), text=str(folder / "text.txt"), **numbers, **rates)
-
-
-def submodules(study: argparse.Namespace) -> Any:
-    eras = minilm.passages(study.text, AutoTokenizer.from_pretrained(study.model), study.length)
-    return eras, minilm.split(eras, {part: getattr(study, part) for part in minilm.PARTS}, seed=0)
-
-
-def test_passages_are_of_their_era_and_no_address_is_in_two_parts(study: argparse.Namespace) -> None:
-    eras, parts = submodules(study)
-    assert [len(addresses) for addresses in eras] == [40, 40, 40, 39, 42]  # 1933 is missing, two of 1953 and of 1961
-    words = AutoTokenizer.from_pretrained(study.model)
-    lines = Path(study.text).read_text().splitlines()
-    ids = words(lines[minilm.YEARS.index(1790)], add_special_tokens=False)["input_ids"]
-    assert eras[0][0].tolist() == [[2, *ids[i : i + 6], 2] for i in range(0, 30, 6)]
-    home = {tuple(row): i for era in eras for i, address in enumerate(era) for row in address.tolist()}
-    assert len(home) > 900  # nearly every passage is of one address alone
-    for era in range(5):
-        places = [{home[tuple(row)] for row in tokens[labels == era].tolist()} for tokens, labels in parts.values()]
-        assert [len(labels) for _, labels in parts.values()] == [40, 20, 20]
-        assert len(set.union(*places)) == sum(map(len, places))
-
-
-def test_decay_pulls_each_layer_towards_where_it_began(study: argparse.Namespace) -> None:
-    model = minilm.Classifier(study.model)
-    penalty = minilm.anchored(model)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    moved = {name: torch.randn_like(p) for name, p in weights.items()}
-    with torch.no_grad():
-        for name, p in weights.items():
-            p += moved[name]
-    names = ["embeddings", "layer 1", "layer 2", "head"]
-    assert list(dict.fromkeys(map(minilm.layer, weights))) == names
-    decays = {name: torch.tensor(value, requires_grad=True) for name, value in zip(names, (0.5, 1.0, 2.0, 4.0), strict=True)}
-    gradients = torch.autograd.grad(penalty(model, decays), list(weights.values()))
-    for (name, change), gradient in zip(moved.items(), gradients, strict=True):
-        torch.testing.assert_close(gradient, decays[minilm.layer(name)].detach() * change, rtol=1e-4, atol=1e-5)
-    by_layer = torch.autograd.grad(penalty(model, decays), list(decays.values()))
-    squares = [sum(v.square().sum() for n, v in moved.items() if minilm.layer(n) == name) for name in names]
-    torch.testing.assert_close(torch.stack(by_layer), 0.5 * torch.stack(squares), rtol=1e-4, atol=1e-5)
-
-
-def test_training_without_a_decay_is_plain_adamw(study: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    _, parts = submodules(study)
-    optimizer, _ = minilm.train(study, parts, seed=0, decay=None, every=None)
-    torch.manual_seed(0)
-    model = minilm.Classifier(study.model).train()
-    body = [p for p in model.encoder.parameters() if p.requires_grad]
-    groups = [{"params": body, "lr": 1e-3}, {"params": model.head.parameters(), "lr": 3e-2}]
-    adamw = torch.optim.AdamW(groups, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LinearLR(adamw, 1.0, 0.0, total_iters=4)
-    minilm.batches(parts["val"], 50)  # the same order of the random numbers
-    for tokens, labels in reversed(minilm.batches(parts["train"], 10)):
-        adamw.zero_grad()
-        nn.functional.cross_entropy(model(tokens), labels).backward()
-        adamw.step()
-        scheduler.step()
-    assert same(dict(optimizer.problem.model.state_dict()), dict(model.state_dict()))
-
-
-def test_study_asks_for_matplotlib_before_it_trains(
-    study: argparse.Namespace, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
-        minilm.main([f"--text={study.text}", f"--model={study.model}", "--steps=0", "--out=decays.png"])
-    assert "--out draws with matplotlib, which is not installed: pip install '.[plots]'" in capsys.readouterr().err
-
-
-def test_study_prints_its_figures_and_draws_the_decays(
-    study: argparse.Namespace, tmp_path: Path, capsys: Any, monkeypatch: Any
-) -> None:
-    monkeypatch.undo()
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in vars(study).items()]
-    figures, decays = minilm.main([*given, f"--out={tmp_path / 'decays.png'}"])
-    assert list(figures) == ["no decay", "decay 0.1", "learned a layer"]
-    printed = capsys.readouterr().out
-    for runs in figures.values():
-        assert f"{runs[0]['test loss']:.3f}" in printed
-    assert len({runs[0]["train loss"] for runs in figures.values()}) == 3
-    (learned,) = decays
-    assert list(learned) == ["embeddings", "layer 1", "layer 2", "head"]
-    moved = [abs(torch.tensor(value / 0.1).log().item()) for value in learned.values()]
-    assert all(0.5 < length <= 1.01 for length in moved)  # two steps of Adam with a rate of 0.5 on the logarithms
-    assert (tmp_path / "decays.png").stat().st_size > 5000

@@ -15,7 +15,6 @@ import pytest
 import torch
 from cases import same
 from jobs import ROOT, command, env, result, rows, run, start, timeless, torchrun, wait_for
-from tasks.checkpoint import read_checkpoint
 from wandb_file import read
 
 from hoptim.training.files import read_whole
@@ -98,7 +97,7 @@ def check_disk(folder, whole):
     found = [timeless(json.loads(line)) for line in lines[:-1]]
     assert found == whole[: len(found)]
     path = folder / "checkpoint.pt"
-    at = read_checkpoint(path)["outer_step"] if path.exists() else 0
+    at = read_whole(path)["outer_step"] if path.exists() else 0
     assert at <= len(found)
     return at
 

@@ -1,12 +1,10 @@
-"""The paper's experiments run at a tiny size, and scripts/paper.py reads them."""
+"""The paper's experiments run at a tiny size, and the study of its results reads them."""
 
 import json
 
 import numpy as np
-import paper
 import pytest
 from jobs import result, rows, run, train
-from paper_rows import Row, Table
 
 QUIET = ("hoptim/tracker=[]", "plots=false")
 
@@ -67,17 +65,16 @@ def test_the_four_rows_of_the_augmentation_network(tmp_path, images):
     products = {name: value["products"] for name, value in found.items()}
     assert (products["none"], products["identity"]) == (0, 0)
     assert products["neumann"] >= 2 * 3  # and what the step size takes
-    text = run("paper.py", tmp_path).stdout
-    (line,) = [line for line in text.splitlines() if line.startswith("| 3 Neumann terms")]
+    text = run("studies/paper/run.py", tmp_path).stdout
+    (line,) = [line for line in text.splitlines() if line.startswith("| neumann")]
     assert line.split(" | ")[1:4] == ["94.6 %", f"{found['neumann']['test_accuracy']:.1%}", "2"]
 
 
 def written(folder, accuracy, inner, hyper):
     """A finished run with two rows."""
     folder.mkdir(parents=True)
-    seed = folder.name.partition("=")[2] or 0
-    final = {"status": "finished", "name": "x", "seed": seed, "hypersteps": 2, "test_accuracy": accuracy}
-    (folder / "result.json").write_text(json.dumps(final))
+    final = {"status": "finished", "name": "x", "seed": folder.name.partition("=")[2], "hypersteps": 2}
+    (folder / "result.json").write_text(json.dumps({**final, "test_accuracy": accuracy}))
     row = {"inner_seconds": inner / 2, "hyper_seconds": hyper / 2}
     (folder / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
     assert len(rows(folder)) == 2
@@ -85,21 +82,11 @@ def written(folder, accuracy, inner, hyper):
 
 def test_a_row_has_mean_and_standard_error_and_its_cost_in_plain_trainings(tmp_path):
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
-        written(tmp_path / "learned" / "lr=1" / f"seed={seed}", accuracy, inner=4.0, hyper=2.0)
-        written(tmp_path / "plain" / f"seed={seed}", 0.4, inner=3.0, hyper=0.0)
-    (tmp_path / "learned" / "seed=9").mkdir()
+        written(tmp_path / "paper_augment" / "learned_by=neumann" / f"seed={seed}", accuracy, inner=4.0, hyper=2.0)
+        written(tmp_path / "paper_augment" / "learned_by=none" / f"seed={seed}", 0.4, inner=3.0, hyper=0.0)
+    (tmp_path / "paper_augment" / "learned_by=neumann" / "seed=9").mkdir()
     failed = {"status": "failed", "name": "x", "seed": 9, "error": "no"}
-    (tmp_path / "learned" / "seed=9" / "result.json").write_text(json.dumps(failed))
-    given = {"label": "a", "paper": "1 %", "runs": "learned/**/seed=*"}
-    wanted = [Row(**given), Row(**given, plain="plain/**/seed=*"), Row(label="b", paper="2 %", runs="none/seed=*")]
-    table = Table(title="T", columns={"test": "test_accuracy"}, rows=wanted)
-    assert paper.markdown(table, tmp_path).splitlines()[-3:] == [
-        "| a | 1 % | 60.0% ± 5.8% | 2 | 1.50 | 6 |",
-        "| a | 1 % | 60.0% ± 5.8% | 2 | 2.00 | 6 |",
-        "| b | 2 % |  |  |  |  |",
-    ]
-
-
-def test_every_table_of_the_paper_has_rows_of_its_own():
-    patterns = [row.runs for table in paper.tables() for row in table.rows]
-    assert len(patterns) == len(set(patterns)) > 10
+    (tmp_path / "paper_augment" / "learned_by=neumann" / "seed=9" / "result.json").write_text(json.dumps(failed))
+    told = run("studies/paper/run.py", tmp_path).stdout.splitlines()
+    assert "| neumann | 94.6 % | 60.0% ± 5.8% | 2 | 2.00 | 6 |" in told
+    assert "| identity | 94.1 % |  |  |  |  |" in told

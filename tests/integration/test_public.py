@@ -1,81 +1,38 @@
-"""scripts/examples/public: the changes to ten public scripts, their counts, and what applies and watches them."""
+"""scripts/studies/public: the changes to ten public scripts, their counts, and what applies and watches them."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from jobs import ROOT, run
 
-FOLDER = ROOT / "scripts" / "examples" / "public"
-sys.path.append(str(FOLDER))
-
-import count  # noqa: E402
-
-NAMES = list(count.SCRIPTS)
-ORIGINAL = "one\ntwo\nthree\nfour\nfive\n"
-CHANGE = "5a\nsix\n\n.\n3,4c\n3\n.\n2d\n0a\nzero\n.\n"  # as `diff -e` writes it, the end first
-
-
-def on_the_page() -> list[tuple[int, int, int]]:
-    """The counts in the page's table, from its top."""
-    _, _, section = (FOLDER / "README.md").read_text().partition("## What it took")
-    rows = re.findall(r"^\| [^|]*`[^|]*\| (\d+) \| (\d+), (\d+) \|", section, re.MULTILINE)
-    return [(int(added), int(changed), int(dropped)) for added, changed, dropped in rows]
+FOLDER = ROOT / "scripts" / "studies" / "public"
+ROW = r"^\| [^|]*`[^|]*\| (\d+) \| (\d+), (\d+) \|"
+FILE = r"^\| `(\w+)\.ed` \| (\S+) `(\S+)`[^|]*\| (\w+) \|"
 
 
 def test_the_counts_on_the_page_are_those_of_the_changes() -> None:
-    assert on_the_page() == [count.counts((FOLDER / f"{name}.ed").read_text()) for name in NAMES]
+    page = (FOLDER / "README.md").read_text()
+    told = {
+        line.split()[0]: tuple(map(int, line.split()[1:])) for line in run("studies/public/count.py").stdout.splitlines()[1:]
+    }
+    names = [name for name, *_ in re.findall(FILE, page, re.MULTILINE)]
+    assert sorted(names) == sorted(told) == sorted(path.stem for path in FOLDER.glob("*.ed"))
+    on_the_page = [tuple(map(int, row)) for row in re.findall(ROW, page.partition("## What it took")[2], re.MULTILINE)]
+    assert on_the_page == [told[name] for name in names]
+    assert all(9 <= added <= 14 and 1 <= changed <= 3 for added, changed, _ in on_the_page)  # as hoptim/training says
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_change_is_small_and_says_hoptim(name: str) -> None:
-    text = (FOLDER / f"{name}.ed").read_text()
-    added, changed, _ = count.counts(text)
-    assert 9 <= added <= 14  # as README.md and hoptim/training say
-    assert 1 <= changed <= 3
-    lines = [line for _, _, new in count.hunks(text) for line in new]
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ed")), ids=lambda path: path.stem)
+def test_a_change_says_hoptim(path: Path) -> None:
+    lines = path.read_text().splitlines()
     assert lines.count("import hoptim") == 1
     assert all(len(line) <= 125 for line in lines)
     assert sum("hoptim.BilevelOptimizer(" in line for line in lines) == 1
-
-
-def test_every_change_has_its_script_and_every_script_its_row() -> None:
-    assert sorted(path.stem for path in FOLDER.glob("*.ed")) == sorted(NAMES)
-    rows = re.findall(r"^\| `(\w+)\.ed` \| (\S+) `(\S+)`[^|]*\| (\w+) \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
-    told = [(name, one.repository, one.path, one.commit[:7]) for name, one in count.SCRIPTS.items()]
-    assert rows == told
-
-
-def test_a_change_is_applied_as_ed_does() -> None:
-    assert count.changed(ORIGINAL, CHANGE) == "zero\none\n3\nfive\nsix\n\n"
-    assert count.counts(CHANGE) == (3, 1, 2)
-    assert count.counts("3c\na\nb\n.\n") == (1, 1, 0)
-
-
-def test_what_is_applied_is_checked_against_gits_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert count.blob_hash(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
-    script = replace(count.SCRIPTS["nanogpt"], blob=count.blob_hash(ORIGINAL.encode()))
-    monkeypatch.setattr(count, "SCRIPTS", {"nanogpt": script})
-    monkeypatch.setattr(count, "HERE", tmp_path)
-    (tmp_path / "nanogpt.ed").write_text(CHANGE)
-    original = tmp_path / "nanoGPT" / "train.py"
-    count.main(["--originals", str(tmp_path)])
-    assert f"nanogpt: there is no nanoGPT in {tmp_path}" in capsys.readouterr().out
-    original.parent.mkdir()
-    original.write_text(ORIGINAL)
-    count.main(["--originals", str(tmp_path)])
-    assert original.with_name("hoptim_train.py").read_text() == count.changed(ORIGINAL, CHANGE)
-    assert "nanogpt                      3        1        2" in capsys.readouterr().out
-    original.write_text(ORIGINAL + "six\n")
-    with pytest.raises(SystemExit, match=f"git checkout {script.commit}"):
-        count.main(["--originals", str(tmp_path)])
 
 
 SMALL = """
@@ -101,10 +58,10 @@ for _ in range(12):
 def test_a_run_is_watched_and_can_be_made_inert(tmp_path: Path) -> None:
     script = tmp_path / "small.py"  # run in a process of its own, as the watch replaces a class of hoptim
     script.write_text(SMALL)
-    sooner = run("examples/public/run.py", "--every", 3, "--warmup", 3, script).stdout
+    sooner = run("studies/public/run.py", "--every", 3, "--warmup", 3, script).stdout
     assert "4 hypersteps: {" in sooner  # after steps 3, 6, 9 and 12
     assert re.search(r"decays went by [\d.]+ to [\d.]+\n.*costs [\d.]+ training steps", sooner)
-    inert = run("examples/public/run.py", "--inert", script).stdout
+    inert = run("studies/public/run.py", "--inert", script).stdout
     assert "hypersteps" not in inert
 
     torch.set_default_dtype(torch.float32)
@@ -131,7 +88,7 @@ optimizer.step()
 def test_the_digest_is_that_of_the_numbers_in_whatever_order_they_lie(tmp_path: Path) -> None:
     script = tmp_path / "strided.py"
     script.write_text(STRIDED)
-    found = run("examples/public/run.py", "--seed", 3, script).stdout
+    found = run("studies/public/run.py", "--seed", 3, script).stdout
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(3)  # which the script does not set
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 2, 3))

@@ -7,17 +7,12 @@ in the same bits. With hypersteps, the training loss that each of them saw is co
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-import outcomes
 import pytest
 import torch
 from cases import same
-from common.means import mean_and_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -302,60 +297,3 @@ def test_hypersteps_of_a_gpt_draw_their_batches_aside_and_move_each_decay() -> N
     for *_, record in optimizer.seen:
         assert all((value / START).log().abs() > 1e-3 for value in record.hyperparameters.values())
     assert found["losses"][-1] < 0.9 * found["losses"][0]
-
-
-# What it was good for: scripts/examples/outcomes.py, on pictures of noise -----------------------------------------------
-
-
-@pytest.fixture
-def noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mnist(root: str, train: bool) -> Any:
-        draw = torch.Generator().manual_seed(int(train))
-        pictures = torch.randint(0, 256, (60, 28, 28), generator=draw, dtype=torch.uint8)
-        return SimpleNamespace(data=pictures, targets=torch.arange(60) % 10)
-
-    monkeypatch.setattr(outcomes, "MNIST", mnist)
-    monkeypatch.setattr(outcomes, "TRAIN", 40)
-    monkeypatch.setattr(outcomes, "VAL", 20)
-    for name, case in outcomes.CASES.items():
-        monkeypatch.setitem(outcomes.CASES, name, replace(case, batch_size=8, epochs=4))
-
-
-@pytest.mark.parametrize("name", ["mnist", "backbone"])
-def test_the_runs_that_are_compared_differ_by_hypersteps_and_penalty_alone(
-    noise: None, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = outcomes.CASES[name]
-    train, val, _ = outcomes.draw(case, "")
-    monkeypatch.setattr(WeightDecay, "penalty", lambda self, model: torch.zeros(()))
-    made = hoptim.BilevelOptimizer
-    monkeypatch.setattr(hoptim, "BilevelOptimizer", lambda *a, **options: made(*a, **{**options, "every": None}))
-    ends = [outcomes.run(case, arm, train, val, seed=3)[0].state_dict() for arm in ("training", "hoptim", "joined")]
-    assert same(ends[0], ends[1])
-    assert not same(ends[0], ends[2])
-
-
-def test_the_run_that_is_stopped_has_the_weights_of_its_best_epoch(noise: None) -> None:
-    case = outcomes.CASES["wrong"]
-    train, val, _ = outcomes.draw(case, "")
-
-    def end(arm: str, epochs: int) -> Any:
-        return outcomes.run(replace(case, epochs=epochs), arm, train, val, seed=3)[0]
-
-    ends = [end("training", epochs) for epochs in (1, 2, 3, 4)]
-    losses = [outcomes.val_loss(model, None, val).item() for model in ends]
-    best = losses.index(min(losses))
-    assert best < 3  # on noise
-    assert same(end("stopped", 4).state_dict(), ends[best].state_dict())
-
-
-@pytest.mark.parametrize("name", ["mnist", "wrong"])
-def test_outcomes_are_told_as_means_of_paired_differences(noise: None, name: str, capsys: Any) -> None:
-    outcomes.study(name, "", 2)
-    told = capsys.readouterr().out
-    numbers = [float(found) for found in re.findall(r"(-?[\d.]+) ± ", told)]
-    assert len(numbers) == 14
-    for *others, ours, against_joined, against_training, against_stopped in (numbers[:7], numbers[7:]):
-        expected = [ours - other for other in others]
-        assert [against_joined, against_training, against_stopped] == pytest.approx(expected, abs=2e-4)
-    assert mean_and_error([1.0, 2.0, 6.0], ".4f") == "3.0000 ± 1.5275"

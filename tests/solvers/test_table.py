@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-from benchmarks.reads import elsewhere
 from cases import SIZE, spd
 from numpy.polynomial import chebyshev
+from reads import elsewhere
 from systems import LEADS, SYSTEMS, Dense, System, between, chosen_interval, dense, left, solve, spectrum
 from torch import Tensor
 

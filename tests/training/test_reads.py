@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.reads import elsewhere
 from cases import classes, noisy_problem
+from reads import elsewhere
 
 from hoptim import CG, GMRES, MINRES, Chebyshev, Exact, Identity, Implicit, Neumann, Nystrom, Solver, hypergradient
 

@@ -1,1 +1,0 @@
-"""What several scripts share: standard errors, files of results, pictures, tables, batches and Optuna."""

@@ -1,1 +1,0 @@
-"""The parts of scripts/defaults.py: the learning tasks, settings, trainings, scores, tables and the picture."""
