@@ -70,8 +70,8 @@ def say_where(folder: Path) -> None:
     if pictures := sorted(map(str, folder.glob("*.png"))):
         log.info("pictures: %s", "  ".join(pictures))
     try:
-        from dashboards import page
-        from dashboards.read import read_run
+        from tasks.dashboards import page
+        from tasks.dashboards.read import read_run
 
         (folder / "dashboard.html").write_text(page.of_run(read_run(folder)))
         log.info("page: %s", folder / "dashboard.html")

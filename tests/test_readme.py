@@ -227,7 +227,7 @@ def site(tmp_path_factory):
     for package in ("pdoc", "latex2mathml"):
         pytest.importorskip(package, reason=f"the website is built with {package}: pip install '.[docs]'")
     out = tmp_path_factory.mktemp("site")
-    run("docs_site/build.py", "--out", out)
+    run("common/site/build.py", "--out", out)
     return out
 
 

@@ -16,7 +16,7 @@ def main() -> None:
         importlib.util.find_spec = lambda name, package=None: None
     else:
         take_the_server_away()
-    folder = Path(__file__).parents[2] / "scripts" / "dashboards"
+    folder = Path(__file__).parents[2] / "scripts" / "tasks" / "dashboards"
     sys.argv[0], sys.path[0] = str(folder / "build.py"), str(folder)
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -19,7 +19,7 @@ in_browser = pytest.mark.skipif(browser.FOUND is None, reason=browser.MISSING)
 
 def dashboard(*arguments):
     """As scripts/dashboard with these arguments; what it prints."""
-    return run("dashboards/build.py", *arguments).stdout
+    return run("tasks/dashboards/build.py", *arguments).stdout
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +314,7 @@ def test_settings_that_differ_in_a_sweep_are_compared(tmp_path):
     ],
 )
 def test_a_wrong_call_says_what_to_do(arguments, message):
-    process = run("dashboards/build.py", *arguments, check=False)
+    process = run("tasks/dashboards/build.py", *arguments, check=False)
     assert process.returncode
     assert message in process.stderr
 
@@ -333,6 +333,6 @@ def test_a_package_that_is_missing_is_reported_with_the_remedy(finished, extra, 
 
 def test_the_script_writes_the_page_of_a_run(finished):
     page = finished / "again.html"
-    assert run("dashboards/build.py", finished, "--output", page).stdout == f"wrote {page}\n"
+    assert run("tasks/dashboards/build.py", finished, "--output", page).stdout == f"wrote {page}\n"
     assert result(finished)["status"] == "finished"
     assert '<span class="chip ok">finished</span>' in page.read_text()

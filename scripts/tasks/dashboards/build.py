@@ -19,13 +19,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from dashboards import panels
-from dashboards.read import is_run, read_run
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hoptim.tracking.board import flat
+from tasks.dashboards import panels
+from tasks.dashboards.read import is_run, read_run
 
 if TYPE_CHECKING:
-    from dashboards.workspace import Board
+    from tasks.dashboards.workspace import Board
 
 NEEDED = {"dashboard": ("plotly", "safetensors"), "workspace": ("wandb_workspaces",)}
 UNCOMPARED = ("seed", "name", "resume", "plots", "root", "threads", "checkpoint_every", "baselines", "hoptim.tracker")
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_page(folder: Path, output: Path) -> None:
     """Write the page of the run or the sweep in the folder."""
-    from dashboards import page
+    from tasks.dashboards import page
 
     if not is_run(folder) and not any(runs(folder)):
         sys.exit(f"no run below {folder}: there is neither a metrics.jsonl nor a result.json")
@@ -76,7 +76,7 @@ def write_page(folder: Path, output: Path) -> None:
 
 def to_wandb(options: argparse.Namespace) -> None:
     """Send the workspace or the report to W&B, or print what would be sent."""
-    from dashboards.workspace import definition
+    from tasks.dashboards.workspace import definition
 
     board = planned(options)
     made = board.report() if options.report else board.workspace()
@@ -94,7 +94,7 @@ def to_wandb(options: argparse.Namespace) -> None:
 
 def planned(options: argparse.Namespace) -> Board:
     """The dashboard on W&B, for what the runs in the folder have logged, or for runs of any kind."""
-    from dashboards.workspace import Board
+    from tasks.dashboards.workspace import Board
 
     entity, project = options.wandb.split("/")
     if options.folder is None:

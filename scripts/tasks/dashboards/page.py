@@ -15,9 +15,9 @@ import plotly.graph_objects as go
 from plotly import io, offline
 from safetensors.torch import load_file
 
-from dashboards import charts, panels
-from dashboards.read import RunFiles
 from hoptim import Status
+from tasks.dashboards import charts, panels
+from tasks.dashboards.read import RunFiles
 
 TEMPLATE = Path(__file__).with_name("page.html")
 CHART = {

@@ -10,7 +10,7 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from dashboards import panels
+from tasks.dashboards import panels
 
 MANY = 24  # the most hyperparameters to show
 GROUPED = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}  # how the runs of a group are drawn

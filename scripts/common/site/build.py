@@ -26,7 +26,7 @@ import pdoc.search
 
 import hoptim
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MENU = {
     "index": "hoptim",
     "hoptim.training": "The training loop",
@@ -58,7 +58,7 @@ def sources() -> dict[str, Path]:
     found = {page: Path(source) for page, source in SINGLE.items()}
     for path in sorted(ROOT.glob("hoptim/**/README.md")):
         found[".".join(path.relative_to(ROOT).parent.parts)] = path.relative_to(ROOT)
-    for path in sorted(ROOT.glob("scripts/*/*/README.md")):
+    for path in sorted(ROOT.glob("scripts/*/**/README.md")):
         found[f"studies.{path.parent.name}"] = path.relative_to(ROOT)
     return found
 

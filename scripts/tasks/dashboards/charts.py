@@ -9,8 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dashboards.panels import AXES, STATUS, Panel, in_words
 from hoptim import Status
+from tasks.dashboards.panels import AXES, STATUS, Panel, in_words
 
 INK, GRID, GREY = "#1f2933", "#e6e9ee", "#9aa5b1"
 PARTS = {"train": "#8a94a3", "validation": "#2563ab", "test": "#d1651a"}
