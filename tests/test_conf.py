@@ -35,7 +35,7 @@ def chosen():
     problem = SimpleNamespace(
         train_loss=hoptim.CompositeLoss(lambda model, hparams, batch: batch, lambda z, hparams, batch: z)
     )
-    open_ = hoptim.Implicit().chosen(problem)
+    open_ = hoptim.Implicit().completed(problem)
     return hoptim.Implicit(open_.solver, curvature=open_.curvature)
 
 
