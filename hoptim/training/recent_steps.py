@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import Transform, identity_transform
 from torch.optim import Optimizer
 
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.bound_options import Bound
 from hoptim.methods.inner_step import Group, InnerStep
-from hoptim.methods.learned_options import LearnedOption
+from hoptim.methods.learned_options import Bound, LearnedOption
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.held_batch import HeldBatch, hold, hold_copy
@@ -272,12 +271,12 @@ def _moved(entries: Tree, device: torch.device) -> Tree:
 
 
 def _plain(option: Any) -> Any:
-    """An option as plain values; a bound one is a dict of the name of its leaf and, if it is computed, its scale."""
+    """An option as plain values; a bound one is a dict of the name of its leaf, its number and its start."""
     if isinstance(option, tuple):
         return tuple(_plain(member) for member in option)
     if not isinstance(option, Bound):
         return option
-    return {"leaf": option.name} | ({"number": option.number, "start": option.start} if option.transform else {})
+    return {"leaf": option.name, "number": option.number, "start": option.start}
 
 
 def _whole(option: Any, transforms: Mapping[str, Transform]) -> Any:
@@ -286,7 +285,7 @@ def _whole(option: Any, transforms: Mapping[str, Transform]) -> Any:
         return tuple(_whole(member, transforms) for member in option)
     if not isinstance(option, dict):
         return option
-    name, number = option["leaf"], option.get("number", option.get("factor"))  # a factor, in checkpoints of before
-    if number is None:
-        return Bound(name=name)
-    return Bound(name=name, transform=transforms[name], number=number, start=option.get("start", 1.0))
+    # Checkpoints of before have a factor, or neither for the leaf itself.
+    name, saved = option["leaf"], {"number": option.get("factor", 1.0), "start": 1.0, **option}
+    transform = transforms.get(name, identity_transform)
+    return Bound(name=name, transform=transform, number=saved["number"], start=saved["start"])

@@ -165,9 +165,7 @@ def test_a_learned_decay_is_seen_too(kind: Any) -> None:
     """dL_V/dα = −xᵀ ∂(α D ⊙ w)/∂α, also where the same hyperparameter is in the loss."""
     problem, other = held()
     model, leaf = problem.model, problem.hparams["scale"]
-    inner = kind(
-        model.parameters(), lr=0.1, weight_decay=leaf, **({} if kind is optim.SGD else {"foreach": False, "eps": 1e-3})
-    )
+    inner = kind(model.parameters(), lr=0.1, **({} if kind is optim.SGD else {"eps": 1e-3}))
     D = torch.ones(17)
     if kind is not optim.SGD:
         inner.state.update({p: dict(state) for p, state in other.state.items()})
@@ -178,7 +176,8 @@ def test_a_learned_decay_is_seen_too(kind: Any) -> None:
     B = mixed(problem, BATCHES[0])
     B[:, 2] += D * w
     truth = direct_of(problem) - B.T @ x
-    found = hypergradient(problem, BATCHES[0], VAL, Implicit(TO_THE_END, curvature=Exact()), inner=inner)
+    method, options = Implicit(TO_THE_END, curvature=Exact()), {"weight_decay": "scale"}
+    found = hypergradient(problem, BATCHES[0], VAL, method, inner=inner, options=options)
     torch.testing.assert_close(leaf_vector(found.grads), truth, rtol=1e-8, atol=1e-10)
 
 
