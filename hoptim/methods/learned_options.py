@@ -179,7 +179,8 @@ def _members(inner: optim.Optimizer, group: Mapping[str, Any], key: str, name: A
     if first is not None and SCHEDULED_BY.get(key, key + " is not scheduled") in group:
         raise ValueError(
             f"options gives {key} {first!r}, and a scheduler was built on this {type(inner).__name__} before: it would go "
-            f"on from its own numbers, whatever {first!r} is. Build it after the BilevelOptimizer, and on that"
+            f"on from its own numbers, whatever {first!r} is. Build it after the BilevelOptimizer, and on that, which "
+            "hypergradient and audit take as inner too"
         )
     return [(n, one) for n, one in enumerate(name) if one is not None] if is_pair else [(None, name)]
 
