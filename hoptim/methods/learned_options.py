@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -146,14 +146,13 @@ def learn(
         for index, name in enumerate(_in_groups(names, len(groups))):
             group = groups[index]
             for member, one in _members(inner, group, key, name):
-                leaf = _leaf(key, one, leaves)
-                option = LearnedOption(
-                    one, index, key, member, transforms.get(one, identity_transform), 0.0, not isinstance(names, list)
-                )
-                start = before.get(option.place, float(option.transform(leaf.detach())))
-                number = _first_number(option.present(group), start, option.transform, leaf.detach())
+                leaf, place = _leaf(key, one, leaves).detach(), (one, index, key, member)
+                transform = transforms.get(one, identity_transform)
+                start = before.get(place, float(transform(leaf)))
+                option = LearnedOption(*place, transform, start, is_default=not isinstance(names, list))
+                number = _first_number(option.present(group), start, transform, leaf)
                 group[key] = _replaced(_numbers(group[key]), member, number)
-                found.append(option._replace(start=start))
+                found.append(option)
         if not isinstance(names, list) and names is not None:
             inner.defaults[key] = groups[0][key]  # for groups that are added later
     return found
@@ -213,11 +212,14 @@ def _first_number(script: Any, start: float, transform: Transform, leaf: Tensor)
     return float(script) if math.isclose(rounded, start, rel_tol=8 * torch.finfo(leaf.dtype).eps) else start
 
 
-def _numbers(whole: Any) -> Any:
+def each(change: Callable[[Any], Any], option: Any) -> Any:
+    """The option changed, of a pair each member."""
+    return tuple(map(change, option)) if isinstance(option, (tuple, list)) else change(option)
+
+
+def _numbers(option: Any) -> Any:
     """An option with numbers in place of tensors of one."""
-    if isinstance(whole, (tuple, list)):
-        return tuple(_numbers(one) for one in whole)
-    return whole.item() if isinstance(whole, Tensor) and whole.numel() == 1 else whole
+    return each(lambda one: one.item() if isinstance(one, Tensor) and one.numel() == 1 else one, option)
 
 
 def _replaced(whole: Any, member: int | None, value: Any) -> Any:
@@ -250,7 +252,7 @@ def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams:
 
 def bound_options(number: int, group: Mapping[str, Any], learned: Iterable[LearnedOption]) -> dict[str, Any]:
     """The options of parameter group ``number``: copied constants, and :class:`Bound` for what is learned."""
-    found = {key: _copied(value) for key, value in group.items() if key != "params"}
+    found = {key: each(_copied, value) for key, value in group.items() if key != "params"}
     for option in learned:
         if option.group == number:
             found[option.key] = _replaced(found[option.key], option.member, option.bound(group))
@@ -258,16 +260,12 @@ def bound_options(number: int, group: Mapping[str, Any], learned: Iterable[Learn
 
 
 def _copied(option: Any) -> Any:
-    if isinstance(option, (tuple, list)):
-        return tuple(_copied(member) for member in option)
     return option.detach().clone() if isinstance(option, Tensor) else option
 
 
 def value_of(option: Any, leaves: Tree) -> Any:
     """An option of :func:`bound_options` at these leaves."""
-    if isinstance(option, tuple):
-        return tuple(value_of(member, leaves) for member in option)
-    return option.value(leaves) if isinstance(option, Bound) else option
+    return each(lambda one: one.value(leaves) if isinstance(one, Bound) else one, option)
 
 
 # Other groups, other states, other optimizers
@@ -278,8 +276,10 @@ def add_group(
 ) -> list[LearnedOption]:
     """Add a parameter group, with the learned options that are defaults of the optimizer; returns all learned options."""
     inner.add_param_group(dict(added))
-    new = len(inner.param_groups) - 1
+    new, group = len(inner.param_groups) - 1, inner.param_groups[-1]
     inherited = [o._replace(group=new) for o in known if o.is_default and o.group == 0 and o.key not in added]
+    for option in inherited:
+        group[option.key] = _replaced(group[option.key], option.member, option.start)
     return [*known, *inherited, *learn(inner, given_by_value(inner, hparams), hparams)]
 
 
@@ -297,10 +297,12 @@ def restarted(
     """
     by_place, found = {tuple(place): start for *place, start in saved}, []
     for option in options:
+        present = option.present(inner.param_groups[option.group])
+        start = present.item() if isinstance(present, Tensor) else option.start
+        found.append(option._replace(start=by_place.get(option.place, start)))
+    for option in found:
         group = inner.param_groups[option.group]
-        was_leaf = option.place not in by_place and isinstance(option.present(group), Tensor)
         group[option.key] = _numbers(group[option.key])
-        found.append(option._replace(start=option.present(group) if was_leaf else by_place.get(option.place, option.start)))
     return found
 
 
@@ -398,14 +400,8 @@ def given_by_value(inner: optim.Optimizer, hparams: nn.Module) -> dict[str, Any]
     for index, group in enumerate(inner.param_groups):
         for key in [key for key in defaults if key in group]:
             whole, is_pair = group[key], isinstance(group[key], (tuple, list))
-            values = whole if is_pair else [whole]
-            names = tuple(_source(one, leaves, transforms) if isinstance(one, Tensor) else None for one in values)
-            if wrong := [name for name in names if name is not None and name not in leaves]:
-                raise ValueError(
-                    f"the {key} of {type(inner).__name__} is {wrong[0]}, and not the present hparams[name] of one "
-                    f'hyperparameter of one number: build it with a number, and give options={{{key!r}: "name"}}; or '
-                    "detach() it"
-                )
+            values, what = whole if is_pair else [whole], f"the {key} of {type(inner).__name__}"
+            names = tuple(_source(what, one, leaves, transforms) if isinstance(one, Tensor) else None for one in values)
             if any(names):
                 each = options.setdefault(key, [None] * len(inner.param_groups))
                 each[index] = names if is_pair else names[0]
@@ -422,26 +418,28 @@ def given_by_value(inner: optim.Optimizer, hparams: nn.Module) -> dict[str, Any]
 
 
 @torch.enable_grad()
-def _source(value: Tensor, leaves: Tree, transforms: Mapping[str, Transform]) -> str | None:
-    """The name of the hyperparameter that ``value`` is, ``None`` for none, or what is wrong with it."""
-    for name, leaf in leaves.items():
-        first = leaf.data_ptr()
-        inside = value.device == leaf.device and first and first <= value.data_ptr() < first + leaf.nbytes
-        if value is leaf or inside:
-            is_plain = leaf.numel() == 1 and transforms.get(name, identity_transform)(leaf) is leaf
-            return name if is_plain else f"a part of the leaf {name!r}" if leaf.numel() > 1 else f"the leaf of {name!r}"
-    if not leaves or not value.requires_grad:
+def _source(what: str, value: Tensor, leaves: Tree, transforms: Mapping[str, Transform]) -> str | None:
+    """The name of the hyperparameter that ``value`` is, or ``None`` for none; ``what`` says where it is."""
+    found = [
+        name
+        for name, leaf in leaves.items()
+        if value.device == leaf.device and leaf.data_ptr() <= value.data_ptr() < leaf.data_ptr() + leaf.nbytes
+    ]
+    is_known = True
+    if not found and leaves and value.requires_grad:
+        try:
+            slopes = torch.autograd.grad(value.sum(), [*leaves.values()], retain_graph=True, allow_unused=True)
+            found = [name for name, slope in zip(leaves, slopes, strict=True) if slope is not None]
+        except RuntimeError:  # something, such as a scheduler, wrote to it
+            is_known = False
+    if is_known and not found:
         return None
-    try:
-        found = torch.autograd.grad(value.sum(), [*leaves.values()], retain_graph=True, allow_unused=True)
-    except RuntimeError:  # something, such as a scheduler, wrote to it
-        return "computed from other tensors"
-    origins = [name for name, one in zip(leaves, found, strict=True) if one is not None]
-    if not origins:
-        return None
-    name, leaf = origins[0], leaves[origins[0]].detach()
-    if len(origins) == 1 and value.numel() == leaf.numel() == 1 and name in transforms:
-        natural = float(transforms[name](leaf))
-        if math.isclose(value.item(), natural, rel_tol=8 * torch.finfo(leaf.dtype).eps):
-            return name
-    return "computed from other tensors"
+    if is_known and len(found) == 1 and value.numel() == leaves[found[0]].numel() == 1:
+        leaf = leaves[found[0]].detach()
+        natural = transforms.get(found[0], identity_transform)(leaf)
+        if math.isclose(value.item(), natural.item(), rel_tol=8 * torch.finfo(leaf.dtype).eps):
+            return found[0]
+    raise ValueError(
+        f"{what} is not the present value of a hyperparameter of one number, but a part of a leaf, or computed otherwise or "
+        'before a move: build it with a number, and give options, such as {"lr": "rate"}; or detach() it'
+    )

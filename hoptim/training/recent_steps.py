@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
 from hoptim.methods.inner_step import Group, InnerStep
-from hoptim.methods.learned_options import Bound, LearnedOption
+from hoptim.methods.learned_options import Bound, LearnedOption, each
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.held_batch import HeldBatch, hold, hold_copy
@@ -227,7 +228,7 @@ class RecentSteps:
                 {
                     "seen": [(one.batch, one.generators, float(one.share)) for one in step.losses],
                     "groups": [
-                        (list(group.names), {key: _plain(option) for key, option in group.options.items()})
+                        (list(group.names), {key: each(_plain, option) for key, option in group.options.items()})
                         for group in step.dynamics.groups
                     ],
                 }
@@ -244,7 +245,7 @@ class RecentSteps:
         self.forget_steps()
         if saved is None or any(weights.keys() != live.keys() for _, weights, *_ in saved["begins"]):
             return
-        now, transforms = problem.module_state(), transforms_of(problem.hparams)
+        now, whole = problem.module_state(), functools.partial(_whole, transforms_of(problem.hparams))
         for number, weights, state, buffers in saved["begins"]:
             tensors = {name: t.to(now.tensors[name].device) for name, t in buffers.items() if name in now.tensors}
             at = Snapshot(
@@ -260,7 +261,7 @@ class RecentSteps:
                 for batch, states, share in step["seen"]
             )
             groups = tuple(
-                Group(names=tuple(names), options={key: _whole(option, transforms) for key, option in options.items()})
+                Group(names=tuple(names), options={key: each(whole, option) for key, option in options.items()})
                 for names, options in step["groups"]
             )
             self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=groups)))
@@ -272,17 +273,13 @@ def _moved(entries: Tree, device: torch.device) -> Tree:
 
 def _plain(option: Any) -> Any:
     """An option as plain values; a bound one is a dict of the name of its leaf, its number and its start."""
-    if isinstance(option, tuple):
-        return tuple(_plain(member) for member in option)
     if not isinstance(option, Bound):
         return option
     return {"leaf": option.name, "number": option.number, "start": option.start}
 
 
-def _whole(option: Any, transforms: Mapping[str, Transform]) -> Any:
+def _whole(transforms: Mapping[str, Transform], option: Any) -> Any:
     """An option from plain values."""
-    if isinstance(option, (tuple, list)):
-        return tuple(_whole(member, transforms) for member in option)
     if not isinstance(option, dict):
         return option
     # Checkpoints of before have a factor, or neither for the leaf itself.

@@ -326,10 +326,15 @@ def test_a_number_that_a_hook_of_the_step_has_set_stays() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.03
 
 
-def test_a_copy_and_an_added_group_go_on_learning() -> None:
-    """A group that is added without a rate has the learned one, as it would have the default."""
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_copy_and_an_added_group_go_on_learning(is_loaded: bool) -> None:
+    """A group that is added without a rate has the learned one, as it would have the default, also after a load."""
     optimizer = copy.deepcopy(build(ROWS["adam"]))
     train(optimizer, 0, 4)
+    if is_loaded:
+        saved, optimizer = optimizer, build(ROWS["adam"], shift=0.9)
+        optimizer.problem.model.load_state_dict(saved.problem.model.state_dict())
+        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
     taken: list[Any] = []
     optimizer.inner.register_step_pre_hook(lambda o, *_: taken.append([(g["lr"], g["betas"]) for g in o.param_groups]))
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
@@ -453,7 +458,7 @@ def test_an_option_computed_in_another_way_is_refused_at_once(option: Any) -> No
         lambda: BilevelOptimizer(inner, outer, problem, val_batches=[VAL]),
         lambda: hypergradient(problem, BATCHES[0], VAL, inner=inner),
     ):
-        with pytest.raises(ValueError, match=r"the lr of SGD is .*build it with a number, and give options=\{'lr': "):
+        with pytest.raises(ValueError, match=r"the lr of SGD is .*build it with a number, and give options, such"):
             given()
 
 

@@ -211,26 +211,30 @@ def test_a_checkpoint_with_factors_is_read() -> None:
     assert equal([*whole.record.result.grads.values()], [*second.record.result.grads.values()])
 
 
-@pytest.mark.parametrize("key", ["lr", "betas"])
-def test_a_checkpoint_of_an_optimizer_that_had_the_leaf_itself_is_read(key: str) -> None:
+@pytest.mark.parametrize("names", [{"lr": "leaf"}, {"betas": ("leaf", None)}, {"betas": ("leaf", "two")}])
+def test_a_checkpoint_of_an_optimizer_that_had_the_leaf_itself_is_read(names: dict[str, Any]) -> None:
     """Before, an unconstrained leaf was the option: it is in the groups that were saved, which have no start."""
 
-    def fresh(start: float) -> BilevelOptimizer:
-        model, hparams = make(), HyperParameters({"leaf": torch.tensor(start)})
+    def fresh(shift: float) -> BilevelOptimizer:
+        values = {"leaf": 0.02 if key == "lr" else 0.9} | ({"two": 0.95} if key == "betas" and names[key][1] else {})
+        model, hparams = make(), HyperParameters({name: torch.tensor(value * shift) for name, value in values.items()})
         problem, inner = Problem(model, hparams, loss, loss), optim.Adam(model.parameters(), lr=0.02)
-        outer, options = optim.SGD(hparams.parameters(), lr=0.01), {key: "leaf" if key == "lr" else ("leaf", None)}
-        return BilevelOptimizer(inner, outer, problem, val_batches=[0], every=4, options=options)
+        outer = optim.SGD(hparams.parameters(), lr=0.01)
+        return BilevelOptimizer(inner, outer, problem, val_batches=[0], every=4, options=names)
 
-    start = 0.02 if key == "lr" else 0.9
-    whole, second = fresh(start), fresh(start / 2)
+    (key,) = names
+    whole, second = fresh(1.0), fresh(0.5)
     train(whole, 6)
     saved = copy.deepcopy([whole.problem.model.state_dict(), whole.state_dict()])
-    leaf = saved[1]["hoptim"]["hparams"]["leaf"].clone()
-    saved[1]["param_groups"][0][key] = leaf if key == "lr" else (leaf, torch.tensor(0.999))
+    leaves = saved[1]["hoptim"]["hparams"]
+    one, two = leaves["leaf"].clone(), leaves.get("two", torch.tensor(0.999)).clone()
+    saved[1]["param_groups"][0][key] = one if key == "lr" else (one, two)
     assert saved[1]["hoptim"].pop("option_starts")
     for step in saved[1]["hoptim"]["trajectory"]["steps"]:
         for _, options in step["groups"]:
-            options[key] = {"leaf": "leaf"} if key == "lr" else ({"leaf": "leaf"}, torch.tensor(0.999))
+            options[key] = (
+                {"leaf": "leaf"} if key == "lr" else ({"leaf": "leaf"}, {"leaf": "two"} if "two" in leaves else two)
+            )
     second.problem.model.load_state_dict(saved[0])
     second.load_state_dict(saved[1])
     scheduler = lrs.LambdaLR(second, lambda _: 1.0)
@@ -306,7 +310,9 @@ def test_a_scheduler_built_on_the_inner_optimizer_afterwards_is_right(name: str,
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_scheduler_that_came_before_a_rate_by_value_is_refused(name: str) -> None:
-    words = "the lr of SGD is computed from other tensors.*build it with a number|a scheduler was built on this SGD before"
+    words = (
+        "the lr of SGD is not the present value of a hyper.*build it with a number|a scheduler was built on this SGD before"
+    )
     with pytest.raises(ValueError, match=words):
         scheduled(EVERY[name], "before", POSITIVE, lambda h: h["rate"], None)
 
