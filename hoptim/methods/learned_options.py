@@ -380,14 +380,14 @@ def in_stand_in(
     other = object.__new__(type(inner))
     groups = [dict(group) for group in inner.param_groups]
     vars(other).update(vars(inner), param_groups=groups, defaults=dict(getattr(inner, "defaults", {})))
-    found = learn(other, {**given_by_value(other, hparams), **options}, hparams)
+    found = learn(other, {**given_by_value(other, hparams, stacklevel=5), **options}, hparams)
     return (other, found) if found else (inner, found)
 
 
 # The earlier way, for one more release
 
 
-def given_by_value(inner: optim.Optimizer, hparams: nn.Module) -> dict[str, Any]:
+def given_by_value(inner: optim.Optimizer, hparams: nn.Module, stacklevel: int = 4) -> dict[str, Any]:
     """``options`` for an optimizer that was built with tensors of ``hparams``, which become numbers; it warns of them.
 
     They are leaves of one number, views of them, or ``hparams[name]`` as it is now.
@@ -412,7 +412,7 @@ def given_by_value(inner: optim.Optimizer, hparams: nn.Module) -> dict[str, Any]
             f"{type(inner).__name__} was built with tensors of hparams, which the next release will not look for: build it "
             f"with numbers, and give options={options}",
             DeprecationWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return options
 

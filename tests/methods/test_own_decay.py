@@ -181,6 +181,26 @@ def test_a_learned_decay_is_seen_too(kind: Any) -> None:
     torch.testing.assert_close(leaf_vector(found.grads), truth, rtol=1e-8, atol=1e-10)
 
 
+def test_the_scale_of_a_decoupled_decay_has_the_learned_eps_as_it_is_now() -> None:
+    """The optimizer holds the number of the start."""
+    found = []
+    for is_learned in (True, False):
+        problem, other = held()
+        leaf = problem.hparams["scale"]
+        inner: Any = optim.AdamW(
+            problem.model.parameters(), weight_decay=0.3, eps=leaf.item() if is_learned else 2 * leaf.item()
+        )
+        inner.state.update({p: dict(state) for p, state in other.state.items()})
+        if is_learned:
+            outer = optim.SGD(problem.hparams.parameters(), lr=0.1)
+            inner = BilevelOptimizer(inner, outer, problem, val_batches=[VAL], every=None, options={"eps": "scale"})
+            assert inner.param_groups[0]["eps"] == leaf.item()
+        with torch.no_grad():
+            leaf.mul_(2)
+        found.append(hypergradient(problem, BATCHES[0], VAL, Implicit(TO_THE_END, curvature=Exact()), inner=inner).grads)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
 def test_a_decay_by_options_needs_no_unrolling() -> None:
     problem = tiny(own=0.05)
     inner = optim.SGD(problem.model.parameters(), lr=0.05)
