@@ -354,17 +354,17 @@ class Learned:
         wanted = {key: names for key, names in self.options.items() if options.get(key, names) is not None}
         count = len(inner.param_groups)
         for key, names in wanted.items():
-            each = _in_groups(names, self.groups)
+            before = _in_groups(names, self.groups)
             if (type(inner), count) != (self.kind, self.groups):
-                name = next(one for one in each if one is not None)
+                name = next(one for one in before if one is not None)
                 raise ValueError(
                     f"{name!r} was learned as the {key} of {self.kind.__name__} with {self.groups} parameter groups, and "
                     f"inner makes {type(inner).__name__} with {count}: make it as it was, or give options={{{key!r}: None}} "
                     "for the number that inner has itself"
                 )
-            if _in_groups(options.get(key, names), count) != each:
+            if _in_groups(options.get(key, names), count) != before:
                 raise ValueError(
-                    f"the {key} was learned as {each}, for each parameter group, and retrain is to take other "
+                    f"the {key} was learned as {before}, for each parameter group, and retrain is to take other "
                     f"hyperparameters for it: name the same, or give options={{{key!r}: None}} for the number of inner"
                 )
         return {**options, **wanted}
@@ -403,10 +403,9 @@ def given_by_value(inner: optim.Optimizer, hparams: nn.Module, stacklevel: int =
             values, what = whole if is_pair else [whole], f"the {key} of {type(inner).__name__}"
             names = tuple(_source(what, one, leaves, transforms) if isinstance(one, Tensor) else None for one in values)
             if any(names):
-                each = options.setdefault(key, [None] * len(inner.param_groups))
-                each[index] = names if is_pair else names[0]
+                options.setdefault(key, [None] * len(inner.param_groups))[index] = names if is_pair else names[0]
                 group[key], inner.defaults[key] = _numbers(whole), _numbers(defaults[key])
-    options = {key: each[0] if all(one == each[0] for one in each) else each for key, each in options.items()}
+    options = {key: names[0] if names.count(names[0]) == len(names) else names for key, names in options.items()}
     if options:
         warnings.warn(
             f"{type(inner).__name__} was built with tensors of hparams, which the next release will not look for: build it "
@@ -425,21 +424,22 @@ def _source(what: str, value: Tensor, leaves: Tree, transforms: Mapping[str, Tra
         for name, leaf in leaves.items()
         if value.device == leaf.device and leaf.data_ptr() <= value.data_ptr() < leaf.data_ptr() + leaf.nbytes
     ]
-    is_known = True
-    if not found and leaves and value.requires_grad:
-        try:
-            slopes = torch.autograd.grad(value.sum(), [*leaves.values()], retain_graph=True, allow_unused=True)
-            found = [name for name, slope in zip(leaves, slopes, strict=True) if slope is not None]
-        except RuntimeError:  # something, such as a scheduler, wrote to it
-            is_known = False
-    if is_known and not found:
-        return None
-    if is_known and len(found) == 1 and value.numel() == leaves[found[0]].numel() == 1:
-        leaf = leaves[found[0]].detach()
-        natural = transforms.get(found[0], identity_transform)(leaf)
-        if math.isclose(value.item(), natural.item(), rel_tol=8 * torch.finfo(leaf.dtype).eps):
-            return found[0]
-    raise ValueError(
+    wrong = ValueError(
         f"{what} is not the present value of a hyperparameter of one number, but a part of a leaf, or computed otherwise or "
         'before a move: build it with a number, and give options, such as {"lr": "rate"}; or detach() it'
     )
+    if not found and leaves and value.requires_grad:
+        try:
+            slopes = torch.autograd.grad(value.sum(), [*leaves.values()], retain_graph=True, allow_unused=True)
+        except RuntimeError:  # something, such as a scheduler, wrote to it
+            raise wrong from None
+        found = [name for name, slope in zip(leaves, slopes, strict=True) if slope is not None]
+    if not found:
+        return None
+    leaf = leaves[found[0]].detach()
+    natural = transforms.get(found[0], identity_transform)(leaf)
+    if len(found) > 1 or not value.numel() == natural.numel() == 1:
+        raise wrong
+    if not math.isclose(value.item(), natural.item(), rel_tol=8 * torch.finfo(leaf.dtype).eps):
+        raise wrong
+    return found[0]
