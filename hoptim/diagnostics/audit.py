@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import cycle, pairwise
 from typing import Any
@@ -45,6 +45,7 @@ def audit(
     method: Method | None = None,
     *,
     inner: Optimizer | None = None,
+    options: Mapping[str, Any] | None = None,
     train_batches: Iterable[Any] | Callable[[], Any] | None = None,
     longer: int = 200,
     steps: int = 100,
@@ -63,6 +64,7 @@ def audit(
         val_batch: the batch for the validation loss.
         method: the method to audit; default ``Implicit()``, or ``Unrolled()`` if an option of ``inner`` is learned.
         inner: the inner optimizer, to retrain with; by default plain gradient descent with the step 1 / ‖A‖.
+        options: the options of ``inner`` that are hyperparameters, as in ``hypergradient``.
         train_batches: batches to retrain on; by default ``train_batch`` in each step.
         longer: the most products of the longer solve, ≥ 1, default 200.
         steps: inner steps of each retraining, ≥ 1, default 100.
@@ -89,7 +91,7 @@ def audit(
     >>> found.status.name, round(found.compared[0].cosine, 3), found.directions[0].verdict, found.advice
     ('CONVERGED', 1.0, 'agrees', ())
     """
-    loop = checked(problem, method, inner)
+    loop = checked(problem, method, inner, options)
     inner = loop.inner
     if problem.ranks.size > 1:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ def hypergradient(
     method: Method | None = None,
     *,
     inner: Optimizer | None = None,
+    options: Mapping[str, Any] | None = None,
     train_batches: Iterable[Any] | Callable[[], Any] | None = None,
 ) -> Hypergradient:
     """One hypergradient dL_V/dλ at the model's present weights, for any loop; it changes nothing.
@@ -35,6 +36,8 @@ def hypergradient(
         method: how to compute it; default ``Implicit()``, or ``Unrolled()`` if an option of ``inner`` is learned.
         inner: the inner optimizer. ``Update``, ``Unrolled`` and ``SecondMoments`` need it, and so does every method if it
             has a weight decay of its own, which is a part of what "trained" means.
+        options: the options of ``inner`` that are hyperparameters, such as ``{"lr": "rate"}``, as in
+            :class:`BilevelOptimizer`: they have the values of these, whatever numbers ``inner`` has.
         train_batches: more training batches, for methods that average over several or draw a new one for each product.
 
     Returns:
@@ -42,7 +45,8 @@ def hypergradient(
 
     Raises:
         TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method.
-        ValueError: neither loss depends on a hyperparameter, the training loss depends on no weight, or it is no scalar.
+        ValueError: ``options`` names what is not there, neither loss depends on a hyperparameter, the training loss depends
+            on no weight, or it is no scalar.
 
     Ridge regression with one weight, in closed form: w = sxy / (sxx + λ), and dL_V/dλ = −(w − y_V)·w / (sxx + λ).
 
@@ -61,7 +65,7 @@ def hypergradient(
     >>> round(result.grads["decay"].item(), 6), result.solution.status.name
     (-1.0, 'FINISHED')
     """
-    loop = checked(problem, method, inner)
+    loop = checked(problem, method, inner, options)
     problem.check_ranks()
     draw = None if train_batches is None else Batches(train_batches, "train_batches").draw
     method = default_method(loop.learned) if method is None else method

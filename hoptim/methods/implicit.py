@@ -159,7 +159,7 @@ def _stuck(solution: Solution, loop: TrainingContext, leaves: Tree) -> str:
     """What to say if there is no curvature because a learned option is 0, as after a projection; else empty."""
     if solution.status is not Status.NO_CURVATURE:
         return ""
-    zero = [option for option in loop.learned if option.transform is None and not leaves[option.name].any()]
+    zero = [option for option in loop.learned if not option.transform(leaves[option.name]).any()]
     return f"hyperparameter {zero[0].name!r}, the {zero[0].key}, is 0; hoptim.Unrolled(20) finds a way up" if zero else ""
 
 

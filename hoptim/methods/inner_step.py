@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +13,26 @@ from torch import Tensor, optim
 from torch.overrides import TorchFunctionMode
 
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.bound_options import DIFFERENTIABLE, Bound, Kind, bind, check_differentiable
-from hoptim.methods.learned_options import LearnedOption, check_unscheduled
+from hoptim.methods.learned_options import Bound, LearnedOption, bound_options, value_of
 from hoptim.validation import describe_type
 
 InnerState = dict[str, dict[str, Tensor]]
+Kind = type[optim.Optimizer]
+
+# The classes whose step torch can differentiate, and the options with a derivative; the others are constants in torch.
+DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
+    optim.SGD: frozenset({"lr", "momentum", "weight_decay"}),
+    optim.Adam: frozenset({"lr", "betas", "eps", "weight_decay"}),
+    optim.AdamW: frozenset({"lr", "betas", "eps", "weight_decay"}),
+    optim.NAdam: frozenset({"lr", "eps", "momentum_decay"}),
+    optim.RAdam: frozenset({"lr", "eps"}),
+    optim.Adamax: frozenset({"eps"}),
+    optim.RMSprop: frozenset({"eps", "momentum"}),
+    optim.Adagrad: frozenset({"eps"}),
+    optim.Adadelta: frozenset({"eps"}),
+    optim.Rprop: frozenset(),
+    optim.ASGD: frozenset(),
+}
 
 _PLAIN = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
 KINDS = tuple(DIFFERENTIABLE)
@@ -49,10 +64,13 @@ class InnerStep:
 
     Example: SGD with momentum on L = w²/2, where w⁺ = w − lr·(μ·buffer + w).
 
-    >>> w, lr = torch.nn.Parameter(torch.tensor(2.0)), torch.nn.Parameter(torch.tensor(0.5))
-    >>> inner_step = InnerStep.of(torch.optim.SGD([w], lr=lr, momentum=0.9), {"w": w}, {"lr": lr})
-    >>> inner_step.groups[0].options["lr"]
-    Bound(name='lr', transform=None, number=1.0, start=1.0)
+    >>> from hoptim.methods.learned_options import learn
+    >>> w, hparams = torch.nn.Parameter(torch.tensor(2.0)), torch.nn.ParameterDict({"lr": torch.tensor(0.5)})
+    >>> lr, inner = hparams["lr"], torch.optim.SGD([w], momentum=0.9)
+    >>> learned = learn(inner, {"lr": "lr"}, hparams)
+    >>> inner_step = InnerStep.of(inner, {"w": w}, {"lr": lr}, learned)
+    >>> inner_step.groups[0].options["lr"].value({"lr": lr}).item()
+    0.5
     >>> new, state = inner_step.step({"w": w}, {"w": w.clone()}, {"lr": lr})
     >>> new["w"].item(), state["w"]["momentum_buffer"].item()
     (1.0, 2.0)
@@ -71,8 +89,8 @@ class InnerStep:
         inner: optim.Optimizer,
         weights: Tree,
         leaves: Tree,
-        *,
         learned: Sequence[LearnedOption] = (),
+        *,
         with_state: bool = True,
     ) -> InnerStep:
         """The step of ``inner`` as it is now. Options and state are copied, so its later steps do not change them.
@@ -83,23 +101,21 @@ class InnerStep:
         Args:
             inner: the live optimizer; it may hold more than ``weights``, which is ignored.
             weights: the live weights by name, ``Problem.weights()``.
-            leaves: the live hyperparameter leaves by name, ``Problem.leaves()``. An option of ``inner`` that is one of them,
-                or a view of its memory, is bound to it: the step has a derivative in it.
-            learned: the learned options; those that are computed from a leaf are bound to it with their present number.
+            leaves: the live hyperparameter leaves by name, ``Problem.leaves()``.
+            learned: the learned options, which are bound to their leaves: the step has a derivative in them.
             with_state: whether to copy the state too, default ``True``, or only the options.
 
         Raises:
-            TypeError: ``inner`` is of a class, or has a ``step`` of its own, that torch can't differentiate; or a leaf is an
-                option in which the step of this class has no derivative.
-            ValueError: an option is computed from other tensors, is part of a leaf, or a leaf of more than one number; a
-                scheduler sets a learning rate that is a leaf; or RMSprop took its first step with a learned momentum of 0.
+            TypeError: ``inner`` is of a class, or has a ``step`` of its own, that torch can't differentiate; or an option is
+                learned in which the step of this class has no derivative.
+            ValueError: RMSprop took its first step with a learned momentum of 0.
         """
         kind = kind_of(inner)
-        check_unscheduled([group for group in inner.param_groups if "initial_lr" in group], leaves)
         name_of = {id(p): name for name, p in weights.items()}
         groups = []
         for number, group in enumerate(inner.param_groups):
-            options = {key: bind(kind, number, group, key, leaves, learned) for key in inner.defaults if key in group}
+            check_differentiable(kind, number, group, learned)
+            options = {key: one for key, one in bound_options(number, group, learned).items() if key in inner.defaults}
             names = tuple(name_of[id(p)] for p in group["params"] if id(p) in name_of)
             groups.append(Group(names=names, options=options))
         without_state = cls(kind=kind, groups=tuple(groups), defaults=dict(inner.defaults), state={})
@@ -140,7 +156,7 @@ class InnerStep:
             if wrong := [tuple(one.shape) for one in tensors if one.numel() != 1]:
                 raise ValueError(f"options gave an {key} of shape {wrong[0]}: give a number, or a tensor of one")
             for group in self.groups if tensors else ():
-                check_differentiable(self.kind, group.options, key, f"the {key}")
+                _check_has_derivative(self.kind, group.options, key, f"the {key}")
         return replace(self, groups=tuple(replace(group, options={**group.options, **options}) for group in self.groups))
 
     def step(self, weights: Tree, gradients: Tree, leaves: Tree, state: InnerState | None = None) -> tuple[Tree, InnerState]:
@@ -230,7 +246,7 @@ class InnerStep:
             return tuple(self._value(key, member, leaves) for member in option)
         if isinstance(option, Bound) and option.name not in leaves:
             raise ValueError(f"leaves lack {option.name!r}, which is the {key} of {self.kind.__name__}: give it")
-        value = option.value(leaves) if isinstance(option, Bound) else option
+        value = value_of(option, leaves)
         is_learned = isinstance(option, Bound) or (isinstance(option, Tensor) and option.requires_grad)
         if not is_learned or key not in ("weight_decay", "momentum"):
             return value
@@ -291,3 +307,23 @@ def kind_of(inner: optim.Optimizer) -> Kind:
         if getattr(found, "__func__", found) is not inspect.unwrap(getattr(kind, method)):
             raise TypeError(f"the inner optimizer, of class {own}, has a {method} that is not {kind.__name__}'s: {works}")
     return kind
+
+
+def check_differentiable(
+    kind: Kind, number: int, group: Mapping[str, Any], learned: Sequence[LearnedOption], keys: Collection[str] | None = None
+) -> None:
+    """Raise ``TypeError`` unless the step has a derivative in what is learned of parameter group ``number``."""
+    for option in learned:
+        if option.group == number and (keys is None or option.key in keys):
+            _check_has_derivative(kind, group, option.key, f"hyperparameter {option.name!r}")
+
+
+def _check_has_derivative(kind: Kind, group: Mapping[str, Any], key: str, what: str) -> None:
+    works = DIFFERENTIABLE[kind] | ({"weight_decay"} if group.get("decoupled_weight_decay") else set())
+    works -= {"momentum"} if group.get("nesterov") else set()
+    if key not in works:
+        raise TypeError(
+            f"{what} is the {key} of {kind.__name__}, in which torch's step has no derivative, given its "
+            f"other options: {', '.join(sorted(works)) or 'none'} may be one; SGD, Adam and AdamW have one in lr and "
+            "weight_decay"
+        )

@@ -1,45 +1,60 @@
-"""Options of the inner optimizer that are hyperparameters, such as a learned rate.
+"""Options of the inner optimizer that are hyperparameters, such as a learned rate: ``options={"lr": "rate"}``.
 
-Such an option is a leaf of ``hparams`` itself, or a view of it, which torch's own step reads. Or it is ``hparams["lr"]``,
-computed from a leaf by a constraint such as ``positive``. The optimizer then holds an ordinary number in its place, which
-schedulers may change, and each step uses
+The optimizer holds an ordinary number in the place of such an option, which schedulers may change, and each step uses
 
     option = number · t(θ) / t(θ₀),
 
-where t(θ) is the value of ``hparams["lr"]`` now, and t(θ₀), the start, is its value when the number was put there. The
-number is the start; or, if the optimizer had a number that is the start but for rounding, this one, so that training starts
-with the bits that it would have without hoptim.
+where t(θ) is ``hparams["rate"]`` now, and t(θ₀), the start, is its value when the number was put there. The number is the
+start; or, if the optimizer had a number that is the start but for rounding, this one, so that training starts with the bits
+that it would have without hoptim. If number and start are 0, the option is t(θ) itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn, optim
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import Transform, identity_transform
 
 from hoptim.linalg.vectors import Tree
 from hoptim.problem.hyperparameters import transforms_of
+from hoptim.validation import describe_type
 
-WRITTEN_OVER = (
-    "hyperparameter {name!r} was the inner optimizer's {key}, which is now {now!r}: a scheduler, a loaded state or the loop "
-    "itself, as in group[{key!r}] = ..., wrote over it. For a schedule beside what is learned give it a constraint, such as "
-    "positive, and the inner optimizer hparams[name]; or do without, or build the scheduler on optimizer.outer, or give the "
-    "inner optimizer a number as its {key}"
-)
-COMPUTED = (
-    "{option} is computed from other tensors, and not the present hparams[name] of one hyperparameter: give hparams[name] "
-    "itself, anew after each move in a loop of your own, and build schedulers on the BilevelOptimizer; or detach() it"
-)
+# What torch's schedulers add to a group whose option they set; of a pair it is the first member.
+SCHEDULED_BY = {"lr": "initial_lr", "momentum": "max_momentum", "betas": "max_momentum"}
 
-SCHEDULED_LEAF = (
-    "hyperparameter {name!r} is the inner optimizer's lr, and a scheduler would write over what is learned: do without one, "
-    "build it on optimizer.outer, or give the inner optimizer a number as its lr"
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """Stands for an option of a step that is number · transform(leaf) / start, of the leaf of this name."""
+
+    name: str
+    transform: Transform
+    number: float
+    start: float
+
+    def value(self, leaves: Tree) -> Tensor:
+        """The option as a tensor of one number."""
+        leaf = leaves[self.name]
+        wide = torch.float32 if leaf.device.type == "mps" else torch.float64  # as precise as in the real step
+        natural = self.transform(leaf).reshape(()).to(wide)
+        if self.number == self.start:
+            return natural
+        # At the start it is the number itself, bit for bit, as in the real step.
+        return torch.where(natural == self.start, self.number * (natural / self.start), self.number / self.start * natural)
+
+    def in_real_step(self, leaf: Tensor) -> float:
+        """The same as a number."""
+        natural = float(self.transform(leaf.detach()))
+        if self.number == self.start:
+            return natural
+        return self.number if natural == self.start else self.number / self.start * natural
 
 
 class LearnedOption(NamedTuple):
@@ -49,138 +64,137 @@ class LearnedOption(NamedTuple):
         name: the leaf's name.
         group: the number of the parameter group.
         key: the option's key in it.
-        value: the tensor that was found there.
         member: the index in a pair, such as betas; ``None`` for an option that is no pair.
-        transform: t, for an option computed from the leaf; ``None`` if it is the leaf itself.
-        start: t(θ₀), for an option computed from the leaf, once :func:`take_over` has put a number in its place; before that
-            ``None``, and the option is t(θ) without a factor.
-        is_default: whether it is also the optimizer's default, for groups that are added without this option.
-        script: the number that the optimizer had before it was given the name of the hyperparameter; ``None`` for none.
+        transform: t.
+        start: t(θ₀).
+        is_default: whether groups that are added without this option have it too.
     """
 
     name: str
     group: int
     key: str
-    value: Any
-    member: int | None = None
-    transform: Transform | None = None
-    start: float | None = None
-    is_default: bool = False
-    script: float | None = None
+    member: int | None
+    transform: Transform
+    start: float
+    is_default: bool
+
+    @property
+    def place(self) -> tuple[str, int, str, int | None]:
+        """What tells it from others, in checkpoints too."""
+        return self.name, self.group, self.key, self.member
 
     def present(self, group: Mapping[str, Any]) -> Any:
         """What the group holds in its place now."""
-        whole = group.get(self.key)
-        return whole if self.member is None or not isinstance(whole, (tuple, list)) else whole[self.member]
+        return group[self.key] if self.member is None else group[self.key][self.member]
 
-    def scale(self, group: Mapping[str, Any]) -> tuple[float, float]:
-        """The number in its place, as a schedule has changed it, and its start."""
-        if self.start is None:
-            return 1.0, 1.0
-        now = self.present(group)  # a tensor from a scheduler that was built on the optimizer before
-        return float(now.detach() if isinstance(now, Tensor) else now), self.start
+    def bound(self, group: Mapping[str, Any]) -> Bound:
+        """The option of the next step, with the number in its place as a schedule has changed it.
+
+        Raises:
+            ValueError: it starts at 0, and a schedule has changed the number, or will.
+        """
+        number = float(self.present(group))
+        is_scheduled = not self.member and SCHEDULED_BY.get(self.key, self.key + " is not scheduled") in group
+        if self.start == 0 and (number != 0 or is_scheduled):
+            raise ValueError(
+                f"hyperparameter {self.name!r} is the {self.key} and started at 0, of which a schedule makes no share: "
+                "start elsewhere, or do without the schedule"
+            )
+        return Bound(name=self.name, transform=self.transform, number=number, start=self.start)
 
 
-def find_learned_options(inner: optim.Optimizer, hparams: nn.Module) -> list[LearnedOption]:
-    """The options of ``inner`` that are leaves of ``hparams``, views of a leaf, or computed as ``hparams[name]``.
+def check_options(options: object) -> None:
+    """Check that ``options`` is a dict."""
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f'options is {describe_type(options)}: give a dict, such as {{"lr": "rate"}}')
+
+
+def learn(
+    inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn.Module, starts: Iterable[Sequence[Any]] = ()
+) -> list[LearnedOption]:
+    """Make options of ``inner`` hyperparameters: put their numbers in its groups, and return what is learned.
+
+    Args:
+        inner: the optimizer.
+        options: the name of the hyperparameter by that of the option, such as ``{"lr": "rate"}``; for a pair such as betas a
+            tuple of two, one of which may be ``None``; or a list with a name for each parameter group, ``None`` for none.
+        hparams: the hyperparameters.
+        starts: the starts of options that were learned before, which hold here too.
 
     Raises:
-        ValueError: an option is computed from leaves in another way, or was computed before they moved.
+        TypeError: a name is no ``str``.
+        ValueError: there is no such option or hyperparameter, it has several numbers, the list has the wrong length, or a
+            scheduler sets the option already.
 
     >>> from torch.distributions import constraints
     >>> from hoptim.problem.hyperparameters import HyperParameters
-    >>> hparams = HyperParameters({"rate": torch.tensor(0.1)}, {"rate": constraints.positive})
-    >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=hparams["rate"])
-    >>> [(option.name, option.group, option.key) for option in find_learned_options(inner, hparams)]
-    [('rate', 0, 'lr')]
+    >>> hparams = HyperParameters({"rate": torch.tensor(0.25)}, {"rate": constraints.positive})
+    >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    >>> [(option.name, option.key, option.start) for option in learn(inner, {"lr": "rate"}, hparams)]
+    [('rate', 'lr', 0.25)]
+    >>> inner.param_groups[0]["lr"]
+    0.25
     """
-    leaves: Tree = {name: leaf for name, leaf in hparams.named_parameters() if leaf.requires_grad}
-    transforms = transforms_of(hparams)
-    defaults = getattr(inner, "defaults", {})  # which some optimizers lack
+    leaves, transforms, groups = _leaves(hparams), transforms_of(hparams), inner.param_groups
+    before = {tuple(place): start for *place, start in starts}
     found = []
-    for number, group in enumerate(inner.param_groups):
-        for key, whole in group.items():
-            if key == "params":
-                continue
-            default = defaults.get(key)
-            for member, value in _members(whole):
-                if not isinstance(value, Tensor):
-                    continue
-                own = [name for name, leaf in leaves.items() if shares_memory(value, leaf)]
-                found += [LearnedOption(name, number, key, value, member) for name in own]
-                if not own and key in defaults and (origins := _origins(value, leaves)):
-                    name = origins[0]
-                    if len(origins) > 1 or not _is_natural_value(value, leaves[name], transforms.get(name)):
-                        raise ValueError(COMPUTED.format(option=f"the {key} of {type(inner).__name__}"))
-                    found.append(
-                        LearnedOption(name, number, key, value, member, transforms[name], is_default=whole is default)
-                    )
-    for key, whole in defaults.items():  # these show a hyperparameter even if something overwrote it in the groups
-        for _, value in _members(whole):
-            own = [name for name, leaf in leaves.items() if isinstance(value, Tensor) and shares_memory(value, leaf)]
-            names = own or (_origins(value, leaves) if isinstance(value, Tensor) else [])
-            if names and not any(option.key == key for option in found):
-                raise ValueError(WRITTEN_OVER.format(name=names[0], key=key, now=inner.param_groups[0].get(key)))
+    for key, names in options.items():
+        if key not in inner.defaults:
+            raise ValueError(f"options has {key!r}, and {type(inner).__name__} has only {', '.join(inner.defaults)}")
+        if isinstance(names, list) and len(names) != len(groups):
+            raise ValueError(f"options gives {key} {len(names)} names, and there are {len(groups)} parameter groups")
+        for index, name in enumerate(_in_groups(names, len(groups))):
+            group = groups[index]
+            for member, one in _members(inner, group, key, name):
+                leaf, place = _leaf(key, one, leaves).detach(), (one, index, key, member)
+                transform = transforms.get(one, identity_transform)
+                start = before.get(place, float(transform(leaf)))
+                option = LearnedOption(*place, transform, start, is_default=not isinstance(names, list))
+                number = _first_number(option.present(group), start, transform, leaf)
+                group[key] = _replaced(_numbers(group[key]), member, number)
+                found.append(option)
+        if not isinstance(names, list) and names is not None:
+            inner.defaults[key] = groups[0][key]  # for groups that are added later
     return found
 
 
-def _members(whole: Any) -> Iterable[tuple[int | None, Any]]:
-    return enumerate(whole) if isinstance(whole, (tuple, list)) else [(None, whole)]
+def _leaves(hparams: nn.Module) -> Tree:
+    return {name: leaf for name, leaf in hparams.named_parameters() if leaf.requires_grad}
 
 
-def _origins(value: Tensor, leaves: Tree) -> list[str]:
-    """The names of the leaves from which ``value`` is computed."""
-    names = {id(leaf): name for name, leaf in leaves.items()}
-    todo, seen, found = [value.grad_fn], set(), []
-    while todo:
-        node: Any = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (name := names.get(id(getattr(node, "variable", None)))) is not None:
-            found.append(name)
-        todo += [before for before, _ in node.next_functions]
-    return found
+def _in_groups(names: Any, groups: int) -> list[Any]:
+    return names if isinstance(names, list) else [names] * groups
 
 
-@torch.no_grad()
-def _is_natural_value(value: Tensor, leaf: Tensor, transform: Transform | None) -> bool:
-    if transform is None or leaf.numel() != 1:
-        return False
-    return math.isclose(float(value), float(transform(leaf)), rel_tol=8 * torch.finfo(leaf.dtype).eps)
+def _members(inner: optim.Optimizer, group: Mapping[str, Any], key: str, name: Any) -> list[tuple[int | None, Any]]:
+    """The names that are given to an option, by member of a pair."""
+    if name is None:
+        return []
+    present, is_pair = group[key], isinstance(name, tuple)
+    if is_pair != isinstance(present, (tuple, list)) or (is_pair and len(present) != len(name)):
+        fitting = f'a tuple of {len(present)}, such as ("beta", None)' if isinstance(present, (tuple, list)) else "one name"
+        raise ValueError(f"options gives {key} {'the pair ' * is_pair}{name!r}, and it is {present!r}: give {fitting}")
+    first = name[0] if is_pair else name
+    if first is not None and SCHEDULED_BY.get(key, key + " is not scheduled") in group:
+        raise ValueError(
+            f"options gives {key} {first!r}, and a scheduler was built on this {type(inner).__name__} before: it would go "
+            f"on from its own numbers, whatever {first!r} is. Build it after the BilevelOptimizer, and on that, which "
+            "hypergradient and audit take as inner too"
+        )
+    return [(n, one) for n, one in enumerate(name) if one is not None] if is_pair else [(None, name)]
 
 
-@torch.no_grad()
-def take_over(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams: nn.Module) -> list[LearnedOption]:
-    """Put plain numbers in place of the computed options; returns all options, the computed ones with their starts.
-
-    An option that has a start already keeps it.
-
-    Raises:
-        ValueError: an option that is computed from a leaf is 0.
-    """
-    taken, values = [], [option.value for option in options]
-    for option in options:
-        if option.transform is not None:
-            group, leaf = inner.param_groups[option.group], hparams.get_parameter(option.name)
-            start = float(option.transform(leaf)) if option.start is None else option.start
-            if start == 0:
-                raise ValueError(
-                    f"hyperparameter {option.name!r} is the {option.key} and starts at 0, so that a step's share of it is "
-                    "not defined: start elsewhere, or leave its constraint out"
-                )
-            whole = group[option.key]
-            if option.member is not None:  # torch takes a pair of numbers or one of tensors
-                whole = [x.item() if isinstance(x, Tensor) and all(x is not y for y in values) else x for x in whole]
-            group[option.key] = _replaced(whole, option.member, _first_number(option.script, start, option.transform, leaf))
-            if option.is_default:
-                inner.defaults[option.key] = group[option.key]
-            option = option._replace(start=start, value=None)
-        taken.append(option)
-    return taken
+def _leaf(key: str, name: Any, leaves: Tree) -> Tensor:
+    if not isinstance(name, str):
+        raise TypeError(f"options gives {key} {describe_type(name)}: give the name of a hyperparameter")
+    if name not in leaves or leaves[name].numel() != 1:
+        wrong = "is no hyperparameter that is learned" if name not in leaves else f"has {leaves[name].numel()} numbers"
+        fitting = [name for name, leaf in leaves.items() if leaf.numel() == 1]
+        raise ValueError(f"options gives {key} {name!r}, which {wrong}: give one of {fitting}, of one number each")
+    return leaves[name]
 
 
-def _first_number(script: float | None, start: float, transform: Transform, leaf: Tensor) -> float:
+def _first_number(script: Any, start: float, transform: Transform, leaf: Tensor) -> float:
     """The script's own number, if it is the start but for the rounding of the leaf and of its transform; else the start.
 
     >>> from torch.distributions.transforms import ExpTransform
@@ -191,45 +205,41 @@ def _first_number(script: float | None, start: float, transform: Transform, leaf
     >>> start == 2.5e-4
     False
     """
-    if script is None:
+    script = _numbers(script)
+    if not isinstance(script, (int, float)):
         return start
     rounded = float(transform(transform.inv(leaf.new_tensor(script))))
-    return script if math.isclose(rounded, start, rel_tol=8 * torch.finfo(leaf.dtype).eps) else start
+    return float(script) if math.isclose(rounded, start, rel_tol=8 * torch.finfo(leaf.dtype).eps) else start
 
 
-def add_group(
-    inner: optim.Optimizer, added: Mapping[str, Any], known: Sequence[LearnedOption], hparams: nn.Module
-) -> list[LearnedOption]:
-    """Add a parameter group, with the learned options that are defaults of the optimizer; returns all learned options."""
-    inherited: dict[str, Any] = {}
-    for option in known:
-        if option.transform is not None and option.is_default:
-            before = inherited.get(option.key, inner.defaults[option.key])
-            inherited[option.key] = _replaced(before, option.member, option.transform(hparams.get_parameter(option.name)))
-    inner.add_param_group({**inherited, **added})
-    computed = [option for option in known if option.transform is not None]
-    return [*computed, *take_over(inner, find_learned_options(inner, hparams), hparams)]
+def each(change: Callable[[Any], Any], option: Any) -> Any:
+    """The option changed, of a pair each member."""
+    return tuple(map(change, option)) if isinstance(option, (tuple, list)) else change(option)
+
+
+def _numbers(option: Any) -> Any:
+    """An option with numbers in place of tensors of one."""
+    return each(lambda one: one.item() if isinstance(one, Tensor) and one.numel() == 1 else one, option)
+
+
+def _replaced(whole: Any, member: int | None, value: Any) -> Any:
+    """The option with a new value, or with one member of its pair replaced."""
+    return value if member is None else tuple(value if n == member else other for n, other in enumerate(whole))
+
+
+# In a step
 
 
 @contextmanager
 def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams: nn.Module) -> Iterator[None]:
-    """Give the computed options their present values, number · t(θ) / t(θ₀), for one step.
-
-    Raises:
-        ValueError: a leaf that is an option was overwritten, or will be by a scheduler.
-    """
-    check_in_place(inner, options)
+    """Give the options their present values, number · t(θ) / t(θ₀), for one step."""
     before: dict[tuple[int, str], Any] = {}
     put: dict[tuple[int, str], Any] = {}
     for option in options:
-        if option.transform is not None:
-            group, place = inner.param_groups[option.group], (option.group, option.key)
-            before[place] = group[option.key]
-            with torch.no_grad():
-                natural = float(option.transform(hparams.get_parameter(option.name)))
-            number, start = option.scale(group)
-            now = number if natural == start else number / start * natural
-            put[place] = _replaced(put.get(place, before[place]), option.member, now)
+        group, place = inner.param_groups[option.group], (option.group, option.key)
+        before[place] = group[option.key]
+        now = option.bound(group).in_real_step(hparams.get_parameter(option.name))
+        put[place] = _replaced(put.get(place, before[place]), option.member, now)
     for (number, key), value in put.items():
         inner.param_groups[number][key] = value
     try:
@@ -240,40 +250,60 @@ def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams:
                 inner.param_groups[number][key] = before[number, key]
 
 
-def _replaced(whole: Any, member: int | None, value: Any) -> Any:
-    """The option with a new value, or with one member of its pair replaced."""
-    return value if member is None else tuple(value if n == member else other for n, other in enumerate(whole))
+def bound_options(number: int, group: Mapping[str, Any], learned: Iterable[LearnedOption]) -> dict[str, Any]:
+    """The options of parameter group ``number``: copied constants, and :class:`Bound` for what is learned."""
+    found = {key: each(_copied, value) for key, value in group.items() if key != "params"}
+    for option in learned:
+        if option.group == number:
+            found[option.key] = _replaced(found[option.key], option.member, option.bound(group))
+    return found
+
+
+def _copied(option: Any) -> Any:
+    return option.detach().clone() if isinstance(option, Tensor) else option
+
+
+def value_of(option: Any, leaves: Tree) -> Any:
+    """An option of :func:`bound_options` at these leaves."""
+    return each(lambda one: one.value(leaves) if isinstance(one, Bound) else one, option)
+
+
+# Other groups, other states, other optimizers
+
+
+def add_group(
+    inner: optim.Optimizer, added: Mapping[str, Any], known: Sequence[LearnedOption], hparams: nn.Module
+) -> list[LearnedOption]:
+    """Add a parameter group, with the learned options that are defaults of the optimizer; returns all learned options."""
+    inner.add_param_group(dict(added))
+    new, group = len(inner.param_groups) - 1, inner.param_groups[-1]
+    inherited = [o._replace(group=new) for o in known if o.is_default and o.group == 0 and o.key not in added]
+    for option in inherited:
+        group[option.key] = _replaced(group[option.key], option.member, option.start)
+    return [*known, *inherited, *learn(inner, given_by_value(inner, hparams), hparams)]
 
 
 def starts(options: Iterable[LearnedOption]) -> list[list[Any]]:
-    """The starts of the computed options, for a checkpoint."""
-    return [[o.name, o.group, o.key, o.member, o.start] for o in options if o.transform is not None]
+    """The starts of the options, for a checkpoint."""
+    return [[*option.place, option.start] for option in options]
 
 
-def restarted(options: Iterable[LearnedOption], saved: Iterable[Sequence[Any]]) -> list[LearnedOption]:
-    """The options with the starts that were saved."""
-    by_place = {tuple(place): start for *place, start in saved}
-    return [o._replace(start=by_place.get((o.name, o.group, o.key, o.member), o.start)) for o in options]
+def restarted(
+    inner: optim.Optimizer, options: Iterable[LearnedOption], saved: Iterable[Sequence[Any]]
+) -> list[LearnedOption]:
+    """The options with the starts that were saved, after ``inner`` got its state.
 
-
-def check_in_place(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
-    """Raise ``ValueError`` if a leaf that is an option was overwritten, so that it would no longer be learned, or will be.
-
-    ``ReduceLROnPlateau`` did so before torch 2.10, ``OneCycleLR`` does for a momentum, ``inner.load_state_dict`` for all.
+    Earlier versions had no start for an unconstrained leaf: the optimizer had the leaf itself, whose value was saved.
     """
+    by_place, found = {tuple(place): start for *place, start in saved}, []
     for option in options:
-        if option.transform is None and (now := option.present(inner.param_groups[option.group])) is not option.value:
-            raise ValueError(WRITTEN_OVER.format(name=option.name, key=option.key, now=now))
-        if option.transform is None and option.key == "lr" and "initial_lr" in inner.param_groups[option.group]:
-            raise ValueError(SCHEDULED_LEAF.format(name=option.name))
-
-
-def put_back(inner: optim.Optimizer, options: Iterable[LearnedOption]) -> None:
-    """Put the leaves that are options back into ``inner``, after a state was loaded into it."""
-    for option in options:
-        if option.transform is None:
-            group = inner.param_groups[option.group]
-            group[option.key] = _replaced(group[option.key], option.member, option.value)
+        present = option.present(inner.param_groups[option.group])
+        start = present.item() if isinstance(present, Tensor) else option.start
+        found.append(option._replace(start=by_place.get(option.place, start)))
+    for option in found:
+        group = inner.param_groups[option.group]
+        group[option.key] = _numbers(group[option.key])
+    return found
 
 
 def resumed(inner: optim.Optimizer, options: Sequence[LearnedOption], before: Sequence[Any]) -> list[LearnedOption]:
@@ -284,7 +314,7 @@ def resumed(inner: optim.Optimizer, options: Sequence[LearnedOption], before: Se
     found = []
     for option, number in zip(options, before, strict=True):
         group = inner.param_groups[option.group]
-        if option.transform is not None and option.member is None and (initial := group.get("initial_" + option.key)):
+        if option.member is None and (initial := group.get("initial_" + option.key)):
             option = option._replace(start=float(initial))
         else:
             group[option.key] = _replaced(group[option.key], option.member, number)
@@ -292,15 +322,124 @@ def resumed(inner: optim.Optimizer, options: Sequence[LearnedOption], before: Se
     return found
 
 
-def check_unscheduled(groups: Iterable[Mapping[str, Any]], leaves: Tree) -> None:
-    """Raise ``ValueError`` if the learning rate of one of these groups, which a scheduler sets, is a hyperparameter."""
-    rates = [group["lr"] for group in groups if isinstance(group.get("lr"), Tensor)]
-    if learned := [name for name, leaf in leaves.items() for rate in rates if shares_memory(rate, leaf)]:
-        raise ValueError(SCHEDULED_LEAF.format(name=learned[0]))
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What a retraining has to know of the options that were learned.
+
+    Attributes:
+        kind: the class of the inner optimizer.
+        groups: the number of its parameter groups, at first.
+        options: the names of hyperparameters by option, as they were given.
+        starts: the starts of the options.
+    """
+
+    kind: type[optim.Optimizer]
+    groups: int
+    options: Mapping[str, Any]
+    starts: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, inner: optim.Optimizer, options: Mapping[str, Any], found: Sequence[LearnedOption]) -> Learned:
+        """What was found in ``inner``, with ``options`` as they were given."""
+        names = {key: options[key] for key in dict.fromkeys(o.key for o in found)}
+        return cls(kind=type(inner), groups=len(inner.param_groups), options=names, starts=starts(found))
+
+    def named_again(self, inner: optim.Optimizer, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``options`` with the names of all that was learned, for a new ``inner``; a key with ``None`` is left to it.
+
+        Raises:
+            ValueError: ``inner`` is of another class or has another number of groups; ``options`` has another
+                hyperparameter in the place of one that was learned.
+        """
+        wanted = {key: names for key, names in self.options.items() if options.get(key, names) is not None}
+        count = len(inner.param_groups)
+        for key, names in wanted.items():
+            before = _in_groups(names, self.groups)
+            if (type(inner), count) != (self.kind, self.groups):
+                name = next(one for one in before if one is not None)
+                raise ValueError(
+                    f"{name!r} was learned as the {key} of {self.kind.__name__} with {self.groups} parameter groups, and "
+                    f"inner makes {type(inner).__name__} with {count}: make it as it was, or give options={{{key!r}: None}} "
+                    "for the number that inner has itself"
+                )
+            if _in_groups(options.get(key, names), count) != before:
+                raise ValueError(
+                    f"the {key} was learned as {before}, for each parameter group, and retrain is to take other "
+                    f"hyperparameters for it: name the same, or give options={{{key!r}: None}} for the number of inner"
+                )
+        return {**options, **wanted}
 
 
-def shares_memory(x: Tensor, leaf: Tensor) -> bool:
-    """Whether ``x`` is ``leaf``, or a view of its memory."""
-    start = leaf.data_ptr()
-    inside = x.device == leaf.device and start != 0 and start <= x.data_ptr() < start + leaf.numel() * leaf.element_size()
-    return x is leaf or inside
+def in_stand_in(
+    inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn.Module
+) -> tuple[optim.Optimizer, list[LearnedOption]]:
+    """``inner`` and what is learned of it, for one look at it: its own groups do not change.
+
+    If something is learned, what comes back holds the same weights and state, and has groups of its own.
+    """
+    other = object.__new__(type(inner))
+    groups = [dict(group) for group in inner.param_groups]
+    vars(other).update(vars(inner), param_groups=groups, defaults=dict(getattr(inner, "defaults", {})))
+    found = learn(other, {**given_by_value(other, hparams, stacklevel=5), **options}, hparams)
+    return (other, found) if found else (inner, found)
+
+
+# The earlier way, for one more release
+
+
+def given_by_value(inner: optim.Optimizer, hparams: nn.Module, stacklevel: int = 4) -> dict[str, Any]:
+    """``options`` for an optimizer that was built with tensors of ``hparams``, which become numbers; it warns of them.
+
+    They are leaves of one number, views of them, or ``hparams[name]`` as it is now.
+
+    Raises:
+        ValueError: a tensor is computed from leaves in another way, was computed before they moved, or is a part of one.
+    """
+    leaves, transforms, defaults = _leaves(hparams), transforms_of(hparams), getattr(inner, "defaults", {})
+    options: dict[str, Any] = {}
+    for index, group in enumerate(inner.param_groups):
+        for key in [key for key in defaults if key in group]:
+            whole, is_pair = group[key], isinstance(group[key], (tuple, list))
+            values, what = whole if is_pair else [whole], f"the {key} of {type(inner).__name__}"
+            names = tuple(_source(what, one, leaves, transforms) if isinstance(one, Tensor) else None for one in values)
+            if any(names):
+                options.setdefault(key, [None] * len(inner.param_groups))[index] = names if is_pair else names[0]
+                group[key], inner.defaults[key] = _numbers(whole), _numbers(defaults[key])
+    options = {key: names[0] if names.count(names[0]) == len(names) else names for key, names in options.items()}
+    if options:
+        warnings.warn(
+            f"{type(inner).__name__} was built with tensors of hparams, which the next release will not look for: build it "
+            f"with numbers, and give options={options}",
+            DeprecationWarning,
+            stacklevel=stacklevel,
+        )
+    return options
+
+
+@torch.enable_grad()
+def _source(what: str, value: Tensor, leaves: Tree, transforms: Mapping[str, Transform]) -> str | None:
+    """The name of the hyperparameter that ``value`` is, or ``None`` for none; ``what`` says where it is."""
+    found = [
+        name
+        for name, leaf in leaves.items()
+        if value.device == leaf.device and leaf.data_ptr() <= value.data_ptr() < leaf.data_ptr() + leaf.nbytes
+    ]
+    wrong = ValueError(
+        f"{what} is not the present value of a hyperparameter of one number, but a part of a leaf, or computed otherwise or "
+        'before a move: build it with a number, and give options, such as {"lr": "rate"}; or detach() it'
+    )
+    if not found and leaves and value.requires_grad:
+        try:
+            slopes = torch.autograd.grad(value.sum(), [*leaves.values()], retain_graph=True, allow_unused=True)
+        except RuntimeError:  # something, such as a scheduler, wrote to it
+            raise wrong from None
+        found = [name for name, slope in zip(leaves, slopes, strict=True) if slope is not None]
+    if not found:
+        return None
+    leaf = leaves[found[0]].detach()
+    natural = transforms.get(found[0], identity_transform)(leaf)
+    if len(found) > 1 or not value.numel() == natural.numel() == 1:
+        raise wrong
+    if not math.isclose(value.item(), natural.item(), rel_tol=8 * torch.finfo(leaf.dtype).eps):
+        raise wrong
+    return found[0]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
-from hoptim.methods.learned_options import LearnedOption, find_learned_options
+from hoptim.methods.learned_options import LearnedOption, check_options, in_stand_in
 from hoptim.methods.result import Hypergradient, Terms, assemble
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State
@@ -75,22 +75,28 @@ class Method(ABC):
         """The direct and the indirect term, inside ``problem.leave_no_trace()``."""
 
 
-def checked(problem: object, method: object, inner: Any) -> TrainingContext:
+def checked(problem: object, method: object, inner: Any, options: Mapping[str, Any] | None) -> TrainingContext:
     """Check arguments of ``hypergradient`` and ``audit``; from a :class:`BilevelOptimizer`, take its inner optimizer."""
     problem = checked_problem(problem)
     problem.check_learned()
     check_method("method", method)
+    check_options(options)
     inside = getattr(inner, "inner", None)
-    learned = None
+    learned: Sequence[LearnedOption] | None = [] if inner is None else None
     if isinstance(inner, Optimizer) and isinstance(inside, Optimizer):
         inner, learned = inside, getattr(inner, "learned_options", None)
+    if options and learned is not None:
+        raise ValueError(
+            "options names options of the inner optimizer, and inner is "
+            f"{'None' if inner is None else 'a BilevelOptimizer, which has its own'}: give inner=optimizer, the one of torch"
+        )
     if inner is not None and not isinstance(inner, Optimizer):
         raise TypeError(f"inner is {describe_type(inner)}: give the torch.optim.Optimizer of the model's weights")
     if inner is not None and not held(inner).keys() & {id(p) for p in problem.model.parameters()}:
         raise ValueError("inner holds no weight of the problem's model: give the optimizer that trains it")
-    if learned is None:
-        learned = [] if inner is None else find_learned_options(inner, problem.hparams)
-    return TrainingContext(inner=inner, learned=learned)
+    if inner is not None and learned is None:
+        inner, learned = in_stand_in(inner, options or {}, problem.hparams)
+    return TrainingContext(inner=inner, learned=learned or ())
 
 
 def checked_problem(problem: object) -> Problem:

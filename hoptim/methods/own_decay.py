@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, optim
 
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.bound_options import Bound, bind
-from hoptim.methods.inner_step import is_differentiable, kind_of
+from hoptim.methods.inner_step import check_differentiable, is_differentiable, kind_of
+from hoptim.methods.learned_options import bound_options, value_of
 from hoptim.methods.method import TrainingContext
 from hoptim.problem.problem import At
 
@@ -28,19 +28,21 @@ def own_decay(loop: TrainingContext, at: At, gradient: Tree) -> Tree:
         at: has the tensors in place of the leaves, to which a learned decay has a graph.
         gradient: ∇_w L_T by name. Before the first step of a weight v̂ is its square, as after a step with it.
     """
-    inner, live_leaves = loop.inner, at.problem.leaves()
+    inner, fixed = loop.inner, {name: leaf.detach() for name, leaf in at.leaves.items()}
     if inner is None or not is_differentiable(inner):
         return {}
     kind, name_of = kind_of(inner), {id(p): name for name, p in at.problem.weights().items()}
     found: Tree = {}
     for number, group in enumerate(inner.param_groups):
-        options = [bind(kind, number, group, key, live_leaves, loop.learned) for key in DECAYS if key in group]
-        values = [one.value(at.leaves) if isinstance(one, Bound) else one for one in options]
+        check_differentiable(kind, number, group, loop.learned, DECAYS)
+        options = bound_options(number, group, loop.learned)
+        values = [value_of(options[key], at.leaves) for key in DECAYS if key in options]
+        present = {key: value_of(option, fixed) for key, option in options.items()}
         held = {name_of[id(p)]: p for p in group["params"] if id(p) in name_of}
         for name, p in held.items():
             if name in gradient and any(isinstance(value, Tensor) or value for value in values):
                 decay = sum(values) * (-1 if group.get("maximize") else 1)
-                scale = _scale(kind, group, inner.state.get(p, {}), gradient[name]) if _is_decoupled(group) else 1.0
+                scale = _scale(kind, present, inner.state.get(p, {}), gradient[name]) if _is_decoupled(group) else 1.0
                 product = decay * scale
                 found[name] = (
                     product if isinstance(product, Tensor) else torch.full((), product, dtype=p.dtype, device=p.device)

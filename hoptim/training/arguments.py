@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from hoptim.methods.learned_options import check_options
 from hoptim.methods.method import Method, check_method, checked_problem, held
 from hoptim.problem.level_adam import LevelAdam
 from hoptim.problem.loss_checks import check_takes
@@ -41,12 +42,6 @@ def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
     if not isinstance(found, list) or not found or not all(is_finite(weight) for weight in found):
         raise ValueError(f"val_weights={found!r}: give one finite number for each validation loss")
     return [float(weight) for weight in found]
-
-
-def check_options(options: object) -> None:
-    """Check that ``options`` is a dict."""
-    if options is not None and not isinstance(options, Mapping):
-        raise TypeError(f'options is {describe_type(options)}: give a dict, such as {{"lr": "rate"}}')
 
 
 def check_method_fits(method: Method | None, every: int | None, options: Mapping[str, Any] | None) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tree
-from hoptim.methods import learned_options
 from hoptim.methods.default import default_method
 from hoptim.methods.implicit import doubts
 from hoptim.methods.method import Method, TrainingContext
@@ -276,7 +275,6 @@ class BilevelOptimizer(TrainingOptimizer):
     def _context(self, draw: Callable[[], Any] | None, trajectory: Any = None) -> TrainingContext:
         """What a method may need of the loop. Repeats the checks of the construction, since layers may be replaced."""
         progress, learned, held = self._progress, self.learned_options, {"inner": self.inner, "outer": self.outer}
-        learned_options.check_in_place(self.inner, learned)
         self.problem.check_learned()
         for name, optimizer in held.items():
             arguments.check_optimizer(name, optimizer, self.problem)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import Transform, identity_transform
 from torch.optim import Optimizer
 
 from hoptim.linalg import trees
 from hoptim.linalg.vectors import Tree
-from hoptim.methods.bound_options import Bound
 from hoptim.methods.inner_step import Group, InnerStep
-from hoptim.methods.learned_options import LearnedOption
+from hoptim.methods.learned_options import Bound, LearnedOption, each
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.held_batch import HeldBatch, hold, hold_copy
@@ -228,7 +228,7 @@ class RecentSteps:
                 {
                     "seen": [(one.batch, one.generators, float(one.share)) for one in step.losses],
                     "groups": [
-                        (list(group.names), {key: _plain(option) for key, option in group.options.items()})
+                        (list(group.names), {key: each(_plain, option) for key, option in group.options.items()})
                         for group in step.dynamics.groups
                     ],
                 }
@@ -245,7 +245,7 @@ class RecentSteps:
         self.forget_steps()
         if saved is None or any(weights.keys() != live.keys() for _, weights, *_ in saved["begins"]):
             return
-        now, transforms = problem.module_state(), transforms_of(problem.hparams)
+        now, whole = problem.module_state(), functools.partial(_whole, transforms_of(problem.hparams))
         for number, weights, state, buffers in saved["begins"]:
             tensors = {name: t.to(now.tensors[name].device) for name, t in buffers.items() if name in now.tensors}
             at = Snapshot(
@@ -261,7 +261,7 @@ class RecentSteps:
                 for batch, states, share in step["seen"]
             )
             groups = tuple(
-                Group(names=tuple(names), options={key: _whole(option, transforms) for key, option in options.items()})
+                Group(names=tuple(names), options={key: each(whole, option) for key, option in options.items()})
                 for names, options in step["groups"]
             )
             self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=groups)))
@@ -272,21 +272,17 @@ def _moved(entries: Tree, device: torch.device) -> Tree:
 
 
 def _plain(option: Any) -> Any:
-    """An option as plain values; a bound one is a dict of the name of its leaf and, if it is computed, its scale."""
-    if isinstance(option, tuple):
-        return tuple(_plain(member) for member in option)
+    """An option as plain values; a bound one is a dict of the name of its leaf, its number and its start."""
     if not isinstance(option, Bound):
         return option
-    return {"leaf": option.name} | ({"number": option.number, "start": option.start} if option.transform else {})
+    return {"leaf": option.name, "number": option.number, "start": option.start}
 
 
-def _whole(option: Any, transforms: Mapping[str, Transform]) -> Any:
+def _whole(transforms: Mapping[str, Transform], option: Any) -> Any:
     """An option from plain values."""
-    if isinstance(option, (tuple, list)):
-        return tuple(_whole(member, transforms) for member in option)
     if not isinstance(option, dict):
         return option
-    name, number = option["leaf"], option.get("number", option.get("factor"))  # a factor, in checkpoints of before
-    if number is None:
-        return Bound(name=name)
-    return Bound(name=name, transform=transforms[name], number=number, start=option.get("start", 1.0))
+    # Checkpoints of before have a factor, or neither for the leaf itself.
+    name, saved = option["leaf"], {"number": option.get("factor", 1.0), "start": 1.0, **option}
+    transform = transforms.get(name, identity_transform)
+    return Bound(name=name, transform=transform, number=saved["number"], start=saved["start"])

@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hoptim.methods.method import checked_problem
-from hoptim.methods.named_options import named_again
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
 from hoptim.training import arguments
@@ -99,9 +98,7 @@ def retrain(
         _check_new(new.model, problem)
         made = inner(model)
         arguments.check_optimizer("inner", made, new)
-        arguments.check_options(options)
-        again = named_again(problem.options, made, options or {}, problem.hparams)
-        optimizer = TrainingOptimizer(made, new, options=again, learned=problem.options)
+        optimizer = TrainingOptimizer(made, new, options=options, learned=problem.options)
         shared = SharedTensors([problem.model, new.model])
         shared.watch(optimizer)
         before = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}

@@ -7,7 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.methods import learned_options
-from hoptim.methods.learned_options import LearnedOption
-from hoptim.methods.named_options import Learned, bind_by_name
+from hoptim.methods.learned_options import Learned, LearnedOption
 from hoptim.problem.problem import Problem
 from hoptim.problem.random_stream import global_states, set_global_states
 from hoptim.training import arguments
@@ -124,17 +123,16 @@ class TrainingOptimizer(Optimizer):
         learned: Learned | None = None,
     ) -> None:
         arguments.check_optimizer("inner", inner, problem)
-        arguments.check_options(options)
+        learned_options.check_options(options)
         super().__setstate__({})  # makes the dicts of hooks; Optimizer.__init__ would also set groups and state
         self.inner, self.problem = inner, problem
         self._progress, self.save_points = self._new_progress(), SavePoints()
-        found = bind_by_name(inner, options or {}, problem.hparams)
+        names = {**learned_options.given_by_value(inner, problem.hparams), **(options or {})}
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
-        if learned is not None:
-            found = learned_options.restarted(found, learned_options.starts(learned.options))
-        self._progress.learned_options = learned_options.take_over(inner, found, problem.hparams)
+        names, starts = (names, ()) if learned is None else (learned.named_again(inner, names), learned.starts)
+        self._progress.learned_options = found = learned_options.learn(inner, names, problem.hparams, starts)
         if found:
-            problem.options = Learned.of(inner, self._progress.learned_options)
+            problem.options = Learned.of(inner, names, found)
         self.register_state_dict_post_hook(_add_state)
 
     def _new_progress(self) -> Progress:
@@ -289,13 +287,13 @@ class TrainingOptimizer(Optimizer):
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         saved, progress = state_dict[KEY], self._progress
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        learned_options.put_back(self.inner, progress.learned_options)
         self.problem.hparams.load_state_dict(saved["hparams"])
         progress.inner_steps = saved["inner_steps"]
         starts = saved.get("option_starts", ())
-        progress.learned_options = learned_options.restarted(progress.learned_options, starts)
+        progress.learned_options = learned_options.restarted(self.inner, progress.learned_options, starts)
         if self.problem.options is not None:
-            self.problem.options = self.problem.options.restarted(starts)
+            starts = learned_options.starts(progress.learned_options)
+            self.problem.options = replace(self.problem.options, starts=starts)
 
     def _load_bare(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state of a run without hoptim into the inner optimizer; torch refuses that of another model."""
@@ -344,11 +342,6 @@ class TrainingOptimizer(Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimizer's defaults; empty if it has none, or is not set yet."""
         return getattr(self.__dict__.get("inner"), "defaults", {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if getattr(value, "_wrapped_by_lr_sched", False):  # the ``step`` that a scheduler puts here when it is built
-            learned_options.check_unscheduled(self.param_groups, self.problem.leaves())
-        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         groups_and_state: dict[str, Any] = {key: state[key] for key in ("state", "param_groups") if key in state}

@@ -312,6 +312,20 @@ def test_a_replay_is_retrained_on_its_own_batches_with_its_own_options() -> None
     assert found.advice == ()
 
 
+def test_a_learned_rate_is_named_by_options_and_retrained_with() -> None:
+    """On L = w²/2 from w = 3, T steps end at 3·(1 − lr)ᵀ: dL/d(log lr) = −9·T·lr·(1 − lr)²ᵀ⁻¹, whatever rate inner has."""
+    hparams = hoptim.HyperParameters({"rate": torch.tensor(0.02)}, {"rate": torch.distributions.constraints.positive})
+    problem = hoptim.Problem(Mean(), hparams, lambda m, h, b: 0.5 * m.w.square(), lambda m, h, b: 0.5 * m.w.square())
+    problem.model.w.data.fill_(3.0)
+    inner = torch.optim.SGD(problem.model.parameters(), lr=0.5)
+    found = audit(problem, None, torch.zeros(8), inner=inner, options={"lr": "rate"}, steps=20)
+    truth = -9 * 20 * 0.02 * 0.98**39
+    assert found.directions[0].verdict == "agrees"
+    assert abs(found.directions[0].predicted) == pytest.approx(abs(truth), rel=1e-9)
+    assert abs(found.directions[0].measured) == pytest.approx(abs(truth), rel=1e-6)
+    assert inner.param_groups[0]["lr"] == 0.5
+
+
 def test_a_validation_loss_that_cannot_take_a_part_is_told() -> None:
     problem = RIDGES["scalar"].problem()
     whole = problem.val_loss

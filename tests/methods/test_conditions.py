@@ -161,9 +161,8 @@ def test_without_terms_it_is_the_derivative_of_one_real_step(name: str, solver: 
 @pytest.mark.parametrize("name", INNERS)
 def test_learning_rate_and_weight_decay_among_the_hyperparameters(name: str, steps: int) -> None:
     problem, inner = started(name, steps, val=linear_val, lr=0.13, wd=0.2)
-    leaves = problem.leaves()
-    inner.param_groups[0].update(lr=leaves["lr"], weight_decay=leaves["wd"], foreach=False)
-    result = hypergradient(problem, BATCHES[0], VAL, Implicit(Identity(), condition=Update()), inner=inner)
+    options = {"lr": "lr", "weight_decay": "wd"}
+    result = hypergradient(problem, BATCHES[0], VAL, Implicit(Identity(), condition=Update()), inner=inner, options=options)
     c = torch.cat([torch.linspace(-1, 1.5, value.numel()) for value in LIKE.values()])
 
     def after(at: Tensor) -> Tensor:
@@ -178,9 +177,8 @@ def test_learning_rate_and_weight_decay_among_the_hyperparameters(name: str, ste
 
 def test_learning_rate_that_only_the_update_knows_is_untouched_for_the_gradient() -> None:
     problem, inner = started("adamw", lr=0.13)
-    inner.param_groups[0]["lr"] = problem.leaves()["lr"]
     with pytest.raises(ValueError, match=r"'lr' is the inner optimizer's lr.*Take hoptim\.Unrolled\(20\), or.*Update\(\)"):
-        hypergradient(problem, BATCHES[0], VAL, Implicit(Identity()), inner=inner)
+        hypergradient(problem, BATCHES[0], VAL, Implicit(Identity()), inner=inner, options={"lr": "lr"})
     with pytest.raises(ValueError, match=r"\['lr'\] are touched by neither.*Unrolled\(20\).*Update\(\).*inner=optimizer"):
         hypergradient(problem, BATCHES[0], VAL, Implicit(Identity()))
 
@@ -192,13 +190,14 @@ def test_bound_learning_rate_is_learned_by_the_optimizer_and_used_by_the_next_st
     hparams = HyperParameters({"lr": torch.tensor(0.1)})
     problem = Problem(problem.model, hparams, lambda m, h, b: reference.train_loss(m, reference.hparams, b), linear_val_of)
     kind = type(step)
-    inner = kind(problem.model.parameters(), lr=problem.leaves()["lr"], weight_decay=0.3, foreach=False)
+    inner = kind(problem.model.parameters(), lr=0.1, weight_decay=0.3)
     optimizer = BilevelOptimizer(
         inner,
         optim.SGD(hparams.parameters(), lr=1e-2),
         problem,
         val_batches=[VAL],
         every=2,
+        options={"lr": "lr"},
         hypergradient=Implicit(Identity(), condition=Update()),
     )
     step.param_groups[0]["lr"] = 0.1

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hoptim.methods.bound_options import Bound
 from hoptim.methods.inner_step import KINDS, InnerStep
+from hoptim.methods.learned_options import Bound, learn
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -146,6 +146,11 @@ def warm(kind: type[optim.Optimizer], options: dict[str, Any], steps: int) -> tu
     return {name: p.detach().clone() for name, p in live.items()}, snapshot(inner, live)
 
 
+def learning(inner: optim.Optimizer, live: Tree, leaves: Tree, **options: Any) -> InnerStep:
+    """The step of ``inner``, with ``leaves`` as options by name."""
+    return InnerStep.of(inner, live, leaves, learn(inner, options, nn.ParameterDict(leaves)))
+
+
 def bound(inner_step: InnerStep) -> list[str]:
     """The names of the leaves that are options."""
     options = [option for group in inner_step.groups for option in group.options.values()]
@@ -264,11 +269,14 @@ def check_derivative_in_a_hyperparameter(
     values = list(options[key]) if many else [float(options[key])]
     leaves: Tree = {f"leaf {i}": nn.Parameter(torch.tensor(value)) for i, value in enumerate(values)}
 
-    def with_values(values: list[Any]) -> dict[str, Any]:
-        return {**options, key: tuple(values) if many else values[0]}
+    def with_names(names: list[Any]) -> dict[str, Any]:
+        return {key: tuple(names) if many else names[0]}
 
-    inner, live = started(kind, with_values(list(leaves.values())), w, state)
-    dynamics = InnerStep.of(inner, live, leaves)
+    def with_values(values: list[Any]) -> dict[str, Any]:
+        return {**options, **with_names(values)}
+
+    inner, live = started(kind, with_values(values), w, state)
+    dynamics = learning(inner, live, leaves, **with_names(list(leaves)))
     assert bound(dynamics) == list(leaves)
     result = probed(composed(dynamics, live, leaves, None, steps))
     assert result.item() == pytest.approx(real(kind, options, w, state, steps), rel=1e-12)
@@ -281,8 +289,8 @@ def check_derivative_in_a_hyperparameter(
 def test_derivatives_in_hyperparameters_and_weights_at_once_through_the_gradient() -> None:
     """The decay in the loss acts through the gradients, the rate through the optimizer: mixed second derivatives too."""
     lr = nn.Parameter(torch.tensor(0.1))
-    inner, live = started(optim.SGD, {"lr": lr, "momentum": 0.9})
-    dynamics = InnerStep.of(inner, live, {"lr": lr})
+    inner, live = started(optim.SGD, {"momentum": 0.9})
+    dynamics = learning(inner, live, {"lr": lr}, lr="lr")
 
     def slope(rate: Tensor) -> Tensor:
         new = composed(dynamics, live, {"lr": rate}, None, 3)
@@ -296,18 +304,20 @@ def test_derivatives_in_hyperparameters_and_weights_at_once_through_the_gradient
 def test_option_that_torch_makes_a_constant_of_is_refused(kind: type[optim.Optimizer], key: str) -> None:
     default = inspect.signature(kind).parameters[key].default
     leaf = nn.Parameter(torch.tensor(0.5))
-    inner, live = started(kind, {key: (0.5, leaf) if isinstance(default, tuple) else leaf})
+    is_pair = isinstance(default, tuple)
+    inner, live = started(kind, {key: (0.5, 0.5) if is_pair else 0.5})
     with pytest.raises(TypeError, match=rf"'mine' is the {key} of {kind.__name__}"):
-        InnerStep.of(inner, live, {"mine": leaf})
+        learning(inner, live, {"mine": leaf}, **{key: (None, "mine") if is_pair else "mine"})
     if key != "initial_accumulator_value":  # there torch itself takes no tensor
-        InnerStep.of(inner, live, {"other": nn.Parameter(torch.tensor(0.5))})  # no hyperparameter: a constant
+        inner, live = started(kind, {key: (0.5, leaf) if is_pair else leaf})
+        assert bound(InnerStep.of(inner, live, {})) == []  # no hyperparameter: a constant
 
 
 def test_momentum_of_nesterov_is_refused() -> None:
     leaf = nn.Parameter(torch.tensor(0.5))
-    inner, live = started(optim.SGD, {"lr": 0.1, "momentum": leaf, "nesterov": True})
+    inner, live = started(optim.SGD, {"lr": 0.1, "nesterov": True})
     with pytest.raises(TypeError, match="'m' is the momentum of SGD"):
-        InnerStep.of(inner, live, {"m": leaf})
+        learning(inner, live, {"m": leaf}, momentum="m")
 
 
 def dead(kind: type[optim.Optimizer], options: dict[str, Any], x: float, steps: int) -> tuple[Tensor, Tensor]:
@@ -351,19 +361,21 @@ def everything(inner: optim.Optimizer, live: Tree) -> list[Any]:
     return [copy.deepcopy(groups), ids, snapshot(inner, live), [(p.detach().clone(), p.grad.clone()) for p in live.values()]]
 
 
-@pytest.mark.parametrize("name", [*CASES, "tensor decay"])
+@pytest.mark.parametrize("name", [*CASES, "learned decay"])
 def test_nothing_of_the_users_is_touched_and_no_hook_is_called(name: str) -> None:
     leaf, calls = nn.Parameter(torch.tensor(0.1)), []
-    kind, options = CASES.get(name, (optim.SGD, {"lr": leaf, "weight_decay": leaf, "momentum": 0.9}))
+    kind, options = CASES.get(name, (optim.SGD, {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}))
     live = parameters()
     inner = kind(list(live.values()), **options)
+    learned = learn(inner, {} if name in CASES else {"lr": "leaf", "weight_decay": "leaf"}, nn.ParameterDict({"leaf": leaf}))
     real_step(inner, live)
     before = everything(inner, live)
     inner.register_step_post_hook(lambda *_: calls.append("own"))
     handle = register_optimizer_step_post_hook(lambda *_: calls.append("global"))
     leaf.grad = None
     state = inner.state
-    dynamics = InnerStep.of(inner, live, {"leaf": leaf})
+    dynamics = InnerStep.of(inner, live, {"leaf": leaf}, learned)
+    assert bound(dynamics) == [] if name in CASES else ["leaf", "leaf"]
     grads = {name: p.grad for name, p in live.items()}
     given = copy.deepcopy(dynamics.state)
     new, after = dynamics.step(live, grads, {"leaf": leaf})
@@ -397,12 +409,12 @@ def test_groups_have_their_own_options_and_what_has_no_gradient_or_group_stays()
     frozen, extra = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
     decay = nn.Parameter(torch.tensor([0.3]))
     groups = [
-        {"params": [live["a"], frozen], "lr": 0.2, "weight_decay": decay},
+        {"params": [live["a"], frozen], "lr": 0.2},
         {"params": [live["b"], live["c"]], "momentum": 0.5},
     ]
     inner = optim.SGD(groups, lr=0.1)
     weights, leaves = {**live, "extra": extra}, {"decay": decay}
-    dynamics = InnerStep.of(inner, weights, leaves)
+    dynamics = learning(inner, weights, leaves, weight_decay=["decay", None])
     assert bound(dynamics) == ["decay"]
     assert set(dynamics.state) == {"a", "b", "c"}
     grads = {name: torch.ones_like(p) for name, p in weights.items() if name != "b"}
@@ -442,8 +454,8 @@ def test_dampening_spares_the_first_gradient_of_each_weight_only() -> None:
 def test_without_gradients_the_bits_are_the_same_and_there_is_no_graph() -> None:
     leaves: Tree = {name: nn.Parameter(torch.tensor([value])) for name, value in (("lr", 0.1), ("one", 0.5), ("two", 0.9))}
     live: Tree = {"a": nn.Parameter(torch.randn(1001))}  # enough for torch's two forms of one product to differ in a bit
-    inner = optim.Adam(live.values(), lr=leaves["lr"], betas=(leaves["one"], leaves["two"]))
-    dynamics = InnerStep.of(inner, live, leaves)
+    inner = optim.Adam(live.values())
+    dynamics = learning(inner, live, leaves, lr="lr", betas=("one", "two"))
     grads = {"a": live["a"] ** 2}
     state = {"a": {**dynamics.state["a"], "exp_avg_sq": torch.rand(1001)}}
     with_graph = dynamics.step(live, grads, leaves, state)
@@ -455,22 +467,11 @@ def test_without_gradients_the_bits_are_the_same_and_there_is_no_graph() -> None
         assert values[1]["a"]["exp_avg_sq"].requires_grad is expected
 
 
-def test_a_view_of_a_leaf_is_bound_to_it_and_a_part_or_a_function_of_one_is_named() -> None:
-    betas = nn.Parameter(torch.tensor([0.9])), nn.Parameter(torch.tensor([0.99]))
-    pair = nn.Parameter(torch.tensor([0.1, 0.2]))
-    leaves: Tree = {"one": betas[0], "two": betas[1], "pair": pair}
-    live = parameters()
-    values = list(live.values())
-    inner = optim.Adam(values, betas=betas, lr=torch.tensor(0.1))  # Adam holds views of them, of another shape
-    assert bound(InnerStep.of(inner, live, leaves)) == ["one", "two"]
-    assert bound(InnerStep.of(optim.SGD(values, lr=betas[0].detach()), live, leaves)) == ["one"]
-    for option, message in ((pair[1], "part of 'pair'"), (pair.detach()[0], "part of 'pair'"), (betas[0].exp(), "computed")):
-        with pytest.raises(ValueError, match=f"the lr of SGD is {message}"):
-            InnerStep.of(optim.SGD(values, lr=option), live, leaves)
-    twin = nn.Parameter(torch.tensor(0.9))  # equal, but another tensor
-    assert bound(InnerStep.of(optim.SGD(values, lr=twin), live, leaves)) == []
+def test_a_leaf_that_is_not_given_is_named() -> None:
+    leaves: Tree = {"one": nn.Parameter(torch.tensor([0.9])), "two": nn.Parameter(torch.tensor([0.99]))}
+    inner, live = started(optim.Adam, {})
     with pytest.raises(ValueError, match="leaves lack 'two', which is the betas of Adam"):
-        InnerStep.of(inner, live, leaves).step(live, gradient(live), {"one": betas[0]})
+        learning(inner, live, leaves, betas=("one", "two")).step(live, gradient(live), {"one": leaves["one"]})
 
 
 @pytest.mark.parametrize("lr", [0, 0.0, torch.tensor(0.0)])
@@ -510,8 +511,8 @@ def test_derivative_in_a_hyperparameter_that_is_zero_is_that_from_above(name: st
     kind, key, options = ZEROS[name]
     w, state = warm(kind, {**options, key: 0.5}, steps_before)
     leaf = nn.Parameter(torch.tensor(0.0))
-    inner, live = started(kind, {**options, key: leaf}, w, state)
-    result = probed(composed(InnerStep.of(inner, live, {"mine": leaf}), live, {"mine": leaf}, None, steps))
+    inner, live = started(kind, options, w, state)
+    result = probed(composed(learning(inner, live, {"mine": leaf}, **{key: "mine"}), live, {"mine": leaf}, None, steps))
     assert result.item() == pytest.approx(real(kind, {**options, key: 0.0}, w, state, steps), rel=1e-12)
     (ours,) = torch.autograd.grad(result, [leaf])
     close(ours, from_zero(lambda h: real(kind, {**options, key: h}, w, state, steps)))
@@ -524,8 +525,8 @@ def test_momentum_that_begins_at_zero_builds_on_the_gradients_of_its_steps() -> 
     w, state = warm(optim.SGD, options, 3)
     assert not state["a"]
     leaf = nn.Parameter(torch.tensor(0.0))
-    inner, live = started(optim.SGD, {**options, "momentum": leaf}, w)
-    result = probed(composed(InnerStep.of(inner, live, {"mine": leaf}), live, {"mine": leaf}, None, 2))
+    inner, live = started(optim.SGD, options, w)
+    result = probed(composed(learning(inner, live, {"mine": leaf}, momentum="mine"), live, {"mine": leaf}, None, 2))
     (ours,) = torch.autograd.grad(result, [leaf])
     close(ours, from_zero(lambda h: real(optim.SGD, {**options, "momentum": h}, w, {}, 2)))
     assert ours != 0
@@ -534,22 +535,22 @@ def test_momentum_that_begins_at_zero_builds_on_the_gradients_of_its_steps() -> 
 def test_rmsprop_whose_momentum_begins_at_zero_is_named() -> None:
     """Its state gets no buffer, and torch's own step raises a KeyError as soon as the momentum rises."""
     leaf = nn.Parameter(torch.tensor(0.0))
-    inner, live = started(optim.RMSprop, {"momentum": leaf})
+    inner, live = started(optim.RMSprop, {"momentum": 0.0})
     real_step(inner, live)
     with pytest.raises(ValueError, match=r"momentum of RMSprop was 0 at the first step.*Start above 0"):
-        InnerStep.of(inner, live, {"mine": leaf})
+        learning(inner, live, {"mine": leaf}, momentum="mine")
 
 
 def test_derivatives_at_zero_in_closed_form() -> None:
     """SGD: w⁺ = w − lr·(μ·buffer + g), so that ∂w⁺/∂μ = −lr·buffer. Adam: ∂w⁺/∂lr is the whole of a step with lr = 1."""
     leaf = nn.Parameter(torch.tensor(0.0))
-    inner, live = started(optim.SGD, {"lr": 0.1, "momentum": leaf})
+    inner, live = started(optim.SGD, {"lr": 0.1})
     grads = {name: torch.ones_like(p) for name, p in live.items()}
     buffers = {name: {"momentum_buffer": torch.full_like(p, 3.0)} for name, p in live.items()}
-    new, _ = InnerStep.of(inner, live, {"mine": leaf}).step(live, grads, {"mine": leaf}, buffers)
+    new, _ = learning(inner, live, {"mine": leaf}, momentum="mine").step(live, grads, {"mine": leaf}, buffers)
     assert torch.autograd.grad(new["a"][0, 0], leaf)[0].item() == pytest.approx(-0.1 * 3.0, rel=1e-12)
-    inner, live = started(optim.Adam, {"lr": leaf})
-    new, _ = InnerStep.of(inner, live, {"mine": leaf}).step(live, grads, {"mine": leaf})
+    inner, live = started(optim.Adam, {})
+    new, _ = learning(inner, live, {"mine": leaf}, lr="mine").step(live, grads, {"mine": leaf})
     assert torch.equal(new["a"], live["a"])
     assert torch.autograd.grad(new["a"][0, 0], leaf)[0].item() == pytest.approx(-1 / (1 + 1e-8), rel=1e-12)
 
@@ -558,8 +559,8 @@ def test_a_dampened_step_at_zero_momentum_is_torchs_undamped_one() -> None:
     leaf = nn.Parameter(torch.tensor(0.0))
     options = {"lr": 0.1, "dampening": 0.3}
     w, state = warm(optim.SGD, {**options, "momentum": 0.9}, 3)
-    inner, live = started(optim.SGD, {**options, "momentum": leaf}, w, state)
-    new, _ = InnerStep.of(inner, live, {"mine": leaf}).step(live, gradient(live), {"mine": leaf})
+    inner, live = started(optim.SGD, options, w, state)
+    new, _ = learning(inner, live, {"mine": leaf}, momentum="mine").step(live, gradient(live), {"mine": leaf})
     assert probed(new).item() == pytest.approx(real(optim.SGD, {**options, "momentum": 0.0}, w, state, 1), rel=1e-12)
     expected = -0.1 * sum((PROBE[name] * state[name]["momentum_buffer"]).sum() for name in w)
     close(torch.autograd.grad(probed(new), leaf)[0], expected)

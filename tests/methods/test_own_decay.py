@@ -165,9 +165,7 @@ def test_a_learned_decay_is_seen_too(kind: Any) -> None:
     """dL_V/dα = −xᵀ ∂(α D ⊙ w)/∂α, also where the same hyperparameter is in the loss."""
     problem, other = held()
     model, leaf = problem.model, problem.hparams["scale"]
-    inner = kind(
-        model.parameters(), lr=0.1, weight_decay=leaf, **({} if kind is optim.SGD else {"foreach": False, "eps": 1e-3})
-    )
+    inner = kind(model.parameters(), lr=0.1, **({} if kind is optim.SGD else {"eps": 1e-3}))
     D = torch.ones(17)
     if kind is not optim.SGD:
         inner.state.update({p: dict(state) for p, state in other.state.items()})
@@ -178,8 +176,29 @@ def test_a_learned_decay_is_seen_too(kind: Any) -> None:
     B = mixed(problem, BATCHES[0])
     B[:, 2] += D * w
     truth = direct_of(problem) - B.T @ x
-    found = hypergradient(problem, BATCHES[0], VAL, Implicit(TO_THE_END, curvature=Exact()), inner=inner)
+    method, options = Implicit(TO_THE_END, curvature=Exact()), {"weight_decay": "scale"}
+    found = hypergradient(problem, BATCHES[0], VAL, method, inner=inner, options=options)
     torch.testing.assert_close(leaf_vector(found.grads), truth, rtol=1e-8, atol=1e-10)
+
+
+def test_the_scale_of_a_decoupled_decay_has_the_learned_eps_as_it_is_now() -> None:
+    """The optimizer holds the number of the start."""
+    found = []
+    for is_learned in (True, False):
+        problem, other = held()
+        leaf = problem.hparams["scale"]
+        inner: Any = optim.AdamW(
+            problem.model.parameters(), weight_decay=0.3, eps=leaf.item() if is_learned else 2 * leaf.item()
+        )
+        inner.state.update({p: dict(state) for p, state in other.state.items()})
+        if is_learned:
+            outer = optim.SGD(problem.hparams.parameters(), lr=0.1)
+            inner = BilevelOptimizer(inner, outer, problem, val_batches=[VAL], every=None, options={"eps": "scale"})
+            assert inner.param_groups[0]["eps"] == leaf.item()
+        with torch.no_grad():
+            leaf.mul_(2)
+        found.append(hypergradient(problem, BATCHES[0], VAL, Implicit(TO_THE_END, curvature=Exact()), inner=inner).grads)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
 
 
 def test_a_decay_by_options_needs_no_unrolling() -> None:

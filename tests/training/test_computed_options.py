@@ -1,9 +1,10 @@
-"""Options of the inner optimizer that are computed from a leaf, such as a rate on a log scale, beside a schedule."""
+"""Options of the inner optimizer under a constraint, such as a rate on a log scale, beside a schedule."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,24 @@ def floats(options: dict[str, Any]) -> dict[str, Any]:
     return {key: plain(value) for key, value in options.items()}
 
 
+class Names:
+    """In place of hyperparameters: each has its name for its value."""
+
+    def __getitem__(self, name: str) -> Any:
+        return name
+
+    __getattr__ = __getitem__
+
+
+def named(row: Row) -> dict[str, Any]:
+    """What ``options`` says of a row."""
+    found = {
+        key: tuple(x if isinstance(x, str) else None for x in value) if isinstance(value, tuple) else value
+        for key, value in row.options(Names()).items()
+    }
+    return {key: value for key, value in found.items() if isinstance(value, (str, tuple))}
+
+
 def val_loss(m: Any, h: Any, b: Any) -> Tensor:
     return F.cross_entropy(m(b[0]), b[1])
 
@@ -79,8 +98,8 @@ def build(
     values = {name: torch.tensor(value * shift) for name, (value, _) in row.learned.items()}
     hparams = HyperParameters(values, {name: constraint for name, (_, constraint) in row.learned.items()})
     problem = Problem(model, hparams, val_loss, val_loss)
-    inner = row.kind(model.parameters(), **row.options(hparams))
-    rate = optim.SGD(hparams.parameters(), lr=outer)
+    inner = row.kind(model.parameters(), **floats(row.options(hparams)))
+    rate, more = optim.SGD(hparams.parameters(), lr=outer), {"options": named(row), **more}
     return BilevelOptimizer(inner, rate, problem, val_batches=[VAL], every=every, hypergradient=method, **more)
 
 
@@ -178,12 +197,28 @@ def test_without_a_schedule_a_step_is_that_of_the_present_values_bit_for_bit(nam
         plain.param_groups[0]["lr"] = float(ours.problem.hparams["lr"].detach())
 
 
+@pytest.mark.parametrize("way", ["foreach", "fused"])
+def test_foreach_and_fused_steps_take_an_unconstrained_option(way: str) -> None:
+    learned = {"lr": (0.02, constraints.real), "one": (0.8, constraints.real)}
+    row = Row(optim.Adam, learned, lambda h: {"lr": h["lr"], "betas": (h["one"], 0.95), way: True})
+    ours = build(row, every=None)
+    bare = copy.deepcopy(ours.problem.model)
+    plain = row.kind(bare.parameters(), lr=0.02, betas=(0.8, 0.95), **{way: True})
+    for first in (0, 3):
+        train(ours, first, first + 3)
+        train(plain, first, first + 3, loss=lambda b: val_loss(bare, None, b))
+        assert same(ours.problem.model.state_dict(), bare.state_dict())
+        ours.problem.hparams["lr"], ours.problem.hparams["one"] = torch.tensor(0.25), torch.tensor(0.5)
+        plain.param_groups[0].update(lr=0.25, betas=(0.5, 0.95))
+
+
+@pytest.mark.parametrize(("kind", "outer"), [(POSITIVE, 1.0), (constraints.real, 0.01)], ids=repr)
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in ("CyclicLR", "OneCycleLR, three phases")])
-def test_every_scheduler_sees_a_number_and_sets_the_shape(name: str) -> None:
+def test_every_scheduler_sees_a_number_and_sets_the_shape(name: str, kind: Any, outer: float) -> None:
     """Bit for bit that of a plain optimizer; what a step takes is the number times the learned value over its start."""
-    learned = {"lr": (0.05, POSITIVE)}
+    learned = {"lr": (0.05, kind)}
     row = Row(optim.SGD, learned, lambda h: {"lr": h["lr"], "momentum": 0.9})
-    optimizer = build(row, every=4, outer=1.0)
+    optimizer = build(row, every=4, outer=outer)
     (option,) = optimizer.learned_options
     assert type(option.start) is float
     assert optimizer.param_groups[0]["lr"] == optimizer.inner.defaults["lr"] == option.start
@@ -205,10 +240,14 @@ def test_every_scheduler_sees_a_number_and_sets_the_shape(name: str) -> None:
     assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr()
 
 
-def test_a_loop_may_write_the_shape_itself() -> None:
+@pytest.mark.parametrize(
+    ("kind", "outer"), [(POSITIVE, 10.0), (constraints.nonnegative, 1.0), (constraints.real, 1.0)], ids=repr
+)
+def test_a_loop_may_write_the_shape_itself(kind: Any, outer: float) -> None:
     """As nanoGPT's does: a number under the key is the shape; what is learned stays the size."""
     taken: list[float] = []
-    optimizer = build(ROWS["sgd"], every=3, outer=10.0)
+    row = Row(optim.SGD, {**ROWS["sgd"].learned, "lr": (0.1, kind)}, ROWS["sgd"].options)
+    optimizer = build(row, every=3, outer=outer)
     optimizer.inner.register_step_pre_hook(lambda o, *_: taken.append(o.param_groups[0]["lr"]))
     start = optimizer.param_groups[0]["lr"]
     for i in range(6):
@@ -287,10 +326,15 @@ def test_a_number_that_a_hook_of_the_step_has_set_stays() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.03
 
 
-def test_a_copy_and_an_added_group_go_on_learning() -> None:
-    """A group that is added without a rate has the learned one, as it would have the default."""
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_copy_and_an_added_group_go_on_learning(is_loaded: bool) -> None:
+    """A group that is added without a rate has the learned one, as it would have the default, also after a load."""
     optimizer = copy.deepcopy(build(ROWS["adam"]))
     train(optimizer, 0, 4)
+    if is_loaded:
+        saved, optimizer = optimizer, build(ROWS["adam"], shift=0.9)
+        optimizer.problem.model.load_state_dict(saved.problem.model.state_dict())
+        optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
     taken: list[Any] = []
     optimizer.inner.register_step_pre_hook(lambda o, *_: taken.append([(g["lr"], g["betas"]) for g in o.param_groups]))
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
@@ -306,39 +350,129 @@ def test_a_copy_and_an_added_group_go_on_learning() -> None:
     assert len({step[0] for step in taken}) > 1
 
 
-def test_by_hand_the_computed_tensor_is_bound_until_the_leaf_moves() -> None:
+def test_one_hypergradient_names_options_too_and_the_optimizer_stays_as_it_is() -> None:
+    """Its slope is a difference of real trainings, at the hyperparameter's value, whatever number the optimizer has."""
     model, hparams = tiny().model, HyperParameters({"lr": torch.tensor(0.1)}, {"lr": POSITIVE})
     problem = Problem(model, nn.ModuleDict({"options": hparams}), val_loss, val_loss)
-    inner = optim.SGD(model.parameters(), lr=hparams["lr"], foreach=False)
-    result = hypergradient(problem, BATCHES[0], VAL, inner=inner)  # Unrolled(), since a rate is learned
-    assert result.solution.products == 20
-    ends = []
-    for sign in (1, -1):
-        plain = copy.deepcopy(model)
-        rate = float((hparams.lr.detach() + sign * 1e-5).exp())
-        stepper = optim.SGD(plain.parameters(), lr=rate)
-        train(stepper, 0, 20, loss=lambda _: val_loss(plain, None, BATCHES[0]))  # noqa: B023
-        ends.append(val_loss(plain, None, VAL).item())
-    assert result.grads["options.lr"].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
-    with torch.no_grad():
-        hparams.lr.add_(0.01)
-    with pytest.raises(ValueError, match=r"the lr of SGD is computed from other tensors.*anew after each move"):
-        hypergradient(problem, BATCHES[0], VAL, inner=inner)
-    inner.param_groups[0]["lr"] = hparams["lr"]
-    assert hypergradient(problem, BATCHES[0], VAL, inner=inner).solution.status.ok
+    inner, options = optim.SGD(model.parameters(), lr=0.3), {"lr": "options.lr"}
+    for _ in range(2):
+        result = hypergradient(problem, BATCHES[0], VAL, inner=inner, options=options)  # Unrolled(), since a rate is learned
+        assert result.solution.products == 20
+        ends = []
+        for sign in (1, -1):
+            plain = copy.deepcopy(model)
+            rate = float((hparams.lr.detach() + sign * 1e-5).exp())
+            stepper = optim.SGD(plain.parameters(), lr=rate)
+            train(stepper, 0, 20, loss=lambda _: val_loss(plain, None, BATCHES[0]))  # noqa: B023
+            ends.append(val_loss(plain, None, VAL).item())
+        assert result.grads["options.lr"].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
+        assert inner.param_groups[0]["lr"] == inner.defaults["lr"] == 0.3
+        with torch.no_grad():
+            hparams.lr.sub_(0.5)
+    optimizer = build(ROWS["sgd"])
+    for wrong, words in ((None, "inner is None"), (optimizer, "a BilevelOptimizer, which has its own")):
+        with pytest.raises(ValueError, match=words):
+            hypergradient(problem, BATCHES[0], VAL, inner=wrong, options=options)
+    with pytest.raises(TypeError, match="options is a str: give a dict"):
+        hypergradient(problem, BATCHES[0], VAL, inner=inner, options="lr")  # type: ignore[arg-type]
+
+
+# The earlier way: an optimizer that is built with tensors of hparams
+
+
+OLD = pytest.warns(DeprecationWarning, match="was built with tensors of hparams.*build it with numbers, and give options=")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_optimizer_built_with_the_values_is_told_of_options_and_trains_as_with_them(name: str) -> None:
+    row, found = ROWS[name], []
+    for by_value in (False, True):
+        built = build(row)
+        if by_value:
+            model, hparams = tiny().model, build(row).problem.hparams
+            inner = row.kind(model.parameters(), **row.options(hparams))
+            rate = optim.SGD(hparams.parameters(), lr=0.1)
+            problem = Problem(model, hparams, val_loss, val_loss)
+            with OLD as told:
+                built = BilevelOptimizer(inner, rate, problem, val_batches=[VAL], every=3)
+            assert str(told[0].message).endswith(f"give options={ {key: named(row)[key] for key in named(row)} }")
+            assert told[0].filename == __file__
+        scheduler = lrs.LambdaLR(built, shape)
+        train(built, 0, 12, lambda i, scheduler=scheduler: scheduler.step())
+        assert built.hyper_steps == 4
+        found.append([*built.problem.model.parameters(), *built.problem.hparams.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("option", [lambda h: h.lr, lambda h: h.lr.detach(), lambda h: h.lr.view(1), lambda h: h["lr"]])
+@pytest.mark.parametrize("way", ["wrapper", "one", "added group"])
+def test_a_leaf_and_a_view_of_it_are_found_and_a_single_hypergradient_leaves_them_there(option: Any, way: str) -> None:
+    model, hparams = tiny().model, HyperParameters({"lr": torch.tensor(0.1)}, {"lr": constraints.nonnegative})
+    problem = Problem(model, hparams, val_loss, val_loss)
+    expected = hypergradient(problem, BATCHES[0], VAL, inner=optim.SGD(model.parameters(), 0.3), options={"lr": "lr"})
+    inner: Any = optim.SGD(model.parameters(), lr=option(hparams), foreach=False)
+    held = inner.param_groups[0]["lr"]
+    if way == "added group":
+        first, *rest = model.parameters()
+        inner = optim.SGD([first], lr=0.1)
+        with pytest.warns(UserWarning, match="does not hold"):
+            inner = BilevelOptimizer(
+                inner, hparams.optimizer(), problem, val_batches=[VAL], every=None, options={"lr": "lr"}
+            )
+        with OLD:
+            inner.add_param_group({"params": rest, "lr": option(hparams)})
+        held = inner.param_groups[1]["lr"]
+        assert held == float(hparams["lr"].detach())
+    if way == "wrapper":
+        with OLD:
+            inner = BilevelOptimizer(inner, hparams.optimizer(), problem, val_batches=[VAL], every=None)
+        held = inner.param_groups[0]["lr"]
+        assert held == inner.defaults["lr"] == float(hparams["lr"].detach())
+    with OLD if way == "one" else nullcontext() as told:
+        result = hypergradient(problem, BATCHES[0], VAL, inner=inner)
+    assert told is None or told[0].filename == __file__
+    assert inner.param_groups[-1]["lr"] is held
+    torch.testing.assert_close(result.grads, expected.grads, rtol=1e-12, atol=0)
+    assert result.grads["lr"] != 0
 
 
 @pytest.mark.parametrize(
-    "option", [lambda h: 2 * h["lr"], lambda h: h["lr"] * h["other"], lambda h: h["pair"][0], lambda h: h.lr + 3.0]
+    "option",
+    [
+        lambda h: 2 * h["lr"],
+        lambda h: h["lr"] * h["other"],
+        lambda h: h["pair"][0],
+        lambda h: h.pair[0],
+        lambda h: h.lr + 3.0,
+        lambda h: h.lr,  # a logarithm
+    ],
 )
 def test_an_option_computed_in_another_way_is_refused_at_once(option: Any) -> None:
     values = {"lr": torch.tensor(0.1), "other": torch.tensor(0.5), "pair": torch.tensor([0.1, 0.2])}
     hparams = HyperParameters(values, dict.fromkeys(values, POSITIVE))
     model = tiny().model
-    inner = optim.SGD(model.parameters(), lr=option(hparams), foreach=False)
     outer = optim.SGD(hparams.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"the lr of SGD is computed from other tensors.*give hparams\[name\] itself"):
-        BilevelOptimizer(inner, outer, Problem(model, hparams, val_loss, val_loss), val_batches=[VAL])
+    inner = optim.SGD(model.parameters(), lr=0.3)
+    inner.param_groups[0]["lr"] = option(hparams)  # which may be negative
+    problem = Problem(model, hparams, val_loss, val_loss)
+    for given in (
+        lambda: BilevelOptimizer(inner, outer, problem, val_batches=[VAL]),
+        lambda: hypergradient(problem, BATCHES[0], VAL, inner=inner),
+    ):
+        with pytest.raises(ValueError, match=r"the lr of SGD is .*build it with a number, and give options, such"):
+            given()
+
+
+def test_a_value_from_before_the_leaf_moved_is_refused() -> None:
+    model, hparams = tiny().model, HyperParameters({"lr": torch.tensor(0.1)}, {"lr": POSITIVE})
+    problem, inner = Problem(model, hparams, val_loss, val_loss), optim.SGD(model.parameters(), lr=hparams["lr"])
+    with torch.no_grad():
+        hparams.lr.add_(0.01)
+    with pytest.raises(ValueError, match="not the present"):
+        hypergradient(problem, BATCHES[0], VAL, inner=inner)
+    inner.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True) * 1  # of no hyperparameter: a constant
+    with pytest.raises(ValueError, match="touched by neither loss"):
+        hypergradient(problem, BATCHES[0], VAL, inner=inner)
 
 
 # Which method ----------------------------------------------------------------------------------------------------------
@@ -356,15 +490,14 @@ def test_where_an_option_is_learned_the_default_is_to_unroll_twenty_steps_or_as_
         (plain, 7, Implicit()),
     ):
         assert build(case, every=every).hypergradient == method
-    assert build(row, method=Implicit()).hypergradient == Implicit()
 
 
 def test_a_rate_that_the_method_does_not_see_is_named_with_the_remedy() -> None:
-    optimizer = build(ROWS["sgd"], method=Implicit())
+    optimizer = build(ROWS["sgd"])
     with pytest.raises(
         ValueError, match=r"'lr' is the inner optimizer's lr.*hoptim\.Unrolled\(20\).*condition=hoptim\.Update"
     ):
-        train(optimizer, 0, 3)
+        hypergradient(optimizer.problem, BATCHES[0], VAL, Implicit(), inner=optimizer)
 
 
 def test_an_option_without_an_effect_so_far_does_not_end_a_run_whose_method_sees_options() -> None:
@@ -375,31 +508,6 @@ def test_an_option_without_an_effect_so_far_does_not_end_a_run_whose_method_sees
     assert optimizer.record.result.grads["eps"] == 0
     train(optimizer, 3, 9)
     assert optimizer.record.result.grads["eps"] != 0
-
-
-def test_a_leaf_that_the_loop_wrote_over_is_named_by_a_hyperstep_by_hand_too() -> None:
-    row = Row(optim.SGD, {"lr": (0.1, constraints.nonnegative)}, lambda h: {"lr": h.lr, "foreach": False})
-    optimizer = build(row, every=None, method=Implicit())
-    train(optimizer, 0, 2)
-    optimizer.param_groups[0]["lr"] = 0.01
-    words = r"'lr' was the inner optimizer's lr, which is now 0\.01: .* the loop itself.*group\['lr'\] = .* wrote"
-    with pytest.raises(ValueError, match=words):
-        optimizer.hyperstep(BATCHES[0], VAL)
-    with pytest.raises(ValueError, match=words):
-        train(optimizer, 2, 3)
-
-
-def test_a_leaf_that_was_written_over_is_named_in_any_loop() -> None:
-    """The optimizer's defaults still hold it."""
-    row = Row(optim.SGD, {"lr": (0.1, constraints.nonnegative)}, lambda h: {"lr": h.lr, "foreach": False})
-    optimizer = build(row, every=None)
-    inner = optimizer.inner
-    inner.param_groups[0]["lr"] = 0.01
-    words = r"'lr' was the inner optimizer's lr, which is now 0\.01: .* the loop itself.* wrote over it"
-    with pytest.raises(ValueError, match=words):
-        hypergradient(optimizer.problem, BATCHES[0], VAL, Unrolled(2), inner=inner)
-    with pytest.raises(ValueError, match=words):
-        BilevelOptimizer(inner, optimizer.outer, optimizer.problem, val_batches=[VAL])
 
 
 def test_update_on_an_untrained_net_is_told_once_with_figures_and_remedy() -> None:
@@ -430,10 +538,10 @@ def test_a_rate_that_starts_too_low_is_learned_up_on_digits_where_update_has_the
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         hparams = HyperParameters({"lr": torch.tensor(1e-4)}, {"lr": POSITIVE})
-        inner = optim.Adam(model.parameters(), lr=hparams["lr"], foreach=False)
+        inner = optim.Adam(model.parameters(), lr=1e-4)
         outer = optim.Adam(hparams.parameters(), lr=0.4)
         problem = Problem(model, hparams, loss, loss)
-        optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[val], every=every)
+        optimizer = BilevelOptimizer(inner, outer, problem, val_batches=[val], every=every, options={"lr": "lr"})
         scheduler = lrs.CosineAnnealingLR(optimizer, T_max=96)
         for i in range(16):
             for b in train_set[torch.randperm(600)].split(100):
@@ -452,32 +560,6 @@ def test_a_rate_that_starts_too_low_is_learned_up_on_digits_where_update_has_the
     assert slopes[0] > 0 > slopes[1]
     assert optimizer.record.hyperparameters["lr"] > 1e-3
     assert learned < without / 2
-
-
-NAMED: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": "lr", "momentum": "momentum", "weight_decay": "wd"},
-    "adam": {"lr": "lr", "betas": ("one", "two"), "weight_decay": "wd"},
-    "adamw": {"lr": "lr", "betas": ("one", None)},
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_options_bound_by_name_are_those_that_the_inner_optimizer_is_built_with(name: str) -> None:
-    row, found = ROWS[name], []
-    for by_name in (False, True):
-        built = build(row)
-        if by_name:
-            plain = floats(row.options(built.problem.hparams))
-            model, hparams = tiny().model, build(row).problem.hparams
-            inner = row.kind(model.parameters(), **plain)
-            rate = optim.SGD(hparams.parameters(), lr=0.1)
-            problem = Problem(model, hparams, val_loss, val_loss)
-            built = BilevelOptimizer(inner, rate, problem, val_batches=[VAL], every=3, options=NAMED[name])
-        scheduler = lrs.LambdaLR(built, shape)
-        train(built, 0, 12, lambda i, scheduler=scheduler: scheduler.step())
-        assert built.hyper_steps == 4
-        found.append([*built.problem.model.parameters(), *built.problem.hparams.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_each_group_has_the_rate_of_its_name_and_added_groups_have_the_common_one() -> None:

@@ -433,7 +433,8 @@ def test_a_learned_rate_is_unrolled_and_used_in_the_last_training():
         rate,
         train_loss=plain,
         val_loss=plain,
-        inner=lambda model: SGD(model.parameters(), lr=rate["lr"]),
+        inner=lambda model: SGD(model.parameters(), lr=0.01),
+        options={"lr": "lr"},
         outer=torch.optim.Adam(rate.parameters(), lr=0.1),
     )
     found = cv.fit(loop(40))
@@ -586,7 +587,8 @@ def test_under_no_grad_it_is_the_same_fit():
             learned = {
                 "train_loss": plain,
                 "val_loss": plain,
-                "inner": lambda m, h=hparams: SGD(m.parameters(), lr=h["rate"]),
+                "inner": lambda m: SGD(m.parameters(), lr=0.05),
+                "options": {"lr": "rate"},
             }
             rates.append(cross_validated(hparams, **learned).fit(loop(40)).hyperparameters["rate"])
     assert torch.equal(*rates)

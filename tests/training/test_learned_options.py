@@ -21,13 +21,14 @@ def learning(kind: Any, key: str, options: dict[str, Any], method: Any, targets:
     """One weight on its way from 0 to 4 down L_T = (w − 4)²/2, with L_V = (w − target)²/2 and one learned option."""
     model = nn.ParameterDict({"w": nn.Parameter(torch.tensor(0.0))})
     hparams = HyperParameters({"option": torch.tensor(0.1)}, {"option": constraints.nonnegative})
-    (leaf,) = hparams.parameters()
     problem = Problem(
         model, hparams, lambda m, h, b: 0.5 * (m["w"] - 4).square(), lambda m, h, target: 0.5 * (m["w"] - target).square()
     )
-    inner = kind(model.parameters(), **options, **{key: leaf}, foreach=False)
+    inner = kind(model.parameters(), **options, **{key: 0.1})
     rate = optim.SGD(hparams.parameters(), lr=outer)
-    return BilevelOptimizer(inner, rate, problem, val_batches=targets, every=3, hypergradient=method)
+    return BilevelOptimizer(
+        inner, rate, problem, val_batches=targets, every=3, hypergradient=method, options={key: "option"}
+    )
 
 
 def take(optimizer: BilevelOptimizer, steps: int) -> None:

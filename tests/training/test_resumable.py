@@ -211,7 +211,8 @@ def test_a_learned_rate_is_resumed(tmp_path):
 
     def fit(kill: int | None, **more: Any) -> None:
         rate = HyperParameters({"lr": torch.tensor(0.05)}, {"lr": torch.distributions.constraints.positive})
-        settings = {"train_loss": noisy_val_loss, "inner": lambda model: SGD(model.parameters(), lr=rate["lr"])}
+        inner, options = (lambda model: SGD(model.parameters(), lr=0.05)), {"lr": "lr"}
+        settings = {"train_loss": noisy_val_loss, "inner": inner, "options": options}
         train = loop(EPOCHS, kill)
         outcomes.append(outcome(build(hparams=rate, **settings).fit(train, **more)))
 

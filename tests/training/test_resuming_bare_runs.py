@@ -159,7 +159,7 @@ def test_a_learned_rate_goes_on_as_far_down_as_the_bare_runs_schedule(
     assert now["lr"] == pytest.approx(0.06 * share, rel=1e-6)
     assert now["momentum"] == pytest.approx(0.5, rel=1e-6)  # not 0.8 relative to its start
     assert now["weight_decay"] == pytest.approx(0.02, rel=1e-6)
-    assert optimizer.inner.param_groups[0]["weight_decay"] is optimizer.problem.hparams.get_parameter("decay")
+    assert optimizer.inner.param_groups[0]["weight_decay"] == pytest.approx(0.02, rel=1e-6)
     if scheduler is not None:
         scheduler.step()
     assert used(optimizer)["lr"] == pytest.approx(0.06 * next_share, rel=1e-6)

@@ -16,7 +16,6 @@ from tiny import BATCHES, VAL, tiny
 from torch import optim
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
-from versions import TORCH
 
 from hoptim import BilevelOptimizer, Exact, Implicit, Neumann, Record, Unrolled
 
@@ -147,14 +146,20 @@ def test_hypersteps_leave_a_schedule_alone_and_a_resumed_one_goes_on_to_the_same
 # A learning rate that is learned -------------------------------------------------------------------------------------------
 
 
-def learned_rate(view: bool, key: str = "lr", method: Any = None) -> BilevelOptimizer:
-    """SGD whose learning rate, or momentum, is a hyperparameter: the leaf itself, or a view of its memory."""
+def learned_rate(key: str = "lr") -> BilevelOptimizer:
+    """SGD whose learning rate, or momentum, is an unconstrained hyperparameter, 0.1 at first."""
     problem = tiny(**{key: 0.1})
-    leaf = problem.leaves()[key]
-    options = {"lr": 0.05, key: leaf.detach() if view else leaf, "foreach": False}
-    inner = optim.SGD(problem.model.parameters(), **options)
+    inner = optim.SGD(problem.model.parameters(), **{"lr": 0.05, key: 0.1})
     outer = optim.SGD(problem.hparams.parameters(), lr=0.05)
-    return BilevelOptimizer(inner, outer, problem, val_batches=[VAL], every=2, hypergradient=method or Unrolled(2))
+    method = Unrolled(2)
+    return BilevelOptimizer(inner, outer, problem, val_batches=[VAL], every=2, hypergradient=method, options={key: key})
+
+
+def rates_taken(optimizer: BilevelOptimizer) -> list[list[float]]:
+    """The learning rates of all groups in each step, which follow."""
+    taken: list[list[float]] = []
+    optimizer.inner.register_step_pre_hook(lambda o, *_: taken.append([group["lr"] for group in o.param_groups]))
+    return taken
 
 
 def train(optimizer: BilevelOptimizer, steps: int, after: Callable[[], None] = lambda: None) -> None:
@@ -165,64 +170,26 @@ def train(optimizer: BilevelOptimizer, steps: int, after: Callable[[], None] = l
         after()
 
 
-# CyclicLR writes to a leaf before anyone is asked, which torch refuses; ReduceLROnPlateau only multiplies what it finds.
-WRITTEN_OVER = [
-    (name, view)
-    for name in SCHEDULERS
-    for view in (False, True)
-    if name != "ReduceLROnPlateau" and (view or "Cyc" not in name)
-]
-
-
-@pytest.mark.parametrize(("name", "view"), [*WRITTEN_OVER, ("OneCycleLR", False)])
-def test_a_schedule_that_would_write_over_a_learned_rate_is_an_error(name: str, view: bool) -> None:
-    optimizer = learned_rate(view)
-    with pytest.raises(
-        ValueError, match=r"hyperparameter 'lr' is the inner optimizer's lr, and a scheduler.*optimizer.outer"
-    ):
-        SCHEDULERS[name](optimizer)
-
-
-def test_a_schedule_on_the_inner_optimizer_that_would_write_over_a_learned_rate_is_an_error_too() -> None:
-    optimizer = learned_rate(view=True)
-    lrs.LambdaLR(optimizer.inner, lambda t: 1.0)
-    with pytest.raises(ValueError, match="hyperparameter 'lr' is the inner optimizer's lr, and a scheduler"):
-        train(optimizer, 1)
-
-
-IN_PLACE = TORCH >= (2, 10)  # before, ReduceLROnPlateau replaces a tensor
-
-
-@pytest.mark.skipif(not IN_PLACE, reason="this torch's ReduceLROnPlateau replaces a tensor: the next test")
-def test_a_learned_rate_is_halved_on_a_plateau_and_goes_on_to_be_learned() -> None:
-    optimizer = learned_rate(view=True)
-    leaf = optimizer.problem.leaves()["lr"]
-    scheduler = lrs.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
-    rate = leaf.item()
+@pytest.mark.parametrize("on_inner", [False, True])
+def test_a_learned_rate_is_halved_on_a_plateau_and_goes_on_to_be_learned(on_inner: bool) -> None:
+    optimizer = learned_rate()
+    leaf, taken = optimizer.problem.leaves()["lr"], rates_taken(optimizer)
+    scheduler = lrs.ReduceLROnPlateau(optimizer.inner if on_inner else optimizer, factor=0.5, patience=0)
+    rate, share = leaf.item(), 1.0
     for metric, factor in ((1.0, 1.0), (2.0, 0.5), (0.5, 1.0)):
         train(optimizer, 2)
+        assert taken[-2:] == [[pytest.approx(rate * share, rel=1e-12)]] * 2
         slope = optimizer.record.result.grads["lr"].item()
         assert slope != 0
         assert leaf.item() == pytest.approx(rate - 0.05 * slope, rel=1e-6)
-        rate = leaf.item() * factor
+        rate, share = leaf.item(), share * factor
         scheduler.step(metric)
-        assert leaf.item() == pytest.approx(rate, rel=1e-6)
-
-
-@pytest.mark.skipif(IN_PLACE, reason="this torch's ReduceLROnPlateau writes into a tensor: the test before")
-@pytest.mark.parametrize("view", [False, True])
-def test_a_plateau_that_replaces_a_learned_rate_is_told(view: bool) -> None:
-    optimizer = learned_rate(view)
-    scheduler = lrs.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
-    train(optimizer, 1)
-    for metric in (1.0, 2.0):
-        scheduler.step(metric)
-    with pytest.raises(ValueError, match=r"'lr' was the inner optimizer's lr, which is now 0\.05"):
-        train(optimizer, 1)
+        assert leaf.item() == rate
+        assert optimizer.param_groups[0]["lr"] == 0.1 * share
 
 
 def test_a_scheduled_rate_beside_a_learned_momentum() -> None:
-    optimizer = learned_rate(view=False, key="momentum")
+    optimizer = learned_rate("momentum")
     scheduler = lrs.ExponentialLR(optimizer, 0.5)
     before = optimizer.problem.leaves()["momentum"].item()
     train(optimizer, 2, scheduler.step)
@@ -232,57 +199,23 @@ def test_a_scheduled_rate_beside_a_learned_momentum() -> None:
     assert optimizer.problem.leaves()["momentum"].item() == pytest.approx(before - 0.05 * slope)
 
 
-def test_a_learned_momentum_that_a_schedule_replaces_is_named_at_the_next_step() -> None:
-    optimizer = learned_rate(view=False, key="momentum")
-    lrs.OneCycleLR(optimizer, 0.1, STEPS)
-    with pytest.raises(
-        ValueError, match=r"'momentum' was the inner optimizer's momentum, which is now 0\.95.*optimizer\.outer"
-    ):
-        train(optimizer, 1)
-    assert optimizer.inner_steps == 0
-
-
-@pytest.mark.parametrize("view", [False, True])
-def test_a_learned_rate_that_was_replaced_is_named_at_the_next_step_with_the_value(view: bool) -> None:
-    """As ReduceLROnPlateau does before torch 2.10."""
-    optimizer = learned_rate(view)
-    train(optimizer, 1)
-    optimizer.param_groups[0]["lr"] = 0.025
-    weights = copy.deepcopy(optimizer.problem.model.state_dict())
-    with pytest.raises(ValueError, match=r"'lr' was the inner optimizer's lr, which is now 0\.025.*a number as its lr"):
-        train(optimizer, 1)
-    assert same(optimizer.problem.model.state_dict(), weights)
-
-
-def test_a_state_loaded_into_the_inner_optimizer_alone_replaces_a_learned_rate_and_the_next_step_says_so() -> None:
-    optimizer = learned_rate(view=False)
-    optimizer.inner.load_state_dict(optimizer.inner.state_dict())
-    with pytest.raises(ValueError, match="'lr' was the inner optimizer's lr, which is now"):
-        train(optimizer, 1)
-
-
-def test_a_learned_rate_of_an_added_group_is_looked_after_too() -> None:
-    optimizer = learned_rate(view=False)
-    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": optimizer.problem.leaves()["lr"]})
-    train(optimizer, 1)
-    optimizer.param_groups[1]["lr"] = 0.3
-    with pytest.raises(ValueError, match=r"'lr' was the inner optimizer's lr, which is now 0\.3"):
-        train(optimizer, 1)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_learned_rate_stays_learned_through_a_load_a_copy_and_an_added_group(whole: bool) -> None:
-    optimizer = learned_rate(view=False)
+@pytest.mark.parametrize("way", ["load", "load of the inner one", "copy"])
+def test_a_learned_rate_stays_learned_through_a_load_a_copy_and_an_added_group(way: str) -> None:
+    optimizer = learned_rate()
     train(optimizer, 3)
-    if whole:
+    if way == "load":
         optimizer.load_state_dict(through_disk(optimizer.state_dict()))
+    elif way == "load of the inner one":
+        optimizer.inner.load_state_dict(through_disk(optimizer.inner.state_dict()))
     else:
         optimizer = copy.deepcopy(optimizer)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.5})
-    before = optimizer.problem.leaves()["lr"].item()
-    train(optimizer, 3)
-    assert optimizer.param_groups[0]["lr"] is optimizer.problem.leaves()["lr"]
-    assert optimizer.problem.leaves()["lr"].item() != before
+    expected, taken = [], rates_taken(optimizer)
+    for _ in range(3):
+        expected.append([optimizer.problem.leaves()["lr"].item(), 0.5])
+        train(optimizer, 1)
+    assert taken == expected
+    assert taken[0] != taken[2]
 
 
 def test_a_schedule_that_steps_first_is_warned_of_as_ever() -> None:
