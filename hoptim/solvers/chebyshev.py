@@ -80,12 +80,12 @@ class Chebyshev(Iterative):
         monitor = Monitor(A, g, self.terms, self.tolerance, stop_on_growth=True)
         theta, delta = (b + a) / 2, (b - a) / 2
         rho = 1 / theta  # Saad's ρ divided by δ, which may be zero
-        x, r, d, one = torch.zeros_like(g), g.clone(), g / theta, torch.ones_like(monitor.g_norm)
+        x, r, d = torch.zeros_like(g), g.clone(), g / theta
         for _ in monitor:
             Ad = A @ d
             monitor.record_curvature(A.dot(d, Ad) / A.dot(d, d))
-            axpy_(x, monitor.where_active(one), d)
-            axpy_(r, -monitor.where_active(one), Ad)
+            axpy_(x, monitor.where_active(1.0), d)
+            axpy_(r, monitor.where_active(-1.0), Ad)
             monitor.record_residual(A.norm(r))
             rho, rho_before = 1 / (2 * theta - delta**2 * rho), rho
             axpy_(scale_(d, delta**2 * rho * rho_before), 2 * rho, r)

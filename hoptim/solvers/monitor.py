@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -55,18 +56,22 @@ class Monitor:
         self.flat = torch.zeros_like(self.active)
         self.norms: list[Tensor] = []
         self.curvatures: list[Tensor] = []
-        self._goal = None if self.tolerance is None else self.tolerance * self.scale
+        self._goal = self.scale * (-torch.inf if self.tolerance is None else self.tolerance)
         self._ceiling = GROWTH_LIMIT * self.scale if stop_on_growth else None
         self._is_one_on_cpu = not self.g_norm.ndim and self.g_norm.device.type == "cpu"
+        if self._is_one_on_cpu:  # compared as plain numbers, in a fifth of the time
+            self._low, self._high = self._goal.item(), math.inf if self._ceiling is None else self._ceiling.item()
 
     def __iter__(self) -> Iterator[int]:
         """The terms 1, 2, …, until the host sees that all right-hand sides have stopped."""
         for term in range(1, self.terms + 1):
             yield term
-            if should_check_convergence(term, self.terms, self.g_norm) and not bool(self.active.any()):
+            if should_check_convergence(term, self.terms, self.g_norm) and not (
+                self.active.any() if self.active.ndim else self.active
+            ):
                 return
 
-    def where_active(self, a: Tensor) -> Tensor:
+    def where_active(self, a: Any) -> Any:
         """The coefficient a; zero for right-hand sides that have stopped."""
         if self._is_one_on_cpu:
             return a if self.active else self._zero
@@ -84,11 +89,13 @@ class Monitor:
     def record_residual(self, norm: Tensor) -> None:
         """Note ‖g − Aᵀx‖ after this term, and stop right-hand sides that have converged, or all if one has grown too far."""
         self.norms.append(norm)
-        if self._goal is not None:
-            self.active = self.active & (norm > self._goal)
+        if self._is_one_on_cpu:
+            if not self._low < norm.item() <= self._high:
+                self.active = torch.zeros_like(self.active)
+            return
+        self.active = self.active & (norm > self._goal)
         if self._ceiling is not None:
-            bounded = norm <= self._ceiling
-            self.active = self.active & (bounded.all() if bounded.ndim else bounded)
+            self.active = self.active & (norm <= self._ceiling).all()
 
     @property
     def residuals(self) -> Tensor:

@@ -86,12 +86,11 @@ class Neumann(Iterative):
     def _series(self, A: Operator, g: Tensor, alpha: float) -> Solution:
         monitor = Monitor(A, g, self.terms, self.tolerance or None, stop_on_growth=True)
         A_T, v, x = A.T, g.clone(), g.clone()
-        one, minus_alpha = torch.ones_like(monitor.g_norm), torch.full_like(monitor.g_norm, -alpha)
         for _ in monitor:
             Av = A_T @ v
-            step = monitor.where_active(minus_alpha)
+            step = monitor.where_active(-alpha)
             axpy_(v, step, Av)
-            axpy_(x, monitor.where_active(one), v)
+            axpy_(x, monitor.where_active(1.0), v)
             monitor.record_residual(A.norm(v))
         scale_(x, alpha)
 
