@@ -22,6 +22,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from hoptim.linalg import trees
+
 R = TypeVar("R")
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -136,9 +138,7 @@ class Attributes:
         for kind, (_, mine), (_, theirs) in zip(self._kinds, self._owned, other._owned, strict=True):
             for key in mine.keys() - _TORCH_ATTRIBUTES - {_OF_RNN}:
                 one, two = list(self._numbers(mine[key])), list(other._numbers(theirs.get(key)))
-                if len(one) != len(two) or any(
-                    a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, two, strict=True)
-                ):
+                if len(one) != len(two) or not all(map(trees.is_same, one, two)):
                     found.append(f"{kind}.{key}")
             found += [
                 f"{kind}.{key}" for key in theirs.keys() - mine.keys() if next(other._numbers(theirs[key]), None) is not None
@@ -354,7 +354,8 @@ class DifferentiableStatistics(TorchFunctionMode):
 
     def graph_of(self, t: Tensor) -> Tensor:
         """A buffer with its graph, if it is a statistic that was written; else the buffer."""
-        return self._graphs[t.data_ptr()][1] if t.data_ptr() in self._graphs else t
+        known = t.layout == torch.strided and t.data_ptr() in self._graphs  # a sparse tensor has no memory of its own
+        return self._graphs[t.data_ptr()][1] if known else t
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (F.batch_norm, F.instance_norm):
