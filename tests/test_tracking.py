@@ -483,6 +483,21 @@ def test_mlflow_shows_the_records(store, tmp_path, monkeypatch):
         assert text in (None, read.read_text() if text else None)
 
 
+def test_mlflow_shows_hyperparameters_whose_names_are_no_paths(store):
+    """MLflow refuses the whole row of a name that it would read as another path."""
+    uri, client = store
+    tracker = MLflow(uri=uri)
+    named = {"hyperparameters/lower//upper": 0.5, "hyperparameters//first": 0.25, "hyperparameters/last/": 0.125}
+    tracker.log({"inner_step": 1, "hyper_step": 1, **named})
+    tracker.finish()
+    found = only_run(client).data.metrics
+    assert {name: found[name] for name in found if name.startswith("hyperparameters")} == {
+        "hyperparameters/lower/upper": 0.5,
+        "hyperparameters/first": 0.25,
+        "hyperparameters/last": 0.125,
+    }
+
+
 def test_a_run_that_goes_on_has_no_row_twice_in_mlflow(store):
     uri, client = store
     first = MLflow(uri=uri)

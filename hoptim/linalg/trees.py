@@ -63,8 +63,22 @@ def is_same(a: Tensor, b: Tensor | None) -> bool:
 
     >>> is_same(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan])), is_same(torch.ones(1), None)
     (True, False)
+    >>> is_same(torch.eye(2).to_sparse(), torch.eye(2).to_sparse())
+    True
     """
-    return b is not None and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    if b is None or a.shape != b.shape or a.layout != b.layout:
+        return False
+    return all(
+        one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
+        for one, other in zip(_strided(a), _strided(b), strict=True)
+    )
+
+
+def _strided(t: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that a sparse one consists of; of another one, itself."""
+    if t.layout == torch.sparse_coo:
+        return t.coalesce().indices(), t.coalesce().values()
+    return (t.crow_indices(), t.col_indices(), t.values()) if t.layout == torch.sparse_csr else (t,)
 
 
 def shared(x: Tree, before: Tree) -> Tree:

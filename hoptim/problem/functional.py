@@ -22,6 +22,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from hoptim.linalg import trees
+
 R = TypeVar("R")
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -65,16 +67,30 @@ def swapped(joint: Joint, parts: Sequence[nn.Module], tensors: dict[str, Tensor]
     >>> joint.hparams["decay"].item()
     1.0
     """
-    own: list[dict[str, Any]] = [held for part in parts for held in (part._parameters, part._buffers) if held]
+    own = _registered(parts)
+    with _restored(own):  # also from functional_call, which leaves a module with two names with other tensors
+        _put(own, functional_call(joint, tensors, (lambda: [held.copy() for held in own],)))
+        yield
+
+
+def _registered(parts: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """The dicts in which modules hold their parameters and buffers."""
+    return [held for part in parts for held in (part._parameters, part._buffers) if held]
+
+
+@contextmanager
+def _restored(own: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Put what these dicts hold there again afterwards."""
     before = [held.copy() for held in own]
-    inside = functional_call(joint, tensors, (lambda: [held.copy() for held in own],))
     try:
-        for held, there in zip(own, inside, strict=True):
-            held.update(there)
         yield
     finally:
-        for held, there in zip(own, before, strict=True):
-            held.update(there)
+        _put(own, before)
+
+
+def _put(own: Sequence[dict[str, Any]], values: Sequence[dict[str, Any]]) -> None:
+    for held, there in zip(own, values, strict=True):
+        held.update(there)
 
 
 def renormed_weights(parts: Sequence[nn.Module]) -> list[Tensor]:
@@ -86,7 +102,7 @@ class Attributes:
     """Modes and plain attributes of modules as they are now: caches, counters, contents of lists, dicts and tensors.
 
     Lists and dicts may be inside one another; what other objects hold is left alone. These include the list in which an RNN
-    keeps its weights.
+    keeps its weights. Copies of tensors that ``before`` has already are shared with it.
 
     >>> module = nn.Module()
     >>> module.count, module.seen = 1, [1]
@@ -97,7 +113,8 @@ class Attributes:
     (1, [1])
     """
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[nn.Module], before: Attributes | None = None) -> None:
+        self._copies = {} if before is None else {key: copy for key, (_, _, copy) in before._values.items()}
         self._kinds = [type(part).__name__ for part in parts]
         self._owned = [(own := vars(part), own.copy()) for part in parts]
         self._buffers = [(part._buffers, {key: t is None for key, t in part._buffers.items()}) for part in parts]
@@ -109,7 +126,7 @@ class Attributes:
 
     def _hold(self, value: Any, *, deep: bool = True) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
-            self._values[id(value)] = value, value._version, value.detach().clone()
+            self._values[id(value)] = value, value._version, _copy_of(value, self._copies.get(id(value)))
         elif type(value) in (list, dict) and id(value) not in self._held:
             self._held[id(value)] = value, value.copy()
             for one in (value.values() if isinstance(value, dict) else value) if deep and len(value) <= MANY else ():
@@ -121,9 +138,7 @@ class Attributes:
         for kind, (_, mine), (_, theirs) in zip(self._kinds, self._owned, other._owned, strict=True):
             for key in mine.keys() - _TORCH_ATTRIBUTES - {_OF_RNN}:
                 one, two = list(self._numbers(mine[key])), list(other._numbers(theirs.get(key)))
-                if len(one) != len(two) or any(
-                    a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, two, strict=True)
-                ):
+                if len(one) != len(two) or not all(map(trees.is_same, one, two)):
                     found.append(f"{kind}.{key}")
             found += [
                 f"{kind}.{key}" for key in theirs.keys() - mine.keys() if next(other._numbers(theirs[key]), None) is not None
@@ -177,11 +192,13 @@ def twice_differentiable(parts: Sequence[nn.Module]) -> Iterator[None]:
 
     Attention is unfused, RNNs run without cuDNN, and embeddings have dense gradients. Weight norm is computed by operations
     whose second derivative is right in torch. Reentrant checkpointing, which ``autograd.grad`` cannot go through, becomes
-    the non-reentrant kind. ``parametrize.cached()`` caches nothing. Backward hooks of modules do not run, since they may
-    change gradients. Outside, the user's own choices hold.
+    the non-reentrant kind, and a layer that a checkpoint runs again starts from what modules held when it ran first.
+    ``parametrize.cached()`` caches nothing. Backward hooks of modules do not run, since they may change gradients. Outside,
+    the user's own choices hold.
     """
     with ExitStack() as stack:
         stack.enter_context(_FOR_ALL_MODULES)
+        stack.enter_context(_in_a_hypergradient(parts))
         if any(isinstance(part, nn.RNNBase) for part in parts):
             stack.enter_context(_WITHOUT_CUDNN)
         if any(map(_has_weight_norm, parts)):
@@ -236,10 +253,71 @@ class _NonReentrant:
         return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
+class _ThisThread(threading.local):
+    """The modules whose checkpoints start from what modules held; none in a thread that takes no hypergradient.
+
+    ``last`` are copies for the last checkpoint, with which the next one shares what has not changed.
+    """
+
+    parts: Sequence[nn.Module] = ()
+    last: tuple[Attributes | None, dict[int, Tensor]] = None, {}
+
+
+_HERE = _ThisThread()
+_checkpointed = checkpoint._checkpoint_without_reentrant_generator
+
+
+def _checkpointed_from_here(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Replaces torch's function, which runs ``function`` again in backward passes, among other writes than before."""
+    again = _from_here(function) if _HERE.parts and torch.is_grad_enabled() else function
+    return _checkpointed(again, *args, **options)
+
+
+def _from_here(function: Callable[..., R]) -> Callable[..., R]:
+    """``function``, which each time finds modules as they are now, and what it writes to them is undone."""
+    parts, (before, last) = _HERE.parts, _HERE.last
+    attributes, own = Attributes(parts, before), _registered(parts)
+    registered = [held.copy() for held in own]
+    buffers = [t for part in parts for t in part._buffers.values() if t is not None]
+    writable = {id(t): t for t in (*renormed_weights(parts), *buffers)}
+    copies = {key: _copy_of(t, last.get(key)) for key, t in writable.items()}
+    _HERE.last = attributes, copies
+    written = set(writable)  # once it has run again, those that it writes to: only they are cloned each time
+
+    def again(*args: Any, **options: Any) -> R:
+        fresh = {key: copies[key].detach().requires_grad_(t.requires_grad) for key, t in writable.items()}
+        fresh |= {key: fresh[key].clone() for key in written}
+        with _in_a_hypergradient(parts), _restored(own), restore_attributes(parts):
+            attributes.put()
+            _put(own, [{name: fresh.get(id(t), t) for name, t in held.items()} for held in registered])
+            try:
+                return function(*args, **options)
+            finally:
+                written.intersection_update({key for key in written if not _is_copy(fresh[key], copies[key])})
+
+    return again
+
+
+def _copy_of(t: Tensor, last: Tensor | None) -> Tensor:
+    """A copy of a tensor; the last one, if it has the same values."""
+    return last if last is not None and _is_copy(t, last) else t.detach().clone()
+
+
+def _is_copy(t: Tensor, other: Tensor) -> bool:
+    return t.layout == torch.strided and t.dtype == other.dtype and torch.equal(t.detach(), other)
+
+
+def _in_a_hypergradient(parts: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Inside, checkpoints of these modules start from what they held, in this thread."""
+    return _replaced(_HERE, parts=parts, last=(None, {}))
+
+
 _FOR_ALL_MODULES = _ProcessWide(
     lambda: sdpa_kernel(SDPBackend.MATH),
     lambda: _replaced(global_hooks, _global_backward_hooks=OrderedDict(), _global_backward_pre_hooks=OrderedDict()),
-    lambda: _replaced(checkpoint, CheckpointFunction=_NonReentrant),
+    lambda: _replaced(
+        checkpoint, CheckpointFunction=_NonReentrant, _checkpoint_without_reentrant_generator=_checkpointed_from_here
+    ),
     lambda: _replaced(parametrize, _cache_enabled=0, _cache={}),
 )
 _WITHOUT_CUDNN = _ProcessWide(lambda: torch.backends.cudnn.flags(enabled=False))
@@ -276,7 +354,8 @@ class DifferentiableStatistics(TorchFunctionMode):
 
     def graph_of(self, t: Tensor) -> Tensor:
         """A buffer with its graph, if it is a statistic that was written; else the buffer."""
-        return self._graphs[t.data_ptr()][1] if t.data_ptr() in self._graphs else t
+        known = t.layout == torch.strided and t.data_ptr() in self._graphs  # a sparse tensor has no memory of its own
+        return self._graphs[t.data_ptr()][1] if known else t
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (F.batch_norm, F.instance_norm):

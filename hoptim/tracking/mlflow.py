@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -99,5 +100,9 @@ class MLflow(Board):
 
 
 def _name(key: str) -> str:
-    """The key as a name that MLflow allows: letters, digits and ``_-./ ``."""
-    return re.sub(r"[^\w\-./ ]", "_", key)[:250]
+    """The key as a name that MLflow allows: letters, digits and ``_-./ ``, and a path without empty parts.
+
+    >>> _name("hyperparameters/lower//upper:1/")
+    'hyperparameters/lower/upper_1'
+    """
+    return posixpath.normpath(re.sub(r"[^\w\-./ ]", "_", key)[:250])

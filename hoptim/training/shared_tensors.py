@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hoptim.linalg import trees
 from hoptim.training.training_optimizer import TrainingOptimizer
 
 
@@ -43,7 +44,7 @@ def find_shared(models: Sequence[nn.Module]) -> list[SharedTensor]:
     found = []
     for number, model in enumerate(models):
         for name, tensor, is_buffer, trains in _tensors(model):
-            place = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
+            place = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0  # 0 also of an empty one
             first, first_name, first_trains = seen.setdefault(place or id(tensor), (number, name, trains))
             if first != number:
                 found.append(SharedTensor(number, name, first_name, is_buffer, trains or first_trains))
@@ -90,7 +91,7 @@ class SharedTensors:
                     f"{one.name!r} was frozen, is shared by several models, and requires a gradient now, so that one model "
                     "would be trained on the data of another: make this layer anew inside make, or deepcopy it there"
                 )
-            if held is not None and not torch.equal(model.get_buffer(one.name), held):
+            if held is not None and not trees.is_same(model.get_buffer(one.name), held):
                 raise ValueError(
                     f"the training wrote into the buffer {one.name!r}, which several models share, so that one has seen the "
                     "data of another: call eval() on this module after model.train(), or deepcopy it inside make"

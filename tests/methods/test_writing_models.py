@@ -212,6 +212,23 @@ class Filled(nn.Module):
         return z - self.mean
 
 
+class Sparse(nn.Module):
+    """Reads a sparse matrix, which is a buffer or an attribute, and counts."""
+
+    def __init__(self, layout: str, registered: bool) -> None:
+        super().__init__()
+        mixing = (torch.eye(4) + 0.5 * torch.eye(4).roll(1, 0)).to_sparse(layout=getattr(torch, layout))
+        self.layer, self.count = nn.Linear(4, 2), 0
+        if registered:
+            self.register_buffer("mixing", mixing)
+        else:
+            self.mixing = mixing
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training
+        return self.layer(torch.sparse.mm(self.mixing, x.T).T) / (1 + 0.1 * self.count)
+
+
 def spectral() -> nn.Module:
     norm = nn.utils.parametrizations.spectral_norm
     return nn.Sequential(norm(nn.Linear(4, 6)), nn.Tanh(), norm(nn.Linear(6, 2)))
@@ -223,6 +240,9 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "instance norm": lambda: Normed(nn.InstanceNorm1d(6, track_running_stats=True)),
     **{f"counter, {how}": lambda how=how: Counting(how) for how in ("an attribute", "a list", "a buffer", "an integer")},
     "notes": Noting,
+    "a sparse buffer": lambda: Sparse("sparse_coo", True),
+    "a sparse buffer, by rows": lambda: Sparse("sparse_csr", True),
+    "a sparse attribute": lambda: Sparse("sparse_coo", False),
 }
 TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral_norm": (spectral, "_u"),

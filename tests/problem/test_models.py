@@ -51,6 +51,18 @@ class Tied(nn.Module):
         return self.write(self.between(self.read((10 * x.abs()).long() % 5)).tanh())
 
 
+class TwoNames(nn.Module):
+    """Modules that have two names, for which torch's functional_call leaves other tensors in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.body = nn.Sequential(self.first, self.norm, nn.Tanh(), self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.body(x)))
+
+
 class Lora(nn.Module):
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -185,6 +197,7 @@ KINDS: dict[str, Kind] = {
     "transformer layer": (lambda: encoder(dropout=0.3), called, (2, 3, 4)),
     "transformer layer in eval mode": (lambda: encoder().eval(), called, (2, 3, 4)),
     "tied": (Tied, called, (3, 2)),
+    "two names": (TwoNames, called, (6, 4)),
     "frozen backbone": (
         lambda: nn.Sequential(mlp(nn.BatchNorm1d(3)).requires_grad_(False), nn.Linear(2, 2)),
         called,
@@ -292,6 +305,71 @@ def test_torchs_own_weight_norm_in_a_loss_is_refused() -> None:
     x = torch.randn(6, 4)
     with pytest.raises(TypeError, match=r"torch\._weight_norm lacks a term.*parametrizations\.weight_norm"):
         hoptim.hypergradient(problem, x, x)
+
+
+# Activation checkpointing of a layer among writes: it runs again, and has to find what it found when it ran first
+
+
+class Written(nn.Module):
+    """Reads a buffer and an attribute in its last part, among writes to them before it, in it and after it."""
+
+    def __init__(self, checkpoints: Any, norm: Any = lambda layer: layer) -> None:
+        super().__init__()
+        self.first, self.last, self.count, self.checkpoints = nn.Linear(4, 3), norm(nn.Linear(3, 2)), 1, checkpoints
+        self.register_buffer("scale", torch.ones(3))
+
+    def part(self, z: Tensor) -> Tensor:
+        self.count += 1
+        with torch.no_grad():
+            self.scale.mul_(0.5).add_(0.5 * z.abs().mean(0))
+        return self.last((z / self.scale.clone() * self.count).tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        self.count, self.scale = self.count + 1, 0.5 * self.scale
+        z = self.part(z) if self.checkpoints is None else checkpoint(self.part, z, **self.checkpoints)
+        self.count, self.scale = self.count + 1, 0.5 * self.scale
+        return z
+
+
+class Looked(nn.Module):
+    """An embedding whose forward pass writes to its weight, which also writes tokens."""
+
+    def __init__(self, checkpoints: Any) -> None:
+        super().__init__()
+        self.read, self.between, self.checkpoints = nn.Embedding(5, 3, max_norm=0.5), nn.Linear(3, 2), checkpoints
+
+    def part(self, tokens: Tensor) -> Tensor:
+        return self.between((self.read(tokens) @ self.read.weight.T @ self.read.weight).tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (10 * x.abs()).long() % 5
+        return self.part(tokens) if self.checkpoints is None else checkpoint(self.part, tokens, **self.checkpoints)
+
+
+AMONG_WRITES: dict[str, tuple[Callable[[Any], nn.Module], tuple[int, ...]]] = {
+    "a scale": (Written, (6, 4)),
+    "spectral norm": (lambda checkpoints: Written(checkpoints, parametrizations.spectral_norm), (6, 4)),
+    "spectral norm, old": (lambda checkpoints: Written(checkpoints, nn.utils.spectral_norm), (6, 4)),
+    "max norm": (Looked, (6,)),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", [few(), Implicit(curvature=FiniteDifference()), Unrolled(3)], ids=repr)
+@pytest.mark.parametrize("name", AMONG_WRITES)
+def test_a_layer_that_a_checkpoint_runs_again_finds_what_it_found_before(name: str, method: Any, reentrant: bool) -> None:
+    make, shape = AMONG_WRITES[name]
+    train, val, found = torch.rand(shape), torch.rand(shape), []
+    for checkpoints in (None, {"use_reentrant": reentrant}):
+        torch.manual_seed(2)
+        model = make(checkpoints)
+        problem, inner = problem_of(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        with no_trace(problem):
+            found.append(hoptim.hypergradient(problem, train, val, method, inner=inner))
+    plain, checkpointed = found
+    assert torch.equal(checkpointed.grads["decay"], plain.grads["decay"])
+    assert torch.equal(checkpointed.gradient_norm, plain.gradient_norm)
 
 
 # Training goes on

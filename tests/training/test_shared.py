@@ -147,6 +147,21 @@ def test_a_fit_that_shares_it_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
         assert equal(run(-1, checkpoint=path).model, whole.model)
 
 
+def test_a_sparse_buffer_and_one_with_nan_may_be_shared_as_any_other() -> None:
+    body, more = backbone(), backbone()
+    more.register_buffer("graph", torch.eye(3).to_sparse())
+    more.register_buffer("unknown", torch.tensor([torch.nan]))
+    plain, found = fit(lambda: Net(body)), fit(lambda: Net(more))
+    assert torch.equal(found.model.head.weight, plain.model.head.weight)
+
+    def writing(model: Any, optimizer: Any, examples: Any) -> None:
+        model.body.graph = 2 * model.body.graph
+        train(model, optimizer, examples)
+
+    with pytest.raises(ValueError, match=r"wrote into the buffer 'body\.graph', which several models share"):
+        fit(lambda: Net(more), writing)
+
+
 BUFFER = r"'body\.1\.(running_mean|running_var|num_batches_tracked)'"
 WROTE = rf"the training wrote into the buffer {BUFFER}, which several models share"
 
