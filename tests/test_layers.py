@@ -15,7 +15,7 @@ import hoptim
 PACKAGE = Path(hoptim.__file__).parent
 # A room imports from the rooms in the lines above its own, and from itself. Each line is a floor.
 FLOORS = [
-    {"validation", "config"},
+    {"checks", "config"},
     {"linalg"},
     {"solvers", "problem"},
     {"curvature"},

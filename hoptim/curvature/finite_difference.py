@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hoptim.checks import is_finite
 from hoptim.curvature.linearization import Curvature, Draw, Linearization, check_dense
-from hoptim.linalg import trees, vectors
+from hoptim.linalg import dicts, vectors
 from hoptim.linalg.operators import Symmetric
-from hoptim.linalg.vectors import Layout, OptionalTree, Tree
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.problem.problem import At, Problem, as_leaves
 from hoptim.problem.random_stream import set_generators
-from hoptim.validation import is_finite
 
-Difference = tuple[OptionalTree, OptionalTree]  # (∂F/∂w v, ∂F/∂λᵀ v)
+Difference = tuple[OptionalTensors, OptionalTensors]  # (∂F/∂w v, ∂F/∂λᵀ v)
 APART = 4.0  # from one step to the next that is tried
 AGREE, TELL = 0.01, 6.0  # how far apart two of them may be for the smaller to be taken; and for no warning, as a multiple
 HALF = 1e-4  # in half precision, with a rounding error above this, no other step is good enough to check Bᵀx
@@ -66,7 +66,7 @@ class FiniteDifference(Curvature):
         """F; each product evaluates two gradients at other weights."""
         states = at.problem.generators()  # saved here, since drawing a batch between products would change the masks
         loss, gradient, _ = gradients(at.problem, batch, at.weights, at.leaves)
-        touched = trees.present(gradient)
+        touched = dicts.present(gradient)
         layout = Layout.of({name: at.weights[name] for name in touched})
         w = layout.flatten(at.weights).detach()
         length = vectors.norm(w)
@@ -83,7 +83,7 @@ class FiniteDifference(Curvature):
             )
             return _quotient(up, down, 2 * epsilon), _quotient(up_leaves, down_leaves, 2 * epsilon)
 
-        def difference(v: Tensor, part: int) -> OptionalTree:
+        def difference(v: Tensor, part: int) -> OptionalTensors:
             """One part of a difference; the first one chooses the step."""
             nonlocal chosen
             if chosen is not None:
@@ -110,9 +110,9 @@ class FiniteDifference(Curvature):
                 return torch.stack([product(row) for row in v])
             return layout.flatten(difference(v, 0))
 
-        def mixed(x: Tensor) -> OptionalTree:
+        def mixed(x: Tensor) -> OptionalTensors:
             if x.ndim > 1:
-                return trees.stack([mixed(row) for row in x])
+                return dicts.stack([mixed(row) for row in x])
             found = difference(x, 1)
             if self.step is None and chosen is not None and rounding < HALF:  # checked too, since it is the answer
                 name, apart = _farthest(found, quotient(chosen * APART, x)[1])
@@ -142,22 +142,22 @@ def first_step(rounding: float) -> float:
 
 
 def _best_step(
-    at: Callable[[float], OptionalTree], first: float, shortest: float, within: float
-) -> tuple[float, OptionalTree, float]:
+    at: Callable[[float], OptionalTensors], first: float, shortest: float, within: float
+) -> tuple[float, OptionalTensors, float]:
     """The best step from ``first`` on, its difference, and how far this is from that of another step."""
-    seen: dict[int, OptionalTree] = {}
+    seen: dict[int, OptionalTensors] = {}
 
-    def found(k: int) -> OptionalTree:
+    def found(k: int) -> OptionalTensors:
         if k not in seen:
             seen[k] = at(first * APART**k)
         return seen[k]
 
     def apart(k: int) -> float:
-        large, small = trees.present(found(k)), trees.present(found(k - 1))
+        large, small = dicts.present(found(k)), dicts.present(found(k - 1))
         if not large:
             return 0.0
-        length = trees.norm(large)
-        return float(trees.norm({name: t - small[name] for name, t in large.items()}) / torch.where(length > 0, length, 1.0))
+        length = dicts.norm(large)
+        return float(dicts.norm({name: t - small[name] for name, t in large.items()}) / torch.where(length > 0, length, 1.0))
 
     smaller = math.floor(math.log(first / shortest, APART))
     best, least = 0, apart(0)
@@ -171,12 +171,12 @@ def _best_step(
     return first * APART**used, found(used), least if math.isfinite(least) else 0.0
 
 
-def _farthest(found: OptionalTree, other: OptionalTree) -> tuple[str, float]:
+def _farthest(found: OptionalTensors, other: OptionalTensors) -> tuple[str, float]:
     """The name whose tensors differ most, relative to their length, or to a thousandth of that of all if this is longer."""
-    one, two = trees.present(found), trees.present(other)
+    one, two = dicts.present(found), dicts.present(other)
     if not one:
         return "", 0.0
-    least = 1e-3 * trees.norm(one)
+    least = 1e-3 * dicts.norm(one)
     sizes = {name: torch.maximum(vectors.norm(t.detach().reshape(-1)), least) for name, t in one.items()}
     apart = {name: float((one[name] - two[name]).norm() / size) if size > 0 else 0.0 for name, size in sizes.items()}
     name = max(apart, key=lambda name: apart[name])
@@ -184,20 +184,20 @@ def _farthest(found: OptionalTree, other: OptionalTree) -> tuple[str, float]:
 
 
 def gradients(
-    problem: Problem, batch: Any, weights: Tree, leaves: Tree, states: Tree | None = None
-) -> tuple[Tensor, OptionalTree, OptionalTree]:
+    problem: Problem, batch: Any, weights: Tensors, leaves: Tensors, states: Tensors | None = None
+) -> tuple[Tensor, OptionalTensors, OptionalTensors]:
     """L_T, ∂L_T/∂w and ∂L_T/∂λ elsewhere, under these random states or else the present ones, which do not change."""
     with problem.leave_no_trace():
         set_generators(states or {})
         with problem.at(weights, leaves) as there, there.loss("train_loss", batch) as (loss, *_):
             found = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
-    by_weight: OptionalTree = dict(zip(weights, found[: len(weights)], strict=True))
-    by_leaf: OptionalTree = dict(zip(leaves, found[len(weights) :], strict=True))
+    by_weight: OptionalTensors = dict(zip(weights, found[: len(weights)], strict=True))
+    by_leaf: OptionalTensors = dict(zip(leaves, found[len(weights) :], strict=True))
     check_dense(by_weight)
     return loss.detach(), by_weight, by_leaf
 
 
-def _quotient(up: OptionalTree, down: OptionalTree, width: Tensor) -> OptionalTree:
+def _quotient(up: OptionalTensors, down: OptionalTensors, width: Tensor) -> OptionalTensors:
     """(up − down) / width; ``None`` where one is missing."""
     pairs = ((name, high, down[name]) for name, high in up.items())
     return {name: None if high is None or low is None else (high - low) / width for name, high, low in pairs}

@@ -13,9 +13,9 @@ from torch import Tensor
 from hoptim.curvature.exact import DoubleBackward
 from hoptim.curvature.linearization import Draw, GradientGraph, Linearization, symmetric
 from hoptim.curvature.second_derivatives import check_once
-from hoptim.linalg import trees
+from hoptim.linalg import dicts
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import OptionalTree, Tree
+from hoptim.linalg.vectors import OptionalTensors, Tensors
 from hoptim.linalg.vjp import VJP
 from hoptim.problem.composite_loss import CompositeLoss, LossParts
 from hoptim.problem.problem import At
@@ -69,16 +69,16 @@ class GaussNewton(DoubleBackward):
         JT = VJP({"z": parts.z} if parts.z.requires_grad else {}, weights)
         penalty_H = VJP(penalty_slope, weights)
 
-        def product(v: Tree, batched: bool) -> OptionalTree:
-            penalty: OptionalTree = penalty_H(v, batched)
+        def product(v: Tensors, batched: bool) -> OptionalTensors:
+            penalty: OptionalTensors = penalty_H(v, batched)
             Jv = J(v, batched)["z"]
             HJv = None if Jv is None else H({"z": Jv}, batched)["z"]
-            return penalty if HJv is None else trees.add(penalty, JT({"z": HJv}, batched))
+            return penalty if HJv is None else dicts.add(penalty, JT({"z": HJv}, batched))
 
         return symmetric(product, graph.layout)
 
 
-def _gradient(output: Tensor, inputs: Tree, v: Tensor | None = None) -> Tree:
+def _gradient(output: Tensor, inputs: Tensors, v: Tensor | None = None) -> Tensors:
     """vᵀ ∂output/∂inputs with its graph, for the inputs for which it has one."""
     if not output.requires_grad:
         return {}

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.linalg import trees
+from hoptim.checks import describe_type
+from hoptim.linalg import dicts
 from hoptim.linalg.operators import Embedded, Operator, Symmetric
-from hoptim.linalg.vectors import Layout, OptionalTree, Tree
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.linalg.vjp import VJP
 from hoptim.problem.composite_loss import LossParts
 from hoptim.problem.distributed import OverRanks
 from hoptim.problem.problem import At
-from hoptim.validation import describe_type
 
 Draw = Callable[[], Any]  # draws another training batch
 
@@ -41,7 +41,7 @@ class Linearization:
     layout: Layout
     value: Tensor
     A: Operator
-    mixed: Callable[[Tensor], OptionalTree]
+    mixed: Callable[[Tensor], OptionalTensors]
     untouched: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
 
@@ -50,7 +50,7 @@ class Linearization:
         if layout == self.layout:
             return self
 
-        def mixed(x: Tensor) -> OptionalTree:
+        def mixed(x: Tensor) -> OptionalTensors:
             return self.mixed(self.layout.flatten(layout.unflatten(x), x.shape[:-1]))
 
         value = layout.flatten(self.layout.unflatten(self.value))
@@ -93,18 +93,18 @@ class GradientGraph:
         TypeError: a weight has a sparse gradient.
     """
 
-    def __init__(self, loss: Tensor, weights: Tree, leaves: Tree, parts: LossParts | None = None) -> None:
+    def __init__(self, loss: Tensor, weights: Tensors, leaves: Tensors, parts: LossParts | None = None) -> None:
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
         found = dict(zip(weights, gradients, strict=True))
         check_dense(found)
         self.loss, self.parts, self.leaves = loss, parts, leaves
-        self.value = trees.present(found)
+        self.value = dicts.present(found)
         self.weights = {name: weights[name] for name in self.value}
         self.untouched = tuple(name for name in weights if name not in self.value)
         self.layout = Layout.of(self.weights)
         self._outputs = {name: value for name, value in self.value.items() if value.requires_grad}
 
-    def vjp(self, inputs: Tree) -> VJP:
+    def vjp(self, inputs: Tensors) -> VJP:
         """v ↦ vᵀ ∂F/∂inputs."""
         return VJP(self._outputs, inputs)
 
@@ -124,22 +124,22 @@ class GradientGraph:
         )
 
 
-def symmetric(product: Callable[[Tree, bool], OptionalTree], layout: Layout) -> Symmetric:
+def symmetric(product: Callable[[Tensors, bool], OptionalTensors], layout: Layout) -> Symmetric:
     """The symmetric operator of a product of named tensors; its second argument says if they have a leading axis of R."""
     flat = on_flat(product, layout)
     return Symmetric(lambda v: layout.flatten(flat(v), v.shape[:-1]), like=layout)
 
 
-def on_flat(product: Callable[[Tree, bool], OptionalTree], layout: Layout) -> Callable[[Tensor], OptionalTree]:
+def on_flat(product: Callable[[Tensors, bool], OptionalTensors], layout: Layout) -> Callable[[Tensor], OptionalTensors]:
     """A linear function of named tensors as a function of their flat vector, or of R of them.
 
     If weights are in float16, each vector is scaled to a largest entry of 1 for the product, since small ones would vanish.
     """
 
-    def apply(v: Tensor) -> OptionalTree:
+    def apply(v: Tensor) -> OptionalTensors:
         return product(layout.unflatten(v), v.ndim > 1)
 
-    def scaled(v: Tensor) -> OptionalTree:
+    def scaled(v: Tensor) -> OptionalTensors:
         largest = v.abs().amax(-1)
         size = torch.where(largest > 0, largest, 1.0)
         found = apply(v / size[..., None])
@@ -159,7 +159,7 @@ def over_ranks(local: Linearization, at: At) -> Linearization:
     if ranks.size == 1:
         return local
     loss, found = ranks.mean_with_loss(local.loss, local.layout.unflatten(local.value), at.weights)
-    value = trees.present(found)
+    value = dicts.present(found)
     here = local.on(Layout.of({name: at.weights[name] for name in value}))
     return replace(
         here,

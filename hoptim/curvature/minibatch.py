@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hoptim.checks import is_whole
 from hoptim.curvature.exact import Exact
 from hoptim.curvature.linearization import Curvature, Draw, Linearization, check_curvature
-from hoptim.linalg import trees
+from hoptim.linalg import dicts
 from hoptim.linalg.operators import Mean, Symmetric
-from hoptim.linalg.vectors import Layout, OptionalTree, Tree
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.problem.held_batch import hold
 from hoptim.problem.problem import At
-from hoptim.validation import is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +100,14 @@ def _drawn(draw: Draw | None, who: str) -> Any:
     return draw()
 
 
-def _mean(found: Sequence[Linearization], weights: Tree) -> Linearization:
+def _mean(found: Sequence[Linearization], weights: Tensors) -> Linearization:
     """The mean of F, A and B; a weight is in if any of the batches touches it."""
     touched = {name for one in found for name in one.layout.names}
     layout = Layout.of({name: w for name, w in weights.items() if name in touched})
     parts = [one.on(layout) for one in found]
 
-    def mixed(x: Tensor) -> OptionalTree:
-        total = reduce(trees.add, [part.mixed(x) for part in parts])
+    def mixed(x: Tensor) -> OptionalTensors:
+        total = reduce(dicts.add, [part.mixed(x) for part in parts])
         return {name: None if t is None else t / len(parts) for name, t in total.items()}
 
     return Linearization(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from hoptim.checks import is_whole
 from hoptim.curvature.exact import Exact
 from hoptim.diagnostics.evidence import Setup, compared, error_bound, look, seconds, standard_error
 from hoptim.diagnostics.report import Audit, Direction, brief
@@ -33,7 +34,6 @@ from hoptim.solvers.minres import MINRES
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.warm_start import WarmStart
 from hoptim.training.record import cosine
-from hoptim.validation import is_whole
 
 PATH = (1, 2, 5, 10, 20, 50, 100)  # numbers of terms on the path to the answer
 

@@ -19,9 +19,9 @@ from hoptim.curvature.finite_difference import gradients
 from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Linearization
 from hoptim.diagnostics.report import Compared, ErrorBound, Spectrum
-from hoptim.linalg import trees, vectors
+from hoptim.linalg import dicts, vectors
 from hoptim.linalg.lanczos import gaussian, lanczos
-from hoptim.linalg.vectors import Layout, Tree
+from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import is_differentiable
 from hoptim.methods.method import Method, TrainingContext
@@ -50,7 +50,7 @@ class Setup:
 
     def gradient(self) -> None:
         """One training gradient: the unit of cost."""
-        leaves = trees.map_tree(Tensor.detach, self.problem.leaves())
+        leaves = dicts.map_tensors(Tensor.detach, self.problem.leaves())
         with (
             self.problem.leave_no_trace(),
             self.problem.at(leaves=leaves) as at,
@@ -74,7 +74,7 @@ class Measured:
     spectrum: Spectrum | None
     top: float
     distance: float | None
-    newton: Tree
+    newton: Tensors
     product_seconds: float
 
 
@@ -88,7 +88,7 @@ def look(setup: Setup, method: Implicit) -> Measured:
         newton = (MINRES if A.is_symmetric else GMRES)(terms=30).solve(A.T, F.value) if A.is_fixed else None
         away = math.nan
         if newton is not None and newton.status.ok:
-            away = float(vectors.norm(newton.value) / trees.norm(at.weights).detach())
+            away = float(vectors.norm(newton.value) / dicts.norm(at.weights).detach())
         return Measured(
             spectrum=spectrum,
             top=max(abs(spectrum.lowest), abs(spectrum.highest)) if spectrum else 1.0,
@@ -122,7 +122,7 @@ def compared(
 
 def _beside(name: str, this: Hypergradient, other: Hypergradient) -> Compared:
     a, b = this.combined(), other.combined()
-    return Compared(other=name, cosine=cosine(a, b), length=float(trees.norm(a) / trees.norm(b)))
+    return Compared(other=name, cosine=cosine(a, b), length=float(dicts.norm(a) / dicts.norm(b)))
 
 
 def standard_error(setup: Setup, method: Method, chunks: int) -> float | str:
@@ -165,7 +165,7 @@ def error_bound(setup: Setup, method: Implicit, result: Hypergradient, local: Me
     lowest = local.spectrum.lowest if local.spectrum else 0.0
     known = isinstance(method.curvature, GaussNewton) and 0 < 0.99 * method.damping <= lowest
     mu = method.damping if known else lowest
-    length = float(trees.norm(result.grads))
+    length = float(dicts.norm(result.grads))
     if not result.solution.status.ok or result.val_loss.ndim or mu <= 1e-6 * local.top or not length:
         return None
     with setup.problem.leave_no_trace(), setup.problem.at() as at:
@@ -175,7 +175,7 @@ def error_bound(setup: Setup, method: Implicit, result: Hypergradient, local: Me
         residual, B = float(vectors.norm(F.layout.flatten(g) - A.T @ x)), _mixed_norm(at, setup.train, F)
     with _moved(setup.problem.weights(), local.newton):
         there = setup(method)
-    change = float(trees.norm({name: t - result.grads[name] for name, t in there.grads.items()}))
+    change = float(dicts.norm({name: t - result.grads[name] for name, t in there.grads.items()}))
     return ErrorBound(mu=mu, known=known, solve=B * residual / (mu * length), inner=change / length)
 
 
@@ -195,7 +195,7 @@ def _mixed_norm(at: At, batch: Any, F: Linearization, products: int = 10) -> flo
 
 
 @contextmanager
-def _moved(live: Tree, step: Tree) -> Iterator[None]:
+def _moved(live: Tensors, step: Tensors) -> Iterator[None]:
     """Subtract a step from the live weights, in new memory, so that graphs of the old values still work."""
     before = {name: live[name].data for name in step}
     try:

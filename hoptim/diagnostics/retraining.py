@@ -14,7 +14,7 @@ from hoptim.diagnostics.evidence import Setup
 from hoptim.diagnostics.report import Direction
 from hoptim.linalg import vectors
 from hoptim.linalg.lanczos import gaussian
-from hoptim.linalg.vectors import Layout, Tree
+from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.methods.inner_step import is_differentiable
 from hoptim.methods.method import Method
 from hoptim.methods.replay import Replay
@@ -23,7 +23,7 @@ from hoptim.methods.reverse import loss_at_end
 from hoptim.methods.trajectory import Trajectory, look_ahead
 from hoptim.problem.problem import Problem
 
-End = Callable[[Tree], float]  # the validation loss after a training with these hyperparameters
+End = Callable[[Tensors], float]  # the validation loss after a training with these hyperparameters
 
 
 def slopes(
@@ -69,7 +69,7 @@ def _trainings(setup: Setup, method: Method, inner: Optimizer, steps: int) -> tu
 
 
 def _along(setup: Setup, trajectory: Trajectory) -> End:
-    def end(leaves: Tree) -> float:
+    def end(leaves: Tensors) -> float:
         with setup.problem.leave_no_trace():
             return float(loss_at_end(setup.problem, trajectory, leaves, setup.val).mean())
 
@@ -90,7 +90,7 @@ def _steps_of_a_copy(setup: Setup, inner: Optimizer, steps: int, seed: int) -> E
     given, batches = setup.problem, [setup.loop.draw() for _ in range(steps)]
     takes_closure = "closure" in inspect.signature(inner.step).parameters
 
-    def end(leaves: Tree) -> float:
+    def end(leaves: Tensors) -> float:
         memo: dict[int, Any] = {}
         model, hparams = copy.deepcopy(given.model, memo), copy.deepcopy(given.hparams, memo)
         optimizer = object.__new__(type(inner))  # Optimizer's own way to copy leaves out what a subclass holds

@@ -9,8 +9,8 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-Tree = dict[str, Tensor]
-OptionalTree = dict[str, Tensor | None]  # None for what does not exist, such as the gradient of a weight that is not used
+Tensors = dict[str, Tensor]
+OptionalTensors = dict[str, Tensor | None]  # None for what does not exist, such as the gradient of a weight that is not used
 
 PIECE = 2**18  # BLAS adds numbers one by one: in float32 a sum of 2^18 equal squares is off by 7e-5, of 2^26 by 1e-2
 
@@ -36,7 +36,7 @@ class Layout:
     devices: tuple[torch.device, ...]
 
     @classmethod
-    def of(cls, tensors: Tree) -> Layout:
+    def of(cls, tensors: Tensors) -> Layout:
         """The layout of these tensors, in their order."""
         values = tensors.values()
         return cls(
@@ -86,13 +86,13 @@ class Layout:
             pieces = [piece.to(self.device, self.dtype) for piece in pieces]
         return torch.cat(pieces, dim=-1)
 
-    def views(self, v: Tensor) -> Tree:
+    def views(self, v: Tensor) -> Tensors:
         """The tensors of a vector, as views of it."""
         pieces, lead = torch.split_with_sizes(v, self.sizes, -1), v.shape[:-1]
         named = zip(self.names, pieces, self.shapes, strict=True)
         return {name: piece.view((*lead, *shape)) for name, piece, shape in named}
 
-    def unflatten(self, v: Tensor) -> Tree:
+    def unflatten(self, v: Tensor) -> Tensors:
         """The tensors of a vector in their own types and on their own devices; views of it where possible."""
         tensors = self.views(v)
         if self.is_uniform:

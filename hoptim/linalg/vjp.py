@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.linalg import trees
+from hoptim.linalg import dicts
 
 Named = Mapping[Any, Tensor]  # by names, or by any other keys
 
@@ -75,7 +75,7 @@ class VJP:
                 raise
             self._at_once = False  # some operation has no rule for several vectors at once
         rows = len(next(iter(v.values())))
-        return trees.stack([self._back({name: t[row] for name, t in v.items()}) for row in range(rows)])
+        return dicts.stack([self._back({name: t[row] for name, t in v.items()}) for row in range(rows)])
 
     def _back(self, v: Named, **options: bool) -> dict[Any, Tensor | None]:
         vectors = tuple([v[name] for name in self._names])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hoptim.curvature.linearization import Linearization
-from hoptim.linalg import trees
+from hoptim.linalg import dicts
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import Layout, OptionalTree, Tree
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.linalg.vjp import VJP
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import TrainingContext
@@ -53,11 +53,11 @@ class Gradient(Condition):
         c = layout.flatten({name: one.detach().expand(w[name].shape).to(layout.dtype) for name, one in decay.items()})
         learned = {name: one * w[name] for name, one in decay.items() if one.requires_grad}
 
-        def mixed(x: Tensor) -> OptionalTree:
+        def mixed(x: Tensor) -> OptionalTensors:
             found = gradient.mixed(x)
             if not learned:
                 return found
-            return trees.add(found, VJP(learned, at.leaves)(layout.unflatten(x), x.ndim > 1))
+            return dicts.add(found, VJP(learned, at.leaves)(layout.unflatten(x), x.ndim > 1))
 
         return replace(gradient, value=gradient.value + c * layout.flatten(w), A=gradient.A + c, mixed=mixed)
 
@@ -118,7 +118,7 @@ class _Update:
         gradient: ∇_w L_T with its derivatives, for the weights that the training loss depends on.
     """
 
-    def __init__(self, u: Tree, w: Tree, G: Tree, leaves: Tree, layout: Layout, gradient: Linearization) -> None:
+    def __init__(self, u: Tensors, w: Tensors, G: Tensors, leaves: Tensors, layout: Layout, gradient: Linearization) -> None:
         self.u, self.leaves, self.layout, self.gradient = u, leaves, layout, gradient
         self._inputs = {("w", name): value for name, value in w.items()} | {("G", name): value for name, value in G.items()}
 
@@ -144,10 +144,10 @@ class _Update:
         }
         return self.layout.flatten(VJP(rows, q)(along, v.ndim > 1), lead)
 
-    def mixed(self, x: Tensor) -> OptionalTree:
+    def mixed(self, x: Tensor) -> OptionalTensors:
         """Bᵀx = (∂u/∂λ)ᵀx at a fixed gradient + (∂∇L_T/∂λ)ᵀ Pᵀx."""
         own = VJP(self.u, self.leaves)(self.layout.unflatten(x), x.ndim > 1)
-        return trees.add(own, self.gradient.mixed(self.back(x)[1]))
+        return dicts.add(own, self.gradient.mixed(self.back(x)[1]))
 
 
 class _Jacobian(Operator):

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from hoptim.checks import describe_type, is_finite, listed
 from hoptim.curvature.exact import Exact
 from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Curvature, Linearization, over_ranks
 from hoptim.curvature.minibatch import Sampled
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.conditions import Condition, Gradient, Update
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
@@ -29,7 +30,6 @@ from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.solution import Solution, State, Status
-from hoptim.validation import describe_type, is_finite, listed
 
 TERMS = 5  # of the default solver: stopping early regularises, see scripts/fidelity.py
 
@@ -131,7 +131,7 @@ class Implicit(Method):
         return solve_scaled(solver, A, g, D.rsqrt(), state)
 
 
-def doubts(method: Method, loop: TrainingContext, weights: Tree, solution: Solution) -> dict[str, str]:
+def doubts(method: Method, loop: TrainingContext, weights: Tensors, solution: Solution) -> dict[str, str]:
     """Why a hypergradient may be wrong though its solve went well, by kind of the reason; empty without one."""
     on_gradient = isinstance(method, Implicit) and isinstance(method.condition, Gradient)
     used = {name: w for name, w in weights.items() if name in solution.value}
@@ -155,7 +155,7 @@ def _doubt_of_sign(method: Method, learned: Sequence[LearnedOption], solution: S
     )
 
 
-def _stuck(solution: Solution, loop: TrainingContext, leaves: Tree) -> str:
+def _stuck(solution: Solution, loop: TrainingContext, leaves: Tensors) -> str:
     """What to say if there is no curvature because a learned option is 0, as after a projection; else empty."""
     if solution.status is not Status.NO_CURVATURE:
         return ""

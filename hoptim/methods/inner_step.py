@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, optim
 from torch.overrides import TorchFunctionMode
 
-from hoptim.linalg.vectors import Tree
+from hoptim.checks import describe_type
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.learned_options import Bound, LearnedOption, bound_options, value_of
-from hoptim.validation import describe_type
 
 InnerState = dict[str, dict[str, Tensor]]
 Kind = type[optim.Optimizer]
@@ -87,8 +87,8 @@ class InnerStep:
     def of(
         cls,
         inner: optim.Optimizer,
-        weights: Tree,
-        leaves: Tree,
+        weights: Tensors,
+        leaves: Tensors,
         learned: Sequence[LearnedOption] = (),
         *,
         with_state: bool = True,
@@ -135,7 +135,7 @@ class InnerStep:
         empty = {} if kind is optim.SGD else {name: p for name, p in held.items() if not state[name]}
         return replace(without_state, state=state | without_state._first_state(empty, leaves))
 
-    def has_live_state(self, leaves: Tree) -> bool:
+    def has_live_state(self, leaves: Tensors) -> bool:
         """Whether the live optimizer has the same state after it: at a learned momentum of 0 torch changes no buffer."""
         momenta = [group.options.get("momentum") for group in self.groups]
         return not any(isinstance(one, Bound) and bool(one.value(leaves) == 0) for one in momenta)
@@ -159,7 +159,9 @@ class InnerStep:
                 _check_has_derivative(self.kind, group.options, key, f"the {key}")
         return replace(self, groups=tuple(replace(group, options={**group.options, **options}) for group in self.groups))
 
-    def step(self, weights: Tree, gradients: Tree, leaves: Tree, state: InnerState | None = None) -> tuple[Tree, InnerState]:
+    def step(
+        self, weights: Tensors, gradients: Tensors, leaves: Tensors, state: InnerState | None = None
+    ) -> tuple[Tensors, InnerState]:
         """One step: new weights and new state, with a graph where gradients are enabled.
 
         Args:
@@ -177,7 +179,7 @@ class InnerStep:
             return new, after
         return _detached(new), {name: _detached(entries) for name, entries in after.items()}
 
-    def _step(self, weights: Tree, gradients: Tree, leaves: Tree, state: InnerState) -> tuple[Tree, InnerState]:
+    def _step(self, weights: Tensors, gradients: Tensors, leaves: Tensors, state: InnerState) -> tuple[Tensors, InnerState]:
         gradients = {name: g for name in weights if (g := gradients.get(name)) is not None}
         new = {name: value.clone() for name, value in weights.items()}
         optimizer, zero_rates = self._optimizer(new, gradients, leaves, state)
@@ -195,7 +197,7 @@ class InnerStep:
         return new, after
 
     def _optimizer(
-        self, new: Tree, gradients: Tree, leaves: Tree, state: InnerState
+        self, new: Tensors, gradients: Tensors, leaves: Tensors, state: InnerState
     ) -> tuple[optim.Optimizer, dict[str, Any]]:
         """A new optimizer on the clones ``new`` that have a gradient, with its state; and the learning rates that are 0.
 
@@ -228,7 +230,7 @@ class InnerStep:
             optimizer.state[new[name]] = entries
         return optimizer, zero_rates
 
-    def _first_state(self, empty: Tree, leaves: Tree) -> InnerState:
+    def _first_state(self, empty: Tensors, leaves: Tensors) -> InnerState:
         """The state that torch starts with, for weights without one."""
         if not empty:
             return {}
@@ -240,7 +242,7 @@ class InnerStep:
                 fill(filled, *([] for _ in [*inspect.signature(fill).parameters][1:]))
         return {name: dict(optimizer.state[p]) for name, p in new.items()}
 
-    def _value(self, key: str, option: Any, leaves: Tree) -> Any:
+    def _value(self, key: str, option: Any, leaves: Tensors) -> Any:
         """The option as a number or a tensor."""
         if isinstance(option, tuple):
             return tuple(self._value(key, member, leaves) for member in option)
@@ -276,11 +278,11 @@ def _sqrt(v: Tensor) -> Tensor:
     return torch.where(zero, 0, torch.where(zero, 1, v).sqrt())
 
 
-def _detached(x: Tree) -> Tree:
+def _detached(x: Tensors) -> Tensors:
     return {key: value.detach() for key, value in x.items()}
 
 
-def _cloned(state: Tree, weight: Tensor) -> Tree:
+def _cloned(state: Tensors, weight: Tensor) -> Tensors:
     """A copy with the step count in float64: in float32 the 1 − βᵗ of differentiable Adam would lose three digits."""
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     return {key: value.to(wide, copy=True) if key == "step" else value.clone() for key, value in state.items()}

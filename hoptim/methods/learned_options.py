@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn, optim
 from torch.distributions.transforms import Transform, identity_transform
 
-from hoptim.linalg.vectors import Tree
+from hoptim.checks import describe_type
+from hoptim.linalg.vectors import Tensors
 from hoptim.problem.hyperparameters import transforms_of
-from hoptim.validation import describe_type
 
 # What torch's schedulers add to a group whose option they set; of a pair it is the first member.
 SCHEDULED_BY = {"lr": "initial_lr", "momentum": "max_momentum", "betas": "max_momentum"}
@@ -39,7 +39,7 @@ class Bound:
     number: float
     start: float
 
-    def value(self, leaves: Tree) -> Tensor:
+    def value(self, leaves: Tensors) -> Tensor:
         """The option as a tensor of one number."""
         leaf = leaves[self.name]
         wide = torch.float32 if leaf.device.type == "mps" else torch.float64  # as precise as in the real step
@@ -158,7 +158,7 @@ def learn(
     return found
 
 
-def _leaves(hparams: nn.Module) -> Tree:
+def _leaves(hparams: nn.Module) -> Tensors:
     return {name: leaf for name, leaf in hparams.named_parameters() if leaf.requires_grad}
 
 
@@ -184,7 +184,7 @@ def _members(inner: optim.Optimizer, group: Mapping[str, Any], key: str, name: A
     return [(n, one) for n, one in enumerate(name) if one is not None] if is_pair else [(None, name)]
 
 
-def _leaf(key: str, name: Any, leaves: Tree) -> Tensor:
+def _leaf(key: str, name: Any, leaves: Tensors) -> Tensor:
     if not isinstance(name, str):
         raise TypeError(f"options gives {key} {describe_type(name)}: give the name of a hyperparameter")
     if name not in leaves or leaves[name].numel() != 1:
@@ -263,7 +263,7 @@ def _copied(option: Any) -> Any:
     return option.detach().clone() if isinstance(option, Tensor) else option
 
 
-def value_of(option: Any, leaves: Tree) -> Any:
+def value_of(option: Any, leaves: Tensors) -> Any:
     """An option of :func:`bound_options` at these leaves."""
     return each(lambda one: one.value(leaves) if isinstance(one, Bound) else one, option)
 
@@ -417,7 +417,7 @@ def given_by_value(inner: optim.Optimizer, hparams: nn.Module, stacklevel: int =
 
 
 @torch.enable_grad()
-def _source(what: str, value: Tensor, leaves: Tree, transforms: Mapping[str, Transform]) -> str | None:
+def _source(what: str, value: Tensor, leaves: Tensors, transforms: Mapping[str, Transform]) -> str | None:
     """The name of the hyperparameter that ``value`` is, or ``None`` for none; ``what`` says where it is."""
     found = [
         name

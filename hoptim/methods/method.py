@@ -9,11 +9,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from hoptim.checks import describe_type
 from hoptim.methods.learned_options import LearnedOption, check_options, in_stand_in
 from hoptim.methods.result import Hypergradient, Terms, assemble
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State
-from hoptim.validation import describe_type
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.inner_step import check_differentiable, is_differentiable, kind_of
 from hoptim.methods.learned_options import bound_options, value_of
 from hoptim.methods.method import TrainingContext
@@ -17,7 +17,7 @@ from hoptim.problem.problem import At
 DECAYS = ("weight_decay", "lambd")  # ASGD shrinks weights by λ as well
 
 
-def own_decay(loop: TrainingContext, at: At, gradient: Tree) -> Tree:
+def own_decay(loop: TrainingContext, at: At, gradient: Tensors) -> Tensors:
     """c by weight name, of the weight's shape or of one number, where training ends at ∇_w L_T + c ⊙ w = 0.
 
     Coupled decay is added to the gradient, so that c is the group's ``weight_decay``. Decoupled decay, as AdamW's, is added
@@ -32,7 +32,7 @@ def own_decay(loop: TrainingContext, at: At, gradient: Tree) -> Tree:
     if inner is None or not is_differentiable(inner):
         return {}
     kind, name_of = kind_of(inner), {id(p): name for name, p in at.problem.weights().items()}
-    found: Tree = {}
+    found: Tensors = {}
     for number, group in enumerate(inner.param_groups):
         check_differentiable(kind, number, group, loop.learned, DECAYS)
         options = bound_options(number, group, loop.learned)
@@ -50,7 +50,7 @@ def own_decay(loop: TrainingContext, at: At, gradient: Tree) -> Tree:
     return found
 
 
-def doubt_of_decay(loop: TrainingContext, weights: Tree) -> str | None:
+def doubt_of_decay(loop: TrainingContext, weights: Tensors) -> str | None:
     """Why the inner optimizer's own weight decay is not in F as it should be; ``None`` if it is."""
     inner = loop.inner
     if inner is None or not (groups := [group for group in inner.param_groups if _decays(group)]):

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hoptim.checks import is_finite, is_whole
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import Tree
-from hoptim.validation import is_finite, is_whole
+from hoptim.linalg.vectors import Tensors
 
 
 class Preconditioner(ABC):
     """A strategy for D: a frozen dataclass."""
 
     @abstractmethod
-    def __call__(self, A: Operator, weights: Tree, inner: Optimizer | None) -> Tensor:
+    def __call__(self, A: Operator, weights: Tensors, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive.
 
         Args:
@@ -56,7 +56,7 @@ class Jacobi(Preconditioner):
         if not (is_finite(self.floor) and 0 < self.floor <= 1):
             raise ValueError(f"floor={self.floor!r}: give a number above 0 and at most 1")
 
-    def __call__(self, A: Operator, weights: Tree, inner: Optimizer | None) -> Tensor:
+    def __call__(self, A: Operator, weights: Tensors, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive."""
         generator = torch.Generator(A.device).manual_seed(0)
         signs = torch.randint(0, 2, (self.probes, A.size), generator=generator, device=A.device)
@@ -90,7 +90,7 @@ class SecondMoments(Preconditioner):
         if self.epsilon is not None and not (is_finite(self.epsilon) and self.epsilon > 0):
             raise ValueError(f"epsilon={self.epsilon!r}: give a positive number, or None for the optimizer's own")
 
-    def __call__(self, A: Operator, weights: Tree, inner: Optimizer | None) -> Tensor:
+    def __call__(self, A: Operator, weights: Tensors, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive."""
         if inner is None:
             raise ValueError("SecondMoments needs the inner optimizer: call hypergradient(..., inner=optimizer)")

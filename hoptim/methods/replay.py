@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from hoptim.checks import describe_type, is_whole
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
@@ -17,7 +18,6 @@ from hoptim.methods.reverse import through_steps
 from hoptim.methods.trajectory import RecordedLoss, Step, Trajectory, present
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State
-from hoptim.validation import describe_type, is_whole
 
 Options = Callable[[nn.Module, int], Mapping[str, Any]]
 

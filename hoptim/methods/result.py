@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hoptim.linalg import trees
-from hoptim.linalg.vectors import OptionalTree, Tree
+from hoptim.linalg import dicts
+from hoptim.linalg.vectors import OptionalTensors, Tensors
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.validation_loss import Validation
 from hoptim.problem.mixed_precision import full_precision
@@ -37,9 +37,9 @@ class Hypergradient:
         untouched: the hyperparameters that neither loss depends on with these batches; their gradient is zero.
     """
 
-    grads: Tree
-    direct: Tree
-    indirect: Tree
+    grads: Tensors
+    direct: Tensors
+    indirect: Tensors
     solution: Solution
     val_loss: Tensor
     train_loss: Tensor
@@ -69,7 +69,7 @@ class Hypergradient:
                 "model by hoptim.Implicit(condition=hoptim.Update()), given inner=optimizer"
             )
 
-    def combined(self, weights: Sequence[float] | None = None) -> Tree:
+    def combined(self, weights: Sequence[float] | None = None) -> Tensors:
         """One gradient for the outer optimizer: Σ_r weights[r] · grads[r], by default the mean; ``grads`` for a single loss.
 
         Raises:
@@ -77,7 +77,7 @@ class Hypergradient:
         """
         return self.mixed_by(weights, self.grads)
 
-    def mixed_by(self, weights: Sequence[float] | None, tree: Tree) -> Tree:
+    def mixed_by(self, weights: Sequence[float] | None, tree: Tensors) -> Tensors:
         """Σ_r weights[r] · tree[r] of ``grads``, ``direct`` or ``indirect``, or of ``{"": val_loss}``."""
         if not self.val_loss.ndim:
             if weights is not None:
@@ -103,19 +103,19 @@ class Terms(NamedTuple):
     """
 
     validation: Validation
-    indirect: OptionalTree
+    indirect: OptionalTensors
     solution: Solution
     train_loss: Tensor
     F: Tensor
 
 
-def assemble(terms: Terms, leaves: Tree) -> Hypergradient:
+def assemble(terms: Terms, leaves: Tensors) -> Hypergradient:
     """∂L_V/∂λ + the indirect term, where ``None`` counts as zero; all NaN if something failed."""
     validation, indirect, solution, train_loss, F = terms
     direct = {name: _whole(validation.direct[name], leaf, validation.loss) for name, leaf in leaves.items()}
     through = {name: _whole(indirect[name], leaf, validation.loss) for name, leaf in leaves.items()}
     grads = {name: part if validation.direct[name] is None else direct[name] + part for name, part in through.items()}
-    gradient_norm = trees.norm({"": F})
+    gradient_norm = dicts.norm({"": F})
     result = Hypergradient(
         grads=grads,
         direct=direct,
@@ -137,7 +137,7 @@ def _whole(found: Tensor | None, leaf: Tensor, loss: Tensor) -> Tensor:
 def _failed_if_not_finite(result: Hypergradient) -> Hypergradient:
     """The result, as a failure if a loss, F or the hypergradient is not finite. The host reads once."""
     device = result.train_loss.device  # hyperparameters may live on another one
-    figures = (result.val_loss.sum(), result.train_loss, result.gradient_norm, trees.norm(result.grads))
+    figures = (result.val_loss.sum(), result.train_loss, result.gradient_norm, dicts.norm(result.grads))
     val_loss, train_loss, F, grads = torch.stack([t.detach().to(device, torch.float64) for t in figures]).tolist()
     solution = result.solution
     if not math.isfinite(F):
@@ -146,7 +146,7 @@ def _failed_if_not_finite(result: Hypergradient) -> Hypergradient:
         if not math.isfinite(loss):
             solution = replace(solution, status=Status.NON_FINITE_LOSS, detail=f"the {name} loss is {loss}")
     if solution.status.ok and not math.isfinite(grads):
-        term = "indirect" if bool(trees.norm(result.direct).isfinite()) else "direct"
+        term = "indirect" if bool(dicts.norm(result.direct).isfinite()) else "direct"
         solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail=f"in the {term} term")
     if solution.status.ok:
         return result

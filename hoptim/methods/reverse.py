@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.linalg import trees, vectors
-from hoptim.linalg.vectors import Layout, OptionalTree, Tree
+from hoptim.linalg import dicts, vectors
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.linalg.vjp import VJP
 from hoptim.methods.inner_step import InnerState
 from hoptim.methods.result import Terms
@@ -76,18 +76,18 @@ def through_steps(
     return Terms(validation, indirect, solution, loss, Layout.of(gradient).flatten(gradient))
 
 
-def loss_at_end(problem: Problem, trajectory: Trajectory, leaves: Tree, val_batch: Any) -> Tensor:
+def loss_at_end(problem: Problem, trajectory: Trajectory, leaves: Tensors, val_batch: Any) -> Tensor:
     """The validation loss after the steps, taken with these hyperparameters."""
     reverse = Reverse(problem=problem, steps=trajectory.steps, leaves=as_leaves(leaves), segments=1)
     return reverse.validate(reverse.end(list(trajectory.begins[:1]), len(trajectory.steps)), val_batch).loss
 
 
-def _moving(buffers: Sequence[Tree]) -> tuple[str, ...]:
+def _moving(buffers: Sequence[Tensors]) -> tuple[str, ...]:
     """The floating-point buffers that change: those whose derivative is carried from step to step."""
     return tuple(
         name
         for name, t in buffers[0].items()
-        if t.is_floating_point() and any(not trees.is_same(t, later.get(name)) for later in buffers[1:])
+        if t.is_floating_point() and any(not dicts.is_same(t, later.get(name)) for later in buffers[1:])
     )
 
 
@@ -109,15 +109,15 @@ class Derivatives:
             running statistics where :class:`DifferentiableStatistics` can't follow.
     """
 
-    weights: Tree
-    state: Tree
-    buffers: Tree
-    leaves: OptionalTree
+    weights: Tensors
+    state: Tensors
+    buffers: Tensors
+    leaves: OptionalTensors
     norms: tuple[Tensor, ...]
     missed: tuple[Tensor, ...] = ()
     went: tuple[Tensor, ...] = ()
-    off: Tree = field(default_factory=dict)
-    last: tuple[Tensor, Tree] | None = None
+    off: Tensors = field(default_factory=dict)
+    last: tuple[Tensor, Tensors] | None = None
     unseen: frozenset[str] = frozenset()
 
 
@@ -130,7 +130,7 @@ class Reverse:
 
     problem: Problem
     steps: Sequence[Step]
-    leaves: Tree
+    leaves: Tensors
     segments: int
     moving: tuple[str, ...] = ()
 
@@ -168,11 +168,11 @@ class Reverse:
             evaluated_losses(step, problem, weights, self.leaves, at.modules, graph=False, with_statistics=False) as found,
             torch.no_grad(),
         ):
-            base = trees.map_tree(Tensor.detach, found.weights)
+            base = dicts.map_tensors(Tensor.detach, found.weights)
             new, state = step.present_dynamics().step(base, found.gradient, self.leaves, at.state)
             tensors = {name: found.buffers[name].detach() for name in at.modules.tensors}
             attributes = Attributes(list(problem.joint.modules()))
-            modules = ModuleState(tensors=trees.shared(tensors, at.modules.tensors), attributes=attributes)
+            modules = ModuleState(tensors=dicts.shared(tensors, at.modules.tensors), attributes=attributes)
             return Snapshot(weights=new, state=state, modules=modules, generators=problem.generators())
 
     def validate(self, end: Snapshot, batch: Any) -> Validation:
@@ -230,35 +230,35 @@ class Reverse:
             outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
             inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("b", buffers), **_keyed("l", leaves)}
             found = VJP(outputs, inputs)(cotangents, batched)
-            written = {name for name, t in here.weights.items() if t is not w[name] and not trees.is_same(t, w[name])}
+            written = {name for name, t in here.weights.items() if t is not w[name] and not dicts.is_same(t, w[name])}
             if here.statistics is not None and here.statistics.is_stale and self.moving:
                 written.add("running statistics")
         off = _difference(end.weights, weights)
-        before = problem.ranks.mean(trees.filled({name: found["w" + name] for name in w}, later.weights))
+        before = problem.ranks.mean(dicts.filled({name: found["w" + name] for name in w}, later.weights))
         return Derivatives(
             weights=before,
             state={name: part for name in flat if (part := found["s" + name]) is not None},
             buffers={name: part for name in buffers if (part := found["b" + name]) is not None},
-            leaves=trees.add(later.leaves, {name: found["l" + name] for name in leaves}),
+            leaves=dicts.add(later.leaves, {name: found["l" + name] for name in leaves}),
             norms=(*later.norms, _norm(before, w)),
-            missed=(*later.missed, trees.norm(off)),
-            went=(*later.went, trees.norm(_difference(end.weights, at.weights))),
+            missed=(*later.missed, dicts.norm(off)),
+            went=(*later.went, dicts.norm(_difference(end.weights, at.weights))),
             off={name: later.off[name] + part for name, part in off.items()} if later.off else off,
-            last=later.last or (here.loss, trees.map_tree(Tensor.detach, gradient)),
+            last=later.last or (here.loss, dicts.map_tensors(Tensor.detach, gradient)),
             unseen=later.unseen | (written if number else set()),  # the start is fixed, so nothing is missing there
         )
 
 
-def _solution_of(later: Derivatives, steps: int, end: Tree, begin: Tree, unseen: Sequence[str]) -> Solution:
+def _solution_of(later: Derivatives, steps: int, end: Tensors, begin: Tensors, unseen: Sequence[str]) -> Solution:
     """The solution of ``steps`` expected steps, from ``begin`` to ``end``; it reads from the device once.
 
     ``unseen`` are the names of what the steps write without a derivative.
     """
     norms, missed, went = map(torch.stack, (later.norms, later.missed, later.went))
-    rounding = ULPS * max(torch.finfo(value.dtype).eps for value in end.values()) * trees.norm(end)
+    rounding = ULPS * max(torch.finfo(value.dtype).eps for value in end.values()) * dicts.norm(end)
     start = torch.where(norms[0] > 0, norms[0], 1.0)
     worst = _ratio((missed - rounding).clamp(min=0), went).amax()
-    share = _ratio(trees.norm(later.off), trees.norm(_difference(end, begin)))
+    share = _ratio(dicts.norm(later.off), dicts.norm(_difference(end, begin)))
     grown, worst, share = torch.stack([(norms[-1] / start).amax(), worst, share]).tolist()
     status, detail = Status.FINISHED, ""
     if not math.isfinite(grown):
@@ -279,7 +279,7 @@ def _solution_of(later: Derivatives, steps: int, end: Tree, begin: Tree, unseen:
     )
 
 
-def _difference(a: Tree, b: Tree) -> Tree:
+def _difference(a: Tensors, b: Tensors) -> Tensors:
     return {name: value.detach() - b[name].detach() for name, value in a.items()}
 
 
@@ -287,22 +287,22 @@ def _ratio(missed: Tensor, went: Tensor) -> Tensor:
     return missed / torch.where(went > 0, went, 1.0)
 
 
-def _norm(x: Tree, like: Tree) -> Tensor:
+def _norm(x: Tensors, like: Tensors) -> Tensor:
     """‖x‖, or R of them if x has a leading axis of R, unlike ``like``."""
     name, value = next(iter(x.items()))
     return vectors.norm(Layout.of(like).flatten(x, value.shape[: value.ndim - like[name].ndim]))
 
 
-def _keyed(kind: str, x: Tree) -> Tree:
+def _keyed(kind: str, x: Tensors) -> Tensors:
     return {kind + name: value for name, value in x.items()}
 
 
-def _flat(state: InnerState) -> Tree:
+def _flat(state: InnerState) -> Tensors:
     """The state as one dict; no key of torch's optimizers holds the separator."""
     return {f"{key}|{name}": value for name, entries in state.items() for key, value in entries.items()}
 
 
-def _nested(flat: Tree) -> InnerState:
+def _nested(flat: Tensors) -> InnerState:
     state: InnerState = {}
     for path, value in flat.items():
         key, name = path.split("|", 1)

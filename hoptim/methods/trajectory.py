@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from hoptim.curvature.linearization import check_dense
 from hoptim.curvature.second_derivatives import check_twice_differentiable
-from hoptim.linalg import trees
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg import dicts
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.inner_step import InnerState, InnerStep
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.problem.functional import DifferentiableStatistics
@@ -55,7 +55,7 @@ class Step:
 class Snapshot:
     """Weights, the inner optimizer's state, what else forward passes change, and random states, between two steps."""
 
-    weights: Tree
+    weights: Tensors
     state: InnerState
     modules: ModuleState
     generators: dict[str, Tensor] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def look_ahead(
 
 def present(problem: Problem, dynamics: InnerStep) -> Snapshot:
     """A copy of the present weights and random states; the optimizer's state is that of ``dynamics``."""
-    weights = trees.map_tree(_copy, problem.weights())
+    weights = dicts.map_tensors(_copy, problem.weights())
     modules, generators = problem.module_state(), problem.generators()
     return Snapshot(weights=weights, state=dynamics.state, modules=modules, generators=generators)
 
@@ -98,10 +98,10 @@ class Losses:
         statistics: how running statistics got their graphs; ``None`` if these were not asked for.
     """
 
-    gradient: Tree
+    gradient: Tensors
     loss: Tensor
-    weights: Tree
-    buffers: Tree
+    weights: Tensors
+    buffers: Tensors
     statistics: DifferentiableStatistics | None
 
 
@@ -109,8 +109,8 @@ class Losses:
 def evaluated_losses(
     step: Step,
     problem: Problem,
-    weights: Tree,
-    leaves: Tree,
+    weights: Tensors,
+    leaves: Tensors,
     modules: ModuleState,
     *,
     graph: bool,
@@ -124,7 +124,7 @@ def evaluated_losses(
     Raises:
         ValueError: a forward pass registers or fills a buffer.
     """
-    slope: Tree = {}
+    slope: Tensors = {}
     total = next(iter(weights.values())).new_zeros(())
     with ExitStack() as stack:
         at = stack.enter_context(problem.at(weights, leaves, modules.tensors, modules.attributes))
@@ -140,15 +140,15 @@ def evaluated_losses(
             buffers = {name: t if statistics is None else statistics.graph_of(t) for name, t in found.written.items()}
             now = {name: found.written.get(f"model.{name}", w) for name, w in now.items()}
             parts = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
-            touched = trees.present(dict(zip(weights, parts, strict=True)))
+            touched = dicts.present(dict(zip(weights, parts, strict=True)))
             check_dense(touched)
             slope |= {name: slope[name] + part if name in slope else part for name, part in touched.items()}
             total = total + loss.detach()
         total, means = problem.ranks.mean_with_loss(total, slope, weights)
-        yield Losses(gradient=trees.present(means), loss=total, weights=now, buffers=buffers, statistics=statistics)
+        yield Losses(gradient=dicts.present(means), loss=total, weights=now, buffers=buffers, statistics=statistics)
 
 
-def _check_buffers(problem: Problem, before: Tree) -> None:
+def _check_buffers(problem: Problem, before: Tensors) -> None:
     """Raise ``ValueError`` if a forward pass has registered or filled a buffer."""
     if new := sorted(name for name, _ in problem.joint.named_buffers() if name not in before):
         raise ValueError(

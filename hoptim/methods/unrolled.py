@@ -6,13 +6,13 @@ import math
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
+from hoptim.checks import is_whole
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Terms
 from hoptim.methods.reverse import through_steps
 from hoptim.methods.trajectory import Trajectory, look_ahead
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State
-from hoptim.validation import is_whole
 
 
 @dataclass(frozen=True)

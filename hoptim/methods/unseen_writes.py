@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.linalg import trees
+from hoptim.linalg import dicts
 from hoptim.linalg.lanczos import gaussian
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vectors import Tensors
 from hoptim.linalg.vjp import nodes
 from hoptim.methods.trajectory import Snapshot, Step, evaluated_losses
 from hoptim.problem.functional import Attributes
@@ -32,14 +32,14 @@ class _Pass:
         cut: those of them that have none to themselves before the step, as the mean in ``0.9 * m.detach() + 0.1 * x``.
     """
 
-    gradient: Tree
+    gradient: Tensors
     modules: ModuleState
     seen: frozenset[str]
     cut: frozenset[str]
 
 
 def unseen_writes(
-    problem: Problem, step: Step, at: Snapshot, leaves: Tree, moving: Sequence[str], val_loss: Callable[[Snapshot], Any]
+    problem: Problem, step: Step, at: Snapshot, leaves: Tensors, moving: Sequence[str], val_loss: Callable[[Snapshot], Any]
 ) -> list[str]:
     """The buffers and attributes by which weights act on later losses, but not in autograd's graph.
 
@@ -63,7 +63,7 @@ def unseen_writes(
         tensors = {name: t + REACH * _noise(t) if name in here.cut else t for name, t in at.modules.tensors.items()}
         moved = _passed(problem, step, replace(at, modules=replace(at.modules, tensors=tensors)), leaves, moving).modules
         differing |= {name: moved.tensors[name] for name in here.cut}
-    changed = {name: t for name, t in differing.items() if not trees.is_same(t, before.tensors[name])}
+    changed = {name: t for name, t in differing.items() if not dicts.is_same(t, before.tensors[name])}
     own = [name.partition(".")[2] for name in changed] + before.attributes.differing(there.attributes)
     names = sorted({name for names in problem.ranks.gathered(own) for name in names})
     if not names:
@@ -71,7 +71,7 @@ def unseen_writes(
     places = before, replace(before, tensors={**before.tensors, **changed}, attributes=there.attributes)
     one, other = (replace(at, modules=modules) for modules in places)
     gradients = [_passed(problem, step, place, leaves, moving).gradient for place in (one, other)]
-    is_read = any(not trees.is_same(g, gradients[1].get(name)) for name, g in gradients[0].items())
+    is_read = any(not dicts.is_same(g, gradients[1].get(name)) for name, g in gradients[0].items())
     if is_read:
         return names
     generators = problem.generators()
@@ -79,10 +79,10 @@ def unseen_writes(
     for place in (one, other):
         set_generators(generators)
         losses.append(val_loss(place))
-    return [] if trees.is_same(*losses) else names
+    return [] if dicts.is_same(*losses) else names
 
 
-def _passed(problem: Problem, step: Step, at: Snapshot, leaves: Tree, moving: Sequence[str]) -> _Pass:
+def _passed(problem: Problem, step: Step, at: Snapshot, leaves: Tensors, moving: Sequence[str]) -> _Pass:
     weights = as_leaves(at.weights)
     begin = as_leaves({name: at.modules.tensors[name] for name in moving})
     start = replace(at.modules, tensors={**at.modules.tensors, **begin})
@@ -94,7 +94,7 @@ def _passed(problem: Problem, step: Step, at: Snapshot, leaves: Tree, moving: Se
         seen = frozenset(name for name, found_ends in ends.items() if found_ends & inputs)
         cut = frozenset(name for name in seen if name in begin and id(begin[name]) not in ends[name])
         attributes = Attributes(list(problem.joint.modules()))
-        modules = ModuleState(tensors=trees.map_tree(Tensor.detach, tensors), attributes=attributes)
+        modules = ModuleState(tensors=dicts.map_tensors(Tensor.detach, tensors), attributes=attributes)
         return _Pass(gradient=found.gradient, modules=modules, seen=seen, cut=cut)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hoptim.curvature.linearization import check_dense
-from hoptim.linalg import trees
-from hoptim.linalg.vectors import OptionalTree, Tree
+from hoptim.linalg import dicts
+from hoptim.linalg.vectors import OptionalTensors, Tensors
 from hoptim.problem.problem import At
 
 
@@ -26,9 +26,9 @@ class Validation:
     """
 
     loss: Tensor
-    g: Tree
-    direct: OptionalTree
-    by_buffer: Tree = field(default_factory=dict)
+    g: Tensors
+    direct: OptionalTensors
+    by_buffer: Tensors = field(default_factory=dict)
 
 
 def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyType({})) -> Validation:
@@ -40,13 +40,13 @@ def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyTyp
     columns = iter([_stacked(column, loss.ndim) for column in zip(*rows, strict=True)])
     by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (at.weights, at.leaves, buffers))
     _check_touched(by_weight, by_leaf)
-    g = trees.filled(by_weight, trees.expanded(at.weights, loss.shape))
-    like = {f"l:{name}": leaf for name, leaf in trees.expanded(at.leaves, loss.shape).items()}
+    g = dicts.filled(by_weight, dicts.expanded(at.weights, loss.shape))
+    like = {f"l:{name}": leaf for name, leaf in dicts.expanded(at.leaves, loss.shape).items()}
     both = {**g, **{f"l:{name}": t for name, t in by_leaf.items()}}
     loss, found = at.problem.ranks.mean_with_loss(loss.detach(), both, {**g, **like})
-    g = trees.present({name: found[name] for name in g})
+    g = dicts.present({name: found[name] for name in g})
     direct = {name: found[f"l:{name}"] for name in by_leaf}
-    return Validation(loss=loss, g=g, direct=direct, by_buffer=trees.present(by_buffer))
+    return Validation(loss=loss, g=g, direct=direct, by_buffer=dicts.present(by_buffer))
 
 
 def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:
@@ -57,12 +57,12 @@ def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:
     return torch.stack([torch.zeros_like(like) if t is None else t for t in column]) if several else like
 
 
-def _check_touched(by_weight: OptionalTree, by_leaf: OptionalTree) -> None:
+def _check_touched(by_weight: OptionalTensors, by_leaf: OptionalTensors) -> None:
     """Raise ``ValueError`` if L_V depends on no weight or hyperparameter, and warn if it depends on no weight."""
     check_dense(by_weight)
-    if trees.present(by_weight):
+    if dicts.present(by_weight):
         return
-    if not trees.present(by_leaf):
+    if not dicts.present(by_leaf):
         raise ValueError(
             "the validation loss touches none of the weights and hyperparameters: compute it with the model it is given"
         )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hoptim.checks import describe_type
 from hoptim.problem.loss_checks import check_takes, scalar
 from hoptim.problem.mixed_precision import losses_precision, lowered
-from hoptim.validation import describe_type
 
 
 @dataclass(frozen=True, kw_only=True)

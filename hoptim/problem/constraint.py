@@ -10,7 +10,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ExpTransform, Transform, identity_transform
 
-from hoptim.validation import describe_type
+from hoptim.checks import describe_type
 
 FAR = 0.01  # a start is refused if its leaf gives a value whose distance to the constraint's edge is off by this share
 

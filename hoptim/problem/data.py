@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from hoptim.checks import describe_type
 from hoptim.problem.held_batch import hold_copy
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.random_stream import RandomStream, from_tensors, to_tensors
-from hoptim.validation import describe_type
 
 NO_BATCHES = (torch.Tensor, Mapping, str, bytes)  # iterating over these gives rows, keys and letters, not batches
 _END = object()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hoptim.linalg import trees
+from hoptim.linalg import dicts
 from hoptim.linalg.operators import Operator, Wrapped
-from hoptim.linalg.vectors import Layout, OptionalTree, Tree
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 
 SAME = 1e-6  # vectors of the ranks count as the same up to this share of their length
 
@@ -69,27 +69,29 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total.div_(self.size)
 
-    def mean(self, x: Tree) -> Tree:
+    def mean(self, x: Tensors) -> Tensors:
         """The mean of named tensors, the same names on all ranks, by one all-reduce in float32 or wider."""
         if self.size == 1:
             return x
         layout = Layout.of(x)
         return layout.unflatten(self.mean_vector(layout.flatten(x)))
 
-    def mean_of_found(self, found: Mapping[str, Tensor | None], like: Tree, lead: Sequence[int] = ()) -> OptionalTree:
+    def mean_of_found(self, found: Mapping[str, Tensor | None], like: Tensors, lead: Sequence[int] = ()) -> OptionalTensors:
         """The mean of tensors shaped as ``like``: a missing one counts as zero, and is ``None`` if all ranks lack it.
 
         With ``lead`` = (R,) each has a leading axis of R, unlike ``like``.
         """
         if self.size == 1:
             return dict(found)
-        like = trees.expanded(like, lead)
+        like = dicts.expanded(like, lead)
         exists = torch.tensor([float(found.get(name) is not None) for name in like], device=next(iter(like.values())).device)
-        averaged = self.mean({**trees.filled(found, like), "": exists})
+        averaged = self.mean({**dicts.filled(found, like), "": exists})
         shares = averaged.pop("").tolist()  # the share of ranks on which it exists
         return {name: value if share else None for (name, value), share in zip(averaged.items(), shares, strict=True)}
 
-    def mean_with_loss(self, loss: Tensor, found: Mapping[str, Tensor | None], like: Tree) -> tuple[Tensor, OptionalTree]:
+    def mean_with_loss(
+        self, loss: Tensor, found: Mapping[str, Tensor | None], like: Tensors
+    ) -> tuple[Tensor, OptionalTensors]:
         """The mean of a loss, and of tensors that may be missing as in ``mean_of_found``, by one all-reduce.
 
         The derivative of a mean is that of this rank's own tensor.
@@ -111,7 +113,7 @@ class Ranks:
                 for tensor in tensors:
                     dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
 
-    def check_same(self, x: Tree, what: str, remedy: str) -> None:
+    def check_same(self, x: Tensors, what: str, remedy: str) -> None:
         """Raise ``ValueError`` if the tensors differ between the ranks, by their lengths and their sums."""
         if self.size == 1:
             return

@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from hoptim.linalg import trees
+from hoptim.linalg import dicts
 
 R = TypeVar("R")
 
@@ -138,7 +138,7 @@ class Attributes:
         for kind, (_, mine), (_, theirs) in zip(self._kinds, self._owned, other._owned, strict=True):
             for key in mine.keys() - _TORCH_ATTRIBUTES - {_OF_RNN}:
                 one, two = list(self._numbers(mine[key])), list(other._numbers(theirs.get(key)))
-                if len(one) != len(two) or not all(map(trees.is_same, one, two)):
+                if len(one) != len(two) or not all(map(dicts.is_same, one, two)):
                     found.append(f"{kind}.{key}")
             found += [
                 f"{kind}.{key}" for key in theirs.keys() - mine.keys() if next(other._numbers(theirs[key]), None) is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hoptim.validation import describe_type
+from hoptim.checks import describe_type
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hoptim.linalg.vectors import Tree
+from hoptim.checks import describe_type
+from hoptim.linalg.vectors import Tensors
 from hoptim.linalg.vjp import nodes
 from hoptim.problem.wrappers import AS_SEEN, without_wrappers
-from hoptim.validation import describe_type
 
 _NONE = object()
 ONLY_READS = "a loss only reads; do that after optimizer.step()"
@@ -140,7 +140,7 @@ class annotate_errors:  # noqa: N801 (used as a function)
 
 
 @contextmanager
-def forbid_writes(name: str, weights: Tree, leaves: Tree, *, values: bool = False) -> Iterator[None]:
+def forbid_writes(name: str, weights: Tensors, leaves: Tensors, *, values: bool = False) -> Iterator[None]:
     """Raise if the loss that runs inside writes into its weights or hyperparameters, or calls ``backward()``.
 
     They may be the user's own tensors, which would stay changed. Most writes raise a tensor's version, but not those through

@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, ExpTransform, SigmoidTransform, Transform
 
+from hoptim.checks import is_whole
 from hoptim.problem.constraint import is_nonnegative
 from hoptim.problem.level_adam import Level, LevelAdam
-from hoptim.validation import is_whole
 
 VALIDATION = 200  # how many validation examples there are, if nobody says
 PULL = 100  # an offset of 1 is drawn to its level as much as Adam moves it, if there are as many validation examples

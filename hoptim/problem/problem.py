@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hoptim.linalg import trees
-from hoptim.linalg.vectors import Tree
+from hoptim.checks import describe_type
+from hoptim.linalg import dicts
+from hoptim.linalg.vectors import Tensors
 from hoptim.problem.composite_loss import CompositeLoss, LossParts, mean_loss
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.detached_view import DetachedView
@@ -43,13 +44,12 @@ from hoptim.problem.loss_checks import (
 from hoptim.problem.mixed_precision import Lowered, full_precision, losses_precision, lowered
 from hoptim.problem.random_stream import restore_generators
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap, warn_of_compiled_aside
-from hoptim.validation import describe_type
 
 Loss = Callable[[Any, Any, Any], Tensor]
 LossName = Literal["train_loss", "val_loss"]
 
 
-def as_leaves(live: Tree) -> Tree:
+def as_leaves(live: Tensors) -> Tensors:
     """New leaves that share memory, so that nothing reaches the ``.grad`` or the hooks of the live tensors."""
     return {name: value.detach().requires_grad_() for name, value in live.items()}
 
@@ -58,8 +58,8 @@ class _Live:
     """The modules and live tensors of a problem, looked up once for each hypergradient."""
 
     def __init__(self, problem: Problem) -> None:
-        self.weights: Tree = dict(problem.model.named_parameters())
-        self.leaves: Tree = dict(problem.hparams.named_parameters())
+        self.weights: Tensors = dict(problem.model.named_parameters())
+        self.leaves: Tensors = dict(problem.hparams.named_parameters())
         self.lowered = lowered()  # by the user's autocast, which is off in leave_no_trace but for losses
         self.look_inside(problem.joint)
 
@@ -77,7 +77,7 @@ class ModuleState:
         attributes: the plain attributes.
     """
 
-    tensors: Tree
+    tensors: Tensors
     attributes: Attributes
 
 
@@ -89,7 +89,7 @@ class Evaluated(NamedTuple):
 
     loss: Tensor
     parts: LossParts | None
-    written: Tree
+    written: Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +105,9 @@ class At:
     """
 
     problem: Problem
-    weights: Tree
-    leaves: Tree
-    buffers: Tree
+    weights: Tensors
+    leaves: Tensors
+    buffers: Tensors
 
     @contextmanager
     def loss(self, name: LossName, batch: Any) -> Iterator[Evaluated]:
@@ -139,7 +139,7 @@ class At:
             yield Evaluated(loss, parts, written)
 
 
-def _clones(buffers: Tree) -> Tree:
+def _clones(buffers: Tensors) -> Tensors:
     """Clones of buffers, for a forward pass to write into."""
     return {name: buffer.clone() for name, buffer in buffers.items()}
 
@@ -225,12 +225,12 @@ class Problem:
         if not self.leaves():
             raise ValueError("no parameter of hparams requires a gradient: there is nothing to learn")
 
-    def weights(self) -> Tree:
+    def weights(self) -> Tensors:
         """The live weights w that require a gradient, by the model's names; also where others are in place of them."""
         live = self.model.named_parameters() if self._live is None else self._live.weights.items()
         return {name: p for name, p in live if p.requires_grad}
 
-    def leaves(self) -> Tree:
+    def leaves(self) -> Tensors:
         """The live unconstrained hyperparameters that require a gradient, by the names of ``hparams``; likewise."""
         live = self.hparams.named_parameters() if self._live is None else self._live.leaves.items()
         return {name: p for name, p in live if p.requires_grad}
@@ -256,9 +256,9 @@ class Problem:
     @contextmanager
     def at(
         self,
-        weights: Tree | None = None,
-        leaves: Tree | None = None,
-        buffers: Tree | None = None,
+        weights: Tensors | None = None,
+        leaves: Tensors | None = None,
+        buffers: Tensors | None = None,
         attributes: Attributes | None = None,
     ) -> Iterator[At]:
         """Inside, these tensors are in place of the model's and the hyperparameters', and losses are functions of them.
@@ -299,7 +299,7 @@ class Problem:
     def module_state(self, before: ModuleState | None = None) -> ModuleState:
         """Copies of the present buffers, and the plain attributes. Copies that ``before`` has already are shared with it."""
         live = self._live or _Live(self)
-        now = trees.shared(live.buffers, {} if before is None else before.tensors)
+        now = dicts.shared(live.buffers, {} if before is None else before.tensors)
         copies = {name: t.detach().clone() if t is live.buffers[name] else t for name, t in now.items()}
         return ModuleState(tensors=copies, attributes=Attributes(live.parts))
 

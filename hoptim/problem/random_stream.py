@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vectors import Tensors
 
 Generators = Mapping[str, torch.Generator]
 
@@ -64,7 +64,7 @@ class RandomStream:
         self._states = dict(states)
 
 
-def global_states() -> Tree:
+def global_states() -> Tensors:
     """The present states of the global generators, for a checkpoint."""
     return to_tensors(_read({}))
 
@@ -96,14 +96,14 @@ def restore_generators() -> Iterator[None]:
         _put(outside, {})
 
 
-def to_tensors(states: Mapping[str, Any]) -> Tree:
+def to_tensors(states: Mapping[str, Any]) -> Tensors:
     """States as tensors of bytes, for a checkpoint.
 
     >>> states = {"python": random.getstate(), "numpy": np.random.get_state()}
     >>> from_tensors(to_tensors(states))["python"] == states["python"]
     True
     """
-    found: Tree = {}
+    found: Tensors = {}
     for name, state in states.items():
         if name == "python":
             version, words, gauss = state

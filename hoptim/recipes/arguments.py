@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hoptim.validation import describe_type, is_finite, is_whole
+from hoptim.checks import describe_type, is_finite, is_whole
 
 
 def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from hoptim.checks import describe_type, is_whole
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.recipes.arguments import cast, check_between, checked_index
-from hoptim.validation import describe_type, is_whole
 
 
 class LabelSmoothing(HyperParameters):

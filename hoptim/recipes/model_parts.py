@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hoptim.checks import describe_type
 from hoptim.problem.wrappers import unwrap
-from hoptim.validation import describe_type
 
 
 def unwrapped(model: Any) -> nn.Module:

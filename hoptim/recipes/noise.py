@@ -14,11 +14,11 @@ from torch.distributions import constraints
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
+from hoptim.checks import describe_type
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.wrappers import uncompiled, unwrap, was_compile_called
 from hoptim.recipes.arguments import cast, check_between
 from hoptim.recipes.model_parts import full, levels_of, part_of, unwrapped
-from hoptim.validation import describe_type
 
 # Not taken by default. The last is the output layer of attention, which uses its weight without calling the layer.
 _OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, NonDynamicallyQuantizableLinear)

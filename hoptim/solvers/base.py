@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hoptim.checks import is_finite, is_whole
 from hoptim.linalg.operators import Operator, Scaled
 from hoptim.linalg.vectors import inverse
 from hoptim.solvers.solution import Solution, State
-from hoptim.validation import is_finite, is_whole
 
 
 class Solver(ABC):

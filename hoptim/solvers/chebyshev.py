@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hoptim.checks import is_finite
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_, scale_
 from hoptim.solvers.base import Iterative, check_operator
 from hoptim.solvers.monitor import NEGATIVE, Monitor
 from hoptim.solvers.neumann import with_bound
 from hoptim.solvers.solution import Solution, State, Status
-from hoptim.validation import is_finite
 
 SAFETY = 1.2  # the power iteration estimates from below, and components above the interval grow fast
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hoptim.checks import is_whole
 from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_
 from hoptim.solvers.base import Solver, check_operator, check_positive
 from hoptim.solvers.monitor import History, Monitor
 from hoptim.solvers.solution import Solution, State
-from hoptim.validation import is_whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hoptim.checks import describe_type
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import inverse
 from hoptim.solvers.base import Solver, carried, check_positive, rayleigh
@@ -16,7 +17,6 @@ from hoptim.solvers.monitor import GROWTH_LIMIT, LARGE, NEGATIVE, joined
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.nystrom import Nystrom
 from hoptim.solvers.solution import Solution, State, Status
-from hoptim.validation import describe_type
 
 LIMIT = 3.0  # a start or an answer whose residual is this many times ‖g‖ is of no use
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vectors import Tensors
 from hoptim.problem.distributed import is_first
 from hoptim.solvers.solution import Status
 from hoptim.training.record import FEW, Record
@@ -82,7 +82,7 @@ class Board:
         return self._run
 
     @never_raises
-    def log(self, row: Mapping[str, Any], hyperparameters: Tree | None = None) -> None:
+    def log(self, row: Mapping[str, Any], hyperparameters: Tensors | None = None) -> None:
         """Log a row, and a histogram of each of these hyperparameters that is large."""
         if (run := self.start()) is not None:
             shown = hyperparameters if self.histograms and hyperparameters else {}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from hoptim.checks import describe_type, is_finite, is_whole, listed
 from hoptim.methods.learned_options import check_options
 from hoptim.methods.method import Method, check_method, checked_problem, held
 from hoptim.problem.level_adam import LevelAdam
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
-from hoptim.validation import describe_type, is_finite, is_whole, listed
 
 OnFailure = Literal["skip", "raise"]
 Unheld = list[tuple[str, str]]  # "inner" or "outer", and the name of a tensor that should be in this optimizer but is not

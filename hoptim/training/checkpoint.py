@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from hoptim.checks import describe_type, is_whole
 from hoptim.problem.problem import Problem
-from hoptim.validation import describe_type, is_whole
 
 KEY = "hoptim"  # the entry that is added to the inner optimizer's own state
 VERSION = 1  # of this entry

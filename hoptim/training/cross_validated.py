@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.method import Method
 from hoptim.problem.loss_checks import annotate_errors, check_takes
 from hoptim.problem.outer_adam import outer_adam
@@ -43,7 +43,7 @@ class CrossValidatedFit:
 
     model: nn.Module
     models: list[nn.Module]
-    hyperparameters: Tree
+    hyperparameters: Tensors
     history: list[dict[str, Any]]
     cost: float
 

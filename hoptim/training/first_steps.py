@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hoptim.linalg import trees
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg import dicts
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
@@ -105,11 +105,11 @@ def _check_gradient(problem: Problem, loss: SeenLoss) -> None:
     expected = _gradient(problem, loss)
     pairs = {name: (w.grad, expected[name]) for name, w in live.items() if w.grad is not None and name in expected}
     given, own = ({name: pair[side].float() for name, pair in pairs.items()} for side in (0, 1))
-    lengths = [float(trees.norm(x)) for x in (given, own)]
+    lengths = [float(dicts.norm(x)) for x in (given, own)]
     product = lengths[0] * lengths[1]
     if not 0 < product < float("inf"):
         return
-    cosine = float(trees.dot(given, own)) / product
+    cosine = float(dicts.dot(given, own)) / product
     if cosine < (ALIKE if lengths[0] > ALIKE * lengths[1] else UNLIKE):  # clipped gradients are shorter, and may be turned
         warnings.warn(
             f"the gradient of the first step is not that of train_loss: their cosine is {cosine:.2f}, their lengths are "
@@ -120,16 +120,16 @@ def _check_gradient(problem: Problem, loss: SeenLoss) -> None:
         )
 
 
-def _gradient(problem: Problem, loss: SeenLoss) -> Tree:
+def _gradient(problem: Problem, loss: SeenLoss) -> Tensors:
     """∇_w L_T of a loss, computed again."""
     with problem.leave_no_trace():
         set_generators(loss.generators or {})
         with problem.at() as at, at.loss("train_loss", loss.batch.batch) as (value, *_):
             found = torch.autograd.grad(value, list(at.weights.values()), allow_unused=True)
-            return trees.present(dict(zip(at.weights, found, strict=True)))
+            return dicts.present(dict(zip(at.weights, found, strict=True)))
 
 
-def warn_of_first_hyperstep(before: Tree, after: Tree, grads: Tree, every: int | None) -> None:
+def warn_of_first_hyperstep(before: Tensors, after: Tensors, grads: Tensors, every: int | None) -> None:
     """Warn if the first outer step took most of a hyperparameter to zero, or had a gradient for hardly any of it."""
     for name in before.keys() & grads.keys():
         old, new, reached, size = before[name], after[name], int(grads[name].count_nonzero()), grads[name].numel()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
@@ -221,7 +221,7 @@ class LeafAverage:
 
     def __init__(self, problem: Problem, skip: int) -> None:
         self._problem, self._skip, self._seen = problem, skip, 0
-        self._mean: Tree = {}
+        self._mean: Tensors = {}
 
     def add(self) -> None:
         """Add the leaves after another hyperstep."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
@@ -156,5 +156,5 @@ def _joined_solution(solutions: Sequence[Solution]) -> Solution:
     )
 
 
-def _stacked(trees: Sequence[Tree]) -> dict[str, Tensor]:
-    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+def _stacked(rows: Sequence[Tensors]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hoptim.checks import describe_type, is_whole
 from hoptim.problem.distributed import Ranks
 from hoptim.problem.random_stream import RandomStream
-from hoptim.validation import describe_type, is_whole
 
 
 @dataclass(frozen=True)

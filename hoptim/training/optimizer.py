@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.default import default_method
 from hoptim.methods.implicit import doubts
 from hoptim.methods.method import Method, TrainingContext
@@ -54,7 +54,7 @@ class BilevelProgress(Progress):
 
     hyper_steps: int = 0
     solver_state: State = field(default_factory=dict)
-    last_gradient: Tree = field(default_factory=dict)
+    last_gradient: Tensors = field(default_factory=dict)
     record: Record | None = None
     first_steps: FirstSteps | None = None  # until they are over
     first_hyperstep: FirstHyperstep = field(default_factory=FirstHyperstep)
@@ -335,7 +335,7 @@ def steps_left(step: int, every: int | None, warmup: int) -> float:
     return math.inf if every is None else -(-max(step, warmup) // every) * every - step
 
 
-def outer_step(problem: Problem, outer: Optimizer, grads: Tree) -> None:
+def outer_step(problem: Problem, outer: Optimizer, grads: Tensors) -> None:
     """One step of the outer optimizer with these hypergradients, after which every constraint holds.
 
     A hyperstep of :class:`BilevelOptimizer` does this once it has the hypergradient; call it in a loop of your own.

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions.transforms import Transform, identity_transform
 from torch.optim import Optimizer
 
-from hoptim.linalg import trees
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg import dicts
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.inner_step import Group, InnerStep
 from hoptim.methods.learned_options import Bound, LearnedOption, each
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory
@@ -192,7 +192,7 @@ class RecentSteps:
             self._start = StepStart(replace(dynamics, state={}), snapshot)
         return self._start
 
-    def trajectory(self, weights: Tree) -> Trajectory | None:
+    def trajectory(self, weights: Tensors) -> Trajectory | None:
         """The steps kept so far, if any, of these weights.
 
         Raises:
@@ -203,7 +203,7 @@ class RecentSteps:
             batch.get()
         return Trajectory(begins=tuple(self._snapshots), steps=tuple(self._steps)) if self._steps else None
 
-    def check_known(self, steps: int, weights: Tree) -> None:
+    def check_known(self, steps: int, weights: Tensors) -> None:
         """Raise ``ValueError`` if no step of these weights is known, though ``steps`` are to be unrolled."""
         self._forget_unlike(weights)
         if steps and not self._steps:
@@ -212,7 +212,7 @@ class RecentSteps:
                 "optimizer.loss(batch), and call backward() on it; freeze or unfreeze layers before that"
             )
 
-    def _forget_unlike(self, weights: Tree) -> None:
+    def _forget_unlike(self, weights: Tensors) -> None:
         """Forget all steps if other weights were trained in them."""
         first = self._snapshots[0][1] if self._snapshots else self._start and self._start.snapshot
         if first is not None and {n: w.shape for n, w in first.weights.items()} != {n: w.shape for n, w in weights.items()}:
@@ -257,7 +257,7 @@ class RecentSteps:
         dynamics = InnerStep.of(inner, {}, {})
         for step in saved["steps"]:
             losses = tuple(
-                RecordedLoss(batch=batch, generators=states and trees.map_tree(Tensor.cpu, states), share=share)
+                RecordedLoss(batch=batch, generators=states and dicts.map_tensors(Tensor.cpu, states), share=share)
                 for batch, states, share in step["seen"]
             )
             groups = tuple(
@@ -267,7 +267,7 @@ class RecentSteps:
             self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=groups)))
 
 
-def _moved(entries: Tree, device: torch.device) -> Tree:
+def _moved(entries: Tensors, device: torch.device) -> Tensors:
     return {key: value if key == "step" else value.to(device) for key, value in entries.items()}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hoptim.linalg import trees
-from hoptim.linalg.vectors import Tree
+from hoptim.linalg import dicts
+from hoptim.linalg.vectors import Tensors
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.problem import Problem
@@ -42,7 +42,7 @@ class Record:
     hyper_step: int
     moved: bool
     result: Hypergradient
-    hyperparameters: Tree
+    hyperparameters: Tensors
     seconds: float
     cosine_to_last: float | None = None
     val_weights: list[float] | None = None
@@ -73,7 +73,7 @@ class Record:
         """The figures and the :func:`values` of the hyperparameters, for a log; ``None`` if unknown or not finite."""
         result, solution = self.result, self.result.solution
         lengths = {
-            f"{name}_norm": float(trees.norm(result.mixed_by(self.val_weights, tree)))
+            f"{name}_norm": float(dicts.norm(result.mixed_by(self.val_weights, tree)))
             for name, tree in (("hypergradient", result.grads), ("direct", result.direct), ("indirect", result.indirect))
         }
         row = {
@@ -97,7 +97,7 @@ class Record:
         return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
-def values(hyperparameters: Tree) -> dict[str, float]:
+def values(hyperparameters: Tensors) -> dict[str, float]:
     """Hyperparameters as flat figures: each number of a small tensor; mean and five quantiles of one with more than twelve.
 
     >>> values({"decay": torch.tensor(0.5), "mix": torch.tensor([0.25, 0.75])})
@@ -121,7 +121,7 @@ def values(hyperparameters: Tree) -> dict[str, float]:
     return found
 
 
-def in_words(hyperparameters: Tree) -> str:
+def in_words(hyperparameters: Tensors) -> str:
     """The values of hyperparameters for people: the first twelve tensors, the large ones by their mean and range.
 
     >>> in_words({"decay": torch.tensor([0.5]), "mix": torch.tensor([0.25, 0.75]), "w": torch.arange(101.0)})
@@ -145,13 +145,13 @@ def loss_in_words(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def cosine(a: Tree, b: Tree) -> float:
+def cosine(a: Tensors, b: Tensors) -> float:
     """⟨a, b⟩ / (‖a‖ ‖b‖); zero if one of them is zero."""
-    lengths = trees.norm(a) * trees.norm(b)
-    return float(trees.dot(a, b) / torch.where(lengths == 0, 1.0, lengths))
+    lengths = dicts.norm(a) * dicts.norm(b)
+    return float(dicts.dot(a, b) / torch.where(lengths == 0, 1.0, lengths))
 
 
-def cosine_in_common(a: Tree, b: Tree) -> float | None:
+def cosine_in_common(a: Tensors, b: Tensors) -> float | None:
     """The cosine over the entries that are zero neither in ``a`` nor in ``b``; ``None`` without any, or for other shapes.
 
     >>> cosine_in_common({"x": torch.tensor([3.0, 4.0, 0.0])}, {"x": torch.tensor([6.0, 8.0, 9.0])})
@@ -186,10 +186,10 @@ def standard_error(result: Hypergradient, weights: Sequence[float] | None = None
     count, total, mean = len(result.val_loss), result.combined(weights), result.combined()
     squares = 1 / count if weights is None else sum(weight**2 for weight in weights)
     spread = torch.stack([(each - mean[name]).square().sum() for name, each in result.grads.items()]).sum()
-    return float((spread / (count - 1) * squares).sqrt() / trees.norm(total))
+    return float((spread / (count - 1) * squares).sqrt() / dicts.norm(total))
 
 
-def natural_values(problem: Problem) -> Tree:
+def natural_values(problem: Problem) -> Tensors:
     """Copies of the natural values of every :class:`HyperParameters` in ``hparams``, and of the other parameters in it."""
     with torch.no_grad():
         values = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hoptim.linalg import trees
+from hoptim.linalg import dicts
 from hoptim.training.training_optimizer import TrainingOptimizer
 
 
@@ -91,7 +91,7 @@ class SharedTensors:
                     f"{one.name!r} was frozen, is shared by several models, and requires a gradient now, so that one model "
                     "would be trained on the data of another: make this layer anew inside make, or deepcopy it there"
                 )
-            if held is not None and not trees.is_same(model.get_buffer(one.name), held):
+            if held is not None and not dicts.is_same(model.get_buffer(one.name), held):
                 raise ValueError(
                     f"the training wrote into the buffer {one.name!r}, which several models share, so that one has seen the "
                     "data of another: call eval() on this module after model.train(), or deepcopy it inside make"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hoptim.checks import describe_type
 from hoptim.methods import learned_options
 from hoptim.methods.learned_options import Learned, LearnedOption
 from hoptim.problem.problem import Problem
@@ -22,7 +23,6 @@ from hoptim.training import arguments
 from hoptim.training.checkpoint import BARE, KEY, REQUIRED, VERSION, check_loadable, held_weights
 from hoptim.training.recent_steps import RecentSteps, SeenLoss
 from hoptim.training.record import Record
-from hoptim.validation import describe_type
 
 T = TypeVar("T")
 Saved = dict[str, Any]  # a training at a save point, as tensors and plain values

@@ -25,7 +25,7 @@ from hoptim.linalg.vectors import Layout
 from hoptim.problem.composite_loss import CompositeLoss
 from hoptim.problem.problem import Problem, as_leaves
 
-Tree = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 Found = dict[str, Tensor | None]
 
 
@@ -112,23 +112,23 @@ def take(problem: Problem, batch: Any, seed: int = 0, gauss_newton: bool = False
     return found
 
 
-def flat(found: Linearization, v: Tree) -> Tensor:
+def flat(found: Linearization, v: Tensors) -> Tensor:
     """The vector of the weights that the loss touches, of shape (n,) or (R, n)."""
     name, shape = found.layout.names[0], found.layout.shapes[0]
     return found.layout.flatten(v, v[name].shape[: v[name].ndim - len(shape)])
 
 
-def product(found: Linearization, v: Tree) -> Tree:
+def product(found: Linearization, v: Tensors) -> Tensors:
     """A v by name."""
     return found.layout.unflatten(found.A @ flat(found, v))
 
 
-def mixed(found: Linearization, v: Tree) -> Found:
+def mixed(found: Linearization, v: Tensors) -> Found:
     """Bᵀv by name."""
     return found.mixed(flat(found, v))
 
 
-def plain(problem: Problem, batch: Any, v: Tree, seed: int = 0) -> tuple[Tensor, Tree, Found, Found]:
+def plain(problem: Problem, batch: Any, v: Tensors, seed: int = 0) -> tuple[Tensor, Tensors, Found, Found]:
     """L_T, F, A v and Bᵀv by a double backward pass."""
     with problem.leave_no_trace(), problem.at() as at:
         weights, leaves = at.weights, at.leaves
@@ -144,7 +144,7 @@ def plain(problem: Problem, batch: Any, v: Tree, seed: int = 0) -> tuple[Tensor,
             return loss.detach(), value, Av, dict(zip(leaves, found[len(weights) :], strict=True))
 
 
-def random_like(tree: Tree, *lead: int) -> Tree:
+def random_like(tree: Tensors, *lead: int) -> Tensors:
     return {name: torch.randn(*lead, *value.shape, dtype=value.dtype) for name, value in tree.items()}
 
 
@@ -157,7 +157,7 @@ def distance(ours: Found, theirs: Found) -> float:
     return float(sum((a - b).square().sum() for a, b in pairs).sqrt() / sum(b.square().sum() for _, b in pairs).sqrt())
 
 
-def assert_same(found: Linearization, expected: tuple[Tensor, Tree, Found, Found], v: Tree, tolerance: float) -> None:
+def assert_same(found: Linearization, expected: tuple[Tensor, Tensors, Found, Found], v: Tensors, tolerance: float) -> None:
     loss, value, Av, Bv = expected
     assert abs(float(found.loss - loss)) <= tolerance * abs(float(loss))
     assert distance(found.layout.unflatten(found.value), value) < tolerance
@@ -237,7 +237,7 @@ def test_vectors_of_weights_in_half_precision_are_in_float32(counted: list[str],
     assert float((found.mixed(1e6 * v)["temperature"] / 1e6 / Bv["temperature"] - 1).abs()) < 0.05
 
 
-def gauss_newton_by_hand(problem: Problem, batch: Any, v: Tree) -> Tree:
+def gauss_newton_by_hand(problem: Problem, batch: Any, v: Tensors) -> Tensors:
     """Jᵀ H J v + ∂²penalty v with dense J and H."""
     weights = as_leaves(problem.weights())
     model, hparams, names = problem.model, problem.hparams, list(weights)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hoptim
 from hoptim.linalg.operators import Symmetric
 
-Tree = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 # Vectors ------------------------------------------------------------------------------------------------------------
 
@@ -26,16 +26,16 @@ SHAPES = {"layer.weight": (3, 2), "bias": (4,), "gain": (1,)}
 SIZE = 11
 
 
-def like(dtype: torch.dtype | None = None) -> Tree:
+def like(dtype: torch.dtype | None = None) -> Tensors:
     return {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
 
 
-def flat(tree: Tree, lead: tuple[int, ...] = ()) -> Tensor:
+def flat(tree: Tensors, lead: tuple[int, ...] = ()) -> Tensor:
     """The dict as one vector, or as a matrix of R rows."""
     return torch.cat([value.reshape(*lead, -1) for value in tree.values()], dim=-1)
 
 
-def unflat(vector: Tensor, shapes: Tree) -> Tree:
+def unflat(vector: Tensor, shapes: Tensors) -> Tensors:
     """The inverse of ``flat``; what stands before the last axis stays."""
     parts = vector.split([value.numel() for value in shapes.values()], dim=-1)
     return {
@@ -44,7 +44,7 @@ def unflat(vector: Tensor, shapes: Tree) -> Tree:
     }
 
 
-def loss_at(problem: hoptim.Problem, name: Any, weights: Tree, leaves: Tree, batch: Any) -> Tensor:
+def loss_at(problem: hoptim.Problem, name: Any, weights: Tensors, leaves: Tensors, batch: Any) -> Tensor:
     """A loss of the problem at these tensors."""
     with problem.at(weights, leaves) as at, at.loss(name, batch) as (loss, *_):
         return loss

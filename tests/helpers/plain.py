@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases import Tree, same, snapshot, unflat
+from cases import Tensors, same, snapshot, unflat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -53,7 +53,7 @@ def few(curvature: Curvature | None = None) -> Implicit:
     return Implicit(Neumann(terms=TERMS, step_size=STEP), curvature=curvature or Exact())
 
 
-def plain(problem: Problem, train_batch: Any, val_batch: Any, *, dense: bool = True) -> tuple[Tree, Tree]:
+def plain(problem: Problem, train_batch: Any, val_batch: Any, *, dense: bool = True) -> tuple[Tensors, Tensors]:
     """dL_V/dλ and x of ``few``: no pure function, a copy of the whole model; the Hessian as a matrix if ``dense``."""
     weights, leaves, loss = _copied(problem, problem.val_loss, val_batch)
     g, direct = _gradients(loss, weights), _gradients(loss, leaves)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from cases import Tree, flat, unflat
+from cases import Tensors, flat, unflat
 from torch import Tensor, nn
 from torch.func import grad, jacrev
 from torch.nn import functional as F
@@ -89,7 +89,7 @@ def leaves_of(problem: hoptim.Problem) -> Tensor:
     return torch.cat([leaves["decay"].detach(), leaves["scale"].detach()[None]])
 
 
-def leaf_vector(tree: Tree, lead: tuple[int, ...] = ()) -> Tensor:
+def leaf_vector(tree: Tensors, lead: tuple[int, ...] = ()) -> Tensor:
     """The gradient in (decay, decay, scale)."""
     return torch.cat([tree["decay"], tree["scale"].reshape(*lead, 1)], dim=-1)
 

@@ -63,7 +63,7 @@ REFUSED = [
     if key not in ("params", "decoupled_weight_decay", *FLAGS) and (kind, key) not in FOLLOWED
 ]
 
-Tree = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 generator = torch.Generator().manual_seed(1)
 X, Y = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((7, 2), (7,)))
 SHAPES = {"a": (2, 3), "b": (3,), "c": (3,)}
@@ -72,36 +72,36 @@ START, PROBE = (
 )
 
 
-def loss(w: Tree) -> Tensor:
+def loss(w: Tensors) -> Tensor:
     dtype = w["a"].dtype
     return (torch.tanh(X.to(dtype) @ w["a"] + w["b"]) @ w["c"] - Y.to(dtype)).square().mean()
 
 
-def gradient(w: Tree) -> Tree:
+def gradient(w: Tensors) -> Tensors:
     return dict(zip(w, torch.autograd.grad(loss(w), list(w.values()), create_graph=True), strict=True))
 
 
-def probed(w: Tree) -> Tensor:
+def probed(w: Tensors) -> Tensor:
     return torch.stack([(PROBE[name] * w[name]).sum() for name in w]).sum()
 
 
-def parameters(w: Tree = START, dtype: torch.dtype = torch.float64) -> Tree:
+def parameters(w: Tensors = START, dtype: torch.dtype = torch.float64) -> Tensors:
     return {name: nn.Parameter(value.detach().to(dtype).clone()) for name, value in w.items()}
 
 
-def real_step(inner: optim.Optimizer, w: Tree) -> None:
+def real_step(inner: optim.Optimizer, w: Tensors) -> None:
     inner.zero_grad()
     loss(w).backward()
     inner.step()
 
 
-def snapshot(inner: optim.Optimizer, w: Tree) -> dict[str, Tree]:
+def snapshot(inner: optim.Optimizer, w: Tensors) -> dict[str, Tensors]:
     return {name: {key: value.clone() for key, value in inner.state.get(p, {}).items()} for name, p in w.items()}
 
 
 def started(
-    kind: type[optim.Optimizer], options: dict[str, Any], w: Tree = START, state: dict[str, Tree] | None = None
-) -> tuple[optim.Optimizer, Tree]:
+    kind: type[optim.Optimizer], options: dict[str, Any], w: Tensors = START, state: dict[str, Tensors] | None = None
+) -> tuple[optim.Optimizer, Tensors]:
     """A real optimizer over new parameters at ``w``, with the state given: options past what its constructor allows."""
     live = parameters(w)
     inner = kind(list(live.values()), foreach=False)
@@ -115,14 +115,14 @@ def started(
     return inner, live
 
 
-def real(kind: type[optim.Optimizer], options: dict[str, Any], w: Tree, state: dict[str, Tree], steps: int) -> float:
+def real(kind: type[optim.Optimizer], options: dict[str, Any], w: Tensors, state: dict[str, Tensors], steps: int) -> float:
     inner, live = started(kind, options, w, state)
     for _ in range(steps):
         real_step(inner, live)
     return probed(live).item()
 
 
-def composed(dynamics: InnerStep, w: Tree, leaves: Tree, state: dict[str, Tree] | None, steps: int) -> Tree:
+def composed(dynamics: InnerStep, w: Tensors, leaves: Tensors, state: dict[str, Tensors] | None, steps: int) -> Tensors:
     for _ in range(steps):
         w, state = dynamics.step(w, gradient(w), leaves, state)
     return w
@@ -132,13 +132,13 @@ def central(f: Callable[[float], float], h: float = 1e-6) -> float:
     return (f(h) - f(-h)) / (2 * h)
 
 
-def moved(x: Tree, name: str, index: int, h: float) -> Tree:
+def moved(x: Tensors, name: str, index: int, h: float) -> Tensors:
     value = x[name].detach().clone()
     value.view(-1)[index] += h
     return {**x, name: value}
 
 
-def warm(kind: type[optim.Optimizer], options: dict[str, Any], steps: int) -> tuple[Tree, dict[str, Tree]]:
+def warm(kind: type[optim.Optimizer], options: dict[str, Any], steps: int) -> tuple[Tensors, dict[str, Tensors]]:
     """Weights and state after some real steps."""
     inner, live = started(kind, options)
     for _ in range(steps):
@@ -146,7 +146,7 @@ def warm(kind: type[optim.Optimizer], options: dict[str, Any], steps: int) -> tu
     return {name: p.detach().clone() for name, p in live.items()}, snapshot(inner, live)
 
 
-def learning(inner: optim.Optimizer, live: Tree, leaves: Tree, **options: Any) -> InnerStep:
+def learning(inner: optim.Optimizer, live: Tensors, leaves: Tensors, **options: Any) -> InnerStep:
     """The step of ``inner``, with ``leaves`` as options by name."""
     return InnerStep.of(inner, live, leaves, learn(inner, options, nn.ParameterDict(leaves)))
 
@@ -173,7 +173,7 @@ def test_three_steps_are_those_of_the_real_optimizer(name: str, steps_before: in
     for _ in range(steps_before):
         real_step(inner, live)
     dynamics = InnerStep.of(inner, live, {})
-    new: Tree = {name: p.detach().clone().requires_grad_() for name, p in live.items()}
+    new: Tensors = {name: p.detach().clone().requires_grad_() for name, p in live.items()}
     before, state = {name: p.detach().clone() for name, p in live.items()}, None
     for _ in range(3):
         new, state = dynamics.step(new, gradient(new), {}, state)
@@ -267,7 +267,7 @@ def check_derivative_in_a_hyperparameter(
     w, state = warm(kind, options, steps_before)
     many = isinstance(options[key], tuple)
     values = list(options[key]) if many else [float(options[key])]
-    leaves: Tree = {f"leaf {i}": nn.Parameter(torch.tensor(value)) for i, value in enumerate(values)}
+    leaves: Tensors = {f"leaf {i}": nn.Parameter(torch.tensor(value)) for i, value in enumerate(values)}
 
     def with_names(names: list[Any]) -> dict[str, Any]:
         return {key: tuple(names) if many else names[0]}
@@ -355,7 +355,7 @@ def test_weights_and_state_of_a_dead_unit_have_finite_derivatives() -> None:
     assert torch.autograd.grad(new["w"].sum(), w)[0][2:].tolist() == [1.0, 1.0]
 
 
-def everything(inner: optim.Optimizer, live: Tree) -> list[Any]:
+def everything(inner: optim.Optimizer, live: Tensors) -> list[Any]:
     groups = [{k: v for k, v in group.items() if k != "params"} for group in inner.param_groups]
     ids = [id(p) for group in inner.param_groups for p in group["params"]]
     return [copy.deepcopy(groups), ids, snapshot(inner, live), [(p.detach().clone(), p.grad.clone()) for p in live.values()]]
@@ -452,8 +452,10 @@ def test_dampening_spares_the_first_gradient_of_each_weight_only() -> None:
 
 
 def test_without_gradients_the_bits_are_the_same_and_there_is_no_graph() -> None:
-    leaves: Tree = {name: nn.Parameter(torch.tensor([value])) for name, value in (("lr", 0.1), ("one", 0.5), ("two", 0.9))}
-    live: Tree = {"a": nn.Parameter(torch.randn(1001))}  # enough for torch's two forms of one product to differ in a bit
+    leaves: Tensors = {
+        name: nn.Parameter(torch.tensor([value])) for name, value in (("lr", 0.1), ("one", 0.5), ("two", 0.9))
+    }
+    live: Tensors = {"a": nn.Parameter(torch.randn(1001))}  # enough for torch's two forms of one product to differ in a bit
     inner = optim.Adam(live.values())
     dynamics = learning(inner, live, leaves, lr="lr", betas=("one", "two"))
     grads = {"a": live["a"] ** 2}
@@ -468,7 +470,7 @@ def test_without_gradients_the_bits_are_the_same_and_there_is_no_graph() -> None
 
 
 def test_a_leaf_that_is_not_given_is_named() -> None:
-    leaves: Tree = {"one": nn.Parameter(torch.tensor([0.9])), "two": nn.Parameter(torch.tensor([0.99]))}
+    leaves: Tensors = {"one": nn.Parameter(torch.tensor([0.9])), "two": nn.Parameter(torch.tensor([0.99]))}
     inner, live = started(optim.Adam, {})
     with pytest.raises(ValueError, match="leaves lack 'two', which is the betas of Adam"):
         learning(inner, live, leaves, betas=("one", "two")).step(live, gradient(live), {"one": leaves["one"]})
@@ -619,7 +621,7 @@ def test_subclass_with_torchs_own_step_and_a_scheduled_optimizer_are_served() ->
     model = nn.Linear(2, 1)
     inner = Wide(model)
     optim.lr_scheduler.StepLR(inner, 1)  # wraps inner.step
-    weights: Tree = dict(model.named_parameters())
+    weights: Tensors = dict(model.named_parameters())
     new, _ = InnerStep.of(inner, weights, {}).step(weights, {name: torch.ones_like(p) for name, p in weights.items()}, {})
     torch.testing.assert_close(new["bias"], weights["bias"] - 0.25)
 
@@ -628,10 +630,10 @@ def test_subclass_with_torchs_own_step_and_a_scheduled_optimizer_are_served() ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scalar_weights_and_half_precision(kind: type[optim.Optimizer], dtype: torch.dtype) -> None:
     torch.set_default_dtype(torch.float32)
-    live: Tree = {"x": nn.Parameter(torch.tensor(0.7, dtype=dtype)), "y": nn.Parameter(torch.ones(2, dtype=dtype))}
+    live: Tensors = {"x": nn.Parameter(torch.tensor(0.7, dtype=dtype)), "y": nn.Parameter(torch.ones(2, dtype=dtype))}
     inner = kind(list(live.values()), lr=0.1)
     dynamics = InnerStep.of(inner, live, {})
-    grads: Tree = {name: torch.full_like(p, 0.3) for name, p in live.items()}
+    grads: Tensors = {name: torch.full_like(p, 0.3) for name, p in live.items()}
     new, state = dynamics.step(live, grads, {})
     for name, p in live.items():
         p.grad = grads[name]

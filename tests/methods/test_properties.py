@@ -33,7 +33,7 @@ from hoptim import (
 )
 from hoptim.methods.result import Hypergradient
 
-Tree = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 ACTIVATIONS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "softplus": nn.Softplus, "gelu": nn.GELU}
 
 
@@ -73,7 +73,7 @@ class Net:
             torch.arange(n) if i in ends or not self.permuted else torch.arange(n).flip(0) for i, n in enumerate(self.widths)
         ]
 
-    def reordered(self, tree: Tree) -> Tree:
+    def reordered(self, tree: Tensors) -> Tensors:
         """Values by weight, in the order of the units."""
         orders, found = self.orders(), {}
         for layer in range(len(self.widths) - 1):
@@ -82,7 +82,7 @@ class Net:
             found[f"{layer}.bias"] = tree[f"{layer}.bias"][out]
         return found
 
-    def initial(self, what: str, scale: float) -> Tree:
+    def initial(self, what: str, scale: float) -> Tensors:
         """Random values by weight."""
         found = {}
         for layer, (n, m) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
@@ -387,7 +387,7 @@ def test_unrolled_steps_are_a_plain_loop_differentiated(net: Net, steps: int) ->
     buffers = {name: torch.zeros_like(w) for name, w in weights.items()}
     model = net.model()
 
-    def at(weights: Tree, x: Tensor) -> Tensor:
+    def at(weights: Tensors, x: Tensor) -> Tensor:
         return functional_call(model, weights, (x,))
 
     (x, y), (x_val, y_val) = net.data("train"), net.data("val")

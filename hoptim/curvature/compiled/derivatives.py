@@ -13,20 +13,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hoptim.curvature.exact import DoubleBackward
 from hoptim.curvature.linearization import GradientGraph
-from hoptim.linalg.vectors import Layout, OptionalTree, Tree
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.problem.problem import At, Evaluated, Problem, as_leaves
 
-Derivatives = tuple[Tensor, Tensor, Tensor, OptionalTree]  # L_T, F, A v, Bᵀv
+Derivatives = tuple[Tensor, Tensor, Tensor, OptionalTensors]  # L_T, F, A v, Bᵀv
 
 
 class Inputs(NamedTuple):
     """All tensors that the training loss depends on, by name, and the batch."""
 
-    weights: Tree
-    leaves: Tree
-    frozen: Tree  # weights that are not trained
-    constant: Tree  # hyperparameters that are not learned
-    buffers: Tree
+    weights: Tensors
+    leaves: Tensors
+    frozen: Tensors  # weights that are not trained
+    constant: Tensors  # hyperparameters that are not learned
+    buffers: Tensors
     batch: Any
 
     @classmethod

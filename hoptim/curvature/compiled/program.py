@@ -12,9 +12,9 @@ from torch import Tensor
 from hoptim.curvature.compiled.splitting import cut, dependents, draws, is_cheap, is_operation, is_random, traced
 from hoptim.curvature.linearization import Linearization
 from hoptim.linalg.operators import Symmetric
-from hoptim.linalg.vectors import Layout, OptionalTree
+from hoptim.linalg.vectors import Layout, OptionalTensors
 
-Function = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor, Tensor, OptionalTree]]
+Function = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor, Tensor, OptionalTensors]]
 
 
 class Program:
@@ -70,7 +70,7 @@ class Program:
             found = self._product(known, self._given(v))
             return found[0] if found else torch.zeros_like(v)
 
-        def mixed(v: Tensor) -> OptionalTree:
+        def mixed(v: Tensor) -> OptionalTensors:
             return self._leaves | dict(zip(self._names, self._mixed(known, self._given(v)), strict=True))
 
         return Linearization(

@@ -18,7 +18,7 @@ from hoptim.curvature.compiled.program import Function, Program
 from hoptim.curvature.compiled.splitting import UntraceableError
 from hoptim.curvature.exact import DoubleBackward, Exact
 from hoptim.curvature.linearization import GradientGraph, Linearization
-from hoptim.linalg import trees, vectors
+from hoptim.linalg import dicts, vectors
 from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.vectors import Layout
 from hoptim.problem.problem import At, Problem
@@ -173,7 +173,7 @@ def _what_is_off(found: Linearization, at: At, batch: Any, curvature: DoubleBack
             return "L_T touches other weights than it did"
         v = gaussian(plain.value)
         Bv, Bv2 = found.mixed(v), plain.mixed(v)
-        leaves = Layout.of(trees.present(Bv) | trees.present(Bv2))
+        leaves = Layout.of(dicts.present(Bv) | dicts.present(Bv2))
         for what, ours, theirs, absolute in (
             ("F", found.value, plain.value, fifth * float(L.abs()) + rounding),
             ("A v", found.A @ v, plain.A @ v, 0.0),

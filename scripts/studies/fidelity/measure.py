@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from studies.fidelity.methods import Entry
 from studies.fidelity.problems import Batch, Spec
-from studies.fidelity.truth import Trained, Tree
+from studies.fidelity.truth import Tensors, Trained
 
 import hoptim
 
@@ -30,7 +30,7 @@ class Case:
         """The last training batch, or the one some steps before it."""
         return self._batch_at(self.spec.training.steps - 1 - steps_back)
 
-    def optimizer(self, entry: Entry, weights: Tree, velocity: Tree) -> hoptim.BilevelOptimizer:
+    def optimizer(self, entry: Entry, weights: Tensors, velocity: Tensors) -> hoptim.BilevelOptimizer:
         """An optimizer at these weights. Its outer rate is 0, so that a hyperstep changes nothing.
 
         A method that averages batches takes those before the last.
@@ -44,7 +44,7 @@ class Case:
             inner, outer, self.problem, val_batches=[self.setup.val], every=self.spec.lag, warmup=0, **options
         )
 
-    def put(self, inner: torch.optim.SGD, weights: Tree, velocity: Tree) -> None:
+    def put(self, inner: torch.optim.SGD, weights: Tensors, velocity: Tensors) -> None:
         """Set the weights and the momentum."""
         with torch.no_grad():
             for name, p in self.problem.weights().items():
@@ -95,7 +95,7 @@ class Case:
         return (time.perf_counter() - begun) / count
 
 
-def compared(found: Tree, truth: Tree) -> tuple[float, float]:
+def compared(found: Tensors, truth: Tensors) -> tuple[float, float]:
     """cos(found, truth) and ‖found‖ / ‖truth‖ over all hyperparameters; the cosine of a zero vector is 0."""
     a = torch.cat([found[name].double().flatten() for name in truth])
     b = torch.cat([value.double().flatten() for value in truth.values()])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from studies.fidelity.truth import Trained, Training, Tree, trained
+from studies.fidelity.truth import Tensors, Trained, Training, trained
 from tasks import data, models
 from tasks.iris import Iris
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Setup:
     problem: hoptim.Problem
     train: Batch
     val: Batch
-    closed: Callable[[], Tree] | None = None
+    closed: Callable[[], Tensors] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def ridge(seed: int, dtype: torch.dtype, root: Path, *, features: int = 30, coun
     def squared(z: Tensor, hparams: Any, batch: Batch) -> Tensor:
         return 0.5 * (z[:, 0] - batch[1]).square().mean()
 
-    def closed() -> Tree:
+    def closed() -> Tensors:
         decay, (leaf,) = hparams["weight"][0], hparams.parameters()
         w = torch.linalg.solve(train[0].T @ train[0] / count + torch.diag(decay), train[0].T @ train[1] / count)
         (gradient,) = torch.autograd.grad(0.5 * (val[0] @ w - val[1]).square().mean(), [leaf])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hoptim
 
-Tree = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class Trained:
         truth: dL_V(w_N(λ), λ)/dλ through all N steps.
     """
 
-    weights: Tree
-    velocity: Tree
-    earlier: Tree
-    earlier_velocity: Tree
-    truth: Tree
+    weights: Tensors
+    velocity: Tensors
+    earlier: Tensors
+    earlier_velocity: Tensors
+    truth: Tensors
 
 
 def trained(
@@ -57,7 +57,7 @@ def trained(
     val_batch: Any,
     training: Training,
     *,
-    closed: Callable[[], Tree] | None = None,
+    closed: Callable[[], Tensors] | None = None,
     lag: int = 100,
 ) -> Trained:
     """Train the model of ``problem``, and differentiate its validation loss through the whole training.
@@ -90,7 +90,7 @@ def trained(
     )
 
 
-def _through(problem: hoptim.Problem, batches: Sequence[Any], val_batch: Any, inner: torch.optim.SGD) -> Tree:
+def _through(problem: hoptim.Problem, batches: Sequence[Any], val_batch: Any, inner: torch.optim.SGD) -> Tensors:
     """dL_V/dλ through the steps on these batches. Each step is taken twice without a graph and once with one."""
     method = hoptim.Replay(batches, segments=math.isqrt(len(batches)) + 2)
     result = hoptim.hypergradient(problem, None, val_batch, method, inner=inner)
@@ -99,10 +99,10 @@ def _through(problem: hoptim.Problem, batches: Sequence[Any], val_batch: Any, in
     return dict(result.grads)
 
 
-def _velocity(inner: torch.optim.SGD, live: Tree) -> Tree:
+def _velocity(inner: torch.optim.SGD, live: Tensors) -> Tensors:
     """The momentum of each weight, 0 before the first step."""
     return {name: inner.state[p].get("momentum_buffer", torch.zeros_like(p)).clone() for name, p in live.items()}
 
 
-def _copy(tree: Tree) -> Tree:
+def _copy(tree: Tensors) -> Tensors:
     return {name: value.detach().clone() for name, value in tree.items()}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hoptim.validation import describe_type
+from hoptim.checks import describe_type
 
 NAMES = "an int, a float, a str, an Adam, an OrderedDict, an Unrolled, an Update, a UserDict, a uint8, a UUID, a NoneType"
 

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg import vectors
-from hoptim.linalg.vectors import Layout, OptionalTree, Tree
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 
 
-def map_tree(function: Callable[[Tensor], Tensor], x: Tree) -> Tree:
+def map_tensors(function: Callable[[Tensor], Tensor], x: Tensors) -> Tensors:
     """Apply ``function`` to each tensor.
 
-    >>> map_tree(torch.neg, {"w": torch.ones(2)})
+    >>> map_tensors(torch.neg, {"w": torch.ones(2)})
     {'w': tensor([-1., -1.])}
     """
     return {name: function(value) for name, value in x.items()}
 
 
-def present(x: Mapping[str, Tensor | None]) -> Tree:
+def present(x: Mapping[str, Tensor | None]) -> Tensors:
     """The entries that are not ``None``.
 
     >>> present({"w": torch.ones(1), "b": None})
@@ -29,29 +29,29 @@ def present(x: Mapping[str, Tensor | None]) -> Tree:
     return {name: value for name, value in x.items() if value is not None}
 
 
-def filled(x: Mapping[str, Tensor | None], like: Tree) -> Tree:
+def filled(x: Mapping[str, Tensor | None], like: Tensors) -> Tensors:
     """The entries with the names of ``like``, with zeros of its shapes for missing ones."""
     return {name: torch.zeros_like(value) if (part := x.get(name)) is None else part for name, value in like.items()}
 
 
-def add(x: OptionalTree, y: OptionalTree) -> OptionalTree:
+def add(x: OptionalTensors, y: OptionalTensors) -> OptionalTensors:
     """x + y for dicts with the same names, where ``None`` counts as zero."""
     pairs = ((name, a, y[name]) for name, a in x.items())
     return {name: b if a is None else a if b is None else a + b for name, a, b in pairs}
 
 
-def expanded(x: Tree, lead: Sequence[int]) -> Tree:
+def expanded(x: Tensors, lead: Sequence[int]) -> Tensors:
     """The tensors with leading axes added, as views.
 
     >>> expanded({"w": torch.zeros(())}, (3,))
     {'w': tensor([0., 0., 0.])}
     """
-    return map_tree(lambda value: value.expand((*lead, *value.shape)), x)
+    return map_tensors(lambda value: value.expand((*lead, *value.shape)), x)
 
 
-def stack(rows: Sequence[OptionalTree]) -> OptionalTree:
+def stack(rows: Sequence[OptionalTensors]) -> OptionalTensors:
     """R dicts as one whose tensors have a leading axis of R; ``None`` for a name without tensors."""
-    found: OptionalTree = {}
+    found: OptionalTensors = {}
     for name in rows[0]:
         tensors = [value for row in rows if (value := row[name]) is not None]
         found[name] = torch.stack(tensors) if tensors else None
@@ -81,12 +81,12 @@ def _strided(t: Tensor) -> tuple[Tensor, ...]:
     return (t.crow_indices(), t.col_indices(), t.values()) if t.layout == torch.sparse_csr else (t,)
 
 
-def shared(x: Tree, before: Tree) -> Tree:
+def shared(x: Tensors, before: Tensors) -> Tensors:
     """The tensors of x, but those of ``before`` where they are the same, so that no memory is held twice."""
     return {name: before[name] if is_same(value, before.get(name)) else value for name, value in x.items()}
 
 
-def dot(x: Tree, y: Tree) -> Tensor:
+def dot(x: Tensors, y: Tensors) -> Tensor:
     """⟨x, y⟩ over all entries, in float32 or wider.
 
     >>> dot({"w": torch.ones(3), "b": torch.ones(1)}, {"w": torch.full((3,), 2.0), "b": torch.ones(1)})
@@ -96,7 +96,7 @@ def dot(x: Tree, y: Tree) -> Tensor:
     return vectors.dot(layout.flatten(x), layout.flatten(y))
 
 
-def norm(x: Tree) -> Tensor:
+def norm(x: Tensors) -> Tensor:
     """‖x‖₂ over all entries, in float32 or wider.
 
     >>> norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
