@@ -190,6 +190,13 @@ def test_every_link_to_a_file_leads_to_one(page):
             assert anchor in anchors(target.read_text() if path else text), f"{path}#{anchor}"
 
 
+@pytest.mark.parametrize("folder", ["hoptim", "scripts", "tests", "conf"])
+def test_code_names_only_scripts_that_are_there(folder):
+    files = [path for kind in ("py", "yaml") for path in (ROOT / folder).rglob(f"*.{kind}")]
+    named = {(path, found) for path in files for found in re.findall(r"\bscripts/[\w/.]*\w", path.read_text())}
+    assert [(path.name, found) for path, found in sorted(named) if not (ROOT / found).exists()] == []
+
+
 def test_the_pages_are_in_the_wheel(tmp_path):
     pytest.importorskip("hatchling", reason="the wheel is built by hatchling: pip install '.[dev]'")
     from zipfile import ZipFile

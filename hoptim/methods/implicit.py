@@ -31,7 +31,7 @@ from hoptim.solvers.minres import MINRES
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.solution import Solution, State, Status
 
-TERMS = 5  # of the default solver: stopping early regularises, see scripts/fidelity.py
+TERMS = 5  # of the default solver: stopping early regularises, see scripts/studies/fidelity
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,8 @@ class HyperParameters(nn.Module):
     def optimizer(self, lr: float | None = None, *, validation: int = VALIDATION) -> torch.optim.Adam:
         """An outer optimizer: Adam on the leaves, with a group for each rate, and on the levels that they share.
 
-        The study of defaults (scripts/README.md) found these rates for some forty hypersteps: 0.05 for ``positive``, whose
-        leaf is a logarithm, 0.3 for ``unit_interval``, 0.1 for ``real`` and 0.01 for ``nonnegative``. Any other constraint
+        A study (scripts/studies/defaults) found these rates for some forty hypersteps: 0.05 for ``positive``, whose leaf is
+        a logarithm, 0.3 for ``unit_interval``, 0.1 for ``real`` and 0.01 for ``nonnegative``. Any other constraint
         has the rate of the one of these with the same map, or 0.1. If the leaf is the value itself, as for the last two, the
         rate should be small compared with the value.
 

@@ -27,8 +27,8 @@ class Rates:
     """The options of Adam for leaves of one kind.
 
     Attributes:
-        alone: the rate of a leaf that shares no level, from scripts/defaults.py.
-        levels: the options of levels, the coarser one first, from scripts/arrive.py.
+        alone: the rate of a leaf that shares no level, from scripts/studies/defaults.
+        levels: the options of levels, the coarser one first, from scripts/studies/one_training.
         entries: those of leaves that share levels.
         is_drawn: whether the entries of a tensor are drawn to their mean.
     """

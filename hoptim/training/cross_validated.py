@@ -75,8 +75,8 @@ class CrossValidated:
         (1/K) Σ_k dL_V(k)/dλ,
 
     where L_V(k) is the validation loss of model k on the examples that its fold holds out. This costs one solve for each
-    fold. Then one model is trained on all examples, with the learned λ. In our study its test loss was below that of every
-    fixed decay on two sets, near the best one on two others, and no better on a small one (scripts/README.md).
+    fold. Then one model is trained on all examples, with the learned λ. In a study (scripts/studies/cross_validation) its
+    test loss was below that of every fixed decay on two sets, near the best one on two others, and no better on a small one.
 
     The training loop is an ordinary one, a function ``train(model, optimizer, examples)``. It is called for each fold, with
     a :class:`BilevelOptimizer` and the indices of the examples to train on, and for the last training, with all indices::

@@ -21,7 +21,7 @@ from hoptim.training.recent_steps import RecentSteps, SeenLoss
 
 ALIKE, UNLIKE = 0.9, 0.5  # below these cosines two gradients are not of one loss, without and with clipping
 MANY, FEW = 1000, 0.01  # warn if, of at least so many entries, at most this share has a gradient
-GONE = 0.01  # of the norm at the start; in scripts/arrive.py models that learned kept 5 %, those that died less than 1 %
+GONE = 0.01  # of the norm at the start; in scripts/studies/one_training models kept 5 %, those that died less than 1 %
 _NON_FINITE = (Status.NON_FINITE_LOSS, Status.NON_FINITE_GRADIENT, Status.NON_FINITE_PRODUCT)
 
 

@@ -74,7 +74,7 @@ class BilevelOptimizer(TrainingOptimizer):
 
     *Where to begin.* Set ``warmup`` to a quarter of the steps. Hypergradients are right for trained weights; on an untrained
     net they point elsewhere, and the outer optimizer follows them. That mattered in a study over folds; on twelve tasks of
-    scripts/README.md no warm-up did about as well, at more cost. As ``outer`` take ``hparams.optimizer()``, or
+    scripts/studies/defaults no warm-up did about as well, at more cost. As ``outer`` take ``hparams.optimizer()``, or
     ``hoptim.outer_adam(hparams)`` for a module of several. It is Adam, which moves each leaf by about its rate, whatever the
     length of the hypergradient: 0.05 under ``constraints.positive``, where the leaf is a logarithm, so that a hyperstep is
     5 %; 0.3 for a unit interval, 0.1 for real, 0.01 for non-negative. Decays of a recipe move together by up to e^0.6.
