@@ -16,7 +16,7 @@ from hoptim.diagnostics.evidence import Setup, compared, error_bound, look, seco
 from hoptim.diagnostics.report import Audit, Direction, brief
 from hoptim.diagnostics.retraining import slopes
 from hoptim.methods.conditions import Gradient, Update
-from hoptim.methods.default import default_method
+from hoptim.methods.hypergradient import default_method
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import is_differentiable
 from hoptim.methods.method import Method, checked

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch.optim import Optimizer
 
-from hoptim.methods.default import default_method
-from hoptim.methods.implicit import doubts
+from hoptim.methods.implicit import Implicit, doubts
+from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, checked
 from hoptim.methods.result import Hypergradient
+from hoptim.methods.unrolled import Unrolled
 from hoptim.problem.data import Batches
 from hoptim.problem.problem import Problem
 
@@ -74,3 +75,16 @@ def hypergradient(
     for doubt in doubts(method, loop, problem.weights(), result.solution).values():
         warnings.warn(doubt, stacklevel=2)
     return result
+
+
+def default_method(learned: Sequence[LearnedOption], every: int | None = None) -> Method:
+    """``Implicit()``, or if options of the inner optimizer are learned ``Unrolled()``, over at most ``every`` steps.
+
+    ``Implicit()`` does not see such options, and with the condition ``Update`` the sign can be wrong on an untrained net.
+
+    >>> default_method([]) == Implicit()
+    True
+    """
+    if not learned:
+        return Implicit()
+    return Unrolled() if every is None else Unrolled(min(every, Unrolled.steps))

@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tensors
-from hoptim.methods.default import default_method
+from hoptim.methods.hypergradient import default_method
 from hoptim.methods.implicit import doubts
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
