@@ -19,6 +19,7 @@ from hoptim.linalg.vjp import VJP
 from hoptim.problem.composite_loss import LossParts
 from hoptim.problem.distributed import OverRanks
 from hoptim.problem.problem import At
+from hoptim.problem.sharding import OverShards, Sharding
 
 Draw = Callable[[], Any]  # draws another training batch
 
@@ -158,6 +159,8 @@ def over_ranks(local: Linearization, at: At) -> Linearization:
     ranks = at.problem.ranks
     if ranks.size == 1:
         return local
+    if at.sharding is not None:
+        return _over_shards(local, at, at.sharding)
     loss, found = ranks.mean_with_loss(local.loss, local.layout.unflatten(local.value), at.weights)
     value = dicts.present(found)
     here = local.on(Layout.of({name: at.weights[name] for name in value}))
@@ -168,6 +171,24 @@ def over_ranks(local: Linearization, at: At) -> Linearization:
         A=OverRanks(here.A, ranks),
         mixed=lambda x: ranks.mean_of_found(here.mixed(x), at.leaves, x.shape[:-1]),
         untouched=tuple(name for name in at.weights if name not in value),
+    )
+
+
+def _over_shards(local: Linearization, at: At, sharding: Sharding) -> Linearization:
+    """F and its derivatives on shards of the weights: each rank's own is of whole weights, and the mean is sharded."""
+    ranks, names = sharding.ranks, {name: at.weights[name].new_ones(()) for name in at.weights}
+    sharding.check_losses(local.loss)
+    loss, touched = ranks.mean_with_loss(local.loss, {name: names[name] for name in local.layout.names}, names)
+    here = local.on(Layout.of({name: at.weights[name] for name in dicts.present(touched)}))
+    space = sharding.vectors(here.layout)
+    return replace(
+        here,
+        loss=loss,
+        layout=space.shards,
+        value=space.mean(here.value),
+        A=OverShards(here.A, space),
+        mixed=lambda x: ranks.mean_of_found(here.mixed(space.gathered(x)), at.leaves, x.shape[:-1]),
+        untouched=tuple(name for name in at.weights if touched[name] is None),
     )
 
 

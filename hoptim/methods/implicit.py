@@ -88,6 +88,19 @@ class Implicit(Method):
         """Without a preconditioner, since an optimizer has no second moments before its first step."""
         return replace(self, preconditioner=None)
 
+    def _check_sharded(self, loop: TrainingContext) -> None:
+        if not isinstance(self.condition, Gradient):
+            raise TypeError(
+                f"the condition {self.condition} takes a step of the inner optimizer, whose state is sharded as the weights "
+                "are: take hoptim.Gradient(), or DistributedDataParallel"
+            )
+        if loop.learned:
+            raise TypeError(
+                f"hyperparameter {loop.learned[0].name!r} is the inner optimizer's {loop.learned[0].key}, which can't be "
+                "learned where weights are sharded over ranks: put a decay into train_loss, as hoptim.recipes.WeightDecay "
+                "does, or train with DistributedDataParallel"
+            )
+
     def completed(self, problem: Problem) -> Implicit:
         """The same with the solver and the curvature of this problem in place of ``None``."""
         shows_parts = isinstance(problem.train_loss, CompositeLoss)
@@ -110,8 +123,8 @@ class Implicit(Method):
                 solution = whole._solve(F, g, problem, loop, state)
                 indirect = F.mixed(-solution.value)
                 detail = _stuck(solution, loop, at.leaves) or solution.detail
-                named = replace(solution, value=F.layout.views(solution.value), detail=detail)
-                return Terms(validation, indirect, named, F.loss, F.value)
+                named = replace(solution, value=at.named(F.layout, solution.value), detail=detail)
+                return Terms(validation, indirect, named, F.loss, F.A.norm(F.value))
 
     @contextmanager
     def linearize(self, at: At, train_batch: Any, loop: TrainingContext) -> Iterator[Linearization]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hoptim.curvature.linearization import check_dense
 from hoptim.linalg import dicts
-from hoptim.linalg.vectors import OptionalTensors, Tensors
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.problem.problem import At
 
 
@@ -41,12 +41,25 @@ def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyTyp
     by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (at.weights, at.leaves, buffers))
     _check_touched(by_weight, by_leaf)
     g = dicts.filled(by_weight, dicts.expanded(at.weights, loss.shape))
-    like = {f"l:{name}": leaf for name, leaf in dicts.expanded(at.leaves, loss.shape).items()}
-    both = {**g, **{f"l:{name}": t for name, t in by_leaf.items()}}
-    loss, found = at.problem.ranks.mean_with_loss(loss.detach(), both, {**g, **like})
-    g = dicts.present({name: found[name] for name in g})
-    direct = {name: found[f"l:{name}"] for name in by_leaf}
+    loss, g, direct = _over_ranks(at, loss.detach(), g, by_leaf)
     return Validation(loss=loss, g=g, direct=direct, by_buffer=dicts.present(by_buffer))
+
+
+def _over_ranks(at: At, loss: Tensor, g: Tensors, direct: OptionalTensors) -> tuple[Tensor, Tensors, OptionalTensors]:
+    """The means over the ranks, by one all-reduce; g on shards where the weights are sharded."""
+    like, ranks = dicts.expanded(at.leaves, loss.shape), at.problem.ranks
+    if at.sharding is not None:
+        at.sharding.check_losses(loss)
+        space = at.sharding.vectors(Layout.of(at.weights))
+        shards = space.shards.unflatten(space.mean(space.whole.flatten(g, loss.shape)))
+        loss, direct = ranks.mean_with_loss(loss, direct, like)
+        return loss, shards, direct
+    loss, found = ranks.mean_with_loss(
+        loss,
+        {**g, **{f"l:{name}": t for name, t in direct.items()}},
+        {**g, **{f"l:{name}": t for name, t in like.items()}},
+    )
+    return loss, dicts.present({name: found[name] for name in g}), {name: found[f"l:{name}"] for name in direct}
 
 
 def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from hoptim.checks import describe_type
 from hoptim.linalg import dicts
-from hoptim.linalg.vectors import Tensors
+from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.problem.composite_loss import CompositeLoss, LossParts, mean_loss
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.detached_view import DetachedView
@@ -43,6 +43,7 @@ from hoptim.problem.loss_checks import (
 )
 from hoptim.problem.mixed_precision import Lowered, full_precision, losses_precision, lowered
 from hoptim.problem.random_stream import restore_generators
+from hoptim.problem.sharding import Sharding, is_sharded, local, reshard, whole, without_parallel_hooks
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap, warn_of_compiled_aside
 
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -58,14 +59,24 @@ class _Live:
     """The modules and live tensors of a problem, looked up once for each hypergradient."""
 
     def __init__(self, problem: Problem) -> None:
-        self.weights: Tensors = dict(problem.model.named_parameters())
+        self.weights: Tensors = dict(problem.named_parameters())
         self.leaves: Tensors = dict(problem.hparams.named_parameters())
         self.lowered = lowered()  # by the user's autocast, which is off in leave_no_trace but for losses
+        self.sharding = Sharding.of(self.weights, problem.ranks) if is_sharded(problem.model) else None
         self.look_inside(problem.joint)
 
     def look_inside(self, joint: Joint) -> None:
         """Look up the parts of the model and the hyperparameters, and their buffers, by their names in the joint module."""
-        self.parts, self.buffers = list(joint.modules()), dict(joint.named_buffers())
+        self.parts, self.buffers = list(joint.modules()), {name: whole(t) for name, t in joint.named_buffers()}
+
+    @cached_property
+    def frozen(self) -> Tensors:
+        """The whole frozen weights of a sharded model, for losses; of another one, none, since they stay in their places."""
+        return (
+            {}
+            if self.sharding is None
+            else {name: whole(p.detach()) for name, p in self.weights.items() if not p.requires_grad}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +109,7 @@ class At:
 
     Attributes:
         problem: the problem.
-        weights: w.
+        weights: w; whole weights, also where the model's own are sharded.
         leaves: λ.
         buffers: the buffers from which each loss starts, by their names in the joint module; also weights that a forward
             pass writes to, if it has written to them.
@@ -108,6 +119,22 @@ class At:
     weights: Tensors
     leaves: Tensors
     buffers: Tensors
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How the weights are sharded over ranks; ``None`` where they are not."""
+        return None if self.problem._live is None else self.problem._live.sharding
+
+    @property
+    def shards(self) -> Tensors:
+        """The part of each weight that this rank holds: w itself where nothing is sharded."""
+        live = self.weights if self.sharding is None else self.problem.weights()
+        return {name: local(w) for name, w in live.items()}
+
+    def named(self, layout: Layout, x: Tensor) -> Tensors:
+        """The weights of a flat vector by name, as views of it; where weights are sharded, as torch's ``DTensor``."""
+        named = layout.views(x)
+        return named if self.sharding is None or x.ndim > 1 else self.sharding.tensors(named)
 
     @contextmanager
     def loss(self, name: LossName, batch: Any) -> Iterator[Evaluated]:
@@ -120,7 +147,7 @@ class At:
         live = problem._live
         assert live is not None, "for use inside Problem.at"
         first = name not in problem.checked and torch.is_grad_enabled()
-        weights, leaves = live.weights | self.weights, live.leaves | self.leaves
+        weights, leaves = live.weights | live.frozen | self.weights, live.leaves | self.leaves
         renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes to these
         written = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
         written |= _clones(self.buffers)
@@ -225,10 +252,22 @@ class Problem:
         if not self.leaves():
             raise ValueError("no parameter of hparams requires a gradient: there is nothing to learn")
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are sharded over ranks, as by ``fully_shard`` or ``parallelize_module``."""
+        return is_sharded(self.model) if self._live is None else self._live.sharding is not None
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """The live weights of the model, frozen ones too; those that are sharded as torch's ``DTensor``."""
+        if self._live is not None:
+            return self._live.weights.items()
+        if is_sharded(self.model):
+            reshard(list(self.model.modules()))
+        return self.model.named_parameters()
+
     def weights(self) -> Tensors:
         """The live weights w that require a gradient, by the model's names; also where others are in place of them."""
-        live = self.model.named_parameters() if self._live is None else self._live.weights.items()
-        return {name: p for name, p in live if p.requires_grad}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def leaves(self) -> Tensors:
         """The live unconstrained hyperparameters that require a gradient, by the names of ``hparams``; likewise."""
@@ -268,7 +307,8 @@ class Problem:
         has second derivatives.
 
         Args:
-            weights: w by name; default: new leaves that share the memory of the live weights.
+            weights: w by name; default: new leaves that share the memory of the live weights, or have the values of whole
+                weights where they are sharded.
             leaves: λ by name; likewise.
             buffers: those from which a loss starts, by their names in the joint module; default: the live ones.
             attributes: likewise the modes and plain attributes of the modules.
@@ -276,11 +316,13 @@ class Problem:
         with self._looked_up() as live:
             at = At(
                 problem=self,
-                weights=as_leaves(self.weights()) if weights is None else weights,
+                weights=as_leaves({name: whole(p.detach()) for name, p in self.weights().items()})
+                if weights is None
+                else weights,
                 leaves=as_leaves(self.leaves()) if leaves is None else leaves,
                 buffers=live.buffers | (buffers or {}),
             )
-            given = {"model." + name: t for name, t in at.weights.items()}
+            given = {"model." + name: t for name, t in {**live.frozen, **at.weights}.items()}
             given |= {"hparams." + name: t for name, t in at.leaves.items()}
             restored = nullcontext() if attributes is None else restore_attributes(live.parts)
             with swapped(self.joint, live.parts, given | _clones(at.buffers)), restored:
@@ -334,8 +376,9 @@ class Problem:
         """Raise ``ValueError`` if the ranks do not have the same weights and hyperparameters."""
         if self.ranks.size == 1:
             return
-        remedy = "wrap the model in DistributedDataParallel and give that to Problem"
-        self.ranks.check_same(self.weights(), "weights", remedy)
+        if not self.is_sharded:
+            remedy = "wrap the model in DistributedDataParallel and give that to Problem"
+            self.ranks.check_same(self.weights(), "weights", remedy)
         self.ranks.check_same(self.leaves(), "hyperparameters", "start them from the same values, and move them alike")
 
     def generators(self) -> dict[str, Tensor]:
@@ -370,7 +413,8 @@ class Problem:
             return
         self._live = _Live(self)
         try:
-            with twice_differentiable(self._live.parts):
+            parallel = nullcontext() if self._live.sharding is None else without_parallel_hooks(self._live.parts)
+            with parallel, twice_differentiable(self._live.parts):
                 yield self._live
         finally:
             self._live = None

@@ -30,7 +30,7 @@ Shapes = list[tuple[str, list[int]]]
 
 def held_weights(inner: Optimizer, problem: Problem) -> Shapes:
     """Names and shapes of the inner optimizer's tensors, in its order, by which torch assigns a loaded state."""
-    names = {id(p): name for name, p in problem.model.named_parameters()}
+    names = {id(p): name for name, p in problem.named_parameters()}
     return [(names.get(id(p), "?"), list(p.shape)) for group in inner.param_groups for p in group["params"]]
 
 
