@@ -36,6 +36,7 @@ class Linearization:
         mixed: x ↦ Bᵀx by the names of the hyperparameters, or R of them; ``None`` for one that F does not depend on.
         untouched: the weights that the training loss does not touch.
         fixed: the weights that it touches but the inner optimizer does not hold; known to the condition ``Update`` alone.
+        is_on_shards: whether vectors are of shards, and A and F means over the ranks; see :func:`on_shards`.
     """
 
     loss: Tensor
@@ -45,6 +46,7 @@ class Linearization:
     mixed: Callable[[Tensor], OptionalTensors]
     untouched: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
+    is_on_shards: bool = False
 
     def on(self, layout: Layout) -> Linearization:
         """The same for the weights of another layout: zero for those that this one does not have."""
@@ -174,21 +176,38 @@ def over_ranks(local: Linearization, at: At) -> Linearization:
     )
 
 
-def _over_shards(local: Linearization, at: At, sharding: Sharding) -> Linearization:
-    """F and its derivatives on shards of the weights: each rank's own is of whole weights, and the mean is sharded."""
-    ranks, names = sharding.ranks, {name: at.weights[name].new_ones(()) for name in at.weights}
-    sharding.check_losses(local.loss)
-    loss, touched = ranks.mean_with_loss(local.loss, {name: names[name] for name in local.layout.names}, names)
-    here = local.on(Layout.of({name: at.weights[name] for name in dicts.present(touched)}))
-    space = sharding.vectors(here.layout)
+def on_shards(own: Linearization, at: At) -> Linearization:
+    """The same on vectors of shards, with the mean of A and F over the ranks, if weights are sharded.
+
+    Each rank linearises its own loss at whole weights. A product gathers its vector and scatters the mean.
+    """
+    if at.sharding is None or own.is_on_shards:
+        return own
+    ones = {name: w.new_ones(()) for name, w in at.weights.items()}
+    touched = at.sharding.ranks.mean_of_found({name: ones[name] for name in own.layout.names}, ones)  # by any rank
+    here = own.on(Layout.of({name: at.weights[name] for name in dicts.present(touched)}))
+    space = at.sharding.vectors(here.layout)
     return replace(
         here,
-        loss=loss,
         layout=space.shards,
         value=space.mean(here.value),
-        A=OverShards(here.A, space),
-        mixed=lambda x: ranks.mean_of_found(here.mixed(space.gathered(x)), at.leaves, x.shape[:-1]),
+        A=Symmetric(lambda v: space.mean(here.A @ space.gathered(v)), like=space.shards, is_fixed=here.A.is_fixed),
+        mixed=lambda x: here.mixed(space.gathered(x)),
         untouched=tuple(name for name in at.weights if touched[name] is None),
+        is_on_shards=True,
+    )
+
+
+def _over_shards(own: Linearization, at: At, sharding: Sharding) -> Linearization:
+    """F and its derivatives on shards, averaged over the ranks."""
+    sharding.check_losses(own.loss)
+    here, ranks = on_shards(own, at), sharding.ranks
+    space = sharding.vectors(Layout.of({name: at.weights[name] for name in here.layout.names}))
+    return replace(
+        here,
+        loss=ranks.mean({"": own.loss})[""],
+        A=OverShards(here.A, space),
+        mixed=lambda x: ranks.mean_of_found(here.mixed(x), at.leaves, x.shape[:-1]),
     )
 
 

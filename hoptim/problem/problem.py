@@ -72,11 +72,11 @@ class _Live:
     @cached_property
     def frozen(self) -> Tensors:
         """The whole frozen weights of a sharded model, for losses; of another one, none, since they stay in their places."""
-        return (
-            {}
-            if self.sharding is None
-            else {name: whole(p.detach()) for name, p in self.weights.items() if not p.requires_grad}
-        )
+        return {} if self.sharding is None else self.whole({n: p for n, p in self.weights.items() if not p.requires_grad})
+
+    def whole(self, weights: Tensors) -> Tensors:
+        """Whole weights, from live ones that may be sharded."""
+        return weights if self.sharding is None else self.sharding.whole({n: local(p.detach()) for n, p in weights.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,9 +316,7 @@ class Problem:
         with self._looked_up() as live:
             at = At(
                 problem=self,
-                weights=as_leaves({name: whole(p.detach()) for name, p in self.weights().items()})
-                if weights is None
-                else weights,
+                weights=as_leaves(live.whole(self.weights())) if weights is None else weights,
                 leaves=as_leaves(self.leaves()) if leaves is None else leaves,
                 buffers=live.buffers | (buffers or {}),
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,8 @@ from hoptim.linalg.operators import Operator, Wrapped
 from hoptim.linalg.random import NormalNumbers
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.problem.distributed import Ranks
+
+LARGE = 2**16  # a weight of so many entries has collectives of its own; smaller ones share one
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -74,15 +76,25 @@ class ShardedWeight:
 
     def whole(self, shard: Tensor) -> Tensor:
         """The whole tensor, from the shard on each rank."""
-        found: Tensor = self.tensor(shard).redistribute(placements=_copied(self.mesh)).to_local()
+        if self._axis is None:
+            gathered: Tensor = self.tensor(shard).redistribute(placements=_copied(self.mesh)).to_local()
+            return gathered
+        found = shard.new_empty(self.shape)
+        dist.all_gather_into_tensor(found, shard.contiguous(), group=self.mesh.get_group(self._axis))
         return found
 
     def mean(self, own: Tensor) -> Tensor:
-        """The shard of the mean of the whole tensors of all ranks."""
+        """The shard of the mean of the whole tensors of all ranks of the mesh."""
         from torch.distributed.tensor import DTensor, Partial
 
-        parts = DTensor.from_local(own, self.mesh, [Partial("avg")] * self.mesh.ndim, run_check=False)
-        return parts.redistribute(placements=self.placements).to_local()
+        if self._axis is None:
+            parts = DTensor.from_local(own, self.mesh, [Partial("avg")] * self.mesh.ndim, run_check=False)
+            return parts.redistribute(placements=self.placements).to_local()
+        found = own.new_empty(self.own)
+        dist.reduce_scatter_tensor(found, own.contiguous(), group=self.mesh.get_group(self._axis))
+        for axis in set(range(self.mesh.ndim)) - {self._axis}:
+            dist.all_reduce(found, group=self.mesh.get_group(axis))
+        return found.div_(self.mesh.size())
 
     def shard(self, own: Tensor) -> Tensor:
         """The shard of a whole tensor that is the same on all ranks; no rank waits for another."""
@@ -98,13 +110,26 @@ class ShardedWeight:
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(shard, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
 
+    @cached_property
+    def places(self) -> Tensor:
+        """Where the entries of the shard are in the whole weight, both flat."""
+        return self.shard(torch.arange(self.shape.numel(), device=self.mesh.device_type).view(self.shape)).reshape(-1)
+
     @property
     def pieces(self) -> int:
         """How many ranks share the weight between them; those beyond hold copies."""
-        found = 1
-        for size, placement in zip(self.mesh.shape, self.placements, strict=True):
-            found *= 1 if placement.is_replicate() else size
-        return found
+        sizes = zip(self.mesh.shape, self.placements, strict=True)
+        return math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+    @cached_property
+    def _axis(self) -> int | None:
+        """The axis of the mesh over which its rows are shared evenly; ``None`` if it is sharded in any other way."""
+        from torch.distributed.tensor import Shard
+
+        axes = [axis for axis, placement in enumerate(self.placements) if not placement.is_replicate()]
+        if len(axes) != 1 or type(self.placements[axes[0]]) is not Shard or self.placements[axes[0]].dim:
+            return None
+        return None if self.shape[0] % self.mesh.size(axes[0]) else axes[0]
 
 
 def _copied(mesh: Any) -> tuple[Any, ...]:
@@ -126,15 +151,15 @@ class Sharding:
 
         Raises:
             TypeError: a weight is kept on another device than it is used on.
-            ValueError: the ranks do not have all shards between them.
+            ValueError: the losses are not averaged over all ranks that hold shards.
         """
         sharded = {name: p for name, p in live.items() if hasattr(p, "device_mesh")}
         widest = max((p.device_mesh for p in sharded.values()), key=lambda mesh: mesh.size())
         for name, p in sharded.items():
             if (kept := local(p).device.type) != p.device_mesh.device_type:
                 raise TypeError(
-                    f"the shards of weight {name!r} are kept on {kept}, and used on {p.device_mesh.device_type}: "
-                    "take fully_shard without an offload_policy"
+                    f"the shards of weight {name!r} are kept on {kept}, and used on {p.device_mesh.device_type}: take "
+                    "fully_shard without an offload_policy"
                 )
         if ranks.size < widest.size():
             raise ValueError(
@@ -145,105 +170,128 @@ class Sharding:
 
     def vectors(self, layout: Layout) -> ShardedVectors:
         """The flat vectors of the weights in this layout."""
-        return ShardedVectors(layout, tuple(self.weights[name] for name in layout.names), self.ranks)
+        return ShardedVectors(layout, self)
 
     def tensors(self, shards: Tensors) -> Tensors:
         """These shards, each as a ``DTensor`` like the model's own weight of that name."""
         return {name: self.weights[name].tensor(shard) for name, shard in shards.items()}
 
+    def whole(self, shards: Tensors) -> Tensors:
+        """The whole tensors, by one collective for each large one, and one for all others. Every rank has to call this."""
+        return {**self.whole_small(shards), **{name: self.weights[name].whole(shards[name]) for name in self.large(shards)}}
+
+    def mean(self, own: Tensors) -> Tensors:
+        """The shards of the mean of the whole tensors of all ranks, likewise."""
+        return {**self.mean_small(own), **{name: self.weights[name].mean(own[name]) for name in self.large(own)}}
+
+    def large(self, names: Iterable[str]) -> list[str]:
+        """Those of the weights that have collectives of their own."""
+        return [name for name in names if self.weights[name].shape.numel() >= LARGE]
+
+    def whole_small(self, shards: Mapping[str, Tensor]) -> Tensors:
+        """The whole tensors of the weights that are not large, by one all-reduce."""
+        layout = self._small(shards)
+        total = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
+        for name, t in layout.views(total).items():
+            weight = self.weights[name]
+            t.view(-1)[weight.places] = shards[name].reshape(-1).to(t) * (weight.pieces / self.ranks.size)
+        dist.all_reduce(total, group=self.ranks.group)
+        return layout.unflatten(total)
+
+    def mean_small(self, own: Mapping[str, Tensor]) -> Tensors:
+        """The shards of the mean of the whole tensors that are not large, by one all-reduce."""
+        layout = self._small(own)
+        mean = layout.unflatten(self.ranks.mean_vector(layout.flatten(own)))
+        return {name: t.reshape(-1)[self.weights[name].places].view(self.weights[name].own) for name, t in mean.items()}
+
+    def _small(self, tensors: Mapping[str, Tensor]) -> Layout:
+        """The layout of the whole weights that are not large, with the types and devices of these tensors."""
+        large = set(self.large(tensors))
+        rows = [(name, self.weights[name].shape, t.dtype, t.device) for name, t in tensors.items() if name not in large]
+        names, shapes, dtypes, devices = zip(*rows, strict=True) if rows else ((), (), (), ())
+        return Layout(names, shapes, dtypes, devices)
+
     def check_losses(self, loss: Tensor) -> None:
-        """Raise ``ValueError`` unless the ranks of each mesh have the mean loss that all have, as those of equal batches do.
+        """Raise ``ValueError`` unless the ranks of each mesh have the mean loss that all have.
 
         A mesh without all ranks, such as that of FSDP2 within tensor parallel, averages over its own.
         """
         meshes = {id(weight.mesh): weight.mesh for weight in self.weights.values()}
         if all(mesh.size() == self.ranks.size for mesh in meshes.values()):
             return
-        everyone = loss.detach().double().reshape(1, -1)
-        losses = everyone.new_empty(self.ranks.size, everyone.shape[1])
-        dist.all_gather_into_tensor(losses, everyone, group=self.ranks.group)
+        own = loss.detach().double().reshape(1, -1)
+        losses = own.new_empty(self.ranks.size, own.shape[1])
+        dist.all_gather_into_tensor(losses, own, group=self.ranks.group)
         place = {number: n for n, number in enumerate(dist.get_process_group_ranks(self.ranks.group))}
         for mesh in meshes.values():
-            own = losses[[place[number] for number in mesh.mesh.flatten().tolist()]].mean(0)
-            if not torch.allclose(own, losses.mean(0), rtol=1e-6, equal_nan=True):
+            there = losses[[place[number] for number in mesh.mesh.flatten().tolist()]].mean(0)
+            if not torch.allclose(there, losses.mean(0), rtol=1e-6, equal_nan=True):
                 raise ValueError(
                     f"weights are sharded over {mesh.size()} of {self.ranks.size} ranks, whose mean loss is "
-                    f"{own.tolist()}, and that of all is {losses.mean(0).tolist()}: give ranks that hold parts of the same "
-                    "layer, as in tensor parallel, the same batches and the same random seed"
+                    f"{there.tolist()}, and that of all is {losses.mean(0).tolist()}: give ranks that hold parts of the "
+                    "same layer, as in tensor parallel, the same batches and the same random seed"
                 )
 
 
 @dataclass(frozen=True)
 class ShardedVectors:
-    """Flat vectors of shards, of shape (n,) with another n on each rank, and of whole weights.
+    """Flat vectors of shards, of shape (n,) with another n on each rank, and of whole weights; or R of them.
 
     Attributes:
         whole: the layout of a vector of whole weights.
-        weights: how each of its weights is sharded.
-        ranks: those that hold shards.
+        sharding: how the weights are sharded.
     """
 
     whole: Layout
-    weights: tuple[ShardedWeight, ...]
-    ranks: Ranks
+    sharding: Sharding
 
     @cached_property
     def shards(self) -> Layout:
         """The layout of a vector of shards."""
-        shapes = tuple(weight.own for weight in self.weights)
+        shapes = tuple(self.sharding.weights[name].own for name in self.whole.names)
         return Layout(self.whole.names, shapes, self.whole.dtypes, self.whole.devices)
 
     def gathered(self, v: Tensor) -> Tensor:
-        """The whole vector, or R of them; every rank has to call this."""
+        """The whole vector; every rank has to call this."""
         if v.ndim > 1:
             return torch.stack([self.gathered(row) for row in v])
-        found = v.new_empty(self.whole.size)
-        for weight, shard, to in zip(
-            self.weights, self.shards.views(v).values(), found.split(self.whole.sizes), strict=True
-        ):
-            to.copy_(weight.whole(shard).reshape(-1))
-        return found
+        return self.whole.flatten(self.sharding.whole(self.shards.views(v)))
 
     def mean(self, v: Tensor) -> Tensor:
-        """The shards of the mean of whole vectors, or of R of them, of all ranks; every rank has to call this."""
+        """The shards of the mean of the whole vectors of all ranks; every rank has to call this."""
         if v.ndim > 1:
             return torch.stack([self.mean(row) for row in v])
-        found = v.new_empty(self.shards.size)
-        for weight, own, to in zip(self.weights, self.whole.views(v).values(), found.split(self.shards.sizes), strict=True):
-            to.copy_(weight.mean(own).reshape(-1))
-        return found
+        return self.shards.flatten(self.sharding.mean(self.whole.views(v)))
 
     @cached_property
     def share(self) -> Tensor | None:
         """1 / the number of ranks that hold an entry, for each entry; ``None`` if no entry is held twice."""
-        counts = [self.ranks.size // weight.pieces for weight in self.weights]
-        if set(counts) <= {1}:
+        copies = [self.sharding.ranks.size // self.sharding.weights[name].pieces for name in self.whole.names]
+        if set(copies) <= {1}:
             return None
-        sizes = zip(self.shards.sizes, counts, strict=True)
-        return torch.cat([torch.full((size,), 1 / c, dtype=self.whole.dtype, device=self.whole.device) for size, c in sizes])
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over all ranks."""
-        total = x.clone()
-        dist.all_reduce(total, group=self.ranks.group)
-        return total
+        rows = zip(self.shards.sizes, copies, strict=True)
+        return torch.cat([torch.full((size,), 1 / k, dtype=self.whole.dtype, device=self.whole.device) for size, k in rows])
 
     def dot(self, u: Tensor, v: Tensor) -> Tensor:
         """⟨u, v⟩ of vectors of shards."""
-        return self.sum(vectors.dot(u if self.share is None else u * self.share, v))
+        return self._sum(vectors.dot(u if self.share is None else u * self.share, v))
 
     def norm(self, v: Tensor) -> Tensor:
-        """‖v‖."""
+        """‖v‖ of a vector of shards."""
         return self.dot(v, v).sqrt()
 
     def gram(self, u: Tensor, v: Tensor) -> Tensor:
         """⟨u_i, v_j⟩ for all pairs of rows, in float64."""
-        return self.sum(vectors.gram(u if self.share is None else u * self.share, v))
+        return self._sum(vectors.gram(u if self.share is None else u * self.share, v))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self.sharding.ranks.group)
+        return x
 
     def largest(self, v: Tensor) -> Tensor:
-        """The largest entry of v."""
+        """The largest entry on any rank."""
         found = v.amax() if v.numel() else v.new_full((), -torch.inf)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.ranks.group)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.sharding.ranks.group)
         return found
 
     def gaussian(self, *lead: int, seed: int) -> Tensor:
@@ -251,24 +299,20 @@ class ShardedVectors:
         rows, found = math.prod(lead), []
         draws = NormalNumbers(rows * self.whole.size, seed, self.whole.dtype, self.whole.device)
         for _ in range(rows):
-            wholes = zip(self.weights, self.whole.shapes, strict=True)
-            found += [weight.shard(draws.take(shape.numel()).view(shape)).reshape(-1) for weight, shape in wholes]
+            weights = (self.sharding.weights[name] for name in self.whole.names)
+            found += [weight.shard(draws.take(weight.shape.numel()).view(weight.shape)).reshape(-1) for weight in weights]
         return torch.cat(found).view(*lead, self.shards.size)
 
 
 class OverShards(Wrapped):
-    """The mean of each rank's operator on whole vectors, as an operator on vectors of shards.
-
-    A product gathers the vector, applies this rank's operator to it, and scatters the mean. The inner product is over all
-    ranks, where an entry that several ranks hold counts once.
-    """
+    """An operator on vectors of shards, with the inner product over all ranks, where an entry with copies counts once."""
 
     def __init__(self, base: Operator, space: ShardedVectors) -> None:
         super().__init__(base)
-        self.size, self.space = space.shards.size, space
+        self.space = space
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return self.space.mean(self.base @ self.space.gathered(v))
+        return self.base @ v
 
     @property
     def total(self) -> int:
@@ -288,11 +332,11 @@ class OverShards(Wrapped):
         return self.space.gram(u, v)
 
     def largest(self, v: Tensor) -> Tensor:
-        """The largest entry of v on any rank."""
+        """The largest entry on any rank."""
         return self.space.largest(v)
 
     def gaussian(self, *lead: int, seed: int = 0) -> Tensor:
-        """Standard normal vectors."""
+        """Standard normal vectors, spread as the weights are."""
         return self.space.gaussian(*lead, seed=seed)
 
 
