@@ -106,13 +106,13 @@ class FiniteDifference(Curvature):
                 )
 
         def product(v: Tensor) -> Tensor:
-            if v.ndim > 1:
-                return torch.stack([product(row) for row in v])
-            return layout.flatten(difference(v, 0))
+            rows = [layout.flatten(difference(row, 0)) for row in v.reshape(-1, layout.size)]
+            return torch.stack(rows).view(v.shape)
 
         def mixed(x: Tensor) -> OptionalTensors:
-            if x.ndim > 1:
-                return dicts.stack([mixed(row) for row in x])
+            return dicts.stack([mixed_one(row) for row in x]) if x.ndim > 1 else mixed_one(x)
+
+        def mixed_one(x: Tensor) -> OptionalTensors:
             found = difference(x, 1)
             if self.step is None and chosen is not None and rounding < HALF:  # checked too, since it is the answer
                 name, apart = _farthest(found, quotient(chosen * APART, x)[1])

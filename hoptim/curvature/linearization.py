@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,11 @@ from hoptim.linalg.vjp import VJP
 from hoptim.problem.composite_loss import LossParts
 from hoptim.problem.distributed import OverRanks
 from hoptim.problem.problem import At
+from hoptim.problem.sharded_passes import ShardedPasses
 from hoptim.problem.sharding import OverShards, Sharding
 
 Draw = Callable[[], Any]  # draws another training batch
+Product = Callable[[Tensors, bool], OptionalTensors]  # of named tensors; the second argument says if each is R of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,49 +93,87 @@ class GradientGraph:
         weights: w, leaves that require a gradient.
         leaves: λ, likewise.
         parts: the parts of the loss, if it is a ``CompositeLoss``.
+        passes: how backward passes save memory, if weights are sharded. Then vectors are of shards, F and A means over the
+            ranks, and zeros stand in ``value`` for the gradients of large weights.
 
     Raises:
         TypeError: a weight has a sparse gradient.
     """
 
-    def __init__(self, loss: Tensor, weights: Tensors, leaves: Tensors, parts: LossParts | None = None) -> None:
-        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
+    def __init__(
+        self,
+        loss: Tensor,
+        weights: Tensors,
+        leaves: Tensors,
+        parts: LossParts | None = None,
+        passes: ShardedPasses | None = None,
+    ) -> None:
+        self.loss, self.parts, self.leaves, self.passes = loss, parts, leaves, passes
+        with self.passing() as taken:
+            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
         found = dict(zip(weights, gradients, strict=True))
         check_dense(found)
-        self.loss, self.parts, self.leaves = loss, parts, leaves
         self.value = dicts.present(found)
         self.weights = {name: weights[name] for name in self.value}
         self.untouched = tuple(name for name in weights if name not in self.value)
-        self.layout = Layout.of(self.weights)
+        own = self.value if passes is None else passes.shards(self.value, taken)
+        self.layout = Layout.of(own)
+        self._flat = self.layout.flatten(own).detach()
         self._outputs = {name: value for name, value in self.value.items() if value.requires_grad}
+
+    def passing(self, *, is_wanted: bool = True) -> AbstractContextManager[Tensors]:
+        """Inside, backward passes save memory, if weights are sharded."""
+        return nullcontext({}) if self.passes is None else self.passes.passing(is_wanted=is_wanted)
 
     def vjp(self, inputs: Tensors) -> VJP:
         """v ↦ vᵀ ∂F/∂inputs."""
         return VJP(self._outputs, inputs)
 
+    def to_weights(self, outputs: Tensors) -> VJP:
+        """v ↦ vᵀ ∂outputs/∂w, for :meth:`symmetric`."""
+        if self.passes is None:
+            return VJP(outputs, self.weights)
+        self.passes.take_parts(outputs.values())
+        return VJP(outputs, self.weights, self.passes.large)
+
+    def symmetric(self, product: Product) -> Symmetric:
+        """The symmetric operator of a product of weights by name."""
+        flat = on_flat(self._sharded(product, to_weights=True), self.layout)
+        return Symmetric(lambda v: self.layout.flatten(flat(v), v.shape[:-1]), like=self.layout)
+
+    def _sharded(self, product: Product, *, to_weights: bool) -> Product:
+        """A product of whole weights as one of shards, if weights are sharded."""
+        passes = self.passes
+        if passes is None:
+            return product
+
+        def of_shards(v: Tensors, batched: bool) -> OptionalTensors:
+            rows = (
+                [{name: t[row] for name, t in v.items()} for row in range(len(next(iter(v.values()))))] if batched else [v]
+            )
+            found = [passes.product(lambda whole: product(whole, False), row, to_weights=to_weights) for row in rows]
+            return dicts.stack(found) if batched else found[0]  # no call of itself, which would keep the graph in memory
+
+        return of_shards
+
     def hessian(self) -> Operator:
         """A = ∂F/∂w, the Hessian of L_T: symmetric, so that vᵀA is A v."""
-        return symmetric(self.vjp(self.weights), self.layout)
+        return self.symmetric(self.to_weights(self._outputs))
 
     def linearization(self, A: Operator) -> Linearization:
         """F with its derivatives, given A."""
         return Linearization(
             loss=self.loss.detach(),
             layout=self.layout,
-            value=self.layout.flatten(self.value).detach(),
+            value=self._flat,
             A=A,
-            mixed=on_flat(self.vjp(self.leaves), self.layout),
+            mixed=on_flat(self._sharded(self.vjp(self.leaves), to_weights=False), self.layout),
             untouched=self.untouched,
+            is_on_shards=self.passes is not None,
         )
 
 
-def symmetric(product: Callable[[Tensors, bool], OptionalTensors], layout: Layout) -> Symmetric:
-    """The symmetric operator of a product of named tensors; its second argument says if they have a leading axis of R."""
-    flat = on_flat(product, layout)
-    return Symmetric(lambda v: layout.flatten(flat(v), v.shape[:-1]), like=layout)
-
-
-def on_flat(product: Callable[[Tensors, bool], OptionalTensors], layout: Layout) -> Callable[[Tensor], OptionalTensors]:
+def on_flat(product: Product, layout: Layout) -> Callable[[Tensor], OptionalTensors]:
     """A linear function of named tensors as a function of their flat vector, or of R of them.
 
     If weights are in float16, each vector is scaled to a largest entry of 1 for the product, since small ones would vanish.

@@ -120,6 +120,7 @@ class Implicit(Method):
             with whole.linearize(at, train_batch, loop) as F:
                 _check_weights(F, loop)
                 g = F.layout.flatten(validation.g, validation.loss.shape)
+                validation = replace(validation, g={})  # its memory is needed
                 solution = whole._solve(F, g, problem, loop, state)
                 indirect = F.mixed(-solution.value)
                 detail = _stuck(solution, loop, at.leaves) or solution.detail

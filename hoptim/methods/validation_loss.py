@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,7 @@ from hoptim.curvature.linearization import check_dense
 from hoptim.linalg import dicts
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.problem.problem import At
+from hoptim.problem.sharded_passes import ShardedPasses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +38,38 @@ def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyTyp
     with at.loss("val_loss", batch) as (loss, *_):
         losses = loss.reshape(-1)
         inputs = [*at.weights.values(), *at.leaves.values(), *buffers.values()]
-        rows = [torch.autograd.grad(one, inputs, allow_unused=True, retain_graph=True) for one in losses]
+        passes = at.passes(loss)
+        rows = [_gradients(at, one, inputs, passes) for one in losses]
     columns = iter([_stacked(column, loss.ndim) for column in zip(*rows, strict=True)])
     by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (at.weights, at.leaves, buffers))
     _check_touched(by_weight, by_leaf)
-    g = dicts.filled(by_weight, dicts.expanded(at.weights, loss.shape))
-    loss, g, direct = _over_ranks(at, loss.detach(), g, by_leaf)
+    g = dicts.filled(by_weight, dicts.expanded(at.weights if passes is None else at.shards, loss.shape))
+    loss, g, direct = _over_ranks(at, loss.detach(), g, by_leaf, is_on_shards=passes is not None)
     return Validation(loss=loss, g=g, direct=direct, by_buffer=dicts.present(by_buffer))
 
 
-def _over_ranks(at: At, loss: Tensor, g: Tensors, direct: OptionalTensors) -> tuple[Tensor, Tensors, OptionalTensors]:
+def _gradients(at: At, loss: Tensor, inputs: Sequence[Tensor], passes: ShardedPasses | None) -> Any:
+    """∂loss/∂inputs, of which the weights come first; shards of the mean for them if a pass gives these."""
+    with nullcontext(Tensors()) if passes is None else passes.passing() as taken:
+        found = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+    if passes is None:
+        return found
+    shards = passes.shards(dict(zip(at.weights, found, strict=False)), taken)
+    return [*(shards.get(name) for name in at.weights), *found[len(at.weights) :]]
+
+
+def _over_ranks(
+    at: At, loss: Tensor, g: Tensors, direct: OptionalTensors, *, is_on_shards: bool
+) -> tuple[Tensor, Tensors, OptionalTensors]:
     """The means over the ranks, by one all-reduce; g on shards where the weights are sharded."""
     like, ranks = dicts.expanded(at.leaves, loss.shape), at.problem.ranks
     if at.sharding is not None:
         at.sharding.check_losses(loss)
         space = at.sharding.vectors(Layout.of(at.weights))
-        shards = space.shards.unflatten(space.mean(space.whole.flatten(g, loss.shape)))
+        if not is_on_shards:
+            g = space.shards.unflatten(space.mean(space.whole.flatten(g, loss.shape)))
         loss, direct = ranks.mean_with_loss(loss, direct, like)
-        return loss, shards, direct
+        return loss, g, direct
     loss, found = ranks.mean_with_loss(
         loss,
         {**g, **{f"l:{name}": t for name, t in direct.items()}},

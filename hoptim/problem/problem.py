@@ -43,6 +43,7 @@ from hoptim.problem.loss_checks import (
 )
 from hoptim.problem.mixed_precision import Lowered, full_precision, losses_precision, lowered
 from hoptim.problem.random_stream import restore_generators
+from hoptim.problem.sharded_passes import ShardedPasses, are_alike
 from hoptim.problem.sharding import Sharding, is_sharded, local, reshard, whole, without_parallel_hooks
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap, warn_of_compiled_aside
 
@@ -76,7 +77,8 @@ class _Live:
 
     def whole(self, weights: Tensors) -> Tensors:
         """Whole weights, from live ones that may be sharded."""
-        return weights if self.sharding is None else self.sharding.whole({n: local(p.detach()) for n, p in weights.items()})
+        sharded = {name: local(p.detach()) for name, p in weights.items() if hasattr(p, "device_mesh")}
+        return weights if self.sharding is None else {**weights, **self.sharding.whole(sharded)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,16 @@ class At:
     def sharding(self) -> Sharding | None:
         """How the weights are sharded over ranks; ``None`` where they are not."""
         return None if self.problem._live is None else self.problem._live.sharding
+
+    def passes(self, loss: Tensor) -> ShardedPasses | None:
+        """How backward passes of this loss save memory where weights are sharded; ``None`` if the ranks' graphs differ."""
+        if self._passes is None or not self._passes.large or not are_alike(loss, self._passes.sharding.ranks):
+            return None
+        return self._passes
+
+    @cached_property
+    def _passes(self) -> ShardedPasses | None:
+        return None if self.sharding is None else ShardedPasses(self.weights, self.sharding)
 
     @property
     def shards(self) -> Tensors:
