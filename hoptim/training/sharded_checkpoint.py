@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils import _pytree as pytree
 
-from hoptim.checks import describe_type
+from hoptim.checks import describe_type, listed
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.problem.distributed import Ranks
 from hoptim.problem.random_stream import global_states, set_global_states
@@ -85,12 +85,14 @@ def load_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
         optimizer._required,
         held_shards(problem),
     )
+    live = _model_state(optimizer)
+    _check_model(shared["model"], _shapes(live))
     check_kinds("load_checkpoint", shared["stateful"], stateful)
     is_same = shared["ranks"] == ranks.size
     rank, places = f"rank{ranks.rank if is_same else 0}", _Places.of(optimizer)
     template = {
         rank: b"",
-        "model": {name: torch.empty_like(t) if isinstance(t, Tensor) else t for name, t in _model_state(optimizer).items()},
+        "model": {name: torch.empty_like(t) if isinstance(t, Tensor) else t for name, t in live.items()},
         "inner": {str(number): places.like(number, kinds) for number, kinds in shared["inner"].items()},
         "solver": {name: places.empty_rows(*kind) for name, kind in shared["solver"].items()},
     }
@@ -128,6 +130,7 @@ def _saved(optimizer: BilevelOptimizer, stateful: tuple[Any, ...]) -> dict[str, 
         KEY: {name: value for name, value in entry.items() if name != "shards"},
         "ranks": problem.ranks.size,
         "rest": rest,
+        "model": _shapes(model),
         "stateful": [kind for kind, _ in states],
         "inner": {number: {key: _kind(t) for key, t in entries.items()} for number, entries in tensors.items()},
         "inner_rest": {
@@ -154,6 +157,18 @@ def _model_state(optimizer: BilevelOptimizer) -> dict[str, Any]:
     problem = optimizer.problem
     problem.named_parameters()  # puts FSDP2's shards in their places
     return dict(problem.model.state_dict())
+
+
+def _shapes(model: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {name: list(t.shape) if isinstance(t, Tensor) else [] for name, t in model.items()}
+
+
+def _check_model(there: dict[str, list[int]], here: dict[str, list[int]]) -> None:
+    """Raise ``ValueError`` unless names and shapes are those of the model here, frozen weights and buffers included."""
+    if names := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
+        raise ValueError(
+            f"the checkpoint is another model's: {listed(names)} differ in name or shape. Build the model as it was"
+        )
 
 
 def _kind(t: Tensor) -> tuple[list[int], torch.dtype, bool]:

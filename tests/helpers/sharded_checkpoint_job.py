@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributions import constraints
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import hoptim
@@ -23,10 +26,11 @@ X, Y = torch.randn(16, SIZE, 5, generator=DRAW, dtype=torch.float64), torch.rand
 
 
 class Case(NamedTuple):
-    solver: hoptim.Solver
+    how: Any  # the solver, or the method
     parts: int = 1  # how many validation losses
     is_random: bool = False  # dropout, statistics of the batch, and validation batches that are shuffled
     inner: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    shard: Callable[[nn.Module], Any] = fully_shard
 
 
 CASES = {
@@ -35,6 +39,7 @@ CASES = {
     "two losses": Case(hoptim.WarmStart(hoptim.Neumann(terms=3)), parts=2),
     "random": Case(hoptim.MINRES(terms=5), is_random=True),
     "plain sgd": Case(hoptim.MINRES(terms=5), inner=torch.optim.SGD),
+    "copies": Case(hoptim.Unrolled(2), is_random=True, shard=DistributedDataParallel),
 }
 
 ON_FOUR = ("neumann", "two losses")  # those that are also resharded
@@ -44,18 +49,37 @@ def cases() -> dict[str, Case]:
     return CASES if distributed.get_world_size() == 2 else {name: CASES[name] for name in ON_FOUR}
 
 
-def mine(step: int) -> tuple[Tensor, Tensor]:
-    """This rank's part of a batch."""
-    rank, size = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-    rows = slice(rank * SIZE // size, (rank + 1) * SIZE // size)
+def whole(model: nn.Module) -> nn.Module:
+    """As it is, in one process."""
+    return model
+
+
+def two_axes(model: nn.Module) -> nn.Module:
+    """By tensor parallel over two ranks each, and these pairs by fully_shard."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    return model
+
+
+def ranks_now() -> tuple[int, int]:
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def mine(step: int, share: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """The part of a batch that this rank has, the r-th of n."""
+    r, n = share or ranks_now()
+    rows = slice(r * SIZE // n, (r + 1) * SIZE // n)
     return X[step % 16][rows], Y[step % 16][rows]
 
 
-def build(case: Case, shard: Callable[[nn.Module], Any] = fully_shard) -> tuple[hoptim.BilevelOptimizer, Any]:
+def build(
+    case: Case, shard: Callable[[nn.Module], Any] | None = None, share: tuple[int, int] | None = None
+) -> tuple[hoptim.BilevelOptimizer, Any]:
     """With layers that ranks share unevenly: of the last one, of three rows, the fourth rank of four has nothing."""
     torch.manual_seed(0)
-    more = [nn.BatchNorm1d(7), nn.Dropout(0.3)] if case.is_random else []
-    model = nn.Sequential(nn.Linear(5, 7), *more, nn.Tanh(), nn.Linear(7, 3)).double()
+    more = [nn.BatchNorm1d(8), nn.Dropout(0.3)] if case.is_random else []
+    model = nn.Sequential(nn.Linear(5, 8), *more, nn.Tanh(), nn.Linear(8, 3)).double()
     names = [name for name, p in model.named_parameters() if p.ndim > 1]
     values = {f"decay.{name}": torch.tensor(1e-2, dtype=torch.float64) for name in names}
     hparams = hoptim.HyperParameters(values, dict.fromkeys(values, constraints.positive))
@@ -65,15 +89,16 @@ def build(case: Case, shard: Callable[[nn.Module], Any] = fully_shard) -> tuple[
 
     def train_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
         loss, weights = criterion(model, batch).mean(), dict(model.named_parameters())  # whole ones after the forward pass
-        return loss + torch.stack([hparams[f"decay.{name}"] * weights[name].square().sum() for name in names]).sum()
+        return (
+            loss + torch.stack([hparams[f"decay.{name}"] * gathered(weights[name].square().sum()) for name in names]).sum()
+        )
 
     def val_loss(model: Any, hparams: Any, batch: Any) -> Tensor:
         losses = criterion(model.eval(), batch)
         return losses.mean() if case.parts == 1 else torch.stack([losses.mean(), losses.square().mean()])
 
-    sharded = shard(model)
-    problem = hoptim.Problem(model if sharded is None else sharded, hparams, train_loss, val_loss)
-    val: Any = [mine(14), mine(15), mine(13)]
+    problem = hoptim.Problem((shard or case.shard)(model), hparams, train_loss, val_loss)
+    val: Any = [mine(step, share) for step in (14, 15, 13)]
     if case.is_random:
         torch.manual_seed(distributed.get_rank())
         val = DataLoader(TensorDataset(*mine(15)), batch_size=2, shuffle=True)
@@ -82,16 +107,20 @@ def build(case: Case, shard: Callable[[nn.Module], Any] = fully_shard) -> tuple[
         torch.optim.Adam(hparams.parameters(), lr=0.1),
         problem,
         val_batches=val,
-        hypergradient=hoptim.Implicit(case.solver, damping=0.5),
+        hypergradient=hoptim.Implicit(case.how, damping=1.0) if isinstance(case.how, hoptim.Solver) else case.how,
         every=2,
     )
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, END)
 
 
-def train(optimizer: hoptim.BilevelOptimizer, scheduler: Any, to: int = END) -> None:
+def gathered(t: Any) -> Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def train(optimizer: hoptim.BilevelOptimizer, scheduler: Any, to: int = END, share: tuple[int, int] | None = None) -> None:
     while optimizer.inner_steps < to:
         optimizer.zero_grad()
-        optimizer.loss(mine(optimizer.inner_steps)).backward()
+        optimizer.loss(mine(optimizer.inner_steps, share)).backward()
         optimizer.step()
         scheduler.step()
 
@@ -104,11 +133,13 @@ def end(optimizer: hoptim.BilevelOptimizer, scheduler: Any) -> dict[str, Any]:
     for number, entries in state["state"].items():
         tensors |= {f"inner {number} {key}": value for key, value in entries.items()}
     own = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors.items()}
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+    whole = {name: gathered(t) for name, t in tensors.items()}
     alike = {key: entry[key] for key in ("hparams", "outer", "inner_steps", "hyper_steps", "last_gradient")}
     position = entry["val_batches"]["position"]
     alike |= {"position": position, "rate": state["param_groups"][0]["lr"], "scheduler": scheduler.state_dict()}
-    only = {key: entry[key] for key in ("solver_state", "val_batches", "norms")} | {"random": torch.get_rng_state()}
+    only = {key: entry[key] for key in ("solver_state", "val_batches", "norms", "trajectory")} | {
+        "random": torch.get_rng_state()
+    }
     kept = {"own": own, "only": only, "whole": whole, "alike": alike}
     return {name: {key: _copied(value) for key, value in values.items()} for name, values in kept.items()}
 
@@ -143,6 +174,16 @@ def resume(folder: Path, saved_by: int) -> dict[str, Any]:
         torch.manual_seed(77)  # so that random numbers have to come from the checkpoint
         hoptim.load_checkpoint(folder / f"{name} {saved_by}", *both)
         train(*both)
+        found[name] = end(*both)
+    return found
+
+
+def resume_in_two_axes(folder: Path, saved_by: int) -> dict[str, Any]:
+    share, found = (distributed.get_rank() // 2, 2), {}
+    for name in ON_FOUR:
+        both = build(CASES[name], two_axes, share)
+        hoptim.load_checkpoint(folder / f"{name} {saved_by}", *both)
+        train(*both, share=share)
         found[name] = end(*both)
     return found
 

@@ -15,7 +15,7 @@ import sharded_checkpoint_job as job
 import torch
 from cases import same
 from jobs import run_ranks, torchrun
-from torch import nn
+from torch.distributed import checkpoint
 from torch.testing import assert_close
 
 import hoptim
@@ -52,7 +52,7 @@ def resumed_on_two(folder: Path, two: World, four: World) -> World:
 
 @pytest.fixture(scope="module")
 def resumed_on_four(folder: Path, two: World, four: World) -> World:
-    return ranks(folder, 4, "resume:2", "resume_from_own_files:2")
+    return ranks(folder, 4, "resume:2", "resume_in_two_axes:2", "resume_from_own_files:2")
 
 
 @pytest.mark.parametrize("case", job.CASES)
@@ -77,7 +77,8 @@ def test_the_cases_carry_what_they_are_there_for(two: World) -> None:
 def test_on_another_number_of_ranks_the_values_are_those_of_the_run_without_a_break(
     two: World, four: World, resumed_on_two: World, resumed_on_four: World, case: str
 ) -> None:
-    for found, word in ((four, "begin"), (resumed_on_four, "resume:2"), (resumed_on_two, "resume:4")):
+    resumed = [(resumed_on_four, "resume:2"), (resumed_on_four, "resume_in_two_axes:2"), (resumed_on_two, "resume:4")]
+    for found, word in ((four, "begin"), *resumed):
         for answers in found:
             for part in ("whole", "alike"):
                 assert_close(answers[word][case][part], two[0]["begin"][case][part], rtol=1e-12, atol=1e-13)
@@ -106,14 +107,14 @@ def test_what_does_not_fit_is_refused(resumed_on_two: World) -> None:
         assert found["there already"].startswith("FileExistsError")
         assert "a folder of its own" in found["there already"]
         assert found["nothing there"].startswith("FileNotFoundError")
-        assert "this state_dict is another model's: 1.weight (7,) there is 2.weight (3, 7) here" in found["other model"]
+        assert "this state_dict is another model's: 1.weight (8,) there is 2.weight (3, 8) here" in found["other model"]
         assert "['CosineAnnealingLR'] where the checkpoint was taken, and [] now" in found["other objects"]
         assert found["sharded object"].startswith("TypeError")
 
 
 @pytest.mark.parametrize("case", FIXED)
 def test_one_process_with_whole_weights_goes_on_too(folder: Path, two: World, case: str) -> None:
-    both = job.build(job.CASES[case], lambda model: None)
+    both = job.build(job.CASES[case], job.whole)
     with pytest.warns(UserWarning, match="the checkpoint is of 2 ranks, and this training has 1"):
         hoptim.load_checkpoint(folder / f"{case} 2", *both)
     job.train(*both)
@@ -122,12 +123,20 @@ def test_one_process_with_whole_weights_goes_on_too(folder: Path, two: World, ca
         assert_close(found[part], two[0]["begin"][case][part], rtol=1e-12, atol=1e-13)
 
 
+def test_the_model_alone_can_be_read_without_hoptim(folder: Path, two: World) -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    optimizer, _ = both = job.build(job.CASES["neumann"], job.whole)
+    with pytest.warns(UserWarning, match="the checkpoint is of 2 ranks"):
+        hoptim.load_checkpoint(folder / "neumann 2", *both)
+    state = {"model": plain.state_dict()}
+    with pytest.warns(UserWarning, match="in a single process"):  # of torch
+        checkpoint.load(state, checkpoint_id=folder / "neumann 2", no_dist=True)
+    assert same(state["model"], dict(optimizer.problem.model.state_dict()))
+
+
 @pytest.mark.parametrize("case", FIXED)
 def test_in_one_process_it_is_the_optimizers_own_state(tmp_path: Path, case: str) -> None:
-    def whole(model: nn.Module) -> None:
-        return None
-
-    both, other, again, never_saved = (job.build(job.CASES[case], whole) for _ in range(4))
+    both, other, again, never_saved = (job.build(job.CASES[case], job.whole) for _ in range(4))
     job.train(*both, to=job.SAVED)
     hoptim.save_checkpoint(tmp_path / "saved", *both)
     hoptim.load_checkpoint(tmp_path / "saved", *other)
@@ -140,13 +149,40 @@ def test_in_one_process_it_is_the_optimizers_own_state(tmp_path: Path, case: str
 
 
 def test_before_the_first_step_nothing_is_invented(tmp_path: Path) -> None:
-    both, other = (job.build(job.CASES["neumann"], lambda model: None) for _ in range(2))
+    both, other = (job.build(job.CASES["neumann"], job.whole) for _ in range(2))
     hoptim.save_checkpoint(tmp_path / "saved", *both)
     job.train(*other)
     hoptim.load_checkpoint(tmp_path / "saved", *other)
     assert not other[0].inner.state
     assert not other[0].outer.state
     assert same(other[0].state_dict(), both[0].state_dict())
+
+
+def test_a_damaged_file_and_another_model_are_refused_as_a_whole(tmp_path: Path) -> None:
+    both, other = (job.build(job.CASES["neumann"], job.whole) for _ in range(2))
+    job.train(*both, to=job.SAVED)
+    hoptim.save_checkpoint(tmp_path / "saved", *both)
+    before = copy.deepcopy(job.end(*other))
+    other[0].problem.model.register_buffer("more", torch.zeros(2))
+    with pytest.raises(ValueError, match=r"\['more'\] differ in name or shape"):
+        hoptim.load_checkpoint(tmp_path / "saved", *other)
+    del other[0].problem.model.more
+    (file,) = (tmp_path / "saved").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(RuntimeError, match="the checkpoint is damaged, so load an earlier one"):
+        hoptim.load_checkpoint(tmp_path / "saved", *other)
+    assert same(job.end(*other), before)
+
+
+def test_arguments_of_the_wrong_kind() -> None:
+    optimizer, scheduler = job.build(job.CASES["neumann"], job.whole)
+    for call, name in ((hoptim.save_checkpoint, "save_checkpoint"), (hoptim.load_checkpoint, "load_checkpoint")):
+        with pytest.raises(TypeError, match="folder is a BilevelOptimizer: give a path, " + name):
+            call(optimizer, scheduler)
+        with pytest.raises(TypeError, match="optimizer is a SGD: give the BilevelOptimizer"):
+            call("folder", torch.optim.SGD([torch.ones(1)], lr=0.1))
+        with pytest.raises(TypeError, match=name + " was given an int"):
+            call("folder", optimizer, 3)
 
 
 def test_a_training_that_is_killed_ends_in_the_same_bits(tmp_path: Path) -> None:
