@@ -28,6 +28,7 @@ from hoptim.training.checkpoint import KEY, check_loadable, held_shards, held_we
 from hoptim.training.optimizer import BilevelOptimizer
 from hoptim.training.training_optimizer import check_kinds, check_stateful, load_stateful, stateful_states
 
+DAMAGED = "the checkpoint is damaged, so load an earlier one"
 SHARED = "shared"  # plain values that are the same on all ranks
 OWN = ("trajectory", "val_batches", "train_batches")  # the parts of the optimizer's own entry that differ between ranks
 
@@ -261,12 +262,12 @@ def _checked(folder: Any, optimizer: object, stateful: tuple[Any, ...], caller: 
 
 
 def _on_first(ranks: Ranks, action: Callable[[], None]) -> None:
-    """Do this on the first rank, while the others wait; an error of the disk is raised on all."""
-    error = None
+    """Do this on the first rank, while the others wait; an error is raised on all, or the others would wait for ever."""
+    error: Exception | None = None
     if ranks.rank == 0:
         try:
             action()
-        except OSError as found:
+        except Exception as found:
             error = found
     if (error := ranks.gathered(error)[0]) is not None:
         raise error
@@ -283,12 +284,16 @@ def _make_room(folder: Path, part: Path) -> None:
 def _check_is_one(folder: Path) -> None:
     if not (folder / ".metadata").exists():
         raise FileNotFoundError(f"there is no checkpoint in {folder}: give a folder that hoptim.save_checkpoint has made")
-    if SHARED not in FileSystemReader(folder).read_metadata().state_dict_metadata:
+    try:
+        names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise RuntimeError(f"{DAMAGED} ({folder}): {error}") from None
+    if SHARED not in names:
         raise FileNotFoundError(f"the checkpoint in {folder} is not of hoptim.save_checkpoint: read it with what wrote it")
 
 
 def _read(template: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
-    _call(load, template, folder, ranks, "the checkpoint is damaged, so load an earlier one")
+    _call(load, template, folder, ranks, DAMAGED)
     return template
 
 

@@ -171,6 +171,9 @@ def test_a_damaged_file_and_another_model_are_refused_as_a_whole(tmp_path: Path)
     file.write_bytes(file.read_bytes()[:-2000])
     with pytest.raises(RuntimeError, match="the checkpoint is damaged, so load an earlier one"):
         hoptim.load_checkpoint(tmp_path / "saved", *other)
+    (tmp_path / "saved" / ".metadata").write_bytes(b"nothing")
+    with pytest.raises(RuntimeError, match="the checkpoint is damaged, so load an earlier one"):
+        hoptim.load_checkpoint(tmp_path / "saved", *other)
     assert same(job.end(*other), before)
 
 
