@@ -154,7 +154,10 @@ def warn_of_first_hyperstep(before: Tensors, after: Tensors, grads: Tensors, eve
 
 
 def weight_norms(problem: Problem) -> dict[str, float]:
-    """The norms of the matrices among the weights; others, such as biases and scales, may begin and stay near zero."""
+    """The norms of the matrices among the weights; others, such as biases and scales, may begin and stay near zero.
+
+    Where weights are sharded, these are the norms of whole weights, and every rank has to call this.
+    """
     live = problem.weights().items()
     weights = {name: weight.detach() for name, weight in live if weight.ndim > 1 and min(weight.shape[:2]) > 1}
     wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in weights.items()}
