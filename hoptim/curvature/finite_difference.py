@@ -106,8 +106,8 @@ class FiniteDifference(Curvature):
                 )
 
         def product(v: Tensor) -> Tensor:
-            rows = [layout.flatten(difference(row, 0)) for row in v.reshape(-1, layout.size)]
-            return torch.stack(rows).view(v.shape)
+            rows = [layout.flatten(difference(row, 0)) for row in (v if v.ndim > 1 else v[None])]
+            return torch.stack(rows).view(v.shape)  # no call of itself, which would keep the weights in memory
 
         def mixed(x: Tensor) -> OptionalTensors:
             return dicts.stack([mixed_one(row) for row in x]) if x.ndim > 1 else mixed_one(x)
