@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import Path
 
@@ -74,6 +75,19 @@ def test_a_run_is_watched_and_can_be_made_inert(tmp_path: Path) -> None:
     whole = b"".join(w.detach().numpy().tobytes() for w in model.parameters())
     assert f"weights {hashlib.sha256(whole).hexdigest()[:16]} of 2 tensors after 12 steps" in inert
     assert f"weights {hashlib.sha256(whole).hexdigest()[:16]}" not in sooner
+
+
+def test_a_rate_takes_the_place_of_levels(tmp_path: Path) -> None:
+    script = tmp_path / "small.py"
+    script.write_text(SMALL)
+    steps = ("studies/public/run.py", "--every", 3, "--warmup", 3)
+    plain, level = (
+        float(re.findall(r"decays went by \S+ to (\S+)", run(*steps, *rate, script).stdout)[0])
+        for rate in (("--rate", 0.1), ())
+    )
+    # From the first to the last of four hypersteps are three steps of Adam, each of about its rate where all have one sign.
+    # The levels of a single decay and the decay itself add up to 0.9 at first.
+    assert math.exp(0.27) < plain <= math.exp(0.3) < math.exp(0.9) < level
 
 
 STRIDED = """

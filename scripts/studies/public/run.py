@@ -1,15 +1,17 @@
 """Run one of the public scripts, changed or not, and report what hoptim did in it.
 
-    python scripts/studies/public/run.py [--every N] [--warmup N] [--inert] [--seed N] SCRIPT [ARGUMENTS]
+    python scripts/studies/public/run.py [--every N] [--warmup N] [--rate R] [--inert] [--seed N] SCRIPT [ARGUMENTS]
 
 At the end it prints a digest of the trained weights, and for a changed script how its hypersteps ended, how far the
 hyperparameters moved, and what a hyperstep cost in training steps. `--every` and `--warmup` replace the script's own values,
-so that a short run has hypersteps. With `--inert` there are no hypersteps and the penalty is zero: the digest is then that
-of the original. `--seed` is for a script that sets none itself. SCRIPT finds the modules beside it, as with `python SCRIPT`.
+so that a short run has hypersteps; with `--rate` the outer optimizer is a plain Adam of this rate, without levels. With
+`--inert` there are no hypersteps and the penalty is zero: the digest is then that of the original. `--seed` is for a script
+that sets none itself. SCRIPT finds the modules beside it, as with `python SCRIPT`.
 """
 
 import argparse
 import atexit
+import functools
 import hashlib
 import runpy
 import statistics
@@ -74,6 +76,9 @@ def prepared(watch, options):
             super().__init__(*args, hooks=(*hooks, watch.records.append), **settings)
 
     hoptim.BilevelOptimizer = Watched
+    if options.rate:
+        decay = hoptim.recipes.WeightDecay
+        decay.optimizer = functools.partialmethod(decay.optimizer, options.rate)
     if options.inert:
         hoptim.recipes.WeightDecay.penalty = lambda *_: torch.zeros(())
 
@@ -82,6 +87,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int)
     parser.add_argument("--warmup", type=int)
+    parser.add_argument("--rate", type=float)
     parser.add_argument("--inert", action="store_true")
     parser.add_argument("--seed", type=int)
     parser.add_argument("script")
