@@ -65,12 +65,18 @@ class Linearization:
 class Curvature(ABC):
     """A strategy for A = ∂F/∂w: a frozen dataclass that linearises F = ∇_w L_T at a point."""
 
+    @property
+    def is_first_order(self) -> bool:
+        """Whether first derivatives are enough for it."""
+        return False
+
     @abstractmethod
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> AbstractContextManager[Linearization]:
         """F and its derivatives on a training batch, for use inside the context.
 
         Args:
-            at: weights and hyperparameters, from :meth:`Problem.at`.
+            at: weights and hyperparameters, from :meth:`Problem.at`; for a curvature of first order on a sharded model, from
+                :func:`~hoptim.problem.live.at_live`.
             batch: the training batch.
             draw: draws another one; ``None`` if there is no source of more.
         """
@@ -242,7 +248,7 @@ def _over_shards(own: Linearization, at: At, sharding: Sharding) -> Linearizatio
     """F and its derivatives on shards, averaged over the ranks."""
     sharding.check_losses(own.loss)
     here, ranks = on_shards(own, at), sharding.ranks
-    space = sharding.vectors(Layout.of({name: at.weights[name] for name in here.layout.names}))
+    space = sharding.vectors(here.layout)
     return replace(
         here,
         loss=ranks.mean({"": own.loss})[""],

@@ -42,6 +42,11 @@ class Averaged(Curvature):
     batches: int = 4
     curvature: Curvature = field(default_factory=Exact)
 
+    @property
+    def is_first_order(self) -> bool:
+        """Whether the curvature of each batch is."""
+        return self.curvature.is_first_order
+
     def __post_init__(self) -> None:
         if not (is_whole(self.batches) and self.batches >= 1):
             raise ValueError(f"batches={self.batches!r}: give a whole number, 1 or more")
@@ -76,6 +81,11 @@ class Sampled(Curvature):
     """
 
     curvature: Curvature = field(default_factory=Exact)
+
+    @property
+    def is_first_order(self) -> bool:
+        """Whether the curvature of each batch is."""
+        return self.curvature.is_first_order
 
     def __post_init__(self) -> None:
         check_curvature(self.curvature)

@@ -188,7 +188,7 @@ def _mixed_norm(at: At, batch: Any, F: Linearization, products: int = 10) -> flo
     reach = float(at.problem.rounding(layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
     for _ in range(products):
         ends = [as_leaves(layout.unflatten(leaves + sign * reach * u)) for sign in (1, -1)]
-        up, down = (F.layout.flatten(gradients(at.problem, batch, at.weights, end)[1]) for end in ends)
+        up, down = (F.layout.flatten(gradients(replace(at, leaves=end), batch)[1]) for end in ends)
         Bu = (up - down) / (2 * reach)
         size = max(size, float(vectors.norm(Bu)))
         u = vectors.unit(layout.flatten(F.mixed(Bu)))

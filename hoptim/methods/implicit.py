@@ -24,6 +24,7 @@ from hoptim.methods.preconditioners import Preconditioner
 from hoptim.methods.result import Terms
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.composite_loss import CompositeLoss
+from hoptim.problem.live import at_live
 from hoptim.problem.problem import At, Problem
 from hoptim.solvers.base import Solver, solve_scaled
 from hoptim.solvers.gmres import GMRES
@@ -115,7 +116,8 @@ class Implicit(Method):
         self, problem: Problem, train_batch: Any, val_batch: Any, state: State | None, loop: TrainingContext
     ) -> Terms:
         whole = self.completed(problem)
-        with problem.at() as at:
+        assert whole.curvature is not None
+        with at_live(problem) if problem.is_sharded and whole.curvature.is_first_order else problem.at() as at:
             validation = validate(at, val_batch)
             with whole.linearize(at, train_batch, loop) as F:
                 _check_weights(F, loop)

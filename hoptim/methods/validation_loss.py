@@ -15,6 +15,7 @@ from torch import Tensor
 from hoptim.curvature.linearization import check_dense
 from hoptim.linalg import dicts
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
+from hoptim.problem.live import LiveAt
 from hoptim.problem.problem import At
 from hoptim.problem.sharded_passes import ShardedPasses
 
@@ -35,6 +36,8 @@ class Validation:
 
 def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyType({})) -> Validation:
     """L_V and its derivatives in weights, hyperparameters and these of the buffers, by one backward pass for each loss."""
+    if isinstance(at, LiveAt):
+        return _validate_live(at, batch)
     with at.loss("val_loss", batch) as (loss, *_):
         losses = loss.reshape(-1)
         inputs = [*at.weights.values(), *at.leaves.values(), *buffers.values()]
@@ -46,6 +49,15 @@ def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyTyp
     g = dicts.filled(by_weight, dicts.expanded(at.weights if passes is None else at.shards, loss.shape))
     loss, g, direct = _over_ranks(at, loss.detach(), g, by_leaf, is_on_shards=passes is not None)
     return Validation(loss=loss, g=g, direct=direct, by_buffer=dicts.present(by_buffer))
+
+
+def _validate_live(at: LiveAt, batch: Any) -> Validation:
+    """The same for a sharded model that runs as it trains: a forward and a backward pass for each loss."""
+    own, by_weight, by_leaf = at.gradients("val_loss", batch)
+    _check_touched(by_weight, by_leaf)
+    g = dicts.filled(by_weight, dicts.expanded(at.weights, own.shape))
+    loss, g, direct = _over_ranks(at, own, g, by_leaf, is_on_shards=True)
+    return Validation(loss=loss, g=g, direct=direct)
 
 
 def _gradients(at: At, loss: Tensor, inputs: Sequence[Tensor], passes: ShardedPasses | None) -> Any:

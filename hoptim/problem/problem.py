@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hoptim.checks import describe_type
-from hoptim.linalg import dicts
+from hoptim.linalg import dicts, vectors
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.problem.composite_loss import CompositeLoss, LossParts, mean_loss
 from hoptim.problem.data import MicroBatches
@@ -142,6 +142,10 @@ class At:
         """The part of each weight that this rank holds: w itself where nothing is sharded."""
         live = self.weights if self.sharding is None else self.problem.weights()
         return {name: local(w) for name, w in live.items()}
+
+    def norm(self, layout: Layout) -> Callable[[Tensor], Tensor]:
+        """‖v‖ of flat vectors of these weights."""
+        return vectors.norm
 
     def named(self, layout: Layout, x: Tensor) -> Tensors:
         """The weights of a flat vector by name, as views of it; where weights are sharded, as torch's ``DTensor``."""
@@ -335,7 +339,8 @@ class Problem:
             given = {"model." + name: t for name, t in {**live.frozen, **at.weights}.items()}
             given |= {"hparams." + name: t for name, t in at.leaves.items()}
             restored = nullcontext() if attributes is None else restore_attributes(live.parts)
-            with swapped(self.joint, live.parts, given | _clones(at.buffers)), restored:
+            parallel = nullcontext() if live.sharding is None else without_parallel_hooks(live.parts)
+            with parallel, swapped(self.joint, live.parts, given | _clones(at.buffers)), restored:
                 if attributes is not None:
                     attributes.put()
                 yield at
@@ -423,8 +428,7 @@ class Problem:
             return
         self._live = _Live(self)
         try:
-            parallel = nullcontext() if self._live.sharding is None else without_parallel_hooks(self._live.parts)
-            with parallel, twice_differentiable(self._live.parts):
+            with twice_differentiable(self._live.parts):
                 yield self._live
         finally:
             self._live = None

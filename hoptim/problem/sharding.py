@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -169,8 +169,8 @@ class Sharding:
         return cls({name: ShardedWeight.of(p, widest) for name, p in live.items()}, ranks)
 
     def vectors(self, layout: Layout) -> ShardedVectors:
-        """The flat vectors of the weights in this layout."""
-        return ShardedVectors(layout, self)
+        """The flat vectors of the weights in this layout, which may be one of shards."""
+        return ShardedVectors(replace(layout, shapes=tuple(self.weights[name].shape for name in layout.names)), self)
 
     def tensors(self, shards: Tensors) -> Tensors:
         """These shards, each as a ``DTensor`` like the model's own weight of that name."""
