@@ -299,6 +299,7 @@ METHODS = {
     "warm": How(implicit(hoptim.WarmStart(hoptim.CG(terms=3)), EXACT, **DAMPED), calls=3),
     "soba": How(implicit(hoptim.SOBA(step_size=0.2), EXACT, **DAMPED), calls=3),
     "jacobi": How(implicit(hoptim.CG(terms=4), preconditioner=hoptim.Jacobi(), **DAMPED)),
+    "jacobi above the floor": How(implicit(hoptim.CG(terms=4), preconditioner=hoptim.Jacobi(floor=0.7), **DAMPED)),
     "second moments": How(implicit(hoptim.CG(terms=4), preconditioner=hoptim.SecondMoments(), **DAMPED), adam),
     "sama": How(implicit(hoptim.Identity(), preconditioner=hoptim.SecondMoments()), adam),
     "decay of sgd": How(implicit(hoptim.MINRES(terms=5)), sgd),
