@@ -18,7 +18,7 @@ from hoptim.linalg import vectors
 from hoptim.linalg.operators import Operator, Wrapped
 from hoptim.linalg.random import NormalNumbers
 from hoptim.linalg.vectors import Layout, Tensors
-from hoptim.problem.distributed import Ranks
+from hoptim.problem.distributed import Ranks, all_gather, reduce_scatter
 
 LARGE = 2**16  # a weight of so many entries has collectives of its own; smaller ones share one
 ALIKE = 1e-4  # losses of the same batch may differ by rounding, up to this share
@@ -81,7 +81,7 @@ class ShardedWeight:
             gathered: Tensor = self.tensor(shard).redistribute(placements=_copied(self.mesh)).to_local()
             return gathered
         found = shard.new_empty(self.shape)
-        dist.all_gather_into_tensor(found, shard.contiguous(), group=self.mesh.get_group(self._axis))
+        all_gather(found, shard, self.mesh.get_group(self._axis))
         return found
 
     def mean(self, own: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class ShardedWeight:
             parts = DTensor.from_local(own, self.mesh, [Partial("avg")] * self.mesh.ndim, run_check=False)
             return parts.redistribute(placements=self.placements).to_local()
         found = own.new_empty(self.own)
-        dist.reduce_scatter_tensor(found, own.contiguous(), group=self.mesh.get_group(self._axis))
+        reduce_scatter(found, own, self.mesh.get_group(self._axis))
         for axis in set(range(self.mesh.ndim)) - {self._axis}:
             dist.all_reduce(found, group=self.mesh.get_group(axis))
         return found.div_(self.mesh.size())
