@@ -63,7 +63,7 @@ class _Live:
         self.weights: Tensors = dict(problem.named_parameters())
         self.leaves: Tensors = dict(problem.hparams.named_parameters())
         self.lowered = lowered()  # by the user's autocast, which is off in leave_no_trace but for losses
-        self.sharding = Sharding.of(self.weights, problem.ranks) if is_sharded(problem.model) else None
+        self.sharding = Sharding.of(problem.model, self.weights, problem.ranks) if is_sharded(problem.model) else None
         self.look_inside(problem.joint)
 
     def look_inside(self, joint: Joint) -> None:
@@ -391,9 +391,11 @@ class Problem:
         """Raise ``ValueError`` if the ranks do not have the same weights and hyperparameters."""
         if self.ranks.size == 1:
             return
-        if not self.is_sharded:
-            remedy = "wrap the model in DistributedDataParallel and give that to Problem"
-            self.ranks.check_same(self.weights(), "weights", remedy)
+        remedy = "wrap the model in DistributedDataParallel and give that to Problem"
+        if self.is_sharded:
+            remedy = "shard all of them, or average the gradients of those that are not sharded over the ranks"
+        if plain := {name: w for name, w in self.weights().items() if not hasattr(w, "device_mesh")}:
+            self.ranks.check_same(plain, "weights", remedy)
         self.ranks.check_same(self.leaves(), "hyperparameters", "start them from the same values, and move them alike")
 
     def generators(self) -> dict[str, Tensor]:

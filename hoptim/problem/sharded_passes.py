@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from hoptim.linalg.vectors import OptionalTensors, Tensors
 from hoptim.linalg.vjp import nodes
-from hoptim.problem.distributed import Ranks
+from hoptim.problem.distributed import Ranks, all_gather
 from hoptim.problem.sharding import Sharding
 
 
@@ -145,5 +144,5 @@ def are_alike(loss: Tensor, ranks: Ranks) -> bool:
     digest = hashlib.sha256(repr(rows).encode()).digest()[:7]
     own = torch.tensor([int.from_bytes(digest, "big")], device=loss.device)
     every = own.new_empty(ranks.size)
-    dist.all_gather_into_tensor(every, own, group=ranks.group)
+    all_gather(every, own, ranks.group)
     return bool((every == own).all())

@@ -18,9 +18,10 @@ from hoptim.linalg import vectors
 from hoptim.linalg.operators import Operator, Wrapped
 from hoptim.linalg.random import NormalNumbers
 from hoptim.linalg.vectors import Layout, Tensors
-from hoptim.problem.distributed import Ranks
+from hoptim.problem.distributed import Ranks, all_gather, reduce_scatter
 
 LARGE = 2**16  # a weight of so many entries has collectives of its own; smaller ones share one
+ALIKE = 1e-4  # losses of the same batch may differ by rounding, up to this share
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -80,7 +81,7 @@ class ShardedWeight:
             gathered: Tensor = self.tensor(shard).redistribute(placements=_copied(self.mesh)).to_local()
             return gathered
         found = shard.new_empty(self.shape)
-        dist.all_gather_into_tensor(found, shard.contiguous(), group=self.mesh.get_group(self._axis))
+        all_gather(found, shard, self.mesh.get_group(self._axis))
         return found
 
     def mean(self, own: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class ShardedWeight:
             parts = DTensor.from_local(own, self.mesh, [Partial("avg")] * self.mesh.ndim, run_check=False)
             return parts.redistribute(placements=self.placements).to_local()
         found = own.new_empty(self.own)
-        dist.reduce_scatter_tensor(found, own.contiguous(), group=self.mesh.get_group(self._axis))
+        reduce_scatter(found, own, self.mesh.get_group(self._axis))
         for axis in set(range(self.mesh.ndim)) - {self._axis}:
             dist.all_reduce(found, group=self.mesh.get_group(axis))
         return found.div_(self.mesh.size())
@@ -132,6 +133,11 @@ class ShardedWeight:
         return None if self.shape[0] % self.mesh.size(axes[0]) else axes[0]
 
 
+def _ranks_of(mesh: Any) -> list[int]:
+    found: list[int] = mesh.mesh.flatten().tolist()
+    return found
+
+
 def _copied(mesh: Any) -> tuple[Any, ...]:
     from torch.distributed.tensor import Replicate
 
@@ -140,14 +146,21 @@ def _copied(mesh: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the weights of a model are sharded, by name; see :class:`ShardedWeight`."""
+    """How the weights of a model are sharded.
+
+    Attributes:
+        weights: each of them, by name.
+        ranks: those over which losses are averaged.
+        is_one_batch: whether all ranks compute one loss together, as under tensor parallel alone.
+    """
 
     weights: dict[str, ShardedWeight]
     ranks: Ranks
+    is_one_batch: bool
 
     @classmethod
-    def of(cls, live: Tensors, ranks: Ranks) -> Sharding:
-        """That of live weights.
+    def of(cls, model: nn.Module, live: Tensors, ranks: Ranks) -> Sharding:
+        """That of a model's live weights.
 
         Raises:
             TypeError: a weight is kept on another device than it is used on.
@@ -155,18 +168,20 @@ class Sharding:
         """
         sharded = {name: p for name, p in live.items() if hasattr(p, "device_mesh")}
         widest = max((p.device_mesh for p in sharded.values()), key=lambda mesh: mesh.size())
+        members = {dist.get_rank()} if ranks.group is None else {*dist.get_process_group_ranks(ranks.group)}
         for name, p in sharded.items():
             if (kept := local(p).device.type) != p.device_mesh.device_type:
                 raise TypeError(
                     f"the shards of weight {name!r} are kept on {kept}, and used on {p.device_mesh.device_type}: take "
                     "fully_shard without an offload_policy"
                 )
-        if ranks.size < widest.size():
-            raise ValueError(
-                f"the weights are sharded over {widest.size()} ranks, and the losses are averaged over {ranks.size}: leave "
-                "process_group as it is, 'auto', or give a group with all of them"
-            )
-        return cls({name: ShardedWeight.of(p, widest) for name, p in live.items()}, ranks)
+            if not members.issuperset(holders := _ranks_of(p.device_mesh)):
+                raise ValueError(
+                    f"the weight {name!r} is sharded over the ranks {holders}, and losses are averaged over "
+                    f"{sorted(members)}: leave process_group as it is, 'auto', or give a group with all ranks"
+                )
+        weights = {name: ShardedWeight.of(p, widest) for name, p in live.items()}
+        return cls(weights, ranks, is_one_batch=not any(_is_fsdp(part) for part in model.modules()))
 
     def vectors(self, layout: Layout) -> ShardedVectors:
         """The flat vectors of the weights in this layout, which may be one of shards."""
@@ -195,7 +210,8 @@ class Sharding:
         for name, t in layout.views(total).items():
             weight = self.weights[name]
             t.view(-1)[weight.places] = shards[name].reshape(-1).to(t) * (weight.pieces / self.ranks.size)
-        dist.all_reduce(total, group=self.ranks.group)
+        if self.ranks.size > 1:
+            dist.all_reduce(total, group=self.ranks.group)
         return layout.unflatten(total)
 
     def mean_small(self, own: Mapping[str, Tensor]) -> Tensors:
@@ -212,25 +228,32 @@ class Sharding:
         return Layout(names, shapes, dtypes, devices)
 
     def check_losses(self, loss: Tensor) -> None:
-        """Raise ``ValueError`` unless the ranks of each mesh have the mean loss that all have.
+        """Raise ``ValueError`` on all ranks if those that hold parts of the same layer do not have the same loss.
 
-        A mesh without all ranks, such as that of FSDP2 within tensor parallel, averages over its own.
+        FSDP2 averages over the ranks of a mesh. If these are not all ranks, as within tensor parallel, the mean loss of each
+        mesh has to be that of all ranks; without FSDP2 all ranks have to have one loss.
         """
-        meshes = {id(weight.mesh): weight.mesh for weight in self.weights.values()}
-        if all(mesh.size() == self.ranks.size for mesh in meshes.values()):
+        meshes = {id(weight.mesh): weight.mesh for weight in self.weights.values()}.values()
+        groups = [_ranks_of(mesh) for mesh in meshes if mesh.size() < self.ranks.size]
+        if self.is_one_batch:
+            groups = [[dist.get_rank()]]
+        if not groups:
             return
-        own = loss.detach().double().reshape(1, -1)
-        losses = own.new_empty(self.ranks.size, own.shape[1])
-        dist.all_gather_into_tensor(losses, own, group=self.ranks.group)
+        own = loss.detach().double().reshape(-1)
+        found = [torch.empty_like(own) for _ in range(self.ranks.size)]
+        dist.all_gather(found, own, group=self.ranks.group)
+        losses = torch.stack(found)
+        if not losses.isfinite().all():
+            return  # which the status of the result says
         place = {number: n for n, number in enumerate(dist.get_process_group_ranks(self.ranks.group))}
-        for mesh in meshes.values():
-            there = losses[[place[number] for number in mesh.mesh.flatten().tolist()]].mean(0)
-            if not torch.allclose(there, losses.mean(0), rtol=1e-6, equal_nan=True):
-                raise ValueError(
-                    f"weights are sharded over {mesh.size()} of {self.ranks.size} ranks, whose mean loss is "
-                    f"{there.tolist()}, and that of all is {losses.mean(0).tolist()}: give ranks that hold parts of the "
-                    "same layer, as in tensor parallel, the same batches and the same random seed"
-                )
+        means = [losses[[place[number] for number in group]].mean(0) for group in groups]
+        differs = losses.new_tensor(float(any(not torch.allclose(mean, losses.mean(0), rtol=ALIKE) for mean in means)))
+        dist.all_reduce(differs, dist.ReduceOp.MAX, group=self.ranks.group)  # others may have found no difference
+        if differs:
+            raise ValueError(
+                f"the losses of the ranks are {losses.mean(1).tolist()}: give ranks that hold parts of the same layer, as "
+                "in tensor parallel, the same batches and the same random seed"
+            )
 
 
 @dataclass(frozen=True)

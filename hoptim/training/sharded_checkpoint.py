@@ -195,7 +195,7 @@ class _Places:
     def of(cls, optimizer: BilevelOptimizer) -> _Places:
         problem = optimizer.problem
         live = dict(problem.named_parameters())
-        sharding = Sharding.of(live, problem.ranks) if problem.is_sharded else None
+        sharding = Sharding.of(problem.model, live, problem.ranks) if problem.is_sharded else None
         return cls(live, [p for group in optimizer.inner.param_groups for p in group["params"]], sharding)
 
     def like(self, number: int, kinds: Mapping[str, Any]) -> Tensors:
