@@ -17,7 +17,7 @@ from hoptim.curvature.linearization import Curvature, Draw, Linearization, check
 from hoptim.linalg import dicts, vectors
 from hoptim.linalg.operators import Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
-from hoptim.problem.live import LiveAt
+from hoptim.problem.live import LiveAt, Move
 from hoptim.problem.problem import At, as_leaves
 from hoptim.problem.random_stream import set_generators
 
@@ -74,8 +74,8 @@ class FiniteDifference(Curvature):
         loss, gradient, _ = gradients(at, batch)
         touched = dicts.present(gradient)
         layout = Layout.of({name: at.weights[name] for name in touched})
-        w, norm = layout.flatten(at.weights).detach(), at.norm(layout)
-        length = norm(w)
+        norm = at.norm(layout)
+        length = norm(layout.flatten(at.weights).detach())
         size = torch.where(length > 0, length, 1.0)
         chosen, rounding = self.step, at.problem.rounding(weight.dtype for weight in at.weights.values())
 
@@ -84,7 +84,7 @@ class FiniteDifference(Curvature):
             along = norm(v)
             epsilon = size * step / torch.where(along > 0, along, 1.0)
             (up, up_leaves), (down, down_leaves) = (
-                gradients(at, batch, layout.unflatten(w + step * v), states)[1:] for step in (epsilon, -epsilon)
+                gradients(at, batch, Move(layout.unflatten(v), step), states)[1:] for step in (epsilon, -epsilon)
             )
             return _quotient(up, down, 2 * epsilon), _quotient(up_leaves, down_leaves, 2 * epsilon)
 
@@ -115,8 +115,10 @@ class FiniteDifference(Curvature):
                 )
 
         def product(v: Tensor) -> Tensor:
-            rows = [layout.flatten(difference(row, 0)) for row in (v if v.ndim > 1 else v[None])]
-            return torch.stack(rows).view(v.shape)  # no call of itself, which would keep the weights in memory
+            return torch.stack([product_one(row) for row in v]) if v.ndim > 1 else product_one(v)
+
+        def product_one(v: Tensor) -> Tensor:  # a call of itself would keep the weights in memory
+            return layout.flatten(difference(v, 0))
 
         def mixed(x: Tensor) -> OptionalTensors:
             return dicts.stack([mixed_one(row) for row in x]) if x.ndim > 1 else mixed_one(x)
@@ -132,7 +134,7 @@ class FiniteDifference(Curvature):
             loss=loss,
             layout=layout,
             value=layout.flatten(touched),
-            A=Symmetric(product, like=w),
+            A=Symmetric(product, like=layout),
             mixed=mixed,
             untouched=tuple(name for name in gradient if name not in touched),
             is_on_shards=isinstance(at, LiveAt),
@@ -198,16 +200,17 @@ def _farthest(found: OptionalTensors, other: OptionalTensors) -> tuple[str, floa
 
 
 def gradients(
-    at: At, batch: Any, weights: Tensors | None = None, states: Tensors | None = None
+    at: At, batch: Any, move: Move | None = None, states: Tensors | None = None
 ) -> tuple[Tensor, OptionalTensors, OptionalTensors]:
-    """L_T, ∂L_T/∂w and ∂L_T/∂λ, with these weights in place of ``at.weights`` and these states of random generators.
+    """L_T, ∂L_T/∂w and ∂L_T/∂λ at w or a move from it, with these states of random generators.
 
-    The states do not change; by default they are the present ones. Of a sharded model that runs as it trains, the derivatives are means over the ranks.
+    The states do not change; by default they are the present ones. Of a sharded model that runs as it trains, the
+    derivatives are means over the ranks.
     """
     if isinstance(at, LiveAt):
-        loss, by_weight, by_leaf = at.gradients("train_loss", batch, weights, states)
+        loss, by_weight, by_leaf = at.gradients("train_loss", batch, move, states)
         return loss, by_weight, at.problem.ranks.mean_of_found(by_leaf, at.leaves)
-    w, leaves = as_leaves(at.weights | (weights or {})), as_leaves(at.leaves)
+    w, leaves = as_leaves(at.weights if move is None else move.of(at.weights)), as_leaves(at.leaves)
     with at.problem.leave_no_trace():
         set_generators(states or {})
         with at.problem.at(w, leaves) as there, there.loss("train_loss", batch) as (loss, *_):
@@ -218,6 +221,6 @@ def gradients(
 
 
 def _quotient(up: OptionalTensors, down: OptionalTensors, width: Tensor) -> OptionalTensors:
-    """(up − down) / width; ``None`` where one is missing."""
-    pairs = ((name, high, down[name]) for name, high in up.items())
+    """(up − down) / width, ``None`` where one is missing. It empties the two, since they may be as large as the model."""
+    pairs = ((name, up.pop(name), down.pop(name)) for name in list(up))
     return {name: None if high is None or low is None else (high - low) / width for name, high, low in pairs}

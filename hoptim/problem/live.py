@@ -18,6 +18,17 @@ from hoptim.problem.random_stream import set_generators
 from hoptim.problem.sharding import local
 
 
+class Move(NamedTuple):
+    """w ↦ w + εv, for some of the weights."""
+
+    v: Tensors
+    epsilon: Tensor | float
+
+    def of(self, weights: Tensors) -> Tensors:
+        """The weights after the move."""
+        return {name: w + self.epsilon * self.v[name] if name in self.v else w for name, w in weights.items()}
+
+
 class Gradients(NamedTuple):
     """A loss of this rank, the shards of its mean gradient over the ranks, and this rank's gradient in the hyperparameters.
 
@@ -46,26 +57,24 @@ class LiveAt(At):
         assert self.sharding is not None
         return self.sharding.vectors(layout).norm
 
-    def gradients(
-        self, name: LossName, batch: Any, shards: Tensors | None = None, states: Tensors | None = None
-    ) -> Gradients:
+    def gradients(self, name: LossName, batch: Any, move: Move | None = None, states: Tensors | None = None) -> Gradients:
         """The gradients of a loss, by a forward and a backward pass as in training; of R losses, by R of them.
 
         Args:
             name: which loss.
             batch: its batch.
-            shards: the weights to compute them at; default: the live ones.
+            move: from the live weights to where they are computed; default: none.
             states: of the random generators; default: the present ones.
         """
-        first = self._backward(name, batch, 0, shards, states)
+        first = self._backward(name, batch, 0, move, states)
         if not first.loss.ndim:
             return first
-        rows = [first, *(self._backward(name, batch, row, shards, states) for row in range(1, len(first.loss)))]
+        rows = [first, *(self._backward(name, batch, row, move, states) for row in range(1, len(first.loss)))]
         return Gradients(
             first.loss, dicts.stack([row.by_weight for row in rows]), dicts.stack([row.by_leaf for row in rows])
         )
 
-    def _backward(self, name: LossName, batch: Any, row: int, shards: Tensors | None, states: Tensors | None) -> Gradients:
+    def _backward(self, name: LossName, batch: Any, row: int, move: Move | None, states: Tensors | None) -> Gradients:
         """The losses and the gradients of one of them."""
         problem = self.problem
         live, leaves = problem._live, as_leaves(self.leaves)
@@ -75,7 +84,7 @@ class LiveAt(At):
         }
         with (
             problem.leave_no_trace(),
-            _elsewhere(self.weights, shards or {}),
+            _moved(self.weights, move),
             _own_gradients(problem.weights()) as weights,
             swapped(problem.joint, live.parts, given),
             restore_attributes(live.parts),
@@ -97,16 +106,17 @@ def at_live(problem: Problem) -> Iterator[LiveAt]:
 
 
 @contextmanager
-def _elsewhere(here: Tensors, there: Tensors) -> Iterator[None]:
-    """Inside, tensors have other values, and are as before afterwards."""
-    before = {name: here[name].clone() for name in there}
+def _moved(weights: Tensors, move: Move | None) -> Iterator[None]:
+    """Inside, the weights are where the move takes them; afterwards they are as before, to the bit."""
+    before = {} if move is None else {name: weights[name].clone() for name in move.v}
     try:
-        for name, value in there.items():
-            here[name].data.copy_(value)  # .data, so that no graph of the user's takes it for a change
+        for name, w in before.items():
+            assert move is not None
+            weights[name].data.copy_(w + move.epsilon * move.v[name])  # .data, so that no graph sees a change
         yield
     finally:
-        for name, value in before.items():
-            here[name].data.copy_(value)
+        for name, w in before.items():
+            weights[name].data.copy_(w)
 
 
 @contextmanager
