@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hoptim.linalg import dicts
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
+from hoptim.problem.distributed import Ranks
 from hoptim.problem.functional import restore_attributes, swapped
 from hoptim.problem.mixed_precision import losses_precision
 from hoptim.problem.problem import At, LossName, Problem, as_leaves
@@ -93,8 +94,19 @@ class LiveAt(At):
             with losses_precision(live.lowered):
                 losses, _ = problem._losses(name, batch)
             losses.reshape(-1)[row].backward()
-            by_weight = {key: None if w.grad is None else local(w.grad).detach() for key, w in weights.items()}
+            by_weight = _shards_of_gradients(weights, problem.ranks)
         return Gradients(losses.detach(), by_weight, {key: leaf.grad for key, leaf in leaves.items()})
+
+
+def _shards_of_gradients(weights: Tensors, ranks: Ranks) -> OptionalTensors:
+    """The shards of the ``.grad`` of live weights. FSDP2 has averaged those of its own; of plain weights nobody has."""
+    plain = {name: w for name, w in weights.items() if not hasattr(w, "device_mesh")}
+    found = ranks.mean_of_found({name: w.grad for name, w in plain.items()}, plain) if plain else {}
+    sharded: dict[str, Any] = {name: w for name, w in weights.items() if name not in plain}
+    for name, w in sharded.items():
+        placed = None if w.grad is None else w.grad.redistribute(placements=w.placements)  # they may be partial sums
+        found[name] = None if placed is None else local(placed).detach()
+    return {name: found[name] for name in weights}
 
 
 @contextmanager

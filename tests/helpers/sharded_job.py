@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -520,17 +521,21 @@ def local_of(t: Tensor) -> Tensor:
 def no_trace(rank: int, size: int) -> Answer:
     """Training with hypergradients in all places of the loop, and without any."""
     found = {}
+    methods = {"": hoptim.Implicit(), ", by differences": METHODS["differences"].method}
 
     def run(looks: bool) -> Any:
         problem = problem_of(sharded(layout, size, dropout=0.2, counts=True), train=drawing)
         inner = adam(problem)
 
         def look(place: str) -> None:
-            if looks:
+            for how, method in methods.items() if looks else ():
                 before = state_of(problem)
-                hoptim.hypergradient(problem, shard(own), val_shard(own), inner=inner)
-                found.setdefault(place, []).append((before, state_of(problem)))
+                hoptim.hypergradient(problem, shard(own), val_shard(own), method, inner=inner)
+                found.setdefault(place + how, []).append((before, state_of(problem)))
 
+        with torch.no_grad():
+            problem.model(shard(own)[0])  # at whose first call FSDP2 adds a hook of its own, for state dicts
+        problem.weights()  # which puts the shards of the root in their places
         torch.manual_seed(own)
         for step in range(2):
             inner.zero_grad()
@@ -580,7 +585,13 @@ def refusals(rank: int, size: int) -> Answer:
         optimizer = bilevel(one, val, sgd, options={"weight_decay": "weight_decay"}, hypergradient=hoptim.Implicit())
         optimizer.loss(train)
 
+    def stepping() -> None:
+        net = sharded("nested", size)
+        net.gain.register_post_accumulate_grad_hook(lambda p: None)
+        hoptim.hypergradient(problem_of(net), train, val, METHODS["differences"].method)
+
     return {
+        "stepping": words_of(stepping),
         "update": of(hoptim.Implicit(condition=hoptim.Update())),
         "unrolled": of(hoptim.Unrolled(3)),
         "replay": of(hoptim.Replay([train])),
@@ -654,6 +665,36 @@ def apart(rank: int, size: int) -> Answer:
     return {"words": words_of(lambda: hoptim.hypergradient(problem, shard(rank), val_shard(rank)))}
 
 
+class Heads(nn.Module):
+    """A layer whose forward pass knows how many of its four heads each rank of tensor parallel has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.first, self.second = 4, nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).view(len(x), self.heads, -1)
+        return self.second((h * h.softmax(-1)).flatten(1))
+
+
+def heads(rank: int, size: int) -> Answer:
+    """Differences of a model that divides its heads by the size of tensor parallel; ``size`` = 1 for one process."""
+    torch.manual_seed(2)
+    model, x, y = Heads(), torch.randn(6, 3), torch.arange(6) % 2
+    if size > 1:
+        model.heads //= size
+        tensor_parallel(SimpleNamespace(block=model), size)
+    hparams = nn.ParameterDict({"decay": torch.tensor(0.1), "scale": torch.tensor(0.3)})
+
+    def train(m: Any, h: Any, b: Any) -> Tensor:
+        total = sum(whole(p.square().sum()) for p in m.parameters())
+        return F.cross_entropy(h["scale"].exp() * m(x), y) + h["decay"] * total
+
+    problem = hoptim.Problem(model, hparams, train, lambda m, h, b: F.cross_entropy(m(x).flip(1), y))
+    result = hoptim.hypergradient(problem, None, None, METHODS["differences"].method)
+    return {"grads": gathered(result.grads), "x": gathered(result.solution.value), "norm": result.gradient_norm}
+
+
 def val_plain(m: Any, h: Any, b: Batch) -> Tensor:
     return F.cross_entropy(m(b[0]), b[1])
 
@@ -711,6 +752,7 @@ CASES = [
     no_trace,
     trainings,
     refusals,
+    heads,
     other_batches,
     apart,
     nan_on_one,

@@ -231,6 +231,7 @@ def test_a_fit_of_folds_is_that_of_one_process(world: list[dict[str, Any]]) -> N
 @pytest.mark.parametrize(
     ("case", "words"),
     [
+        ("stepping", "TypeError: weight 'gain' has a hook that runs when its gradient is there.*hoptim.Exact"),
         ("update", "TypeError: the condition Update.*whose state is sharded.*take hoptim.Gradient"),
         ("unrolled", "TypeError: Unrolled repeats inner steps.*take hoptim.Implicit"),
         ("replay", "TypeError: Replay repeats inner steps.*take hoptim.Implicit"),
@@ -247,6 +248,11 @@ def test_what_does_not_work_is_refused_with_what_works(world: list[dict[str, Any
 def assert_matches(words: str, text: str) -> None:
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(text)
+
+
+def test_differences_run_a_model_that_divides_its_heads_among_the_ranks(world: list[dict[str, Any]]) -> None:
+    found = equal_on_all_ranks(world, "heads")
+    assert_answer(found, job.heads(0, 1), 1e-6)
 
 
 def test_ranks_with_parts_of_one_layer_need_the_same_batches(world: list[dict[str, Any]]) -> None:
