@@ -176,7 +176,7 @@ def _without_own(state: States, held: list[Any], ranks: Ranks) -> tuple[States, 
     plain: States = {
         number: {key: value for key, value in entries.items() if not hasattr(value, "device_mesh")}
         for number, entries in state.items()
-        if hasattr(held[number], "device_mesh")
+        if isinstance(number, int) and hasattr(held[number], "device_mesh")
     }
     rows = [(number, key, value) for number, entries in plain.items() for key, value in entries.items()]
     numbers = {
