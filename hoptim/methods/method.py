@@ -100,6 +100,7 @@ def checked(problem: object, method: object, inner: Any, options: Mapping[str, A
             "options names options of the inner optimizer, and inner is "
             f"{'None' if inner is None else 'a BilevelOptimizer, which has its own'}: give inner=optimizer, the one of torch"
         )
+    check_steps("inner", inner)
     if inner is not None and not isinstance(inner, Optimizer):
         raise TypeError(f"inner is {describe_type(inner)}: give the torch.optim.Optimizer of the model's weights")
     if inner is not None and not held(inner).keys() & {id(p) for _, p in problem.named_parameters()}:
@@ -120,6 +121,15 @@ def check_method(name: str, method: object) -> None:
     """Raise ``TypeError`` unless it is a method, or ``None`` for the default."""
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"{name} is {describe_type(method)}: give a method, such as hoptim.Implicit()")
+
+
+def check_steps(name: str, optimizer: object) -> None:
+    """Raise ``TypeError`` if this is Accelerate's wrapper: it leaves steps out, and hides what kind of optimizer it is."""
+    if type(optimizer).__name__ == "AcceleratedOptimizer":
+        raise TypeError(
+            f"{name} is an AcceleratedOptimizer, which hides its kind, and takes no step while gradients accumulate: give "
+            "the optimizer inside, as its .optimizer; or give accelerator.prepare() the BilevelOptimizer in its place"
+        )
 
 
 def held(optimizer: Optimizer) -> dict[int, None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hoptim.checks import is_finite, is_whole
+from hoptim.checks import is_finite, is_whole, listed
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import Tensors
 from hoptim.problem.sharding import local
@@ -99,6 +99,11 @@ class SecondMoments(Preconditioner):
             raise ValueError(
                 f"{type(inner).__name__} holds no second moments of the weights {missing}: take an inner optimizer such as "
                 "Adam or AdamW, after its first step, or Jacobi()"
+            )
+        if codes := [name for name, moment in moments.items() if not moment.is_floating_point()]:
+            raise ValueError(
+                f"{type(inner).__name__} holds the second moments of {listed(codes)} as {moments[codes[0]].dtype}, which "
+                "are codes and no values: take Jacobi(), or an inner optimizer with moments of full precision"
             )
         roots = []
         for name, p in weights.items():

@@ -104,7 +104,7 @@ def _check_gradient(problem: Problem, loss: SeenLoss) -> None:
     if not live:
         return
     expected = _gradient(problem, loss)
-    pairs = {name: (w.grad, expected[name]) for name, w in live.items() if w.grad is not None and name in expected}
+    pairs = {name: (whole(w.grad), expected[name]) for name, w in live.items() if w.grad is not None and name in expected}
     given, own = ({name: pair[side].float() for name, pair in pairs.items()} for side in (0, 1))
     lengths = [float(dicts.norm(x)) for x in (given, own)]
     product = lengths[0] * lengths[1]

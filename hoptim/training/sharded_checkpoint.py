@@ -30,6 +30,7 @@ from hoptim.training.training_optimizer import check_kinds, check_stateful, load
 
 DAMAGED = "the checkpoint is damaged, so load an earlier one"
 SHARED = "shared"  # plain values that are the same on all ranks
+States = dict[Any, dict[Any, Any]]  # of the inner optimizer, by the number of the weight
 OWN = ("trajectory", "val_batches", "train_batches")  # the parts of the optimizer's own entry that differ between ranks
 
 
@@ -90,6 +91,8 @@ def load_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
     _check_model(shared["model"], _shapes(live))
     check_kinds("load_checkpoint", shared["stateful"], stateful)
     is_same = shared["ranks"] == ranks.size
+    if not is_same:
+        _check_own(shared, None, optimizer)
     rank, places = f"rank{ranks.rank if is_same else 0}", _Places.of(optimizer)
     template = {
         rank: b"",
@@ -98,12 +101,18 @@ def load_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
         "solver": {name: places.empty_rows(*kind) for name, kind in shared["solver"].items()},
     }
     found = _read(template, folder, ranks)
-    own = _decoded(found[rank], None if is_same else "cpu")
+    own, own_state = _decoded(found[rank], None if is_same else "cpu"), {}
+    if is_same:
+        _check_own(shared, own["shards"], optimizer)
+        own_state = _decoded(own["inner"], None)
     for name in OWN if not is_same else ():
         own[KEY][name] = _begun_again(own[KEY][name]) if name.endswith("batches") else None
     vectors = {name: _flat(found["solver"][name], lead) for name, (_, _, lead) in shared["solver"].items()}
     entry = {**shared[KEY], **own[KEY], "solver_state": vectors, **held_shards(problem)}
-    state = {number: {**shared["inner_rest"][number], **found["inner"][str(number)]} for number in shared["inner"]}
+    state = {
+        number: {**shared["inner_rest"][number], **found["inner"][str(number)], **own_state.get(number, {})}
+        for number in shared["inner"]
+    }
     optimizer.load_state_dict({**shared["rest"], "state": state, KEY: entry})
     problem.model.load_state_dict({**found["model"], **own["buffers"]})
     load_stateful(own["stateful"], stateful, with_generators=is_same)
@@ -120,16 +129,25 @@ def load_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
 def _saved(optimizer: BilevelOptimizer, stateful: tuple[Any, ...]) -> dict[str, Any]:
     """The training as torch.distributed.checkpoint takes it: sharded tensors by name, and bytes."""
     problem, rest = optimizer.problem, optimizer.state_dict()
-    entry, state, places = rest.pop(KEY), rest.pop("state"), _Places.of(optimizer)
+    entry, places = rest.pop(KEY), _Places.of(optimizer)
+    state, own_state = _without_own(rest.pop("state"), places.held, problem.ranks)
     names, states = entry["solver_weights"], stateful_states(stateful)
     vectors = places.fitting(names, entry.pop("solver_state"))
     model, generators = _model_state(optimizer), global_states()
     buffers = {name: model[name].detach() for name, _ in problem.model.named_buffers() if name in model}
-    own = {KEY: {name: entry.pop(name) for name in OWN}, "stateful": states, "buffers": buffers, "random": generators}
+    own = {
+        KEY: {name: entry.pop(name) for name in OWN},
+        "stateful": states,
+        "buffers": buffers,
+        "random": generators,
+        "inner": _encoded(own_state, "the inner optimizer"),
+        "shards": entry.pop("shards", None),
+    }
     tensors = {number: {key: t for key, t in entries.items() if _is_large(t)} for number, entries in state.items()}
     shared = {
-        KEY: {name: value for name, value in entry.items() if name != "shards"},
+        KEY: entry,
         "ranks": problem.ranks.size,
+        "inner_own": sorted({key for entries in own_state.values() for key in entries}),
         "rest": rest,
         "model": _shapes(model),
         "stateful": [kind for kind, _ in states],
@@ -147,6 +165,54 @@ def _saved(optimizer: BilevelOptimizer, stateful: tuple[Any, ...]) -> dict[str, 
         "inner": {str(number): entries for number, entries in tensors.items()},
         "solver": {name: places.rows(names, vector) for name, vector in vectors.items()},
     }
+
+
+def _without_own(state: States, held: list[Any], ranks: Ranks) -> tuple[States, States]:
+    """The inner optimizer's state without what each rank has of its own, and that.
+
+    Its own is what belongs to a sharded weight and is no ``DTensor``, such as the codes of an 8-bit optimizer; unless it is
+    a number that all ranks have, such as a count of steps.
+    """
+    plain: States = {
+        number: {key: value for key, value in entries.items() if not hasattr(value, "device_mesh")}
+        for number, entries in state.items()
+        if isinstance(number, int) and hasattr(held[number], "device_mesh")
+    }
+    rows = [(number, key, value) for number, entries in plain.items() for key, value in entries.items()]
+    numbers = {
+        (number, key): value.item() if isinstance(value, Tensor) else value
+        for number, key, value in rows
+        if _is_number(value)
+    }
+    everywhere = ranks.gathered(numbers) if ranks.size > 1 else [numbers]
+    alike = {
+        place for place, value in numbers.items() if all(place in there and there[place] == value for there in everywhere)
+    }
+    own: States = {}
+    for number, key, value in rows:
+        if (number, key) not in alike:
+            own.setdefault(number, {})[key] = value
+    rest = {n: {key: value for key, value in entries.items() if key not in own.get(n, ())} for n, entries in state.items()}
+    return rest, own
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, (int, float, str)) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _check_own(shared: Mapping[str, Any], shards: object, optimizer: BilevelOptimizer) -> None:
+    """Raise ``ValueError`` on all ranks if the inner optimizer's state has parts of each rank's own that fit none here.
+
+    ``shards`` is how those of this rank were cut, ``None`` if there were more or fewer ranks.
+    """
+    keys, ranks = shared.get("inner_own"), optimizer.problem.ranks
+    if not keys or all(ranks.gathered(shards is not None and shards == held_shards(optimizer.problem).get("shards"))):
+        return
+    raise ValueError(
+        f"the state of {type(optimizer.inner).__name__} has {listed(keys)} as plain tensors, not as torch's DTensor, so "
+        f"that only the same rank of as many can load them: the checkpoint is of {shared['ranks']} ranks, and this training "
+        f"has {ranks.size}, or cuts its weights otherwise. Go on as it was, on {shared['ranks']}"
+    )
 
 
 def _is_large(value: object) -> bool:
