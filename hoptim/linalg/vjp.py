@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class VJP:
     {'w': tensor([2., 6.])}
     """
 
-    def __init__(self, outputs: Named, inputs: Named, taken: Container[Any] = ()) -> None:
+    def __init__(self, outputs: Named, inputs: Named, taken: Collection[Any] = ()) -> None:
         self._names, self._outputs = tuple(outputs), tuple(outputs.values())
         self._keys, self._inputs = tuple(inputs), tuple(inputs.values())
         self._taken = taken
@@ -87,7 +87,8 @@ class VJP:
             found = torch.autograd.grad(
                 self._outputs, self._inputs, vectors, retain_graph=True, allow_unused=True, **options
             )
-        return {key: None if key in self._taken else t for key, t in zip(self._keys, found, strict=True)}
+        named = dict(zip(self._keys, found, strict=True))
+        return {key: None if key in self._taken else t for key, t in named.items()} if self._taken else named
 
     def _can_at_once(self) -> bool:
         if sum(output.numel() for output in self._outputs) > AT_ONCE:
