@@ -192,7 +192,8 @@ class Problem:
 
     Args:
         model: any ``nn.Module``; its weights w are those with ``requires_grad``. Tied weights count once. A wrapper
-            (``DistributedDataParallel``, ``torch.compile``) is called by ``loss``; names are those of the model inside.
+            (``DistributedDataParallel``, ``torch.compile``) is called by ``loss``; names are those of the model inside. It
+            may be sharded, by ``fully_shard`` or ``parallelize_module``.
         hparams: the hyperparameters λ: a :class:`HyperParameters`, or any other ``nn.Module``.
         train_loss: L_T as ``train_loss(model, hparams, batch) -> scalar``: ordinary PyTorch, ``model(x)``,
             ``model.named_parameters()``, ``hparams["weight_decay"]``.
@@ -205,8 +206,8 @@ class Problem:
             the ``DistributedDataParallel``, else all if ``torch.distributed`` is initialised; ``None``: this process alone.
 
     Raises:
-        TypeError: ``model`` or ``hparams`` is no module, a loss can't be called with (model, hparams, batch), or a weight is
-            complex or sharded.
+        TypeError: ``model`` or ``hparams`` is no module, a loss can't be called with (model, hparams, batch), a weight is
+            complex, or one is sharded by the older ``FullyShardedDataParallel`` or kept on another device than it is used on.
         ValueError: there is no weight or no hyperparameter to learn, one has no values yet, a tensor is both, or ``hparams``
             is a part of ``model``. When called, a loss returns no real scalar, writes into weights or hyperparameters
             instead of only reading them, or uses others than those in its arguments.
