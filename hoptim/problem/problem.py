@@ -207,7 +207,7 @@ class Problem:
 
     Raises:
         TypeError: ``model`` or ``hparams`` is no module, a loss can't be called with (model, hparams, batch), a weight is
-            complex, or one is sharded by the older ``FullyShardedDataParallel`` or kept on another device than it is used on.
+            complex, or one is sharded by the older ``FullyShardedDataParallel``.
         ValueError: there is no weight or no hyperparameter to learn, one has no values yet, a tensor is both, or ``hparams``
             is a part of ``model``. When called, a loss returns no real scalar, writes into weights or hyperparameters
             instead of only reading them, or uses others than those in its arguments.
