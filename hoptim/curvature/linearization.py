@@ -144,8 +144,7 @@ class GradientGraph:
 
     def symmetric(self, product: Product) -> Symmetric:
         """The symmetric operator of a product of weights by name."""
-        flat = on_flat(self._sharded(product, to_weights=True), self.layout)
-        return Symmetric(lambda v: self.layout.flatten(flat(v), v.shape[:-1]), like=self.layout)
+        return symmetric(self._sharded(product, to_weights=True), self.layout)
 
     def _sharded(self, product: Product, *, to_weights: bool) -> Product:
         """A product of whole weights as one of shards, if weights are sharded."""
@@ -177,6 +176,12 @@ class GradientGraph:
             untouched=self.untouched,
             is_on_shards=self.passes is not None,
         )
+
+
+def symmetric(product: Product, layout: Layout) -> Symmetric:
+    """The symmetric operator of a product of named tensors."""
+    flat = on_flat(product, layout)
+    return Symmetric(lambda v: layout.flatten(flat(v), v.shape[:-1]), like=layout)
 
 
 def on_flat(product: Product, layout: Layout) -> Callable[[Tensor], OptionalTensors]:
