@@ -84,7 +84,7 @@ class FiniteDifference(Curvature):
             along = norm(v)
             epsilon = size * step / torch.where(along > 0, along, 1.0)
             (up, up_leaves), (down, down_leaves) = (
-                gradients(at, batch, Move(layout.unflatten(v), step), states)[1:] for step in (epsilon, -epsilon)
+                gradients(at, batch, Move(layout.views(v), step), states)[1:] for step in (epsilon, -epsilon)
             )
             return _quotient(up, down, 2 * epsilon), _quotient(up_leaves, down_leaves, 2 * epsilon)
 

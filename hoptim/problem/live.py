@@ -20,14 +20,18 @@ from hoptim.problem.sharding import local
 
 
 class Move(NamedTuple):
-    """w ↦ w + εv, for some of the weights."""
+    """w ↦ w + εv for some of the weights, rounded to their types after the sum."""
 
     v: Tensors
     epsilon: Tensor | float
 
     def of(self, weights: Tensors) -> Tensors:
         """The weights after the move."""
-        return {name: w + self.epsilon * self.v[name] if name in self.v else w for name, w in weights.items()}
+        return {name: self.of_one(name, w) if name in self.v else w for name, w in weights.items()}
+
+    def of_one(self, name: str, w: Tensor) -> Tensor:
+        """One of them."""
+        return (w + (self.epsilon * self.v[name]).to(w.device)).to(w.dtype)
 
 
 class Gradients(NamedTuple):
@@ -124,7 +128,7 @@ def _moved(weights: Tensors, move: Move | None) -> Iterator[None]:
     try:
         for name, w in before.items():
             assert move is not None
-            weights[name].data.copy_(w + move.epsilon * move.v[name])  # .data, so that no graph sees a change
+            weights[name].data.copy_(move.of_one(name, w))  # .data, so that no graph sees a change
         yield
     finally:
         for name, w in before.items():
