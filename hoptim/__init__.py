@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from hoptim.training.optimizer import outer_step as outer_step
     from hoptim.training.record import Record as Record
     from hoptim.training.retrain import retrain as retrain
+    from hoptim.training.sharded_checkpoint import load_checkpoint as load_checkpoint
+    from hoptim.training.sharded_checkpoint import save_checkpoint as save_checkpoint
 
 __version__ = "0.1.0"
 
@@ -81,9 +83,11 @@ _FILES = {
     "WarmStart": "solvers.warm_start",
     "audit": "diagnostics.audit",
     "hypergradient": "methods.hypergradient",
+    "load_checkpoint": "training.sharded_checkpoint",
     "outer_adam": "problem.outer_adam",
     "outer_step": "training.optimizer",
     "retrain": "training.retrain",
+    "save_checkpoint": "training.sharded_checkpoint",
 }
 _ROOMS = (
     "curvature", "diagnostics", "linalg", "methods", "problem", "recipes", "solvers", "tracking", "training"

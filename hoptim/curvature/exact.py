@@ -41,7 +41,7 @@ class DoubleBackward(Curvature):
                 return
         with at.loss("train_loss", batch) as (loss, parts, _):
             check_twice_differentiable(at, loss, batch)
-            graph = GradientGraph(loss, at.weights, at.leaves, parts)
+            graph = GradientGraph(loss, at.weights, at.leaves, parts, at.passes(loss))
             yield graph.linearization(self.of(graph))
 
 

@@ -17,7 +17,8 @@ from hoptim.curvature.linearization import Curvature, Draw, Linearization, check
 from hoptim.linalg import dicts, vectors
 from hoptim.linalg.operators import Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
-from hoptim.problem.problem import At, Problem, as_leaves
+from hoptim.problem.live import LiveAt, Move
+from hoptim.problem.problem import At, as_leaves
 from hoptim.problem.random_stream import set_generators
 
 Difference = tuple[OptionalTensors, OptionalTensors]  # (∂F/∂w v, ∂F/∂λᵀ v)
@@ -61,25 +62,29 @@ class FiniteDifference(Curvature):
         if self.step is not None and not (is_finite(self.step) and self.step > 0):
             raise ValueError(f"step={self.step!r}: give a positive number, or None to choose it")
 
+    @property
+    def is_first_order(self) -> bool:
+        """Whether first derivatives are enough for it: yes."""
+        return True
+
     @contextmanager
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F; each product evaluates two gradients at other weights."""
         states = at.problem.generators()  # saved here, since drawing a batch between products would change the masks
-        loss, gradient, _ = gradients(at.problem, batch, at.weights, at.leaves)
+        loss, gradient, _ = gradients(at, batch)
         touched = dicts.present(gradient)
         layout = Layout.of({name: at.weights[name] for name in touched})
-        w = layout.flatten(at.weights).detach()
-        length = vectors.norm(w)
+        norm = at.norm(layout)
+        length = norm(layout.flatten(at.weights).detach())
         size = torch.where(length > 0, length, 1.0)
         chosen, rounding = self.step, at.problem.rounding(weight.dtype for weight in at.weights.values())
 
         def quotient(step: float, v: Tensor) -> Difference:
             """The difference over a step of this length relative to w."""
-            along = vectors.norm(v)
+            along = norm(v)
             epsilon = size * step / torch.where(along > 0, along, 1.0)
             (up, up_leaves), (down, down_leaves) = (
-                gradients(at.problem, batch, at.weights | as_leaves(layout.unflatten(w + step * v)), at.leaves, states)[1:]
-                for step in (epsilon, -epsilon)
+                gradients(at, batch, Move(layout.views(v), step), states)[1:] for step in (epsilon, -epsilon)
             )
             return _quotient(up, down, 2 * epsilon), _quotient(up_leaves, down_leaves, 2 * epsilon)
 
@@ -90,7 +95,11 @@ class FiniteDifference(Curvature):
                 return quotient(chosen, v)[part]
             within = max(AGREE, rounding ** (2 / 3))
             chosen, found, apart = _best_step(
-                lambda step: quotient(step, v)[part], first_step(rounding), 50 * rounding, within
+                lambda step: quotient(step, v)[part],
+                dicts.norm if part else lambda x: norm(layout.flatten(x)),
+                first_step(rounding),
+                50 * rounding,
+                within,
             )
             tell("the products differ", apart, within)
             return found
@@ -106,13 +115,15 @@ class FiniteDifference(Curvature):
                 )
 
         def product(v: Tensor) -> Tensor:
-            if v.ndim > 1:
-                return torch.stack([product(row) for row in v])
+            return torch.stack([product_one(row) for row in v]) if v.ndim > 1 else product_one(v)
+
+        def product_one(v: Tensor) -> Tensor:  # a call of itself would keep the weights in memory
             return layout.flatten(difference(v, 0))
 
         def mixed(x: Tensor) -> OptionalTensors:
-            if x.ndim > 1:
-                return dicts.stack([mixed(row) for row in x])
+            return dicts.stack([mixed_one(row) for row in x]) if x.ndim > 1 else mixed_one(x)
+
+        def mixed_one(x: Tensor) -> OptionalTensors:
             found = difference(x, 1)
             if self.step is None and chosen is not None and rounding < HALF:  # checked too, since it is the answer
                 name, apart = _farthest(found, quotient(chosen * APART, x)[1])
@@ -123,9 +134,10 @@ class FiniteDifference(Curvature):
             loss=loss,
             layout=layout,
             value=layout.flatten(touched),
-            A=Symmetric(product, like=w),
+            A=Symmetric(product, like=layout),
             mixed=mixed,
             untouched=tuple(name for name in gradient if name not in touched),
+            is_on_shards=isinstance(at, LiveAt),
         )
 
 
@@ -142,9 +154,13 @@ def first_step(rounding: float) -> float:
 
 
 def _best_step(
-    at: Callable[[float], OptionalTensors], first: float, shortest: float, within: float
+    at: Callable[[float], OptionalTensors],
+    norm: Callable[[Tensors], Tensor],
+    first: float,
+    shortest: float,
+    within: float,
 ) -> tuple[float, OptionalTensors, float]:
-    """The best step from ``first`` on, its difference, and how far this is from that of another step."""
+    """The best step from ``first`` on, its difference, and how far this is from that of another step, by this norm."""
     seen: dict[int, OptionalTensors] = {}
 
     def found(k: int) -> OptionalTensors:
@@ -156,8 +172,8 @@ def _best_step(
         large, small = dicts.present(found(k)), dicts.present(found(k - 1))
         if not large:
             return 0.0
-        length = dicts.norm(large)
-        return float(dicts.norm({name: t - small[name] for name, t in large.items()}) / torch.where(length > 0, length, 1.0))
+        length = norm(large)
+        return float(norm({name: t - small[name] for name, t in large.items()}) / torch.where(length > 0, length, 1.0))
 
     smaller = math.floor(math.log(first / shortest, APART))
     best, least = 0, apart(0)
@@ -184,20 +200,27 @@ def _farthest(found: OptionalTensors, other: OptionalTensors) -> tuple[str, floa
 
 
 def gradients(
-    problem: Problem, batch: Any, weights: Tensors, leaves: Tensors, states: Tensors | None = None
+    at: At, batch: Any, move: Move | None = None, states: Tensors | None = None
 ) -> tuple[Tensor, OptionalTensors, OptionalTensors]:
-    """L_T, ∂L_T/∂w and ∂L_T/∂λ elsewhere, under these random states or else the present ones, which do not change."""
-    with problem.leave_no_trace():
+    """L_T, ∂L_T/∂w and ∂L_T/∂λ at w or a move from it, with these states of random generators.
+
+    The states do not change; by default they are the present ones. Of a sharded model that runs as it trains, the
+    derivatives are means over the ranks.
+    """
+    if isinstance(at, LiveAt):
+        loss, by_weight, by_leaf = at.gradients("train_loss", batch, move, states)
+        return loss, by_weight, at.problem.ranks.mean_of_found(by_leaf, at.leaves)
+    w, leaves = as_leaves(at.weights if move is None else move.of(at.weights)), as_leaves(at.leaves)
+    with at.problem.leave_no_trace():
         set_generators(states or {})
-        with problem.at(weights, leaves) as there, there.loss("train_loss", batch) as (loss, *_):
-            found = torch.autograd.grad(loss, [*weights.values(), *leaves.values()], allow_unused=True)
-    by_weight: OptionalTensors = dict(zip(weights, found[: len(weights)], strict=True))
-    by_leaf: OptionalTensors = dict(zip(leaves, found[len(weights) :], strict=True))
+        with at.problem.at(w, leaves) as there, there.loss("train_loss", batch) as (loss, *_):
+            grads = torch.autograd.grad(loss, [*w.values(), *leaves.values()], allow_unused=True)
+    by_weight, by_leaf = dict(zip(w, grads[: len(w)], strict=True)), dict(zip(leaves, grads[len(w) :], strict=True))
     check_dense(by_weight)
     return loss.detach(), by_weight, by_leaf
 
 
 def _quotient(up: OptionalTensors, down: OptionalTensors, width: Tensor) -> OptionalTensors:
-    """(up − down) / width; ``None`` where one is missing."""
-    pairs = ((name, high, down[name]) for name, high in up.items())
+    """(up − down) / width, ``None`` where one is missing. It empties the two, since they may be as large as the model."""
+    pairs = ((name, up.pop(name), down.pop(name)) for name in list(up))
     return {name: None if high is None or low is None else (high - low) / width for name, high, low in pairs}

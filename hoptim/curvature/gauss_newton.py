@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hoptim.curvature.exact import DoubleBackward
-from hoptim.curvature.linearization import Draw, GradientGraph, Linearization, symmetric
+from hoptim.curvature.linearization import Draw, GradientGraph, Linearization
 from hoptim.curvature.second_derivatives import check_once
 from hoptim.linalg import dicts
 from hoptim.linalg.operators import Operator
@@ -62,12 +62,13 @@ class GaussNewton(DoubleBackward):
         at = {"z": parts.z.detach().requires_grad_()}
         slope = _gradient(parts.criterion(at["z"]), at)
         u = {"z": torch.zeros_like(parts.z).requires_grad_()}
-        JT_u = _gradient(parts.z, weights, u["z"])  # linear in u, so that its derivative along v is J v
-        penalty_slope = {} if parts.penalty is None else _gradient(parts.penalty, weights)
+        with graph.passing(is_wanted=False):
+            JT_u = _gradient(parts.z, weights, u["z"])  # linear in u, so that its derivative along v is J v
+            penalty_slope = {} if parts.penalty is None else _gradient(parts.penalty, weights)
 
         J, H = VJP(JT_u, u), VJP(slope, at)
-        JT = VJP({"z": parts.z} if parts.z.requires_grad else {}, weights)
-        penalty_H = VJP(penalty_slope, weights)
+        JT = graph.to_weights({"z": parts.z} if parts.z.requires_grad else {})
+        penalty_H = graph.to_weights(penalty_slope)
 
         def product(v: Tensors, batched: bool) -> OptionalTensors:
             penalty: OptionalTensors = penalty_H(v, batched)
@@ -75,7 +76,7 @@ class GaussNewton(DoubleBackward):
             HJv = None if Jv is None else H({"z": Jv}, batched)["z"]
             return penalty if HJv is None else dicts.add(penalty, JT({"z": HJv}, batched))
 
-        return symmetric(product, graph.layout)
+        return graph.symmetric(product)
 
 
 def _gradient(output: Tensor, inputs: Tensors, v: Tensor | None = None) -> Tensors:

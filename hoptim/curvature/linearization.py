@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,11 @@ from hoptim.linalg.vjp import VJP
 from hoptim.problem.composite_loss import LossParts
 from hoptim.problem.distributed import OverRanks
 from hoptim.problem.problem import At
+from hoptim.problem.sharded_passes import ShardedPasses
+from hoptim.problem.sharding import OverShards, Sharding
 
 Draw = Callable[[], Any]  # draws another training batch
+Product = Callable[[Tensors, bool], OptionalTensors]  # of named tensors; the second argument says if each is R of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class Linearization:
         mixed: x ↦ Bᵀx by the names of the hyperparameters, or R of them; ``None`` for one that F does not depend on.
         untouched: the weights that the training loss does not touch.
         fixed: the weights that it touches but the inner optimizer does not hold; known to the condition ``Update`` alone.
+        is_on_shards: whether vectors are of shards, and A and F means over the ranks; see :func:`on_shards`.
     """
 
     loss: Tensor
@@ -44,6 +48,7 @@ class Linearization:
     mixed: Callable[[Tensor], OptionalTensors]
     untouched: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
+    is_on_shards: bool = False
 
     def on(self, layout: Layout) -> Linearization:
         """The same for the weights of another layout: zero for those that this one does not have."""
@@ -60,12 +65,18 @@ class Linearization:
 class Curvature(ABC):
     """A strategy for A = ∂F/∂w: a frozen dataclass that linearises F = ∇_w L_T at a point."""
 
+    @property
+    def is_first_order(self) -> bool:
+        """Whether first derivatives are enough for it."""
+        return False
+
     @abstractmethod
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> AbstractContextManager[Linearization]:
         """F and its derivatives on a training batch, for use inside the context.
 
         Args:
-            at: weights and hyperparameters, from :meth:`Problem.at`.
+            at: weights and hyperparameters, from :meth:`Problem.at`; for a curvature of first order on a sharded model, from
+                :func:`~hoptim.problem.live.at_live`.
             batch: the training batch.
             draw: draws another one; ``None`` if there is no source of more.
         """
@@ -88,49 +99,92 @@ class GradientGraph:
         weights: w, leaves that require a gradient.
         leaves: λ, likewise.
         parts: the parts of the loss, if it is a ``CompositeLoss``.
+        passes: how backward passes save memory, if weights are sharded. Then vectors are of shards, F and A means over the
+            ranks, and zeros stand in ``value`` for the gradients of large weights.
 
     Raises:
         TypeError: a weight has a sparse gradient.
     """
 
-    def __init__(self, loss: Tensor, weights: Tensors, leaves: Tensors, parts: LossParts | None = None) -> None:
-        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
+    def __init__(
+        self,
+        loss: Tensor,
+        weights: Tensors,
+        leaves: Tensors,
+        parts: LossParts | None = None,
+        passes: ShardedPasses | None = None,
+    ) -> None:
+        self.loss, self.parts, self.leaves, self.passes = loss, parts, leaves, passes
+        with self.passing() as taken:
+            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
         found = dict(zip(weights, gradients, strict=True))
         check_dense(found)
-        self.loss, self.parts, self.leaves = loss, parts, leaves
         self.value = dicts.present(found)
         self.weights = {name: weights[name] for name in self.value}
         self.untouched = tuple(name for name in weights if name not in self.value)
-        self.layout = Layout.of(self.weights)
+        own = self.value if passes is None else passes.shards(self.value, taken)
+        self.layout = Layout.of(own)
+        self._flat = self.layout.flatten(own).detach()
         self._outputs = {name: value for name, value in self.value.items() if value.requires_grad}
+
+    def passing(self, *, is_wanted: bool = True) -> AbstractContextManager[Tensors]:
+        """Inside, backward passes save memory, if weights are sharded."""
+        return nullcontext({}) if self.passes is None else self.passes.passing(is_wanted=is_wanted)
 
     def vjp(self, inputs: Tensors) -> VJP:
         """v ↦ vᵀ ∂F/∂inputs."""
         return VJP(self._outputs, inputs)
 
+    def to_weights(self, outputs: Tensors) -> VJP:
+        """v ↦ vᵀ ∂outputs/∂w, for :meth:`symmetric`."""
+        if self.passes is None:
+            return VJP(outputs, self.weights)
+        self.passes.take_parts(outputs.values())
+        return VJP(outputs, self.weights, self.passes.large)
+
+    def symmetric(self, product: Product) -> Symmetric:
+        """The symmetric operator of a product of weights by name."""
+        return symmetric(self._sharded(product, to_weights=True), self.layout)
+
+    def _sharded(self, product: Product, *, to_weights: bool) -> Product:
+        """A product of whole weights as one of shards, if weights are sharded."""
+        passes = self.passes
+        if passes is None:
+            return product
+
+        def of_shards(v: Tensors, batched: bool) -> OptionalTensors:
+            rows = (
+                [{name: t[row] for name, t in v.items()} for row in range(len(next(iter(v.values()))))] if batched else [v]
+            )
+            found = [passes.product(lambda whole: product(whole, False), row, to_weights=to_weights) for row in rows]
+            return dicts.stack(found) if batched else found[0]  # no call of itself, which would keep the graph in memory
+
+        return of_shards
+
     def hessian(self) -> Operator:
         """A = ∂F/∂w, the Hessian of L_T: symmetric, so that vᵀA is A v."""
-        return symmetric(self.vjp(self.weights), self.layout)
+        return self.symmetric(self.to_weights(self._outputs))
 
     def linearization(self, A: Operator) -> Linearization:
         """F with its derivatives, given A."""
         return Linearization(
             loss=self.loss.detach(),
             layout=self.layout,
-            value=self.layout.flatten(self.value).detach(),
+            value=self._flat,
             A=A,
-            mixed=on_flat(self.vjp(self.leaves), self.layout),
+            mixed=on_flat(self._sharded(self.vjp(self.leaves), to_weights=False), self.layout),
             untouched=self.untouched,
+            is_on_shards=self.passes is not None,
         )
 
 
-def symmetric(product: Callable[[Tensors, bool], OptionalTensors], layout: Layout) -> Symmetric:
-    """The symmetric operator of a product of named tensors; its second argument says if they have a leading axis of R."""
+def symmetric(product: Product, layout: Layout) -> Symmetric:
+    """The symmetric operator of a product of named tensors."""
     flat = on_flat(product, layout)
     return Symmetric(lambda v: layout.flatten(flat(v), v.shape[:-1]), like=layout)
 
 
-def on_flat(product: Callable[[Tensors, bool], OptionalTensors], layout: Layout) -> Callable[[Tensor], OptionalTensors]:
+def on_flat(product: Product, layout: Layout) -> Callable[[Tensor], OptionalTensors]:
     """A linear function of named tensors as a function of their flat vector, or of R of them.
 
     If weights are in float16, each vector is scaled to a largest entry of 1 for the product, since small ones would vanish.
@@ -158,6 +212,8 @@ def over_ranks(local: Linearization, at: At) -> Linearization:
     ranks = at.problem.ranks
     if ranks.size == 1:
         return local
+    if at.sharding is not None:
+        return _over_shards(local, at, at.sharding)
     loss, found = ranks.mean_with_loss(local.loss, local.layout.unflatten(local.value), at.weights)
     value = dicts.present(found)
     here = local.on(Layout.of({name: at.weights[name] for name in value}))
@@ -168,6 +224,41 @@ def over_ranks(local: Linearization, at: At) -> Linearization:
         A=OverRanks(here.A, ranks),
         mixed=lambda x: ranks.mean_of_found(here.mixed(x), at.leaves, x.shape[:-1]),
         untouched=tuple(name for name in at.weights if name not in value),
+    )
+
+
+def on_shards(own: Linearization, at: At) -> Linearization:
+    """The same on vectors of shards, with the mean of A and F over the ranks, if weights are sharded.
+
+    Each rank linearises its own loss at whole weights. A product gathers its vector and scatters the mean.
+    """
+    if at.sharding is None or own.is_on_shards:
+        return own
+    ones = {name: w.new_ones(()) for name, w in at.weights.items()}
+    touched = at.sharding.ranks.mean_of_found({name: ones[name] for name in own.layout.names}, ones)  # by any rank
+    here = own.on(Layout.of({name: at.weights[name] for name in dicts.present(touched)}))
+    space = at.sharding.vectors(here.layout)
+    return replace(
+        here,
+        layout=space.shards,
+        value=space.mean(here.value),
+        A=Symmetric(lambda v: space.mean(here.A @ space.gathered(v)), like=space.shards, is_fixed=here.A.is_fixed),
+        mixed=lambda x: here.mixed(space.gathered(x)),
+        untouched=tuple(name for name in at.weights if touched[name] is None),
+        is_on_shards=True,
+    )
+
+
+def _over_shards(own: Linearization, at: At, sharding: Sharding) -> Linearization:
+    """F and its derivatives on shards, averaged over the ranks."""
+    sharding.check_losses(own.loss)
+    here, ranks = on_shards(own, at), sharding.ranks
+    space = sharding.vectors(here.layout)
+    return replace(
+        here,
+        loss=ranks.mean({"": own.loss})[""],
+        A=OverShards(here.A, space),
+        mixed=lambda x: ranks.mean_of_found(here.mixed(x), at.leaves, x.shape[:-1]),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hoptim.checks import is_whole
 from hoptim.curvature.exact import Exact
-from hoptim.curvature.linearization import Curvature, Draw, Linearization, check_curvature
+from hoptim.curvature.linearization import Curvature, Draw, Linearization, check_curvature, on_shards
 from hoptim.linalg import dicts
 from hoptim.linalg.operators import Mean, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
@@ -42,6 +42,11 @@ class Averaged(Curvature):
     batches: int = 4
     curvature: Curvature = field(default_factory=Exact)
 
+    @property
+    def is_first_order(self) -> bool:
+        """Whether the curvature of each batch is."""
+        return self.curvature.is_first_order
+
     def __post_init__(self) -> None:
         if not (is_whole(self.batches) and self.batches >= 1):
             raise ValueError(f"batches={self.batches!r}: give a whole number, 1 or more")
@@ -52,7 +57,8 @@ class Averaged(Curvature):
         """The mean over the batches, whose graphs are all held."""
         kept = [hold(batch), *(hold(_drawn(draw, "Averaged")) for _ in range(self.batches - 1))]
         with ExitStack() as stack:
-            yield _mean([stack.enter_context(self.curvature.linearize(at, one.get())) for one in kept], at.weights)
+            found = [stack.enter_context(self.curvature.linearize(at, one.get())) for one in kept]
+            yield _mean([on_shards(one, at) for one in found], at.shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,11 @@ class Sampled(Curvature):
 
     curvature: Curvature = field(default_factory=Exact)
 
+    @property
+    def is_first_order(self) -> bool:
+        """Whether the curvature of each batch is."""
+        return self.curvature.is_first_order
+
     def __post_init__(self) -> None:
         check_curvature(self.curvature)
 
@@ -83,13 +94,14 @@ class Sampled(Curvature):
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F and B of the hyperstep's own batch, and an A that draws a batch for each product."""
         kept = hold(batch)
-        with self.curvature.linearize(at, batch) as base:
+        with self.curvature.linearize(at, batch) as first:
+            base = on_shards(first, at)
 
             def product(v: Tensor) -> Tensor:  # the same batch for all of R vectors
                 fresh = _drawn(draw, "Sampled")
                 kept.get()
                 with self.curvature.linearize(at, fresh) as one:
-                    return one.on(base.layout).A @ v
+                    return on_shards(one, at).on(base.layout).A @ v
 
             yield replace(base, A=Symmetric(product, like=base.value, is_fixed=False))
 
@@ -117,4 +129,5 @@ def _mean(found: Sequence[Linearization], weights: Tensors) -> Linearization:
         A=Mean([part.A for part in parts]),
         mixed=mixed,
         untouched=tuple(name for name in weights if name not in touched),
+        is_on_shards=parts[0].is_on_shards,
     )

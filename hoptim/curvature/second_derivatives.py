@@ -11,7 +11,7 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from hoptim.curvature.finite_difference import first_step
 from hoptim.curvature.linearization import GradientGraph
 from hoptim.linalg import vectors
-from hoptim.linalg.lanczos import gaussian
+from hoptim.linalg.random import gaussian_like
 from hoptim.linalg.vectors import Layout
 from hoptim.linalg.vjp import no_second_derivative, nodes
 from hoptim.problem.problem import At, as_leaves
@@ -58,7 +58,7 @@ def _error_by_differences(at: At, batch: Any) -> float:
     """The relative error of A v against differences of gradients; 0 if it is small, or if two differences do not agree."""
     layout = Layout.of(at.weights)
     w = layout.flatten(at.weights).detach()
-    v = gaussian(w)
+    v = gaussian_like(w)
     step = float(vectors.norm(w) / vectors.norm(v)) * first_step(at.problem.rounding(layout.dtypes))
 
     def there(place: Tensor, product: bool = False) -> Tensor:

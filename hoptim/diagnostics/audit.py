@@ -75,7 +75,7 @@ def audit(
         The results: print them, or take ``.to_dict()``, ``.plot(path)``, ``.advice``.
 
     Raises:
-        TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method.
+        TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method; weights are sharded over ranks.
         ValueError: a number out of its range, or what ``hypergradient`` raises.
 
     Source: the bound of the solve: Ehrhardt and Roberts 2023 (arXiv 2301.04764), section 3.
@@ -93,6 +93,11 @@ def audit(
     """
     loop = checked(problem, method, inner, options)
     inner = loop.inner
+    if problem.is_sharded:
+        raise TypeError(
+            "an audit trains again in one process, and the weights are sharded over ranks: audit a model of fewer weights "
+            "that is not sharded, Problem(model, ..., process_group=None), or train with DistributedDataParallel"
+        )
     if problem.ranks.size > 1:
         raise ValueError(
             f"an audit is for one process, and {problem.ranks.size} train together here: audit on one of them, on a problem "

@@ -20,7 +20,8 @@ from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Linearization
 from hoptim.diagnostics.report import Compared, ErrorBound, Spectrum
 from hoptim.linalg import dicts, vectors
-from hoptim.linalg.lanczos import gaussian, lanczos
+from hoptim.linalg.lanczos import lanczos
+from hoptim.linalg.random import gaussian_like
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import is_differentiable
@@ -82,9 +83,9 @@ def look(setup: Setup, method: Implicit) -> Measured:
     """The spectrum, a Newton step and the cost of a product, from one graph."""
     with _condition(setup, method) as (at, F):
         A = F.A + method.damping
-        probe = gaussian(F.value)
+        probe = gaussian_like(F.value)
         known = A.is_symmetric and A.is_fixed
-        spectrum = Spectrum.of(lanczos(A, gaussian(F.value, 2), min(A.size, 30))) if known else None
+        spectrum = Spectrum.of(lanczos(A, A.gaussian(2), min(A.size, 30))) if known else None
         newton = (MINRES if A.is_symmetric else GMRES)(terms=30).solve(A.T, F.value) if A.is_fixed else None
         away = math.nan
         if newton is not None and newton.status.ok:
@@ -183,11 +184,11 @@ def _mixed_norm(at: At, batch: Any, F: Linearization, products: int = 10) -> flo
     """‖B‖₂ by power iteration on BᵀB; B u is a central difference of gradients in λ."""
     layout = Layout.of(at.leaves)
     leaves = layout.flatten(at.leaves).detach()
-    u, size = vectors.unit(gaussian(leaves)), 0.0
+    u, size = vectors.unit(gaussian_like(leaves)), 0.0
     reach = float(at.problem.rounding(layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
     for _ in range(products):
         ends = [as_leaves(layout.unflatten(leaves + sign * reach * u)) for sign in (1, -1)]
-        up, down = (F.layout.flatten(gradients(at.problem, batch, at.weights, end)[1]) for end in ends)
+        up, down = (F.layout.flatten(gradients(replace(at, leaves=end), batch)[1]) for end in ends)
         Bu = (up - down) / (2 * reach)
         size = max(size, float(vectors.norm(Bu)))
         u = vectors.unit(layout.flatten(F.mixed(Bu)))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from hoptim.diagnostics.evidence import Setup
 from hoptim.diagnostics.report import Direction
 from hoptim.linalg import vectors
-from hoptim.linalg.lanczos import gaussian
+from hoptim.linalg.random import gaussian_like
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.methods.inner_step import is_differentiable
 from hoptim.methods.method import Method
@@ -38,7 +38,8 @@ def slopes(
     leaves, gradient = layout.flatten(live).detach(), layout.flatten(result.combined())
     lines = {"the hypergradient": vectors.unit(gradient)}
     lines |= {
-        f"random direction {n + 1}": vectors.unit(gaussian(gradient, seed=n)) for n in range(min(count, layout.size - 1))
+        f"random direction {n + 1}": vectors.unit(gaussian_like(gradient, seed=n))
+        for n in range(min(count, layout.size - 1))
     }
     reach = float(setup.problem.rounding(layout.dtypes) ** (1 / 3) * (1 + vectors.norm(leaves)))
     trainings = _trainings(setup, method, inner, steps)

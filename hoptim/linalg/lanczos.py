@@ -43,14 +43,7 @@ def spectral_norm(A: Operator, start: Tensor, products: int) -> tuple[Tensor, Te
 
 def start_vector(A: Operator, towards: Tensor) -> Tensor:
     """A first iterate: the direction ``towards`` plus a random one of the same length, the same at each call."""
-    return _unit(A, gaussian(A)) + _unit(A, towards)
-
-
-def gaussian(like: Tensor | Operator, *lead: int, seed: int = 0) -> Tensor:
-    """Standard normal vectors of shape (…, n), from their own generator: the same at each call."""
-    size = like.size if isinstance(like, Operator) else len(like)
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.randn((*lead, size), generator=generator, device=like.device, dtype=like.dtype)
+    return _unit(A, A.gaussian()) + _unit(A, towards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +88,7 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
 
     Args:
         A: the operator, symmetric, and the same in each product.
-        start: the first vector, of shape (n,), not zero; or R of them, (R, n), as ``gaussian(A, R)`` gives.
+        start: the first vector, of shape (n,), not zero; or R of them, (R, n), as ``A.gaussian(R)`` gives.
         steps: how many products to spend, ≥ 1; that many vectors are kept.
 
     Raises:

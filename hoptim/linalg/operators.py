@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg import vectors
+from hoptim.linalg.random import gaussian
 from hoptim.linalg.vectors import Layout
 
 
@@ -61,6 +62,19 @@ class Operator(ABC):
     def gram(self, u: Tensor, v: Tensor) -> Tensor:
         """⟨u_i, v_j⟩ for all pairs of rows, in float64."""
         return vectors.gram(u, v)
+
+    def largest(self, v: Tensor) -> Tensor:
+        """The largest entry of v."""
+        return v.amax()
+
+    def gaussian(self, *lead: int, seed: int = 0) -> Tensor:
+        """Standard normal vectors of shape (…, n), from their own generator: the same at each call."""
+        return gaussian(self.size, *lead, seed=seed, dtype=self.dtype, device=self.device)
+
+    @property
+    def total(self) -> int:
+        """The number of entries of a vector on all processes."""
+        return self.size
 
 
 class Symmetric(Operator):
@@ -117,6 +131,19 @@ class Wrapped(Operator):
         """⟨u_i, v_j⟩ of ``base``."""
         return self.base.gram(u, v)
 
+    def largest(self, v: Tensor) -> Tensor:
+        """The largest entry of v, by ``base``."""
+        return self.base.largest(v)
+
+    def gaussian(self, *lead: int, seed: int = 0) -> Tensor:
+        """Those of ``base``."""
+        return self.base.gaussian(*lead, seed=seed)
+
+    @property
+    def total(self) -> int:
+        """That of ``base``."""
+        return self.base.total
+
 
 class _Shifted(Wrapped):
     def __init__(self, base: Operator, sigma: float | Tensor) -> None:
@@ -162,6 +189,8 @@ class Embedded(Wrapped):
     def __init__(self, base: Operator, inner: Layout, outer: Layout) -> None:
         super().__init__(base)
         self.size, self.inner, self.outer = outer.size, inner, outer
+
+    total, gaussian = Operator.total, Operator.gaussian  # of its own size
 
     def __matmul__(self, v: Tensor) -> Tensor:
         lead = v.shape[:-1]

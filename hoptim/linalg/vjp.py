@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,19 +17,19 @@ AT_ONCE = 2**20  # the longest vectors that go through the graph several at once
 _ONE_BY_ONE = ("NativeGroupNorm", "Convolution")
 
 
-def nodes(ends: Iterable[Tensor]) -> set[Any]:
-    """All nodes of the graph behind these tensors.
+def nodes(ends: Iterable[Tensor]) -> dict[Any, int]:
+    """All nodes of the graph behind these tensors, numbered as they are found, which depends on the graph alone.
 
     >>> w = torch.ones(1, requires_grad=True)
     >>> sorted(node.name() for node in nodes([2 * w.exp()]))
     ['ExpBackward0', 'MulBackward0', 'torch::autograd::AccumulateGrad']
     """
-    seen: set[Any] = set()
+    seen: dict[Any, int] = {}
     todo: list[Any] = [end.grad_fn for end in ends]
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
-            seen.add(node)
+            seen[node] = len(seen)
             todo += [following for following, _ in node.next_functions]
     return seen
 
@@ -42,7 +42,8 @@ def no_second_derivative(why: str) -> TypeError:
 class VJP:
     """v ↦ vᵀ ∂outputs/∂inputs by named tensors; R products where each tensor of v has a leading axis of R.
 
-    The R vectors go through the graph at once, or one by one if torch cannot do that or they are long.
+    The R vectors go through the graph at once, or one by one if torch cannot do that or they are long. The products of
+    inputs in ``taken`` are left out, since a hook takes them.
 
     Raises:
         TypeError: when called, an operation has no second derivative.
@@ -52,9 +53,10 @@ class VJP:
     {'w': tensor([2., 6.])}
     """
 
-    def __init__(self, outputs: Named, inputs: Named) -> None:
+    def __init__(self, outputs: Named, inputs: Named, taken: Collection[Any] = ()) -> None:
         self._names, self._outputs = tuple(outputs), tuple(outputs.values())
         self._keys, self._inputs = tuple(inputs), tuple(inputs.values())
+        self._taken = taken
         self._at_once: bool | None = None  # not yet decided
 
     def __call__(self, v: Named, batched: bool = False) -> dict[Any, Tensor | None]:
@@ -85,7 +87,8 @@ class VJP:
             found = torch.autograd.grad(
                 self._outputs, self._inputs, vectors, retain_graph=True, allow_unused=True, **options
             )
-        return dict(zip(self._keys, found, strict=True))
+        named = dict(zip(self._keys, found, strict=True))
+        return {key: None if key in self._taken else t for key, t in named.items()} if self._taken else named
 
     def _can_at_once(self) -> bool:
         if sum(output.numel() for output in self._outputs) > AT_ONCE:

@@ -49,7 +49,7 @@ class Gradient(Condition):
         decay = own_decay(loop, at, layout.unflatten(gradient.value))
         if not decay:
             return gradient
-        w = {name: at.weights[name].detach() for name in layout.names}
+        w = {name: at.shards[name].detach() for name in layout.names}
         c = layout.flatten({name: one.detach().expand(w[name].shape).to(layout.dtype) for name, one in decay.items()})
         learned = {name: one * w[name] for name, one in decay.items() if one.requires_grad}
 

@@ -24,6 +24,7 @@ from hoptim.methods.preconditioners import Preconditioner
 from hoptim.methods.result import Terms
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.composite_loss import CompositeLoss
+from hoptim.problem.live import at_live
 from hoptim.problem.problem import At, Problem
 from hoptim.solvers.base import Solver, solve_scaled
 from hoptim.solvers.gmres import GMRES
@@ -88,6 +89,19 @@ class Implicit(Method):
         """Without a preconditioner, since an optimizer has no second moments before its first step."""
         return replace(self, preconditioner=None)
 
+    def _check_sharded(self, loop: TrainingContext) -> None:
+        if not isinstance(self.condition, Gradient):
+            raise TypeError(
+                f"the condition {self.condition} takes a step of the inner optimizer, whose state is sharded as the weights "
+                "are: take hoptim.Gradient(), or DistributedDataParallel"
+            )
+        if loop.learned:
+            raise TypeError(
+                f"hyperparameter {loop.learned[0].name!r} is the inner optimizer's {loop.learned[0].key}, which can't be "
+                "learned where weights are sharded over ranks: put a decay into train_loss, as hoptim.recipes.WeightDecay "
+                "does, or train with DistributedDataParallel"
+            )
+
     def completed(self, problem: Problem) -> Implicit:
         """The same with the solver and the curvature of this problem in place of ``None``."""
         shows_parts = isinstance(problem.train_loss, CompositeLoss)
@@ -102,16 +116,18 @@ class Implicit(Method):
         self, problem: Problem, train_batch: Any, val_batch: Any, state: State | None, loop: TrainingContext
     ) -> Terms:
         whole = self.completed(problem)
-        with problem.at() as at:
+        assert whole.curvature is not None
+        with at_live(problem) if problem.is_sharded and whole.curvature.is_first_order else problem.at() as at:
             validation = validate(at, val_batch)
             with whole.linearize(at, train_batch, loop) as F:
                 _check_weights(F, loop)
                 g = F.layout.flatten(validation.g, validation.loss.shape)
+                validation = replace(validation, g={})  # its memory is needed
                 solution = whole._solve(F, g, problem, loop, state)
                 indirect = F.mixed(-solution.value)
                 detail = _stuck(solution, loop, at.leaves) or solution.detail
-                named = replace(solution, value=F.layout.views(solution.value), detail=detail)
-                return Terms(validation, indirect, named, F.loss, F.value)
+                named = replace(solution, value=at.named(F.layout, solution.value), detail=detail)
+                return Terms(validation, indirect, named, F.loss, F.A.norm(F.value))
 
     @contextmanager
     def linearize(self, at: At, train_batch: Any, loop: TrainingContext) -> Iterator[Linearization]:

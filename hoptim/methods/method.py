@@ -60,13 +60,23 @@ class Method(ABC):
 
         Raises:
             ValueError: the method needs the inner optimizer, and ``loop`` has none.
+            TypeError: weights are sharded, and the method needs whole ones.
         """
         loop = loop or TrainingContext()
         if self.needs_inner and loop.inner is None:
             name = type(self).__name__
             raise ValueError(f"{name} needs the inner optimizer: call hypergradient(..., inner=optimizer)")
+        if problem.is_sharded:
+            self._check_sharded(loop)
         with problem.leave_no_trace():
             return assemble(self._compute(problem, train_batch, val_batch, state, loop), problem.leaves())
+
+    def _check_sharded(self, loop: TrainingContext) -> None:
+        """Raise ``TypeError`` if it does not work where weights are sharded."""
+        raise TypeError(
+            f"{type(self).__name__} repeats inner steps, and the weights are sharded over ranks: take hoptim.Implicit(), or "
+            "DistributedDataParallel"
+        )
 
     @abstractmethod
     def _compute(
@@ -90,9 +100,10 @@ def checked(problem: object, method: object, inner: Any, options: Mapping[str, A
             "options names options of the inner optimizer, and inner is "
             f"{'None' if inner is None else 'a BilevelOptimizer, which has its own'}: give inner=optimizer, the one of torch"
         )
+    check_steps("inner", inner)
     if inner is not None and not isinstance(inner, Optimizer):
         raise TypeError(f"inner is {describe_type(inner)}: give the torch.optim.Optimizer of the model's weights")
-    if inner is not None and not held(inner).keys() & {id(p) for p in problem.model.parameters()}:
+    if inner is not None and not held(inner).keys() & {id(p) for _, p in problem.named_parameters()}:
         raise ValueError("inner holds no weight of the problem's model: give the optimizer that trains it")
     if inner is not None and learned is None:
         inner, learned = in_stand_in(inner, options or {}, problem.hparams)
@@ -110,6 +121,15 @@ def check_method(name: str, method: object) -> None:
     """Raise ``TypeError`` unless it is a method, or ``None`` for the default."""
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"{name} is {describe_type(method)}: give a method, such as hoptim.Implicit()")
+
+
+def check_steps(name: str, optimizer: object) -> None:
+    """Raise ``TypeError`` if this is Accelerate's wrapper: it leaves steps out, and hides what kind of optimizer it is."""
+    if type(optimizer).__name__ == "AcceleratedOptimizer":
+        raise TypeError(
+            f"{name} is an AcceleratedOptimizer, which hides its kind, and takes no step while gradients accumulate: give "
+            "the optimizer inside, as its .optimizer; or give accelerator.prepare() the BilevelOptimizer in its place"
+        )
 
 
 def held(optimizer: Optimizer) -> dict[int, None]:

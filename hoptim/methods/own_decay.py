@@ -13,6 +13,7 @@ from hoptim.methods.inner_step import check_differentiable, is_differentiable, k
 from hoptim.methods.learned_options import bound_options, value_of
 from hoptim.methods.method import TrainingContext
 from hoptim.problem.problem import At
+from hoptim.problem.sharding import local
 
 DECAYS = ("weight_decay", "lambd")  # ASGD shrinks weights by λ as well
 
@@ -42,7 +43,8 @@ def own_decay(loop: TrainingContext, at: At, gradient: Tensors) -> Tensors:
         for name, p in held.items():
             if name in gradient and any(isinstance(value, Tensor) or value for value in values):
                 decay = sum(values) * (-1 if group.get("maximize") else 1)
-                scale = _scale(kind, present, inner.state.get(p, {}), gradient[name]) if _is_decoupled(group) else 1.0
+                state = {key: local(value) for key, value in inner.state.get(p, {}).items()}
+                scale = _scale(kind, present, state, gradient[name]) if _is_decoupled(group) else 1.0
                 product = decay * scale
                 found[name] = (
                     product if isinstance(product, Tensor) else torch.full((), product, dtype=p.dtype, device=p.device)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hoptim.checks import is_finite, is_whole
+from hoptim.checks import is_finite, is_whole, listed
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import Tensors
+from hoptim.problem.sharding import local
 
 
 class Preconditioner(ABC):
@@ -58,11 +59,9 @@ class Jacobi(Preconditioner):
 
     def __call__(self, A: Operator, weights: Tensors, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive."""
-        generator = torch.Generator(A.device).manual_seed(0)
-        signs = torch.randint(0, 2, (self.probes, A.size), generator=generator, device=A.device)
-        z = signs.to(A.dtype) * 2 - 1
+        z = torch.where(A.gaussian(self.probes) < 0, -1.0, 1.0).to(A.dtype)
         diagonal = (z * (A @ z)).mean(0).abs()
-        largest = diagonal.amax()
+        largest = A.largest(diagonal)
         return diagonal.clamp(min=torch.where(largest > 0, largest * self.floor, 1.0))  # D = I if A is zero
 
 
@@ -101,10 +100,15 @@ class SecondMoments(Preconditioner):
                 f"{type(inner).__name__} holds no second moments of the weights {missing}: take an inner optimizer such as "
                 "Adam or AdamW, after its first step, or Jacobi()"
             )
+        if codes := [name for name, moment in moments.items() if not moment.is_floating_point()]:
+            raise ValueError(
+                f"{type(inner).__name__} holds the second moments of {listed(codes)} as {moments[codes[0]].dtype}, which "
+                "are codes and no values: take Jacobi(), or an inner optimizer with moments of full precision"
+            )
         roots = []
         for name, p in weights.items():
             group = groups[p]
             correction = 1 - group["betas"][1] ** float(inner.state[p]["step"]) if "betas" in group else 1.0
-            root = (moments[name] / correction).sqrt() + (self.epsilon or group["eps"])
+            root = (local(moments[name]) / correction).sqrt() + (self.epsilon or group["eps"])
             roots.append(root.reshape(-1).to(A.device, A.dtype))
         return torch.cat(roots)

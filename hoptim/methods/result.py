@@ -99,23 +99,22 @@ class Terms(NamedTuple):
         indirect: −Bᵀx by the names of the leaves; ``None`` for one that F does not depend on.
         solution: x by name, and how the solve ended.
         train_loss: L_T.
-        F: the condition's value, flat.
+        gradient_norm: ‖F‖, the length of the condition's value.
     """
 
     validation: Validation
     indirect: OptionalTensors
     solution: Solution
     train_loss: Tensor
-    F: Tensor
+    gradient_norm: Tensor
 
 
 def assemble(terms: Terms, leaves: Tensors) -> Hypergradient:
     """∂L_V/∂λ + the indirect term, where ``None`` counts as zero; all NaN if something failed."""
-    validation, indirect, solution, train_loss, F = terms
+    validation, indirect, solution, train_loss, gradient_norm = terms
     direct = {name: _whole(validation.direct[name], leaf, validation.loss) for name, leaf in leaves.items()}
     through = {name: _whole(indirect[name], leaf, validation.loss) for name, leaf in leaves.items()}
     grads = {name: part if validation.direct[name] is None else direct[name] + part for name, part in through.items()}
-    gradient_norm = dicts.norm({"": F})
     result = Hypergradient(
         grads=grads,
         direct=direct,

@@ -73,7 +73,7 @@ def through_steps(
     loss, gradient = later.last
     indirect = problem.ranks.mean_of_found(later.leaves, leaves, validation.loss.shape)
     solution = _solution_of(later, expected, end.weights, begins[0][1].weights, sorted({*unseen, *later.unseen}))
-    return Terms(validation, indirect, solution, loss, Layout.of(gradient).flatten(gradient))
+    return Terms(validation, indirect, solution, loss, dicts.norm(gradient))
 
 
 def loss_at_end(problem: Problem, trajectory: Trajectory, leaves: Tensors, val_batch: Any) -> Tensor:

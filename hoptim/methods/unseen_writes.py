@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg import dicts
-from hoptim.linalg.lanczos import gaussian
+from hoptim.linalg.random import gaussian_like
 from hoptim.linalg.vectors import Tensors
 from hoptim.linalg.vjp import nodes
 from hoptim.methods.trajectory import Snapshot, Step, evaluated_losses
@@ -106,4 +106,4 @@ def _leaves(t: Tensor) -> set[int]:
 def _noise(w: Tensor) -> Tensor:
     """Random numbers of the size of these weights."""
     size = w.detach().float().square().mean().sqrt()
-    return (gaussian(w.detach().reshape(-1)).reshape(w.shape) * torch.where(size > 0, size, 1.0)).to(w.dtype)
+    return (gaussian_like(w.detach().reshape(-1)).reshape(w.shape) * torch.where(size > 0, size, 1.0)).to(w.dtype)

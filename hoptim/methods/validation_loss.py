@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from hoptim.curvature.linearization import check_dense
 from hoptim.linalg import dicts
-from hoptim.linalg.vectors import OptionalTensors, Tensors
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
+from hoptim.problem.live import LiveAt
 from hoptim.problem.problem import At
+from hoptim.problem.sharded_passes import ShardedPasses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +36,58 @@ class Validation:
 
 def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyType({})) -> Validation:
     """L_V and its derivatives in weights, hyperparameters and these of the buffers, by one backward pass for each loss."""
+    if isinstance(at, LiveAt):
+        return _validate_live(at, batch)
     with at.loss("val_loss", batch) as (loss, *_):
         losses = loss.reshape(-1)
         inputs = [*at.weights.values(), *at.leaves.values(), *buffers.values()]
-        rows = [torch.autograd.grad(one, inputs, allow_unused=True, retain_graph=True) for one in losses]
+        passes = at.passes(loss)
+        rows = [_gradients(at, one, inputs, passes) for one in losses]
     columns = iter([_stacked(column, loss.ndim) for column in zip(*rows, strict=True)])
     by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (at.weights, at.leaves, buffers))
     _check_touched(by_weight, by_leaf)
-    g = dicts.filled(by_weight, dicts.expanded(at.weights, loss.shape))
-    like = {f"l:{name}": leaf for name, leaf in dicts.expanded(at.leaves, loss.shape).items()}
-    both = {**g, **{f"l:{name}": t for name, t in by_leaf.items()}}
-    loss, found = at.problem.ranks.mean_with_loss(loss.detach(), both, {**g, **like})
-    g = dicts.present({name: found[name] for name in g})
-    direct = {name: found[f"l:{name}"] for name in by_leaf}
+    g = dicts.filled(by_weight, dicts.expanded(at.weights if passes is None else at.shards, loss.shape))
+    loss, g, direct = _over_ranks(at, loss.detach(), g, by_leaf, is_on_shards=passes is not None)
     return Validation(loss=loss, g=g, direct=direct, by_buffer=dicts.present(by_buffer))
+
+
+def _validate_live(at: LiveAt, batch: Any) -> Validation:
+    """The same for a sharded model that runs as it trains: a forward and a backward pass for each loss."""
+    own, by_weight, by_leaf = at.gradients("val_loss", batch)
+    _check_touched(by_weight, by_leaf)
+    g = dicts.filled(by_weight, dicts.expanded(at.weights, own.shape))
+    loss, g, direct = _over_ranks(at, own, g, by_leaf, is_on_shards=True)
+    return Validation(loss=loss, g=g, direct=direct)
+
+
+def _gradients(at: At, loss: Tensor, inputs: Sequence[Tensor], passes: ShardedPasses | None) -> Any:
+    """∂loss/∂inputs, of which the weights come first; shards of the mean for them if a pass gives these."""
+    with nullcontext(Tensors()) if passes is None else passes.passing() as taken:
+        found = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+    if passes is None:
+        return found
+    shards = passes.shards(dict(zip(at.weights, found, strict=False)), taken)
+    return [*(shards.get(name) for name in at.weights), *found[len(at.weights) :]]
+
+
+def _over_ranks(
+    at: At, loss: Tensor, g: Tensors, direct: OptionalTensors, *, is_on_shards: bool
+) -> tuple[Tensor, Tensors, OptionalTensors]:
+    """The means over the ranks, by one all-reduce; g on shards where the weights are sharded."""
+    like, ranks = dicts.expanded(at.leaves, loss.shape), at.problem.ranks
+    if at.sharding is not None:
+        at.sharding.check_losses(loss)
+        space = at.sharding.vectors(Layout.of(at.weights))
+        if not is_on_shards:
+            g = space.shards.unflatten(space.mean(space.whole.flatten(g, loss.shape)))
+        loss, direct = ranks.mean_with_loss(loss, direct, like)
+        return loss, g, direct
+    loss, found = ranks.mean_with_loss(
+        loss,
+        {**g, **{f"l:{name}": t for name, t in direct.items()}},
+        {**g, **{f"l:{name}": t for name, t in like.items()}},
+    )
+    return loss, dicts.present({name: found[name] for name in g}), {name: found[f"l:{name}"] for name in direct}
 
 
 def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:

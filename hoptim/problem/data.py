@@ -124,10 +124,10 @@ class Batches:
         return {"position": self._position, "begun": to_tensors(self._begun)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start the saved pass again and skip to its position."""
+        """Start the saved pass again and skip to its position; with new random numbers if ``"begun"`` is ``None``."""
         self._iterator, self._position, self._begun = None, 0, {}
-        begun = from_tensors(state["begun"])
-        if state["position"] and "" not in begun:
+        begun = from_tensors(state["begun"] or {})
+        if state["position"] and state["begun"] is not None and "" not in begun:
             raise ValueError(f"the state of {self.name} lacks that of torch's generator: it is damaged")
         self._stream.load(begun)
         for _ in range(state["position"]):

@@ -131,6 +131,18 @@ class Ranks:
             )
 
 
+def all_gather(found: Tensor, own: Tensor, group: Any) -> None:
+    """Fill ``found`` with the tensors of all ranks, one after the other."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.12
+    gather(found, own.contiguous(), group=group)
+
+
+def reduce_scatter(found: Tensor, own: Tensor, group: Any) -> None:
+    """Fill ``found`` with this rank's piece of the sum of the tensors of all ranks."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name until torch 2.12
+    scatter(found, own.contiguous(), group=group)
+
+
 def is_first() -> bool:
     """Whether this process is the one that logs: rank 0, or the only process."""
     return Ranks.all().rank == 0

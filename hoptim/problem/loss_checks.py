@@ -20,6 +20,12 @@ from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 
 _NONE = object()
 ONLY_READS = "a loss only reads; do that after optimizer.step()"
+WHOLE = (
+    "in a training step of a sharded model its weights are torch's DTensor: add full_tensor() to a scalar that is made of "
+    "them, or to a weight, before it meets a plain tensor, if it has that method, since a hyperstep has plain weights. "
+    "Penalties of hoptim.recipes do so"
+)
+_OF_SHARDS = ("DTensor", "full_tensor", "Sharding propagation")  # what torch says where this is the cause
 
 
 def check_takes(name: str, function: Any, arguments: str) -> None:
@@ -53,6 +59,11 @@ def check_real(what: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> Non
             raise ValueError(f"{what} {name!r} was made inside torch.inference_mode(): build it outside")
         if p.is_complex():
             raise TypeError(f"{what} {name!r} is {p.dtype}: keep its real and imaginary parts, torch.view_as_real(...)")
+        if what == "hyperparameter" and (placements := getattr(p, "placements", ())):
+            raise TypeError(
+                f"hyperparameter {name!r} is sharded, {placements}: each rank has whole hyperparameters. Make it "
+                "of a shape, as in torch.zeros(weight.shape), not like a sharded weight"
+            )
 
 
 def check_beside(model: nn.Module, hparams: nn.Module) -> None:
@@ -88,6 +99,9 @@ def scalar(name: str, value: Tensor, needs_gradient: bool = True) -> Tensor:
         raise TypeError(f"{name} returned a tensor of {value.dtype}: return a real, floating-point loss")
     if value.ndim:
         raise ValueError(f"{name} returned a tensor of shape {tuple(value.shape)}: return a scalar, such as its mean()")
+    placements: tuple[Any, ...] = getattr(value, "placements", ())
+    if not all(placement.is_replicate() for placement in placements):
+        raise TypeError(f"{name} returned a DTensor of which each rank has a part, {placements}: {WHOLE}")
     if needs_gradient and not value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} returned a loss without a gradient: is it computed under no_grad() or detach()ed?")
     return value
@@ -120,7 +134,8 @@ class annotate_errors:  # noqa: N801 (used as a function)
     """Add a line to the traceback of an exception that is raised inside, without changing its class.
 
     The line is a note (PEP 678); Python 3.10 keeps it in ``__notes__`` without printing it. With a ``batch`` the line ends
-    in its type. If a name was not found and ``hparams`` has names of a wrapped model, another line says so.
+    in its type. If a name was not found and ``hparams`` has names of a wrapped model, another line says so; or what to do
+    if weights are sharded and torch could not compute with them.
     """
 
     def __init__(self, note: str, batch: Any = _NONE, hparams: nn.Module | None = None) -> None:
@@ -137,6 +152,8 @@ class annotate_errors:  # noqa: N801 (used as a function)
             if isinstance(error, (KeyError, AttributeError)) and self._hparams is not None and AS_SEEN not in str(error):
                 names = (name for name, _ in self._hparams.named_parameters() if without_wrappers(name) != name)
                 notes += [f"hoptim: {name!r} is named after a wrapped model, and {AS_SEEN}" for name in names][:1]
+            if self._batch is not _NONE and WHOLE not in str(error) and any(word in str(error) for word in _OF_SHARDS):
+                notes += [f"hoptim: {WHOLE}"]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hoptim.checks import describe_type
-from hoptim.linalg import dicts
-from hoptim.linalg.vectors import Tensors
+from hoptim.linalg import dicts, vectors
+from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.problem.composite_loss import CompositeLoss, LossParts, mean_loss
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.detached_view import DetachedView
@@ -43,6 +43,8 @@ from hoptim.problem.loss_checks import (
 )
 from hoptim.problem.mixed_precision import Lowered, full_precision, losses_precision, lowered
 from hoptim.problem.random_stream import restore_generators
+from hoptim.problem.sharded_passes import ShardedPasses, are_alike
+from hoptim.problem.sharding import Sharding, is_sharded, local, reshard, whole, without_parallel_hooks
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap, warn_of_compiled_aside
 
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -58,14 +60,25 @@ class _Live:
     """The modules and live tensors of a problem, looked up once for each hypergradient."""
 
     def __init__(self, problem: Problem) -> None:
-        self.weights: Tensors = dict(problem.model.named_parameters())
+        self.weights: Tensors = dict(problem.named_parameters())
         self.leaves: Tensors = dict(problem.hparams.named_parameters())
         self.lowered = lowered()  # by the user's autocast, which is off in leave_no_trace but for losses
+        self.sharding = Sharding.of(problem.model, self.weights, problem.ranks) if is_sharded(problem.model) else None
         self.look_inside(problem.joint)
 
     def look_inside(self, joint: Joint) -> None:
         """Look up the parts of the model and the hyperparameters, and their buffers, by their names in the joint module."""
-        self.parts, self.buffers = list(joint.modules()), dict(joint.named_buffers())
+        self.parts, self.buffers = list(joint.modules()), {name: whole(t) for name, t in joint.named_buffers()}
+
+    @cached_property
+    def frozen(self) -> Tensors:
+        """The whole frozen weights of a sharded model, for losses; of another one, none, since they stay in their places."""
+        return {} if self.sharding is None else self.whole({n: p for n, p in self.weights.items() if not p.requires_grad})
+
+    def whole(self, weights: Tensors) -> Tensors:
+        """Whole weights, from live ones that may be sharded."""
+        sharded = {name: local(p.detach()) for name, p in weights.items() if hasattr(p, "device_mesh")}
+        return weights if self.sharding is None else {**weights, **self.sharding.whole(sharded)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +111,7 @@ class At:
 
     Attributes:
         problem: the problem.
-        weights: w.
+        weights: w; whole weights, also where the model's own are sharded.
         leaves: λ.
         buffers: the buffers from which each loss starts, by their names in the joint module; also weights that a forward
             pass writes to, if it has written to them.
@@ -108,6 +121,36 @@ class At:
     weights: Tensors
     leaves: Tensors
     buffers: Tensors
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How the weights are sharded over ranks; ``None`` where they are not."""
+        return None if self.problem._live is None else self.problem._live.sharding
+
+    def passes(self, loss: Tensor) -> ShardedPasses | None:
+        """How backward passes of this loss save memory where weights are sharded; ``None`` if the ranks' graphs differ."""
+        if self._passes is None or not self._passes.large or not are_alike(loss, self._passes.sharding.ranks):
+            return None
+        return self._passes
+
+    @cached_property
+    def _passes(self) -> ShardedPasses | None:
+        return None if self.sharding is None else ShardedPasses(self.weights, self.sharding)
+
+    @property
+    def shards(self) -> Tensors:
+        """The part of each weight that this rank holds: w itself where nothing is sharded."""
+        live = self.weights if self.sharding is None else self.problem.weights()
+        return {name: local(w) for name, w in live.items()}
+
+    def norm(self, layout: Layout) -> Callable[[Tensor], Tensor]:
+        """‖v‖ of flat vectors of these weights."""
+        return vectors.norm
+
+    def named(self, layout: Layout, x: Tensor) -> Tensors:
+        """The weights of a flat vector by name, as views of it; where weights are sharded, as torch's ``DTensor``."""
+        named = layout.views(x)
+        return named if self.sharding is None or x.ndim > 1 else self.sharding.tensors(named)
 
     @contextmanager
     def loss(self, name: LossName, batch: Any) -> Iterator[Evaluated]:
@@ -120,7 +163,7 @@ class At:
         live = problem._live
         assert live is not None, "for use inside Problem.at"
         first = name not in problem.checked and torch.is_grad_enabled()
-        weights, leaves = live.weights | self.weights, live.leaves | self.leaves
+        weights, leaves = live.weights | live.frozen | self.weights, live.leaves | self.leaves
         renormed = {id(p) for p in renormed_weights(live.parts)}  # a forward pass writes to these
         written = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
         written |= _clones(self.buffers)
@@ -149,7 +192,8 @@ class Problem:
 
     Args:
         model: any ``nn.Module``; its weights w are those with ``requires_grad``. Tied weights count once. A wrapper
-            (``DistributedDataParallel``, ``torch.compile``) is called by ``loss``; names are those of the model inside.
+            (``DistributedDataParallel``, ``torch.compile``) is called by ``loss``; names are those of the model inside. It
+            may be sharded, by ``fully_shard`` or ``parallelize_module``.
         hparams: the hyperparameters λ: a :class:`HyperParameters`, or any other ``nn.Module``.
         train_loss: L_T as ``train_loss(model, hparams, batch) -> scalar``: ordinary PyTorch, ``model(x)``,
             ``model.named_parameters()``, ``hparams["weight_decay"]``.
@@ -162,8 +206,8 @@ class Problem:
             the ``DistributedDataParallel``, else all if ``torch.distributed`` is initialised; ``None``: this process alone.
 
     Raises:
-        TypeError: ``model`` or ``hparams`` is no module, a loss can't be called with (model, hparams, batch), or a weight is
-            complex or sharded.
+        TypeError: ``model`` or ``hparams`` is no module, a loss can't be called with (model, hparams, batch), a weight is
+            complex, or one is sharded by the older ``FullyShardedDataParallel``.
         ValueError: there is no weight or no hyperparameter to learn, one has no values yet, a tensor is both, or ``hparams``
             is a part of ``model``. When called, a loss returns no real scalar, writes into weights or hyperparameters
             instead of only reading them, or uses others than those in its arguments.
@@ -225,10 +269,22 @@ class Problem:
         if not self.leaves():
             raise ValueError("no parameter of hparams requires a gradient: there is nothing to learn")
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are sharded over ranks, as by ``fully_shard`` or ``parallelize_module``."""
+        return is_sharded(self.model) if self._live is None else self._live.sharding is not None
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """The live weights of the model, frozen ones too; those that are sharded as torch's ``DTensor``."""
+        if self._live is not None:
+            return self._live.weights.items()
+        if is_sharded(self.model):
+            reshard(list(self.model.modules()))
+        return self.model.named_parameters()
+
     def weights(self) -> Tensors:
         """The live weights w that require a gradient, by the model's names; also where others are in place of them."""
-        live = self.model.named_parameters() if self._live is None else self._live.weights.items()
-        return {name: p for name, p in live if p.requires_grad}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def leaves(self) -> Tensors:
         """The live unconstrained hyperparameters that require a gradient, by the names of ``hparams``; likewise."""
@@ -268,7 +324,8 @@ class Problem:
         has second derivatives.
 
         Args:
-            weights: w by name; default: new leaves that share the memory of the live weights.
+            weights: w by name; default: new leaves that share the memory of the live weights, or have the values of whole
+                weights where they are sharded.
             leaves: λ by name; likewise.
             buffers: those from which a loss starts, by their names in the joint module; default: the live ones.
             attributes: likewise the modes and plain attributes of the modules.
@@ -276,14 +333,15 @@ class Problem:
         with self._looked_up() as live:
             at = At(
                 problem=self,
-                weights=as_leaves(self.weights()) if weights is None else weights,
+                weights=as_leaves(live.whole(self.weights())) if weights is None else weights,
                 leaves=as_leaves(self.leaves()) if leaves is None else leaves,
                 buffers=live.buffers | (buffers or {}),
             )
-            given = {"model." + name: t for name, t in at.weights.items()}
+            given = {"model." + name: t for name, t in {**live.frozen, **at.weights}.items()}
             given |= {"hparams." + name: t for name, t in at.leaves.items()}
             restored = nullcontext() if attributes is None else restore_attributes(live.parts)
-            with swapped(self.joint, live.parts, given | _clones(at.buffers)), restored:
+            parallel = nullcontext() if live.sharding is None else without_parallel_hooks(live.parts)
+            with parallel, swapped(self.joint, live.parts, given | _clones(at.buffers)), restored:
                 if attributes is not None:
                     attributes.put()
                 yield at
@@ -335,7 +393,10 @@ class Problem:
         if self.ranks.size == 1:
             return
         remedy = "wrap the model in DistributedDataParallel and give that to Problem"
-        self.ranks.check_same(self.weights(), "weights", remedy)
+        if self.is_sharded:
+            remedy = "shard all of them, or average the gradients of those that are not sharded over the ranks"
+        if plain := {name: w for name, w in self.weights().items() if not hasattr(w, "device_mesh")}:
+            self.ranks.check_same(plain, "weights", remedy)
         self.ranks.check_same(self.leaves(), "hyperparameters", "start them from the same values, and move them alike")
 
     def generators(self) -> dict[str, Tensor]:

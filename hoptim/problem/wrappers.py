@@ -118,7 +118,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise ``TypeError`` if weights are sharded or belong to TorchScript."""
+    """Raise ``TypeError`` if weights belong to TorchScript or to the older ``FullyShardedDataParallel``."""
     for part in model.modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise TypeError(
@@ -126,10 +126,7 @@ def check_whole(model: nn.Module) -> None:
                 "scripted or traced; torch.compile works"
             )
         if type(part).__name__ == "FullyShardedDataParallel":
-            raise TypeError(f"the model holds a {type(part).__name__}, which shards weights: use DistributedDataParallel")
-    for name, p in model.named_parameters():
-        if hasattr(p, "device_mesh"):
             raise TypeError(
-                f"weight {name!r} is a DTensor, sharded over {p.device_mesh}: hoptim needs whole weights on each rank. Use "
-                "DistributedDataParallel instead of fully_shard and parallelize_module"
+                f"the model holds a {type(part).__name__}, whose flat parameters can't be told apart: shard it with "
+                "torch.distributed.fsdp.fully_shard instead"
             )

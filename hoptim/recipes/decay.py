@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import reduce
-from operator import add
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +13,7 @@ from torch.distributions import constraints
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import check_real
 from hoptim.recipes.arguments import cast, check_between, check_count
-from hoptim.recipes.model_parts import full, levels_of, part_of, unwrapped
+from hoptim.recipes.model_parts import beside, full, levels_of, part_of, total, unwrapped
 
 Per = Literal["global", "tensor", "channel", "weight"]
 
@@ -131,9 +129,9 @@ class WeightDecay(HyperParameters):
             size = w * w if self.norm == 2 else w.abs()
             if decay.ndim < w.ndim:  # a norm is no faster, and has no second derivative at zero weights
                 size = size.sum(dim=tuple(range(decay.ndim, w.ndim)))
+            decay = beside(decay, size)
             terms.append((decay * size).sum() if decay.ndim else decay * size)
-        total = reduce(add, terms)
-        return total / 2 if self.norm == 2 else total
+        return total(terms) / 2 if self.norm == 2 else total(terms)
 
     def _warn_of_unfrozen(self, module: nn.Module) -> None:
         unfrozen = [name for name in self._frozen if (w := part_of(module, name)) is not None and w.requires_grad]

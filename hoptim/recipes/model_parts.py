@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from operator import attrgetter
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import add, attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hoptim.checks import describe_type
+from hoptim.problem.sharding import whole
 from hoptim.problem.wrappers import unwrap
 
 
@@ -31,6 +33,30 @@ def part_of(module: nn.Module, name: str) -> Any:
 def full(shape: tuple[int, ...], value: float, like: Tensor) -> Tensor:
     """A first value on the device of ``like``, in float32 or more: a log in bf16 would be too coarse for an outer step."""
     return torch.full(shape, value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def beside(value: Tensor, sharded: Any) -> Tensor:
+    """A value that all ranks have, as a ``DTensor`` where ``sharded`` is one, so that they can be multiplied."""
+    if not hasattr(sharded, "device_mesh"):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = sharded.device_mesh
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def whole_like(x: Tensor) -> Tensor:
+    """A plain tensor of the whole shape of x, for random numbers that are the same on all ranks; mostly x itself."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if hasattr(x, "device_mesh") else x
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of scalars. Those of sharded weights are added up before ranks wait for each other, once for each mesh."""
+    sums: dict[Any, Tensor] = {}
+    for term in terms:
+        mesh = getattr(term, "device_mesh", None)
+        sums[mesh] = sums[mesh] + term if mesh in sums else term
+    return reduce(add, map(whole, sums.values()))
 
 
 def levels_of(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

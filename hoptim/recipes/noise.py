@@ -18,7 +18,7 @@ from hoptim.checks import describe_type
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.wrappers import uncompiled, unwrap, was_compile_called
 from hoptim.recipes.arguments import cast, check_between
-from hoptim.recipes.model_parts import full, levels_of, part_of, unwrapped
+from hoptim.recipes.model_parts import beside, full, levels_of, part_of, unwrapped, whole_like
 
 # Not taken by default. The last is the output layer of attention, which uses its weight without calling the layer.
 _OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, NonDynamicallyQuantizableLinear)
@@ -137,7 +137,8 @@ class NoiseWidth(LayerInputs):
 
     def changed(self, name: str, x: Tensor) -> Tensor:
         """x + σ·ξ."""
-        return torch.addcmul(x, cast(self[f"width.{name}"], x), torch.randn_like(x))
+        width, noise = cast(self[f"width.{name}"], x), torch.randn_like(whole_like(x))
+        return torch.addcmul(x, beside(width, x), beside(noise, x))
 
 
 Per = Literal["layer", "unit"]
@@ -210,7 +211,7 @@ class Dropout(LayerInputs):
         smallest = torch.finfo(rate.dtype).tiny
         u = torch.rand(x.shape, dtype=rate.dtype, device=x.device).clamp(min=smallest)
         dropped = torch.sigmoid((torch.logit(rate) + torch.logit(u)) / self.temperature)
-        return x * cast((1 - dropped) / (1 - rate), x)
+        return x * beside(cast((1 - dropped) / (1 - rate), x), x)
 
 
 def _units(name: str, layer: nn.Module) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hoptim.checks import is_whole
-from hoptim.linalg.lanczos import gaussian
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import axpy_
 from hoptim.solvers.base import Solver, check_operator, check_positive
@@ -58,8 +57,8 @@ class Nystrom(Solver):
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """The products with Ω, the small matrices in float64 on the host, and one product for the residual."""
         check_operator(self, A)
-        k = min(self.rank, A.size)
-        omega = _orthonormal(A, gaussian(A, k))
+        k = min(self.rank, A.total)
+        omega = _orthonormal(A, A.gaussian(k))
         image = A @ omega
         small = torch.cat([A.gram(omega, image), A.gram(image, image), A.gram(image, g.reshape(-1, A.size))], dim=1).cpu()
         W, C, b = small.split([k, k, small.shape[1] - 2 * k], dim=1)

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from hoptim.checks import describe_type, is_finite, is_whole, listed
 from hoptim.methods.learned_options import check_options
-from hoptim.methods.method import Method, check_method, checked_problem, held
+from hoptim.methods.method import Method, check_method, check_steps, checked_problem, held
 from hoptim.problem.level_adam import LevelAdam
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
@@ -79,10 +79,13 @@ def check_optimizer(name: str, optimizer: Optimizer, problem: Problem) -> None:
         raise TypeError(f"{name} is {describe_type(optimizer)}: give a torch.optim.Optimizer")
     if isinstance(getattr(optimizer, "problem", None), Problem):
         raise TypeError(f"{name} is {describe_type(optimizer)} already: give the optimizer inside it, as its .{name}")
+    check_steps(name, optimizer)
     checked_problem(problem)
     weight, leaf = ("weight of the model", problem.model), ("hyperparameter", problem.hparams)
     (kind, own), (other_kind, other) = (weight, leaf) if name == "inner" else (leaf, weight)
     remedy = "model.parameters()" if name == "inner" else "hparams.parameters()"
+    if name == "inner" and problem.is_sharded:
+        remedy += " after the model was sharded, which replaces them; Accelerate does so in prepare(model, optimizer)"
     live = {id(p) for p in (problem.weights() if name == "inner" else problem.leaves()).values()}
     here, frozen = held(optimizer).keys(), {id(p) for p in own.parameters()} - live
     if wrong := [key for key, p in other.named_parameters() if id(p) in here and id(p) not in frozen]:  # which may be both

@@ -15,6 +15,7 @@ from hoptim.methods.method import Method, TrainingContext
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
 from hoptim.problem.random_stream import set_generators
+from hoptim.problem.sharding import whole
 from hoptim.problem.wrappers import is_compiled
 from hoptim.solvers.solution import Status
 from hoptim.training.recent_steps import RecentSteps, SeenLoss
@@ -103,7 +104,7 @@ def _check_gradient(problem: Problem, loss: SeenLoss) -> None:
     if not live:
         return
     expected = _gradient(problem, loss)
-    pairs = {name: (w.grad, expected[name]) for name, w in live.items() if w.grad is not None and name in expected}
+    pairs = {name: (whole(w.grad), expected[name]) for name, w in live.items() if w.grad is not None and name in expected}
     given, own = ({name: pair[side].float() for name, pair in pairs.items()} for side in (0, 1))
     lengths = [float(dicts.norm(x)) for x in (given, own)]
     product = lengths[0] * lengths[1]
@@ -153,11 +154,14 @@ def warn_of_first_hyperstep(before: Tensors, after: Tensors, grads: Tensors, eve
 
 
 def weight_norms(problem: Problem) -> dict[str, float]:
-    """The norms of the matrices among the weights; others, such as biases and scales, may begin and stay near zero."""
+    """The norms of the matrices among the weights; others, such as biases and scales, may begin and stay near zero.
+
+    Where weights are sharded, these are the norms of whole weights, and every rank has to call this.
+    """
     live = problem.weights().items()
     weights = {name: weight.detach() for name, weight in live if weight.ndim > 1 and min(weight.shape[:2]) > 1}
     wide = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in weights.items()}
-    found = [torch.linalg.vector_norm(weight, dtype=wide[name]).float() for name, weight in weights.items()]
+    found = [whole(torch.linalg.vector_norm(weight, dtype=wide[name])).float() for name, weight in weights.items()]
     return dict(zip(weights, torch.stack([one.to(found[0].device) for one in found]).tolist() if found else [], strict=True))
 
 

@@ -54,6 +54,7 @@ class BilevelProgress(Progress):
 
     hyper_steps: int = 0
     solver_state: State = field(default_factory=dict)
+    solver_weights: tuple[str, ...] = ()  # those of its vectors, in their order
     last_gradient: Tensors = field(default_factory=dict)
     record: Record | None = None
     first_steps: FirstSteps | None = None  # until they are over
@@ -222,7 +223,7 @@ class BilevelOptimizer(TrainingOptimizer):
         with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
             loop = self._context(draw, progress.recent.trajectory(self.problem.weights()))
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
-        progress.solver_state = result.solution.state
+        progress.solver_state, progress.solver_weights = result.solution.state, tuple(result.solution.value)
         if not progress.hyper_steps:
             result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
         found = doubts(self.hypergradient, loop, self.problem.weights(), result.solution)
@@ -287,6 +288,7 @@ class BilevelOptimizer(TrainingOptimizer):
             "outer": self.outer.state_dict(),
             "hyper_steps": progress.hyper_steps,
             "solver_state": dict(progress.solver_state),
+            "solver_weights": list(progress.solver_weights),
             "last_gradient": dict(progress.last_gradient),
             "norms": dict(progress.norms),
             "trajectory": progress.recent.state_dict(),
@@ -302,6 +304,7 @@ class BilevelOptimizer(TrainingOptimizer):
         leaves, device = self.problem.leaves(), next(iter(self.problem.weights().values())).device
         progress.hyper_steps, progress.norms = saved["hyper_steps"], saved.get("norms", progress.norms)
         progress.solver_state = {name: vector.to(device) for name, vector in saved["solver_state"].items()}
+        progress.solver_weights = tuple(saved.get("solver_weights", self.problem.weights()))
         gradient = saved["last_gradient"].items()
         progress.last_gradient = {name: value.to(leaves[name].device) for name, value in gradient if name in leaves}
         progress.recent.load_state_dict(saved["trajectory"], self.problem, self.inner)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from hoptim.methods.method import checked_problem
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
+from hoptim.problem.sharding import whole
 from hoptim.training import arguments
 from hoptim.training.shared_tensors import SharedTensors, find_shared
 from hoptim.training.training_optimizer import TrainingOptimizer
@@ -135,5 +136,7 @@ def _check_new(model: nn.Module, problem: Problem) -> None:
                 f"{found.name!r} of the model that make returned is {found.first!r} of the trained one: {remedy}"
             )
     now, learned = dict(model.named_parameters()), problem.weights()
-    if problem.has_trained and all(name in now and torch.equal(now[name], w) for name, w in learned.items()):
+    if problem.has_trained and all(
+        name in now and torch.equal(whole(now[name].detach()), whole(w.detach())) for name, w in learned.items()
+    ):
         raise ValueError(f"make returned a copy of the trained model, with its weights: {remedy}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hoptim.linalg import dicts
+from hoptim.problem.sharding import local
 from hoptim.training.training_optimizer import TrainingOptimizer
 
 
@@ -44,7 +45,8 @@ def find_shared(models: Sequence[nn.Module]) -> list[SharedTensor]:
     found = []
     for number, model in enumerate(models):
         for name, tensor, is_buffer, trains in _tensors(model):
-            place = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0  # 0 also of an empty one
+            own = local(tensor)
+            place = own.untyped_storage().data_ptr() if own.layout == torch.strided else 0  # 0 also of an empty one
             first, first_name, first_trains = seen.setdefault(place or id(tensor), (number, name, trains))
             if first != number:
                 found.append(SharedTensor(number, name, first_name, is_buffer, trains or first_trains))

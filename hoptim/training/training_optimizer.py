@@ -20,7 +20,7 @@ from hoptim.methods.learned_options import Learned, LearnedOption
 from hoptim.problem.problem import Problem
 from hoptim.problem.random_stream import global_states, set_global_states
 from hoptim.training import arguments
-from hoptim.training.checkpoint import BARE, KEY, REQUIRED, VERSION, check_loadable, held_weights
+from hoptim.training.checkpoint import BARE, KEY, REQUIRED, VERSION, check_loadable, held_shards, held_weights
 from hoptim.training.recent_steps import RecentSteps, SeenLoss
 from hoptim.training.record import Record
 
@@ -224,12 +224,7 @@ class TrainingOptimizer(Optimizer):
             TypeError: an object has no state.
             ValueError: the training has started already; the checkpoint is of another loop.
         """
-        for one in stateful:
-            if not isinstance(one, torch.Generator) and not hasattr(one, "load_state_dict"):
-                raise TypeError(
-                    f"resumable was given {describe_type(one)}: give objects with state_dict() and load_state_dict(), or a "
-                    "torch.Generator"
-                )
+        check_stateful("resumable", stateful)
         if self.save_points.are_used or self.inner_steps:
             raise ValueError(
                 "resumable is for the whole loop of a training: put it around one loop, and take no step before it"
@@ -243,10 +238,7 @@ class TrainingOptimizer(Optimizer):
             "mark": mark,
             "model": dict(self.problem.model.state_dict()),
             "optimizer": self.state_dict(),
-            "stateful": [
-                (type(one).__name__, one.get_state() if isinstance(one, torch.Generator) else one.state_dict())
-                for one in stateful
-            ],
+            "stateful": stateful_states(stateful),
             "random": global_states(),
         }
 
@@ -261,7 +253,7 @@ class TrainingOptimizer(Optimizer):
         state_dict = copy.copy(state_dict)  # hooks may change it in place
         for change in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = change(self, state_dict) or state_dict
-        check_loadable(state_dict, held_weights(self.inner, self.problem), self._required)
+        check_loadable(state_dict, held_weights(self.inner, self.problem), self._required, held_shards(self.problem))
         before = self._saved()  # without copies, since a load replaces these tensors
         before[KEY]["hparams"] = copy.deepcopy(before[KEY]["hparams"])  # except for the hyperparameters
         try:
@@ -277,6 +269,7 @@ class TrainingOptimizer(Optimizer):
         added = {
             "version": VERSION,
             "weights": held_weights(self.inner, self.problem),
+            **held_shards(self.problem),
             "hparams": self.problem.hparams.state_dict(),
             "inner_steps": self.inner_steps,
         }
@@ -361,14 +354,44 @@ def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state_dict.update(optimizer._saved())
 
 
+def check_stateful(caller: str, stateful: tuple[Any, ...]) -> None:
+    """Raise ``TypeError`` unless each of these objects has a state that can be saved and loaded."""
+    for one in stateful:
+        if not isinstance(one, torch.Generator) and not hasattr(one, "load_state_dict"):
+            raise TypeError(
+                f"{caller} was given {describe_type(one)}: give objects with state_dict() and load_state_dict(), or a "
+                "torch.Generator"
+            )
+
+
+def stateful_states(stateful: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    """The class and the state of each."""
+    return [
+        (type(one).__name__, one.get_state() if isinstance(one, torch.Generator) else one.state_dict()) for one in stateful
+    ]
+
+
+def check_kinds(caller: str, kinds: Sequence[str], stateful: tuple[Any, ...]) -> None:
+    """Raise ``ValueError`` unless the objects are of the classes that were saved."""
+    found = [type(one).__name__ for one in stateful]
+    if list(kinds) != found:
+        raise ValueError(f"{caller} was given {list(kinds)} where the checkpoint was taken, and {found} now: give the same")
+
+
+def load_stateful(states: Sequence[tuple[str, Any]], stateful: tuple[Any, ...], *, with_generators: bool = True) -> None:
+    """Restore these objects; generators only if asked."""
+    for one, (_, state) in zip(stateful, states, strict=True):
+        if not isinstance(one, torch.Generator):
+            one.load_state_dict(state)
+        elif with_generators:
+            one.set_state(state)
+
+
 def _restore(optimizer: TrainingOptimizer, saved: Saved, stateful: tuple[Any, ...]) -> None:
     """Restore a training at a save point."""
-    kinds, found = [kind for kind, _ in saved["stateful"]], [type(one).__name__ for one in stateful]
-    if kinds != found:
-        raise ValueError(f"resumable was given {kinds} where the checkpoint was taken, and {found} now: give the same")
+    check_kinds("resumable", [kind for kind, _ in saved["stateful"]], stateful)
     restore_model(optimizer, saved)
-    for one, (_, state) in zip(stateful, saved["stateful"], strict=True):
-        one.set_state(state) if isinstance(one, torch.Generator) else one.load_state_dict(state)
+    load_stateful(saved["stateful"], stateful)
     set_global_states(saved["random"])
 
 

@@ -14,6 +14,7 @@ import torch
 from common.records import read_json_lines
 from omegaconf import DictConfig, OmegaConf
 
+from hoptim.problem.sharding import local
 from hoptim.tracking import Board, JsonLines
 from hoptim.training import files
 from tasks.boards import ids
@@ -39,6 +40,19 @@ def fingerprint(cfg: DictConfig, processes: int) -> str:
     for part in ("method", "recipe"):
         chosen[part] = OmegaConf.to_container(cfg.hoptim[part], resolve=True) if part in cfg.hoptim else None
     return json.dumps({**chosen, "processes": processes}, sort_keys=True)
+
+
+def are_kept(run: Run) -> bool:
+    """Whether the run writes checkpoints: not yet if its model is sharded, since a rank has only a part of the state."""
+    if not run.processes.sharded:
+        return True
+    if run.cfg.resume:
+        raise ResumeError("sharded=true keeps no checkpoint, so that there is nothing to resume from: use resume=false")
+    if run.processes.is_main:
+        weights = list(run.problem.model.parameters())
+        own, all_of_them = sum(local(p).numel() for p in weights), sum(p.numel() for p in weights)
+        log.info("sharded=true: this process has %d of %d weights, and no checkpoint is kept", own, all_of_them)
+    return False
 
 
 def save_checkpoint(path: Path, run: Run, outer_step: int, boards: list[Board]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hoptim
+from hoptim.problem.sharding import whole
 from tasks import data as sets
 from tasks.task import Task, of_classes
 
@@ -172,7 +173,7 @@ class Classification(Task):
     def penalty(self, model: Any, hparams: Any) -> Tensor:
         """The learned penalties, and the fixed one."""
         learned = sum(hparams[name].penalty(model) for name in PENALTIES if name in self.recipes)
-        return learned + self.decay / 2 * sum(weight.square().sum() for weight in model.parameters())
+        return learned + self.decay / 2 * sum(whole(weight.square().sum()) for weight in model.parameters())
 
     def val_loss(self, model: Any, hparams: Any, batch: Tensor) -> Tensor:
         """Cross-entropy without the recipes that act in training. Gates belong to the model; open ones have a price."""

@@ -35,7 +35,7 @@ def cross_validate(cfg: DictConfig, folder: Path) -> float:
         ResumeError: fit.pt is of a fit with other options.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    task, processes = instantiate(cfg.task), Processes.join()
+    task, processes = instantiate(cfg.task), Processes.join(cfg.sharded)
     check_folds(cfg, task, processes)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)

@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 import hoptim
+from hoptim.problem.sharding import whole
 from tasks.task import Task, of_classes
 
 PARAMETERISATIONS = {"exp": constraints.positive, "clamp": constraints.nonnegative}
@@ -83,7 +84,7 @@ class Iris(Task):
     def penalty(self, model: nn.Module, hparams: Any) -> Tensor:
         """½ Σ decay·w²."""
         return 0.5 * sum(
-            (hparams[name if self.per_weight else "decay"] * weight.square()).sum()
+            (hparams[name if self.per_weight else "decay"] * whole(weight).square()).sum()
             for name, weight in model.named_parameters()
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hoptim
+from hoptim.problem.distributed import Ranks
 
 
 def _leave() -> None:
@@ -27,20 +29,23 @@ def _leave() -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """The number of this process, and how many there are."""
+    """The number of this process, how many there are, and whether they shard the model between them."""
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
 
     @classmethod
-    def join(cls) -> Processes:
+    def join(cls, sharded: bool = False) -> Processes:
         """Join the processes that torchrun has started. Without torchrun there is only this one."""
+        if sharded and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise ValueError("sharded=true in one process: start several, torchrun --nproc-per-node 2 scripts/train.py")
         if "WORLD_SIZE" not in os.environ:
             return cls()
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
             atexit.register(_leave)
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls(distributed.get_rank(), distributed.get_world_size(), sharded)
 
     @property
     def is_main(self) -> bool:
@@ -59,15 +64,27 @@ class Processes:
         """How many examples of a batch this process has."""
         return None if batch_size is None else max(1, batch_size // self.size)
 
-    def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model, in ``DistributedDataParallel`` if there are several processes."""
-        return model if self.size == 1 else DistributedDataParallel(model)
+    def wrapped(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """The model, in ``DistributedDataParallel`` if there are several processes, or sharded, each block by itself."""
+        if self.size == 1:
+            return model
+        if not self.sharded:
+            return DistributedDataParallel(model)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # takes long to import, and few runs need it
 
-    def wrap(self, problem: hoptim.Problem) -> hoptim.Problem:
-        """The problem with its model wrapped."""
+        mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
+        Ranks.all().broadcast_((*model.parameters(), *model.buffers()))  # as DistributedDataParallel does
+        for part in (*blocks, model):
+            fully_shard(part, mesh=mesh)
+        return model
+
+    def wrap(self, problem: hoptim.Problem, blocks: Sequence[nn.Module]) -> hoptim.Problem:
+        """The problem with its model wrapped or sharded."""
         if self.size == 1:
             return problem
-        return hoptim.Problem(self.wrapped(problem.model), problem.hparams, problem.train_loss, problem.val_loss)
+        model = self.wrapped(problem.model, blocks)
+        return hoptim.Problem(model, problem.hparams, problem.train_loss, problem.val_loss)
 
     def gather(self, own: Any) -> list[Any]:
         """The values of all processes, gathered in each of them."""

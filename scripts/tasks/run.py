@@ -47,9 +47,10 @@ class Run:
     def of(cls, cfg: DictConfig) -> Run:
         """Build it from a config. The order matters, since its parts draw random numbers."""
         torch.manual_seed(cfg.seed)
-        task, processes = instantiate(cfg.task), Processes.join()
+        task, processes = instantiate(cfg.task), Processes.join(cfg.sharded)
         parts = task.setup(cfg.seed)
-        problem = processes.wrap(task.problem())
+        problem = task.problem()
+        problem = processes.wrap(problem, task.blocks(problem.model))
         if processes.rank:
             torch.manual_seed(cfg.seed + 1_000_003 * processes.rank)  # so that each process has its own dropout masks
         if cfg.hyperparameters:
@@ -100,7 +101,8 @@ class Run:
             steps(optimizer, batches_for(cfg, examples, self.processes), self.total_steps, scheduler_for(cfg, optimizer))
 
         def make() -> nn.Module:
-            return self.processes.wrapped(self.task.final_model(self.problem.hparams))
+            model = self.task.final_model(self.problem.hparams)
+            return self.processes.wrapped(model, self.task.blocks(model))
 
         def inner(model: nn.Module) -> torch.optim.Optimizer:
             return instantiate(cfg.inner)(model.parameters())

@@ -38,6 +38,7 @@ class TrainConfig:
     hyperparameters: Optional[str] = None  # noqa: UP045
     resume: bool = MISSING
     checkpoint_every: int = MISSING
+    sharded: bool = MISSING
     threads: int = MISSING
     plots: bool = MISSING
     baselines: dict[str, Any] = field(default_factory=dict)

@@ -67,6 +67,12 @@ class Task(ABC):
         """The model that is trained at the end, with the learned hyperparameters. A search over models builds its result."""
         return self.model()
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The parts of the model that are gathered one after another where it is sharded: the items of its lists."""
+        lists = [model] if isinstance(model, nn.Sequential) else list(model.children())
+        items = [item for one in lists if isinstance(one, (nn.Sequential, nn.ModuleList)) for item in one]
+        return [item for item in items if next(item.parameters(), None) is not None]
+
     def progress(self, hparams: nn.Module, share: float) -> None:  # noqa: B027 (a task may leave it as it is)
         """Change what depends on how far the training is, called when this share of its steps is done."""
 

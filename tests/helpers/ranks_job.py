@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -347,28 +346,6 @@ def groups(rank: int, size: int) -> Answer:
     return {**answer(joined, shard(rank), val_shard(rank)), "size": joined.ranks.size}
 
 
-def sharded(rank: int, size: int) -> Answer:
-    """FSDP2's weights, and tensor-parallel ones."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    mesh = init_device_mesh("cpu", (size,))
-    plans: dict[str, Callable[[nn.Module], Any]] = {
-        "fsdp": lambda model: fully_shard(model, mesh=mesh),
-        "tensor": lambda model: parallelize_module(model, mesh, ColwiseParallel()),
-    }
-    found = {}
-    for name, shard_it in plans.items():
-        model = nn.Linear(6, 6)
-        shard_it(model)
-        try:
-            hoptim.Problem(model, nn.ParameterDict({"a": torch.ones(())}), lambda *_: None, lambda *_: None)
-        except TypeError as error:
-            found[name] = str(error)
-    return found
-
-
 def alone(rank: int, size: int) -> Answer:
     return {"ranks": (Ranks.all().size, Ranks().size)}
 
@@ -387,7 +364,6 @@ CASES = [
     communication,
     start,
     groups,
-    sharded,
     alone,
     wrapped_hyperparameters,
     logging,

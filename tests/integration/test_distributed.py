@@ -228,13 +228,5 @@ def test_a_group_of_some_ranks(world: list[dict[str, Any]]) -> None:
         assert answers["groups"]["size"] == (2 if rank < 2 else 1)
 
 
-def test_sharded_weights_are_an_error_that_says_what_works(world: list[dict[str, Any]]) -> None:
-    for answers in world:
-        assert set(answers["sharded"]) == {"fsdp", "tensor"}
-        for message in answers["sharded"].values():
-            assert "weight 'weight' is a DTensor" in message
-            assert "DistributedDataParallel" in message
-
-
 def test_all_ranks_are_found(world: list[dict[str, Any]]) -> None:
     assert equal_on_all_ranks(world, "alone")["ranks"] == (len(world), 1)

@@ -36,7 +36,9 @@ def records(path: Path) -> list[dict[str, object]]:
     return [dict(zip(saved["columns"], row, strict=True)) for row in saved["records"]]
 
 
-@pytest.mark.parametrize(("name", "least"), [("defaults", 30), ("holdout", 5), ("language", 6), ("wrong_labels", 9)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("defaults", 30), ("holdout", 5), ("language", 6), ("sharded", 15), ("wrong_labels", 9)]
+)
 def test_the_lines_of_a_page_are_those_of_its_rows(name: str, least: int) -> None:
     page, told = tables((STUDIES / name / "README.md").read_text()), tables(run(f"studies/{name}/run.py", "--saved").stdout)
     shared = [first for first, lines in told.items() if first in page and any(lines)]

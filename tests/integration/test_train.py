@@ -235,6 +235,33 @@ def test_two_ranks_resume_to_the_same_bits_each_with_its_own_batches(tmp_path, o
     assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
 
 
+def test_a_sharded_model_trains_on_two_ranks_as_a_wrapped_one(tmp_path):
+    options = (
+        "experiment=[]", "name=try", "task=classification", "task.train=90", "task.val=60", "outer=by_constraint",
+        "hoptim/recipe=[weight_decay,noise_width]", "hoptim.recipe.weight_decay.start=0.001", "batch_size=20",
+        "inner_steps=10", "inner.lr=0.05", "every=10", "outer_steps=2", "retrain=true", *QUIET,
+    )  # fmt: skip
+    wrapped, sharded = tmp_path / "wrapped", tmp_path / "sharded"
+    run_ranks(2, "train.py", f"hydra.run.dir={wrapped}", *options)
+    printed = run_ranks(2, "train.py", f"hydra.run.dir={sharded}", *options, "sharded=true")
+    assert "sharded=true: this process has 2405 of 4810 weights, and no checkpoint is kept" in printed
+    assert not (sharded / "checkpoint.pt").exists()
+    found, expected = result(sharded), result(wrapped)
+    assert found["hypersteps"] == found["moved"] == 2
+    for name, figure in expected.items():
+        assert found[name] == (pytest.approx(figure, rel=1e-5) if isinstance(figure, float) else figure), name
+    for row, other in zip(rows(sharded), rows(wrapped), strict=True):
+        assert row["hypergradient_norm"] == pytest.approx(other["hypergradient_norm"], rel=1e-4)
+    values = [load_file(folder / "hyperparameters.safetensors") for folder in (wrapped, sharded)]
+    assert all(torch.allclose(values[0][name], values[1][name], rtol=1e-5, atol=0) for name in values[0])
+
+
+def test_a_model_is_sharded_over_several_processes(tmp_path):
+    alone = train(f"hydra.run.dir={tmp_path}", *SHORT, *QUIET, "sharded=true", check=False)
+    assert alone.returncode
+    assert "sharded=true in one process: start several, torchrun --nproc-per-node 2" in alone.stderr
+
+
 @pytest.mark.skipif(find_spec("hydra_plugins.hydra_submitit_launcher") is None, reason="hydra-submitit-launcher is missing")
 def test_a_sweep_by_submitit_is_a_process_for_each_job_and_slurm_takes_the_same_file(tmp_path):
     train("experiment=iris_cluster", f"root={tmp_path}", *SHORT, *QUIET, "seed=0")

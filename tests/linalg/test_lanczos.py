@@ -7,7 +7,7 @@ import torch
 from cases import OPERATORS, SIZE, Counted, with_spectrum
 from systems import Dense
 
-from hoptim.linalg.lanczos import gaussian, lanczos, orthogonalise_, spectral_norm, start_vector
+from hoptim.linalg.lanczos import lanczos, orthogonalise_, spectral_norm, start_vector
 from hoptim.linalg.operators import Symmetric
 
 
@@ -77,7 +77,7 @@ def dense_ritz(matrix: torch.Tensor, start: torch.Tensor, steps: int) -> tuple[t
 @pytest.mark.parametrize("name", ["spd", "ill_conditioned", "indefinite"])
 def test_ritz_values_are_those_of_the_krylov_space(name: str, steps: int) -> None:
     A = Counted(OPERATORS[name]())
-    starts = gaussian(A, 3)
+    starts = A.gaussian(3)
     found = lanczos(A, starts, steps)
     assert A.calls == steps
     for row, values, weights in zip(starts, found.values, found.weights, strict=True):
@@ -95,7 +95,7 @@ def test_ritz_values_are_those_of_the_krylov_space(name: str, steps: int) -> Non
 
 def test_weights_are_a_quadrature_rule_for_the_density_that_the_start_sees() -> None:
     A = Counted(with_spectrum(torch.linspace(-1, 2, SIZE)))
-    start = gaussian(A)
+    start = A.gaussian()
     found = lanczos(A, start, steps=4)
     for degree in range(8):
         exact = start @ torch.linalg.matrix_power(A.matrix, degree) @ start / (start @ start)
@@ -108,7 +108,7 @@ def test_share_of_the_negative_spectrum(negative: int) -> None:
     A = Counted(torch.diag(torch.tensor(values)))
     basis = torch.eye(SIZE)  # over a whole basis the mean is exact
     assert lanczos(A, basis, 5).negative_share == pytest.approx(negative / SIZE)
-    sampled = lanczos(A, gaussian(A, 400), SIZE)
+    sampled = lanczos(A, A.gaussian(400), SIZE)
     assert sampled.negative_share == pytest.approx(negative / SIZE, abs=0.03)
     assert sampled.lowest == pytest.approx(min(values))
 
@@ -116,7 +116,7 @@ def test_share_of_the_negative_spectrum(negative: int) -> None:
 def test_a_zero_eigenvalue_is_not_negative() -> None:
     for dtype in (torch.float64, torch.float32):
         A = Counted(with_spectrum([0.0, 0.0, 0.0, *torch.linspace(0.1, 1, SIZE - 3).tolist()]).to(dtype))
-        assert lanczos(A, gaussian(A, 5), SIZE).negative_share == 0
+        assert lanczos(A, A.gaussian(5), SIZE).negative_share == 0
 
 
 def test_a_krylov_space_that_ends_early_leaves_no_trace_beyond_its_end() -> None:
@@ -133,27 +133,27 @@ def test_a_krylov_space_that_ends_early_leaves_no_trace_beyond_its_end() -> None
 def test_reorthogonalisation_finds_each_eigenvalue_once() -> None:
     values = torch.cat([torch.linspace(0, 1, SIZE - 1), torch.tensor([1e4])])  # what makes plain Lanczos find it again
     A = Counted(with_spectrum(values))
-    found = lanczos(A, gaussian(A), SIZE)
+    found = lanczos(A, A.gaussian(), SIZE)
     torch.testing.assert_close(found.values, values, rtol=1e-9, atol=1e-7)
 
 
 def test_what_lanczos_cannot_do_is_an_error() -> None:
     A = Counted(OPERATORS["spd"]())
     with pytest.raises(ValueError, match="steps=0: give a whole number"):
-        lanczos(A, gaussian(A), 0)
+        lanczos(A, A.gaussian(), 0)
     with pytest.raises(ValueError, match="a product with A is infinite or NaN"):
-        lanczos(Counted(torch.full((SIZE, SIZE), torch.nan)), gaussian(A), 3)
+        lanczos(Counted(torch.full((SIZE, SIZE), torch.nan)), A.gaussian(), 3)
     for refused, reason in (
         (Dense(A.matrix, symmetric=False), "symmetric"),
         (Dense(A.matrix, fixed=False), "the same operator"),
     ):
         with pytest.raises(TypeError, match=f"Lanczos needs .*{reason}"):
-            lanczos(refused, gaussian(A), 3)
+            lanczos(refused, A.gaussian(), 3)
 
 
 def test_gaussian_is_the_same_each_time_and_stands_in_front_of_the_shapes() -> None:
     A, state = Counted(torch.eye(SIZE)), torch.get_rng_state()
-    first, second, other = gaussian(A, 4), gaussian(A, 4), gaussian(A, 4, seed=1)
+    first, second, other = A.gaussian(4), A.gaussian(4), A.gaussian(4, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
@@ -172,7 +172,7 @@ def test_orthogonalise_takes_away_what_rounding_left() -> None:
 
 def test_a_product_may_be_its_vector_itself() -> None:
     A = Symmetric(lambda v: v, like=torch.ones(SIZE))
-    found = lanczos(A, gaussian(A, 2), 3)
+    found = lanczos(A, A.gaussian(2), 3)
     assert found.steps.tolist() == [1, 1]
     torch.testing.assert_close(found.values, torch.ones(2, 3))
     estimate, v = spectral_norm(A, torch.ones(SIZE), products=2)

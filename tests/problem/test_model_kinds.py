@@ -611,5 +611,5 @@ def test_models_held_by_torchscript_are_refused() -> None:
 
 def test_fully_sharded_models_of_the_first_kind_are_refused() -> None:
     sharded = type("FullyShardedDataParallel", (nn.Linear,), {})
-    with pytest.raises(TypeError, match=r"holds a FullyShardedDataParallel.*use DistributedDataParallel"):
+    with pytest.raises(TypeError, match=r"holds a FullyShardedDataParallel.*shard it with .*fully_shard"):
         problem_of(nn.Sequential(sharded(4, 2)))

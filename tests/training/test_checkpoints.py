@@ -320,6 +320,7 @@ def written_by_hand() -> dict[str, Any]:
         "inner_steps": 1,
         "hyper_steps": 1,
         "solver_state": {"direction": torch.tensor([0.6, 0.8])},
+        "solver_weights": ["w"],
         "last_gradient": {"a": torch.tensor([2.8, 2.8])},
         "norms": {},
         "trajectory": None,
@@ -357,7 +358,7 @@ def test_a_state_written_by_hand_goes_on() -> None:
     now = optimizer.state_dict()
     assert now["hoptim"]["version"] == VERSION
     quadratic().load_state_dict(unpacked(packed(now)))
-    del now["hoptim"]["norms"]  # which an earlier version has not
+    del now["hoptim"]["norms"], now["hoptim"]["solver_weights"]  # which an earlier version has not
     quadratic().load_state_dict(now)
 
 
@@ -408,7 +409,7 @@ def test_the_helper_on_the_bilevel_optimizer_itself_drops_the_entry_and_loading_
     model, optim = get_state_dict(run.model, run.optimizer)
     assert "hoptim" not in optim
     before = copy.deepcopy(run.optimizer.state_dict())
-    with pytest.warns(UserWarning, match=r"hand them optimizer\.inner, and save the entry beside"):
+    with pytest.warns(UserWarning, match=r"take hoptim\.save_checkpoint and load_checkpoint"):
         set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optim)
     assert same(run.optimizer.state_dict(), before)
 

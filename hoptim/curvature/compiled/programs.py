@@ -19,7 +19,7 @@ from hoptim.curvature.compiled.splitting import UntraceableError
 from hoptim.curvature.exact import DoubleBackward, Exact
 from hoptim.curvature.linearization import GradientGraph, Linearization
 from hoptim.linalg import dicts, vectors
-from hoptim.linalg.lanczos import gaussian
+from hoptim.linalg.random import gaussian_like
 from hoptim.linalg.vectors import Layout
 from hoptim.problem.problem import At, Problem
 from hoptim.problem.random_stream import set_generators
@@ -171,7 +171,7 @@ def _what_is_off(found: Linearization, at: At, batch: Any, curvature: DoubleBack
         plain = graph.linearization(curvature.of(graph))
         if plain.layout != found.layout:
             return "L_T touches other weights than it did"
-        v = gaussian(plain.value)
+        v = gaussian_like(plain.value)
         Bv, Bv2 = found.mixed(v), plain.mixed(v)
         leaves = Layout.of(dicts.present(Bv) | dicts.present(Bv2))
         for what, ours, theirs, absolute in (
