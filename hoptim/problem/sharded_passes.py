@@ -68,10 +68,13 @@ class ShardedPasses:
                     node.register_hook(partial(self._part_taken, n, name, is_transposed))
 
     def _part_taken(self, n: int, name: str, is_transposed: bool, gradients: tuple[Tensor | None, ...], _: Any) -> Any:
-        part = gradients[n]
+        part, weight = gradients[n], self._weights[name]
         if self._taken is None or torch.is_grad_enabled() or part is None or part.is_sparse:
             return None
-        self._take(name, part.t() if is_transposed else part)
+        gradient = part.t() if is_transposed else part
+        if (gradient.shape, gradient.dtype) != (weight.shape, weight.dtype):  # autograd has yet to reduce or cast it
+            return None
+        self._take(name, gradient)
         return tuple(None if k == n else gradient for k, gradient in enumerate(gradients))
 
     def _take(self, name: str, gradient: Tensor) -> None:

@@ -206,6 +206,8 @@ class Sharding:
     def whole_small(self, shards: Mapping[str, Tensor]) -> Tensors:
         """The whole tensors of the weights that are not large, by one all-reduce."""
         layout = self._small(shards)
+        if not layout.names:  # an empty tensor has no device, and NCCL sends none from a CPU
+            return {}
         total = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
         for name, t in layout.views(total).items():
             weight = self.weights[name]
@@ -217,6 +219,8 @@ class Sharding:
     def mean_small(self, own: Mapping[str, Tensor]) -> Tensors:
         """The shards of the mean of the whole tensors that are not large, by one all-reduce."""
         layout = self._small(own)
+        if not layout.names:
+            return {}
         mean = layout.unflatten(self.ranks.mean_vector(layout.flatten(own)))
         return {name: t.reshape(-1)[self.weights[name].places].view(self.weights[name].own) for name, t in mean.items()}
 

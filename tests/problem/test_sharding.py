@@ -112,3 +112,13 @@ def test_ranks_that_leave_out_a_shard_are_refused(group: Any) -> None:
         ValueError, match=r"'w' is sharded over the ranks \[0, 1\], and losses are averaged over \[0\]: leave"
     ):
         Sharding.of(nn.Linear(1, 1), {"w": weight}, Ranks(group))
+
+
+def test_without_small_weights_no_rank_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise AssertionError("an empty tensor was sent, from a CPU, whatever device the weights are on")
+
+    monkeypatch.setattr(distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(distributed, "all_reduce", refused)
+    sharding = Sharding({}, Ranks(object()), is_one_batch=False)
+    assert sharding.whole({}) == sharding.mean({}) == {}
