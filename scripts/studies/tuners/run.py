@@ -82,14 +82,20 @@ def run(root: Path, set: str, count: int, method: str, seed: int, budget: int) -
     }  # fmt: skip
 
 
-class Curves:
-    """The rows of the largest budget, looked up by data set, number of hyperparameters, method and seed."""
+def by_budget(rows: Iterable[Row]) -> list[Curves]:
+    """The curves of each budget that methods were given, those with the most rows first."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["budget"], []).append(row)
+    return [Curves(own, budget) for budget, own in sorted(found.items(), key=lambda pair: -len(pair[1]))]
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        rows = list(rows)
-        most = max((row["budget"] for row in rows), default=1)
-        self.rows = {(r["set"], r["count"], r["method"], r["seed"]): r for r in rows if r["budget"] == most}
-        self.budgets = [budget for budget in BUDGETS if budget <= most]
+
+class Curves:
+    """The rows of one budget, looked up by data set, number of hyperparameters, method and seed."""
+
+    def __init__(self, rows: Iterable[Row], budget: int) -> None:
+        self.rows = {(r["set"], r["count"], r["method"], r["seed"]): r for r in rows}
+        self.budgets = [smaller for smaller in BUDGETS if smaller <= budget]
 
     def seeds(self, name: str, count: int, *methods: str) -> list[int]:
         """The seeds that all these methods ran on."""
@@ -136,8 +142,13 @@ def percent(logs: Sequence[float]) -> str:
 
 
 def show(rows: Sequence[Row]) -> Iterator[str]:
+    """The tables of each budget."""
+    for curves in by_budget(rows):
+        yield from show_one(curves)
+
+
+def show_one(curves: Curves) -> Iterator[str]:
     """The test losses after the whole budget, hoptim against each other method, and the seconds of a counted training."""
-    curves = Curves(rows)
     methods, last = [m for m in NAMES if curves.cells(m)], curves.budgets[-1]
     lines, costs = [], []
     for name, count in curves.cells(*methods):
@@ -175,7 +186,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     """Test loss against budget: a row for each data set, a column for each number of hyperparameters."""
     from common.pictures import plt, save
 
-    curves = Curves(rows)
+    curves = by_budget(rows)[0]
     names = [name for name in SETS if any(curves.seeds(name, count, "hoptim") for count in COUNTS)]
     for file, in_seconds in (("tuners.png", False), ("seconds.png", True)):
         shape = {"nrows": max(1, len(names)), "ncols": len(COUNTS)}
