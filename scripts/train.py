@@ -21,15 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tasks import boards as running
 from tasks import schema
-from tasks.checkpoint import (
-    ResumeError,
-    are_kept,
-    keep_rows,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-    written_config,
-)
+from tasks.checkpoint import ResumeError, keep_rows, load_checkpoint, save_checkpoint, write_atomically, written_config
 from tasks.figures import check_finite, figures_of, result_of
 from tasks.folds import cross_validate
 from tasks.run import Run
@@ -117,7 +109,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(cfg.threads)
     run = Run.of(cfg)
-    main_process, keeps_checkpoints = run.processes.is_main, are_kept(run)
+    main_process = run.processes.is_main
     if not cfg.resume and main_process:
         for name in ("checkpoint.pt", "result.json", "metrics.jsonl", "hypersteps.jsonl"):
             (folder / name).unlink(missing_ok=True)
@@ -145,7 +137,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
                 rows.append(row)
             for board in boards:
                 board.log(row, run.optimizer.record.hyperparameters if run.optimizer.record else None)
-            if keeps_checkpoints and (outer_step % cfg.checkpoint_every == 0 or outer_step == run.outer_steps):
+            if outer_step % cfg.checkpoint_every == 0 or outer_step == run.outer_steps:
                 save_checkpoint(folder / "checkpoint.pt", run, outer_step, boards)
             losses = f"train {row['train_loss']:.3f}  val {row['val_loss']:.3f}  {run.optimizer.hyper_steps} hypersteps"
             bar.update(job, completed=outer_step, losses=losses)

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from common.records import read_json_lines
 from omegaconf import DictConfig, OmegaConf
+from torch.utils._pytree import tree_map
 
-from hoptim.problem.sharding import local
+from hoptim.problem.sharding import ShardedWeight, local
 from hoptim.tracking import Board, JsonLines
 from hoptim.training import files
 from tasks.boards import ids
 from tasks.run import Run
 
 log = logging.getLogger("hoptim.train")
+SHARD = {"shard", "shape", "axes"}  # what is kept of a sharded tensor
 MUST_AGREE = (
     "name", "seed", "task", "inner", "outer", "scheduler", "inner_steps", "batch_size", "val_batch_size", "every", "warmup",
-    "options", "folds", "learn", "hyperparameters", "threads",
+    "options", "folds", "learn", "hyperparameters", "threads", "sharded",
 )  # fmt: skip
 
 
@@ -42,26 +44,15 @@ def fingerprint(cfg: DictConfig, processes: int) -> str:
     return json.dumps({**chosen, "processes": processes}, sort_keys=True)
 
 
-def are_kept(run: Run) -> bool:
-    """Whether the run writes checkpoints: not yet if its model is sharded, since a rank has only a part of the state."""
-    if not run.processes.sharded:
-        return True
-    if run.cfg.resume:
-        raise ResumeError("sharded=true keeps no checkpoint, so that there is nothing to resume from: use resume=false")
-    if run.processes.is_main:
-        weights = list(run.problem.model.parameters())
-        own, all_of_them = sum(local(p).numel() for p in weights), sum(p.numel() for p in weights)
-        log.info("sharded=true: this process has %d of %d weights, and no checkpoint is kept", own, all_of_them)
-    return False
-
-
 def save_checkpoint(path: Path, run: Run, outer_step: int, boards: list[Board]) -> None:
     """Write all that the rest of the run depends on, as tensors and plain values.
 
     Each process has its own state: besides its training batches and random numbers, the optimizer's has where it is in its
     validation batches and in what order these come, and the model's has buffers, such as the statistics of its own batches.
+    If the model is sharded, each has its shards of the weights and of the inner optimizer's state.
     """
-    ranks = run.processes.gather({**run.state_dict(), "rng": torch.get_rng_state()})
+    own = {**run.state_dict(), "rng": torch.get_rng_state()}
+    ranks = run.processes.gathered(without_meshes(own) if run.processes.sharded else own)
     if not run.processes.is_main:
         return
     state = {
@@ -84,12 +75,14 @@ def load_checkpoint(path: Path, run: Run) -> Any:
         return None
     saved = read_checkpoint(path)
     if saved["fingerprint"] != (here := fingerprint(run.cfg, run.processes.size)):
-        raise ResumeError(f"{path} is of another run: {saved['fingerprint']} is not {here}; use resume=false")
+        raise ResumeError(f"{path} is of another run: {differences(saved['fingerprint'], here)}; use resume=false")
     if saved["outer_step"] > run.outer_steps:
         raise ResumeError(
             f"{path} is at outer step {saved['outer_step']}, past outer_steps={run.outer_steps}; use resume=false"
         )
     own = saved["ranks"][run.processes.rank]
+    if run.processes.sharded:
+        own = on_mesh(own, next(run.problem.model.parameters()).device_mesh)
     run.load_state_dict(own)
     torch.set_rng_state(own["rng"])
     return saved
@@ -105,6 +98,42 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         reason, remedy = str(error).partition(". ")[0], "put a copy in its place, or start over: resume=false"
         raise ResumeError(f"{path} is damaged or can't be read: {reason}; {remedy}") from error
+
+
+def differences(there: str, here: str) -> str:
+    """What differs between two fingerprints, for an error."""
+    saved, own = json.loads(there), json.loads(here)
+    names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
+    return "; ".join(f"{name} is {json.dumps(saved.get(name))} there and {json.dumps(own.get(name))} here" for name in names)
+
+
+def without_meshes(state: Any) -> Any:
+    """The state with this process's shard in place of each sharded tensor: a file can't hold the processes that share it."""
+
+    def plain(t: Any) -> Any:
+        if not hasattr(t, "device_mesh"):
+            return t
+        axes = [None if placement.is_replicate() else placement.dim for placement in t.placements]
+        return {"shard": local(t), "shape": list(t.shape), "axes": axes}
+
+    return tree_map(plain, state)
+
+
+def on_mesh(state: Any, mesh: Any) -> Any:
+    """The state of which :func:`without_meshes` was taken, with its tensors sharded over these processes."""
+    from torch.distributed.tensor import Replicate, Shard  # takes long to import, and few runs need it
+
+    def is_shard(part: Any) -> bool:
+        return isinstance(part, dict) and part.keys() == SHARD
+
+    def sharded(part: Any) -> Any:
+        if not is_shard(part):
+            return part
+        placements = tuple(Replicate() if axis is None else Shard(axis) for axis in part["axes"])
+        own = part["shard"]
+        return ShardedWeight(mesh, placements, torch.Size(part["shape"]), own.shape).tensor(own)
+
+    return tree_map(sharded, state, is_leaf=is_shard)
 
 
 def keep_rows(metrics: JsonLines, last: int) -> list[dict[str, Any]]:

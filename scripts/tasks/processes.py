@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hoptim
 from hoptim.problem.distributed import Ranks
+from hoptim.problem.sharding import local
+
+log = logging.getLogger("hoptim.train")
 
 
 def _leave() -> None:
@@ -84,12 +88,16 @@ class Processes:
         if self.size == 1:
             return problem
         model = self.wrapped(problem.model, blocks)
+        if self.sharded and self.is_main:
+            weights = list(model.parameters())
+            own, all_of_them = sum(local(p).numel() for p in weights), sum(p.numel() for p in weights)
+            log.info("sharded=true: this process has %d of %d weights", own, all_of_them)
         return hoptim.Problem(model, problem.hparams, problem.train_loss, problem.val_loss)
 
-    def gather(self, own: Any) -> list[Any]:
-        """The values of all processes, gathered in each of them."""
+    def gathered(self, own: Any) -> list[Any]:
+        """In the main process the values of all processes; in others, which may have less memory to spare, nothing."""
         if self.size == 1:
             return [own]
-        found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, own)
+        found: list[Any] = [None] * self.size if self.is_main else []
+        distributed.gather_object(own, found if self.is_main else None)
         return found

@@ -161,6 +161,11 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, kills, processes):
     assert experiment(tmp_path, kills, seed=time.time_ns(), processes=processes)["kills"] == kills
 
 
+def test_a_sharded_run_that_is_killed_ends_in_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "OPTIONS", (*OPTIONS, "sharded=true"))
+    assert experiment(tmp_path, kills=1, seed=time.time_ns(), processes=2)["kills"] == 1
+
+
 def test_processes_that_torchrun_has_started_do_the_same(tmp_path):
     options = command(f"hydra.run.dir={tmp_path / 'torchrun'}", *OPTIONS, "hoptim/tracker=[]")
     options[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from jobs import ROOT, command, env, result, rows, run, run_ranks, start, timeless, train
+from jobs import ROOT, command, env, result, rows, run, run_ranks, start, timeless, torchrun, train, wait_for
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from wandb_file import read, read_finished
@@ -211,6 +211,13 @@ def test_mini_batches_schedules_and_recipes_resume_to_the_same_bits(tmp_path):
     assert "label_smoothing.smoothing" in load_file(whole / "hyperparameters.safetensors")
 
 
+ON_TWO = (
+    "experiment=[]", "name=try", "task=classification", "task.train=90", "task.val=60", "outer=by_constraint",
+    "hoptim.recipe.weight_decay.start=0.001", "batch_size=20", "inner_steps=10", "retrain=true",
+    "checkpoint_every=1", *QUIET,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -219,12 +226,12 @@ def test_mini_batches_schedules_and_recipes_resume_to_the_same_bits(tmp_path):
     ],
 )
 def test_two_ranks_resume_to_the_same_bits_each_with_its_own_batches(tmp_path, options):
-    options = (
-        "experiment=[]", "name=try", "task=classification", "task.train=90", "task.val=60", "outer=by_constraint",
-        "hoptim/recipe=[weight_decay]", "hoptim.recipe.weight_decay.start=0.001", "batch_size=20", "inner_steps=10",
-        "inner.lr=0.05", "retrain=true", "checkpoint_every=1", *options, *QUIET,
-    )  # fmt: skip
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    check_two_ranks_resume(tmp_path, *ON_TWO, "hoptim/recipe=[weight_decay]", "inner.lr=0.05", *options)
+
+
+def check_two_ranks_resume(root, *options):
+    """A run on two ranks that goes on from its third row ends in the bits of one without a break, the retraining too."""
+    whole, parts = root / "whole", root / "parts"
     run_ranks(2, "train.py", f"hydra.run.dir={whole}", *options, "outer_steps=4")
     run_ranks(2, "train.py", f"hydra.run.dir={parts}", *options, "outer_steps=3")
     run_ranks(2, "train.py", f"hydra.run.dir={parts}", *options, "outer_steps=4", "resume=true")
@@ -235,17 +242,36 @@ def test_two_ranks_resume_to_the_same_bits_each_with_its_own_batches(tmp_path, o
     assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [  # shards of 17 and 16 rows; and BatchNorm, whose statistics are those of each rank's own batches
+        ("task.model_of.hidden=[33]", "inner=adam", "scheduler=cosine", "scheduler.T_max=40", "hoptim/solver=warm_start"),
+        ("task/model_of=resnet", "task.model_of.depth=8", "task.model_of.width=3", "inner_steps=3", "every=5"),
+    ],
+)
+def test_a_sharded_run_resumes_to_the_same_bits(tmp_path, options):
+    noisy = ("hoptim/recipe=[weight_decay,noise_width]", "val_batch_size=25", "sharded=true")
+    check_two_ranks_resume(tmp_path, *ON_TWO, *noisy, *options)
+
+
+def test_a_sharded_run_and_a_wrapped_one_refuse_each_others_checkpoint(tmp_path):
+    options = (f"hydra.run.dir={tmp_path}", *ON_TWO, "hoptim/recipe=[weight_decay]", "outer_steps=1")
+    for saved, here in (("true", "false"), ("false", "true")):
+        run_ranks(2, "train.py", *options, f"sharded={saved}")
+        before = [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "result.json", "metrics.jsonl")]
+        printed = tmp_path / f"resumed{here}.out"
+        with torchrun(2, "train.py", *options, f"sharded={here}", "resume=true", files=[printed] * 2) as processes:
+            assert 1 in wait_for(processes)
+        assert f"is of another run: sharded is {saved} there and {here} here; use resume=false" in printed.read_text()
+        assert before == [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "result.json", "metrics.jsonl")]
+
+
 def test_a_sharded_model_trains_on_two_ranks_as_a_wrapped_one(tmp_path):
-    options = (
-        "experiment=[]", "name=try", "task=classification", "task.train=90", "task.val=60", "outer=by_constraint",
-        "hoptim/recipe=[weight_decay,noise_width]", "hoptim.recipe.weight_decay.start=0.001", "batch_size=20",
-        "inner_steps=10", "inner.lr=0.05", "every=10", "outer_steps=2", "retrain=true", *QUIET,
-    )  # fmt: skip
+    options = (*ON_TWO, "hoptim/recipe=[weight_decay,noise_width]", "inner.lr=0.05", "outer_steps=2")
     wrapped, sharded = tmp_path / "wrapped", tmp_path / "sharded"
     run_ranks(2, "train.py", f"hydra.run.dir={wrapped}", *options)
     printed = run_ranks(2, "train.py", f"hydra.run.dir={sharded}", *options, "sharded=true")
-    assert "sharded=true: this process has 2405 of 4810 weights, and no checkpoint is kept" in printed
-    assert not (sharded / "checkpoint.pt").exists()
+    assert "sharded=true: this process has 2405 of 4810 weights" in printed
     found, expected = result(sharded), result(wrapped)
     assert found["hypersteps"] == found["moved"] == 2
     for name, figure in expected.items():
