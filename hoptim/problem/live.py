@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hoptim.linalg import dicts
@@ -16,7 +17,7 @@ from hoptim.problem.functional import restore_attributes, swapped
 from hoptim.problem.mixed_precision import losses_precision
 from hoptim.problem.problem import At, LossName, Problem, as_leaves
 from hoptim.problem.random_stream import set_generators
-from hoptim.problem.sharding import local
+from hoptim.problem.sharding import local, types_of_policies
 
 
 class Move(NamedTuple):
@@ -115,10 +116,26 @@ def _shards_of_gradients(weights: Tensors, ranks: Ranks) -> OptionalTensors:
 
 @contextmanager
 def at_live(problem: Problem) -> Iterator[LiveAt]:
-    """Inside, first derivatives of a sharded model as it trains, with torch's own hooks and without whole weights."""
+    """Inside, first derivatives of a sharded model as it trains, with torch's own hooks and without whole weights.
+
+    Raises:
+        TypeError: the hooks compute in lower precision than that of the shards.
+    """
     with problem._looked_up() as live:
         weights = {name: local(w.detach()) for name, w in problem.weights().items()}
+        _check_precision(types_of_policies(live.parts), {w.dtype for w in weights.values()})
         yield LiveAt(problem=problem, weights=weights, leaves=as_leaves(problem.leaves()), buffers=live.buffers)
+
+
+def _check_precision(computed: set[torch.dtype], held: set[torch.dtype]) -> None:
+    """Raise ``TypeError`` if something is computed in a type that is less precise than those of the shards."""
+    least = max(torch.finfo(dtype).eps for dtype in held)
+    if lower := [dtype for dtype in computed if torch.finfo(dtype).eps > least]:
+        raise TypeError(
+            f"FiniteDifference runs the model by the hooks of fully_shard, whose MixedPrecisionPolicy casts to {lower[0]}: "
+            "its differences would be those of rounding errors. Take hoptim.Exact() or hoptim.GaussNewton(), which compute "
+            "in the type of the shards, or train without the policy, under an autocast that ends before optimizer.step()"
+        )
 
 
 @contextmanager

@@ -42,6 +42,14 @@ def reshard(parts: Sequence[nn.Module]) -> None:
         part.reshard()
 
 
+def types_of_policies(parts: Sequence[nn.Module]) -> set[torch.dtype]:
+    """The types to which FSDP2 casts weights, gradients or outputs, by the ``MixedPrecisionPolicy`` of each part."""
+    fsdp: list[Any] = [part for part in parts if _is_fsdp(part)]
+    policies = [part._get_fsdp_state()._mp_policy for part in fsdp]  # torch shows it in no other way
+    types = {t for policy in policies for t in (policy.param_dtype, policy.reduce_dtype, policy.output_dtype)}
+    return types - {None}
+
+
 def whole(t: Tensor) -> Tensor:
     """The whole of a sharded tensor, gathered from all ranks, so that each has to call this; another one as it is."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t

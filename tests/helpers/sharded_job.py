@@ -590,7 +590,12 @@ def refusals(rank: int, size: int) -> Answer:
         net.gain.register_post_accumulate_grad_hook(lambda p: None)
         hoptim.hypergradient(problem_of(net), train, val, METHODS["differences"].method)
 
+    def rounded(what: str) -> str:
+        lowered = problem_of(in_bfloat16(size, what))
+        return words_of(lambda: hoptim.hypergradient(lowered, train, val, METHODS["differences"].method))
+
     return {
+        **{f"rounded {what}": rounded(what) for what in ("param_dtype", "reduce_dtype")},
         "stepping": words_of(stepping),
         "update": of(hoptim.Implicit(condition=hoptim.Update())),
         "unrolled": of(hoptim.Unrolled(3)),
@@ -663,6 +668,22 @@ def apart(rank: int, size: int) -> Answer:
     with torch.no_grad():
         problem.model.gain.add_(rank)
     return {"words": words_of(lambda: hoptim.hypergradient(problem, shard(rank), val_shard(rank)))}
+
+
+def mixed(rank: int, size: int) -> Answer:
+    """A model that trains in bfloat16 by a policy: how far its loss is from that in float32, and its hypergradient."""
+    problem = problem_of(in_bfloat16(size, "param_dtype"))
+    in_float32 = problem_of(sharded("nested", size, torch.float32)).loss(shard(rank))
+    away = problem.loss(shard(rank)) / in_float32 - 1
+    return {"away": float(away.detach()), "answer": answer(problem, shard(rank), val_shard(rank), METHODS["default"])}
+
+
+def in_bfloat16(size: int, what: str) -> Net:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = build(torch.float32)
+    nested(model, size, mp_policy=MixedPrecisionPolicy(**{what: torch.bfloat16}))
+    return model
 
 
 class Heads(nn.Module):
@@ -752,6 +773,7 @@ CASES = [
     no_trace,
     trainings,
     refusals,
+    mixed,
     heads,
     other_batches,
     apart,

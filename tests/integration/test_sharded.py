@@ -88,8 +88,9 @@ def check_layout(world: list[dict[str, Any]], layout: str, kind: str) -> None:
     dtype = torch.float32 if kind == "torch.float32" else torch.float64
     expected = one_process(layout, len(world), job.METHODS["default"], dtype)
     if dtype == torch.float32:  # x as one vector, since a small entry of it is a difference of larger numbers
-        for one in (found, expected):
-            one["x"] = torch.cat([part.reshape(-1) for part in one["x"].values()])
+        found, expected = (
+            {**one, "x": torch.cat([part.reshape(-1) for part in one["x"].values()])} for one in (found, expected)
+        )
     assert_answer(found, expected, 1e-5 if dtype == torch.float32 else 1e-12)
 
 
@@ -231,6 +232,8 @@ def test_a_fit_of_folds_is_that_of_one_process(world: list[dict[str, Any]]) -> N
 @pytest.mark.parametrize(
     ("case", "words"),
     [
+        ("rounded param_dtype", "TypeError: FiniteDifference.*casts to torch.bfloat16.*Take hoptim.Exact"),
+        ("rounded reduce_dtype", "TypeError: FiniteDifference.*casts to torch.bfloat16.*Take hoptim.Exact"),
         ("stepping", "TypeError: weight 'gain' has a hook that runs when its gradient is there.*hoptim.Exact"),
         ("update", "TypeError: the condition Update.*whose state is sharded.*take hoptim.Gradient"),
         ("unrolled", "TypeError: Unrolled repeats inner steps.*take hoptim.Implicit"),
@@ -248,6 +251,11 @@ def test_what_does_not_work_is_refused_with_what_works(world: list[dict[str, Any
 def assert_matches(words: str, text: str) -> None:
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(text)
+
+
+def test_a_policy_of_mixed_precision_lowers_the_training_loss_and_no_hypergradient(world: list[dict[str, Any]]) -> None:
+    assert all(1e-5 < abs(answers["mixed"]["away"]) < 1e-2 for answers in world)
+    assert all(same(answers["mixed"]["answer"], answers["layouts"]["nested, torch.float32"]) for answers in world)
 
 
 def test_differences_run_a_model_that_divides_its_heads_among_the_ranks(world: list[dict[str, Any]]) -> None:
