@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg.vectors import OptionalTensors, Tensors
-from hoptim.linalg.vjp import nodes
+from hoptim.linalg.vjp import End, nodes
 from hoptim.problem.distributed import Ranks, all_gather
 from hoptim.problem.sharding import Sharding
 
@@ -52,7 +52,7 @@ class ShardedPasses:
             for hook in hooks:  # which would keep the weights in memory
                 hook.remove()
 
-    def take_parts(self, ends: Iterable[Tensor]) -> None:
+    def take_parts(self, ends: Iterable[End]) -> None:
         """Let passes without a graph, from these tensors on, take each part of a large weight's gradient by itself.
 
         A Hessian-vector product has two parts for each weight, far apart in the pass, and the first would wait for the
