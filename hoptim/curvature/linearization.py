@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from hoptim.checks import describe_type
 from hoptim.linalg import dicts
 from hoptim.linalg.operators import Embedded, Operator, Symmetric
-from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors, aypx_, scale_
 from hoptim.linalg.vjp import VJP, End
 from hoptim.problem.composite_loss import LossParts
 from hoptim.problem.distributed import OverRanks
@@ -24,6 +24,7 @@ from hoptim.problem.sharded_passes import ShardedPasses
 from hoptim.problem.sharding import OverShards, Sharding
 
 Draw = Callable[[], Any]  # draws another training batch
+Onto = Callable[[Tensors, Tensor | float, Tensors], OptionalTensors]
 Product = Callable[[Tensors, bool], OptionalTensors]  # of named tensors; the second argument says if each is R of them
 
 
@@ -152,7 +153,15 @@ class GradientGraph:
 
     def symmetric(self, product: Product) -> Symmetric:
         """The symmetric operator of a product of weights by name."""
-        return symmetric(self._sharded(product, to_weights=True), self.layout)
+        passes = self.passes
+        if passes is None:
+            return SymmetricByName(product, self.layout)
+
+        def onto(y: Tensors, a: Tensor | float, v: Tensors) -> OptionalTensors:
+            large = {name: scale_(t, a) for name, t in y.items() if name in passes.large}
+            return passes.product(lambda whole: product(whole, False), v, to_weights=True, onto=large)
+
+        return SymmetricByName(self._sharded(product, to_weights=True), self.layout, onto)
 
     def _sharded(self, product: Product, *, to_weights: bool) -> Product:
         """A product of whole weights as one of shards, if weights are sharded."""
@@ -186,10 +195,33 @@ class GradientGraph:
         )
 
 
-def symmetric(product: Product, layout: Layout) -> Symmetric:
-    """The symmetric operator of a product of named tensors."""
-    flat = on_flat(product, layout)
-    return Symmetric(lambda v: layout.flatten(flat(v), v.shape[:-1]), like=layout)
+class SymmetricByName(Symmetric):
+    """The symmetric operator of a product of named tensors.
+
+    Args:
+        product: of a vector by name, or of R of them.
+        layout: of a vector.
+        onto: (y, a, v) ↦ the product with one vector v; for pieces that it has added to those of a·y, these.
+    """
+
+    def __init__(self, product: Product, layout: Layout, onto: Onto | None = None) -> None:
+        flat = on_flat(product, layout)
+        super().__init__(lambda v: layout.flatten(flat(v), v.shape[:-1]), like=layout)
+        self._layout, self._onto = layout, onto or (lambda _y, _a, v: product(v, False))
+
+    def product_onto_(self, y: Tensor, a: Tensor | float, v: Tensor) -> Tensor:
+        """y ← A v + a·y in place; returns y."""
+        if v.ndim > 1 or torch.float16 in self._layout.dtypes:
+            return super().product_onto_(y, a, v)
+        views = self._layout.views(y)
+        found = self._onto(views, a, self._layout.unflatten(v))
+        for name, t in views.items():
+            piece = found.pop(name, None)
+            if piece is None:
+                scale_(t, a)
+            elif piece is not t:
+                aypx_(t, a, piece.to(t))
+        return y
 
 
 def on_flat(product: Product, layout: Layout) -> Callable[[Tensor], OptionalTensors]:

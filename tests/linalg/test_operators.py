@@ -28,6 +28,10 @@ def check(operator: Operator, dense: Tensor) -> None:
     for A, expected in ((operator, dense), (operator.T, dense.T), (operator.T.T, dense)):
         torch.testing.assert_close(A @ V, expected @ V)
         torch.testing.assert_close(A @ rows, rows @ expected.T)
+        for v, product in ((V, expected @ V), (rows, rows @ expected.T)):
+            y = v + 1
+            assert A.product_onto_(y, -0.3, v) is y
+            torch.testing.assert_close(y, product - 0.3 * (v + 1))
     assert (operator.size, operator.dtype) == (SIZE, torch.float64)
 
 
@@ -35,6 +39,7 @@ def test_operators_made_from_a_matrix_are_those_of_dense_algebra() -> None:
     A, B = Dense(M, symmetric=False), Dense(S.diag())
     check(A, M)
     check(A + 2.5, M + 2.5 * I)
+    check(A + S, M + S.diag())
     check(Scaled(A, S), S.diag() @ M @ S.diag())
     check(Scaled(A, S) + 0.7, S.diag() @ M @ S.diag() + 0.7 * I)
     check(Mean([A, B, A + 1.0]), (2 * M + S.diag() + I) / 3)
