@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from hoptim.checks import describe_type
 from hoptim.linalg import dicts
 from hoptim.linalg.operators import Embedded, Operator, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors, aypx_, scale_
-from hoptim.linalg.vjp import VJP, End
+from hoptim.linalg.vjp import VJP, End, end_of
 from hoptim.problem.composite_loss import LossParts
 from hoptim.problem.distributed import OverRanks
 from hoptim.problem.problem import At
@@ -24,7 +23,7 @@ from hoptim.problem.sharded_passes import ShardedPasses
 from hoptim.problem.sharding import OverShards, Sharding
 
 Draw = Callable[[], Any]  # draws another training batch
-Onto = Callable[[Tensors, Tensor | float, Tensors], OptionalTensors]
+Onto = Callable[[Tensors, Tensor | float, Tensors], OptionalTensors]  # (y, a, v) ↦ A v, as in SymmetricByName
 Product = Callable[[Tensors, bool], OptionalTensors]  # of named tensors; the second argument says if each is R of them
 
 
@@ -134,7 +133,7 @@ class GradientGraph:
         own = present if passes is None else passes.shards(present, taken)
         self.layout = Layout.of(own)
         self.value = self.layout.flatten(own).detach()
-        self._outputs = {name: get_gradient_edge(t) for name, t in present.items() if t.requires_grad}
+        self._outputs = {name: end_of(t) for name, t in present.items() if t.requires_grad}
 
     def passing(self, *, is_wanted: bool = True) -> AbstractContextManager[Tensors]:
         """Inside, backward passes save memory, if weights are sharded."""

@@ -57,7 +57,9 @@ class Averaged(Curvature):
         """The mean over the batches, whose graphs are all held."""
         kept = [hold(batch), *(hold(_drawn(draw, "Averaged")) for _ in range(self.batches - 1))]
         with ExitStack() as stack:
-            found = (stack.enter_context(self.curvature.linearize(at, one.get())) for one in kept)
+            found = (  # no list, which would hold their values
+                stack.enter_context(self.curvature.linearize(at, one.get())) for one in kept
+            )
             yield _mean([on_shards(one, at) for one in found], at.shards)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hoptim.linalg import dicts
 
@@ -17,6 +18,16 @@ End = Tensor | GradientEdge  # of a graph: a tensor, or its place there, which d
 AT_ONCE = 2**20  # the longest vectors that go through the graph several at once: longer ones take 1.5 to 2.3 times as long
 # With these nodes vectors go one by one: torch's batched rule for group norm is wrong, and convolutions are slower (1.08).
 _ONE_BY_ONE = ("NativeGroupNorm", "Convolution")
+
+
+def end_of(t: Tensor) -> End:
+    """The place of a tensor in its graph; the tensor itself, if a node in Python made it, which alone keeps no graph alive.
+
+    >>> w = torch.ones(1, requires_grad=True)
+    >>> VJP({"w": end_of(w**2)}, {"w": w})({"w": torch.ones(1)})
+    {'w': tensor([2.])}
+    """
+    return t if isinstance(t.grad_fn, BackwardCFunction) else get_gradient_edge(t)
 
 
 def nodes(ends: Iterable[End]) -> dict[Any, int]:
@@ -57,7 +68,7 @@ class VJP:
 
     def __init__(self, outputs: Mapping[Any, End], inputs: Named, taken: Collection[Any] = ()) -> None:
         self._names = tuple(outputs)
-        self._outputs: Any = tuple(outputs.values())  # for torch's types either all tensors or none
+        self._outputs: Any = tuple(outputs.values())
         self._keys, self._inputs = tuple(inputs), tuple(inputs.values())
         self._taken = taken
         self._at_once: bool | None = None  # not yet decided

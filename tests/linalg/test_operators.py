@@ -12,9 +12,9 @@ from systems import Dense
 from torch import Tensor, nn
 
 from hoptim import Exact, HyperParameters, Problem
-from hoptim.curvature.linearization import Linearization
+from hoptim.curvature.linearization import Linearization, SymmetricByName
 from hoptim.linalg.operators import Embedded, Mean, Operator, Scaled, Symmetric
-from hoptim.linalg.vectors import Layout
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 
 V = torch.linspace(-1, 2, SIZE, dtype=torch.float64)
 M = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -91,6 +91,24 @@ def test_shift_leaves_the_vector_alone_though_the_product_is_the_vector_itself()
 def test_shift_of_a_product_that_is_an_expanded_view() -> None:
     A = Symmetric(lambda v: v.sum().expand(3), like=torch.ones(3))
     assert ((A + 2.0) @ torch.ones(3)).tolist() == [5.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("lead", [(), (2,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_pieces_of_a_product_are_added_in_their_places(lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    layout = Layout.of({"a": torch.zeros(2, dtype=dtype), "b": torch.zeros(3), "c": torch.zeros(1, 1)})
+
+    def product(v: Tensors, _: bool) -> OptionalTensors:
+        return {"a": 2 * v["a"], "b": None, "c": 4 * v["c"]}
+
+    def onto(y: Tensors, a: Tensor | float, v: Tensors) -> OptionalTensors:
+        return {"a": y["a"].mul_(a).add_(2 * v["a"]), "c": 4 * v["c"]}
+
+    v, y = torch.arange(1.0, 7).expand(*lead, 6), torch.full((*lead, 6), 10.0)
+    expected = (torch.tensor([2.0, 2, 0, 0, 0, 4]) * v - 5).to(layout.dtype)
+    for A in (SymmetricByName(product, layout), SymmetricByName(product, layout, onto)):
+        found = A.product_onto_(y.clone().to(layout.dtype), -0.5, v.to(layout.dtype))
+        torch.testing.assert_close(found, expected, rtol=2e-3 if dtype == torch.float16 else 1e-12, atol=0)
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])
