@@ -213,6 +213,8 @@ class SymmetricByName(Symmetric):
         if v.ndim > 1 or torch.float16 in self._layout.dtypes:
             return super().product_onto_(y, a, v)
         views = self._layout.views(y)
+        if isinstance(a, Tensor) and a.device.type == "cpu":
+            a = a.item()  # once for all pieces
         found = self._onto(views, a, self._layout.unflatten(v))
         for name, t in views.items():
             piece = found.pop(name, None)
