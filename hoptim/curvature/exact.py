@@ -41,8 +41,10 @@ class DoubleBackward(Curvature):
                 return
         with at.loss("train_loss", batch) as (loss, parts, _):
             check_twice_differentiable(at, loss, batch)
-            graph = GradientGraph(loss, at.weights, at.leaves, parts, at.passes(loss))
-            yield graph.linearization(self.of(graph))
+            yield self._linearized(GradientGraph(loss, at.weights, at.leaves, parts, at.passes(loss)))
+
+    def _linearized(self, graph: GradientGraph) -> Linearization:
+        return graph.linearization(self.of(graph))
 
 
 @dataclass(frozen=True, kw_only=True)

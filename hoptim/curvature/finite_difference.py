@@ -70,6 +70,9 @@ class FiniteDifference(Curvature):
     @contextmanager
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F; each product evaluates two gradients at other weights."""
+        yield self._linearized(at, batch)
+
+    def _linearized(self, at: At, batch: Any) -> Linearization:
         states = at.problem.generators()  # saved here, since drawing a batch between products would change the masks
         loss, gradient, _ = gradients(at, batch)
         touched = dicts.present(gradient)
@@ -130,7 +133,7 @@ class FiniteDifference(Curvature):
                 tell(f"the derivative in {name!r} differs", apart, AGREE)
             return found
 
-        yield Linearization(
+        return Linearization(
             loss=loss,
             layout=layout,
             value=layout.flatten(touched),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ class GaussNewton(DoubleBackward):
             )
         check_once(at, batch)
         check_criterion(at, batch)
-        with super().linearize(at, batch, draw) as found:
-            yield found
+        with ExitStack() as stack:  # no name for it, which would hold its value
+            yield stack.enter_context(super().linearize(at, batch, draw))
 
     def of(self, graph: GradientGraph) -> Operator:
         """Jᵀ (∂²c/∂z²) J + ∂²penalty/∂w²."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from hoptim.checks import describe_type
 from hoptim.linalg import dicts
 from hoptim.linalg.operators import Embedded, Operator, Symmetric
-from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
-from hoptim.linalg.vjp import VJP
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors, aypx_, scale_
+from hoptim.linalg.vjp import VJP, End, end_of
 from hoptim.problem.composite_loss import LossParts
 from hoptim.problem.distributed import OverRanks
 from hoptim.problem.problem import At
@@ -23,12 +23,16 @@ from hoptim.problem.sharded_passes import ShardedPasses
 from hoptim.problem.sharding import OverShards, Sharding
 
 Draw = Callable[[], Any]  # draws another training batch
+Onto = Callable[[Tensors, Tensor | float, Tensors], OptionalTensors]  # (y, a, v) ↦ A v, as in SymmetricByName
 Product = Callable[[Tensors, bool], OptionalTensors]  # of named tensors; the second argument says if each is R of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linearization:
     """F and its derivatives at one point.
+
+    ``value`` is a vector that a solve need not hold. So nothing that lives as long holds a linearization: functions like
+    ``mixed`` take what they need out of one, and contexts yield it without a name for it.
 
     Attributes:
         loss: L_T, detached.
@@ -54,12 +58,13 @@ class Linearization:
         """The same for the weights of another layout: zero for those that this one does not have."""
         if layout == self.layout:
             return self
+        own, of_own = self.layout, self.mixed
 
         def mixed(x: Tensor) -> OptionalTensors:
-            return self.mixed(self.layout.flatten(layout.unflatten(x), x.shape[:-1]))
+            return of_own(own.flatten(layout.unflatten(x), x.shape[:-1]))
 
-        value = layout.flatten(self.layout.unflatten(self.value))
-        return replace(self, layout=layout, value=value, A=Embedded(self.A, self.layout, layout), mixed=mixed)
+        value = layout.flatten(own.unflatten(self.value))
+        return replace(self, layout=layout, value=value, A=Embedded(self.A, own, layout), mixed=mixed)
 
 
 class Curvature(ABC):
@@ -100,7 +105,10 @@ class GradientGraph:
         leaves: λ, likewise.
         parts: the parts of the loss, if it is a ``CompositeLoss``.
         passes: how backward passes save memory, if weights are sharded. Then vectors are of shards, F and A means over the
-            ranks, and zeros stand in ``value`` for the gradients of large weights.
+            ranks.
+
+    Attributes:
+        value: F, detached, of shape (n,).
 
     Raises:
         TypeError: a weight has a sparse gradient.
@@ -119,13 +127,13 @@ class GradientGraph:
             gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
         found = dict(zip(weights, gradients, strict=True))
         check_dense(found)
-        self.value = dicts.present(found)
-        self.weights = {name: weights[name] for name in self.value}
-        self.untouched = tuple(name for name in weights if name not in self.value)
-        own = self.value if passes is None else passes.shards(self.value, taken)
+        present = dicts.present(found)
+        self.weights = {name: weights[name] for name in present}
+        self.untouched = tuple(name for name in weights if name not in present)
+        own = present if passes is None else passes.shards(present, taken)
         self.layout = Layout.of(own)
-        self._flat = self.layout.flatten(own).detach()
-        self._outputs = {name: value for name, value in self.value.items() if value.requires_grad}
+        self.value = self.layout.flatten(own).detach()
+        self._outputs = {name: end_of(t) for name, t in present.items() if t.requires_grad}
 
     def passing(self, *, is_wanted: bool = True) -> AbstractContextManager[Tensors]:
         """Inside, backward passes save memory, if weights are sharded."""
@@ -135,7 +143,7 @@ class GradientGraph:
         """v ↦ vᵀ ∂F/∂inputs."""
         return VJP(self._outputs, inputs)
 
-    def to_weights(self, outputs: Tensors) -> VJP:
+    def to_weights(self, outputs: Mapping[str, End]) -> VJP:
         """v ↦ vᵀ ∂outputs/∂w, for :meth:`symmetric`."""
         if self.passes is None:
             return VJP(outputs, self.weights)
@@ -144,7 +152,15 @@ class GradientGraph:
 
     def symmetric(self, product: Product) -> Symmetric:
         """The symmetric operator of a product of weights by name."""
-        return symmetric(self._sharded(product, to_weights=True), self.layout)
+        passes = self.passes
+        if passes is None:
+            return SymmetricByName(product, self.layout)
+
+        def onto(y: Tensors, a: Tensor | float, v: Tensors) -> OptionalTensors:
+            large = {name: scale_(t, a) for name, t in y.items() if name in passes.large}
+            return passes.product(lambda whole: product(whole, False), v, to_weights=True, onto=large)
+
+        return SymmetricByName(self._sharded(product, to_weights=True), self.layout, onto)
 
     def _sharded(self, product: Product, *, to_weights: bool) -> Product:
         """A product of whole weights as one of shards, if weights are sharded."""
@@ -170,7 +186,7 @@ class GradientGraph:
         return Linearization(
             loss=self.loss.detach(),
             layout=self.layout,
-            value=self._flat,
+            value=self.value,
             A=A,
             mixed=on_flat(self._sharded(self.vjp(self.leaves), to_weights=False), self.layout),
             untouched=self.untouched,
@@ -178,10 +194,35 @@ class GradientGraph:
         )
 
 
-def symmetric(product: Product, layout: Layout) -> Symmetric:
-    """The symmetric operator of a product of named tensors."""
-    flat = on_flat(product, layout)
-    return Symmetric(lambda v: layout.flatten(flat(v), v.shape[:-1]), like=layout)
+class SymmetricByName(Symmetric):
+    """The symmetric operator of a product of named tensors.
+
+    Args:
+        product: of a vector by name, or of R of them.
+        layout: of a vector.
+        onto: (y, a, v) ↦ the product with one vector v; for pieces that it has added to those of a·y, these.
+    """
+
+    def __init__(self, product: Product, layout: Layout, onto: Onto | None = None) -> None:
+        flat = on_flat(product, layout)
+        super().__init__(lambda v: layout.flatten(flat(v), v.shape[:-1]), like=layout)
+        self._layout, self._onto = layout, onto or (lambda _y, _a, v: product(v, False))
+
+    def product_onto_(self, y: Tensor, a: Tensor | float, v: Tensor) -> Tensor:
+        """y ← A v + a·y in place; returns y."""
+        if v.ndim > 1 or torch.float16 in self._layout.dtypes:
+            return super().product_onto_(y, a, v)
+        views = self._layout.views(y)
+        if isinstance(a, Tensor) and a.device.type == "cpu":
+            a = a.item()  # once for all pieces
+        found = self._onto(views, a, self._layout.unflatten(v))
+        for name, t in views.items():
+            piece = found.pop(name, None)
+            if piece is None:
+                scale_(t, a)
+            elif piece is not t:
+                aypx_(t, a, piece.to(t))
+        return y
 
 
 def on_flat(product: Product, layout: Layout) -> Callable[[Tensor], OptionalTensors]:
@@ -217,12 +258,13 @@ def over_ranks(local: Linearization, at: At) -> Linearization:
     loss, found = ranks.mean_with_loss(local.loss, local.layout.unflatten(local.value), at.weights)
     value = dicts.present(found)
     here = local.on(Layout.of({name: at.weights[name] for name in value}))
+    own = here.mixed
     return replace(
         here,
         loss=loss,
         value=here.layout.flatten(value),
         A=OverRanks(here.A, ranks),
-        mixed=lambda x: ranks.mean_of_found(here.mixed(x), at.leaves, x.shape[:-1]),
+        mixed=lambda x: ranks.mean_of_found(own(x), at.leaves, x.shape[:-1]),
         untouched=tuple(name for name in at.weights if name not in value),
     )
 
@@ -238,12 +280,13 @@ def on_shards(own: Linearization, at: At) -> Linearization:
     touched = at.sharding.ranks.mean_of_found({name: ones[name] for name in own.layout.names}, ones)  # by any rank
     here = own.on(Layout.of({name: at.weights[name] for name in dicts.present(touched)}))
     space = at.sharding.vectors(here.layout)
+    A, mixed = here.A, here.mixed
     return replace(
         here,
         layout=space.shards,
         value=space.mean(here.value),
-        A=Symmetric(lambda v: space.mean(here.A @ space.gathered(v)), like=space.shards, is_fixed=here.A.is_fixed),
-        mixed=lambda x: here.mixed(space.gathered(x)),
+        A=Symmetric(lambda v: space.mean(A @ space.gathered(v)), like=space.shards, is_fixed=A.is_fixed),
+        mixed=lambda x: mixed(space.gathered(x)),
         untouched=tuple(name for name in at.weights if touched[name] is None),
         is_on_shards=True,
     )
@@ -253,12 +296,12 @@ def _over_shards(own: Linearization, at: At, sharding: Sharding) -> Linearizatio
     """F and its derivatives on shards, averaged over the ranks."""
     sharding.check_losses(own.loss)
     here, ranks = on_shards(own, at), sharding.ranks
-    space = sharding.vectors(here.layout)
+    mixed = here.mixed
     return replace(
         here,
         loss=ranks.mean({"": own.loss})[""],
-        A=OverShards(here.A, space),
-        mixed=lambda x: ranks.mean_of_found(here.mixed(x), at.leaves, x.shape[:-1]),
+        A=OverShards(here.A, sharding.vectors(here.layout)),
+        mixed=lambda x: ranks.mean_of_found(mixed(x), at.leaves, x.shape[:-1]),
     )
 
 

@@ -57,7 +57,9 @@ class Averaged(Curvature):
         """The mean over the batches, whose graphs are all held."""
         kept = [hold(batch), *(hold(_drawn(draw, "Averaged")) for _ in range(self.batches - 1))]
         with ExitStack() as stack:
-            found = [stack.enter_context(self.curvature.linearize(at, one.get())) for one in kept]
+            found = (  # no list, which would hold their values
+                stack.enter_context(self.curvature.linearize(at, one.get())) for one in kept
+            )
             yield _mean([on_shards(one, at) for one in found], at.shards)
 
 
@@ -94,16 +96,19 @@ class Sampled(Curvature):
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
         """F and B of the hyperstep's own batch, and an A that draws a batch for each product."""
         kept = hold(batch)
-        with self.curvature.linearize(at, batch) as first:
-            base = on_shards(first, at)
 
-            def product(v: Tensor) -> Tensor:  # the same batch for all of R vectors
-                fresh = _drawn(draw, "Sampled")
-                kept.get()
-                with self.curvature.linearize(at, fresh) as one:
-                    return on_shards(one, at).on(base.layout).A @ v
+        def product(v: Tensor, layout: Layout) -> Tensor:  # the same batch for all of R vectors
+            fresh = _drawn(draw, "Sampled")
+            kept.get()
+            with self.curvature.linearize(at, fresh) as one:
+                return on_shards(one, at).on(layout).A @ v
 
-            yield replace(base, A=Symmetric(product, like=base.value, is_fixed=False))
+        def sampled(first: Linearization) -> Linearization:
+            layout = first.layout
+            return replace(first, A=Symmetric(lambda v: product(v, layout), like=layout, is_fixed=False))
+
+        with ExitStack() as stack:  # no name for the first, which would hold its value
+            yield sampled(on_shards(stack.enter_context(self.curvature.linearize(at, batch)), at))
 
 
 def _drawn(draw: Draw | None, who: str) -> Any:
@@ -118,9 +123,11 @@ def _mean(found: Sequence[Linearization], weights: Tensors) -> Linearization:
     layout = Layout.of({name: w for name, w in weights.items() if name in touched})
     parts = [one.on(layout) for one in found]
 
+    by_part = [part.mixed for part in parts]
+
     def mixed(x: Tensor) -> OptionalTensors:
-        total = reduce(dicts.add, [part.mixed(x) for part in parts])
-        return {name: None if t is None else t / len(parts) for name, t in total.items()}
+        total = reduce(dicts.add, [one(x) for one in by_part])
+        return {name: None if t is None else t / len(by_part) for name, t in total.items()}
 
     return Linearization(
         loss=torch.stack([part.loss for part in parts]).mean(),

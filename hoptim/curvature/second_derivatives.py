@@ -70,7 +70,7 @@ def _error_by_differences(at: At, batch: Any) -> float:
             there.loss("train_loss", batch) as (loss, *_),
         ):
             graph = GradientGraph(loss, moved, at.leaves)
-            found = graph.vjp(graph.weights)(layout.unflatten(v)) if product else graph.value
+            found = graph.vjp(graph.weights)(layout.unflatten(v)) if product else graph.layout.unflatten(graph.value)
             return layout.flatten(found).detach()
 
     def difference(step: float) -> Tensor:

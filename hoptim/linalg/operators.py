@@ -48,6 +48,10 @@ class Operator(ABC):
     def T(self) -> Operator:  # noqa: N802 (the usual name)
         """The transpose Aᵀ."""
 
+    def product_onto_(self, y: Tensor, a: Tensor | float, v: Tensor) -> Tensor:
+        """y ← A v + a·y in place; returns y. Pieces of a product are added as they come, which saves a vector of memory."""
+        return vectors.aypx_(y, a, self @ v)
+
     def __add__(self, sigma: float | Tensor) -> Operator:
         return _Shifted(self, sigma) if isinstance(sigma, Tensor) or sigma else self
 
@@ -154,6 +158,11 @@ class _Shifted(Wrapped):
         if isinstance(self.sigma, Tensor):
             return torch.addcmul(self.base @ v, v, self.sigma)
         return torch.add(self.base @ v, v, alpha=self.sigma)
+
+    def product_onto_(self, y: Tensor, a: Tensor | float, v: Tensor) -> Tensor:
+        """y ← A v + σ v + a·y in place; returns y."""
+        self.base.product_onto_(y, a, v)
+        return y.addcmul_(v, self.sigma) if isinstance(self.sigma, Tensor) else y.add_(v, alpha=self.sigma)
 
 
 class Scaled(Wrapped):

@@ -7,25 +7,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hoptim.linalg import dicts
 
 Named = Mapping[Any, Tensor]  # by names, or by any other keys
+End = Tensor | GradientEdge  # of a graph: a tensor, or its place there, which does not hold the values
 
 AT_ONCE = 2**20  # the longest vectors that go through the graph several at once: longer ones take 1.5 to 2.3 times as long
 # With these nodes vectors go one by one: torch's batched rule for group norm is wrong, and convolutions are slower (1.08).
 _ONE_BY_ONE = ("NativeGroupNorm", "Convolution")
 
 
-def nodes(ends: Iterable[Tensor]) -> dict[Any, int]:
-    """All nodes of the graph behind these tensors, numbered as they are found, which depends on the graph alone.
+def end_of(t: Tensor) -> End:
+    """The place of a tensor in its graph; the tensor itself, if a node in Python made it, which alone keeps no graph alive.
+
+    >>> w = torch.ones(1, requires_grad=True)
+    >>> VJP({"w": end_of(w**2)}, {"w": w})({"w": torch.ones(1)})
+    {'w': tensor([2.])}
+    """
+    return t if isinstance(t.grad_fn, BackwardCFunction) else get_gradient_edge(t)
+
+
+def nodes(ends: Iterable[End]) -> dict[Any, int]:
+    """All nodes of the graph behind these ends, numbered as they are found, which depends on the graph alone.
 
     >>> w = torch.ones(1, requires_grad=True)
     >>> sorted(node.name() for node in nodes([2 * w.exp()]))
     ['ExpBackward0', 'MulBackward0', 'torch::autograd::AccumulateGrad']
     """
     seen: dict[Any, int] = {}
-    todo: list[Any] = [end.grad_fn for end in ends]
+    todo: list[Any] = [end.grad_fn if isinstance(end, Tensor) else end.node for end in ends]
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
@@ -53,8 +66,9 @@ class VJP:
     {'w': tensor([2., 6.])}
     """
 
-    def __init__(self, outputs: Named, inputs: Named, taken: Collection[Any] = ()) -> None:
-        self._names, self._outputs = tuple(outputs), tuple(outputs.values())
+    def __init__(self, outputs: Mapping[Any, End], inputs: Named, taken: Collection[Any] = ()) -> None:
+        self._names = tuple(outputs)
+        self._outputs: Any = tuple(outputs.values())
         self._keys, self._inputs = tuple(inputs), tuple(inputs.values())
         self._taken = taken
         self._at_once: bool | None = None  # not yet decided
@@ -67,7 +81,7 @@ class VJP:
             if not batched:
                 return self._back(v)
             if self._at_once is None:
-                self._at_once = self._can_at_once()
+                self._at_once = self._can_at_once(v)
             if self._at_once:
                 return self._back(v, is_grads_batched=True)
         except RuntimeError as error:
@@ -90,8 +104,8 @@ class VJP:
         named = dict(zip(self._keys, found, strict=True))
         return {key: None if key in self._taken else t for key, t in named.items()} if self._taken else named
 
-    def _can_at_once(self) -> bool:
-        if sum(output.numel() for output in self._outputs) > AT_ONCE:
+    def _can_at_once(self, v: Named) -> bool:
+        if sum(v[name][0].numel() for name in self._names) > AT_ONCE:
             return False
         return not any(node.name().startswith(_ONE_BY_ONE) for node in nodes(self._outputs))
 

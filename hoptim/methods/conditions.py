@@ -45,7 +45,7 @@ class Gradient(Condition):
 
     def __call__(self, gradient: Linearization, at: At, loop: TrainingContext) -> Linearization:
         """The gradient and the decay with their derivatives."""
-        layout = gradient.layout
+        layout, of_gradient = gradient.layout, gradient.mixed
         decay = own_decay(loop, at, layout.unflatten(gradient.value))
         if not decay:
             return gradient
@@ -54,7 +54,7 @@ class Gradient(Condition):
         learned = {name: one * w[name] for name, one in decay.items() if one.requires_grad}
 
         def mixed(x: Tensor) -> OptionalTensors:
-            found = gradient.mixed(x)
+            found = of_gradient(x)
             if not learned:
                 return found
             return dicts.add(found, VJP(learned, at.leaves)(layout.unflatten(x), x.ndim > 1))

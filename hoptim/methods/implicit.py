@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -120,6 +120,7 @@ class Implicit(Method):
         with at_live(problem) if problem.is_sharded and whole.curvature.is_first_order else problem.at() as at:
             validation = validate(at, val_batch)
             with whole.linearize(at, train_batch, loop) as F:
+                F, length = replace(F, value=F.value.new_empty(0)), F.A.norm(F.value)  # its memory is needed
                 _check_weights(F, loop)
                 g = F.layout.flatten(validation.g, validation.loss.shape)
                 validation = replace(validation, g={})  # its memory is needed
@@ -127,14 +128,15 @@ class Implicit(Method):
                 indirect = F.mixed(-solution.value)
                 detail = _stuck(solution, loop, at.leaves) or solution.detail
                 named = replace(solution, value=at.named(F.layout, solution.value), detail=detail)
-                return Terms(validation, indirect, named, F.loss, F.A.norm(F.value))
+                return Terms(validation, indirect, named, F.loss, length)
 
     @contextmanager
     def linearize(self, at: At, train_batch: Any, loop: TrainingContext) -> Iterator[Linearization]:
         """The condition F of a :meth:`completed` method with its derivatives, for use inside the context."""
         assert self.curvature is not None
-        with self.curvature.linearize(at, train_batch, loop.draw) as local:
-            yield self.condition(over_ranks(local, at), at, loop)
+        with ExitStack() as stack:  # no name, which would hold its value
+            local = stack.enter_context
+            yield self.condition(over_ranks(local(self.curvature.linearize(at, train_batch, loop.draw)), at), at, loop)
 
     def _solve(self, F: Linearization, g: Tensor, problem: Problem, loop: TrainingContext, state: State | None) -> Solution:
         """(A + damping·I)ᵀx = g, in the scale of the preconditioner if there is one."""

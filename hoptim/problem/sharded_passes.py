@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hoptim.linalg.vectors import OptionalTensors, Tensors
-from hoptim.linalg.vjp import nodes
+from hoptim.linalg.vjp import End, nodes
 from hoptim.problem.distributed import Ranks, all_gather
 from hoptim.problem.sharding import Sharding
 
@@ -38,13 +39,14 @@ class ShardedPasses:
         self._is_wanted = True
 
     @contextmanager
-    def passing(self, *, is_wanted: bool = True) -> Iterator[Tensors]:
+    def passing(self, *, is_wanted: bool = True, onto: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[Tensors]:
         """Inside, backward passes are such passes; yields the shards of the gradients of large weights, as far as wanted.
 
+        Those of weights in ``onto`` are added to the tensors there.
         With ``create_graph=True`` the graph of such a gradient takes its part of the vector that :meth:`product` was given.
         """
         hooks = [self._weights[name].register_hook(partial(self._replaced, name)) for name in self.large]
-        self._taken, self._is_wanted = {}, is_wanted
+        self._taken, self._is_wanted = dict(onto), is_wanted
         try:
             yield self._taken
         finally:
@@ -52,7 +54,7 @@ class ShardedPasses:
             for hook in hooks:  # which would keep the weights in memory
                 hook.remove()
 
-    def take_parts(self, ends: Iterable[Tensor]) -> None:
+    def take_parts(self, ends: Iterable[End]) -> None:
         """Let passes without a graph, from these tensors on, take each part of a large weight's gradient by itself.
 
         A Hessian-vector product has two parts for each weight, far apart in the pass, and the first would wait for the
@@ -104,8 +106,18 @@ class ShardedPasses:
         means = {**taken, **self.sharding.mean_small(small)}
         return {name: means[name] for name in gradients if name in means}
 
-    def product(self, product: Callable[[Tensors], OptionalTensors], v: Tensors, *, to_weights: bool) -> OptionalTensors:
-        """``product`` of the vector whose shards are v; the shards of its mean if it is one of weights."""
+    def product(
+        self,
+        product: Callable[[Tensors], OptionalTensors],
+        v: Tensors,
+        *,
+        to_weights: bool,
+        onto: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> OptionalTensors:
+        """``product`` of the vector whose shards are v; the shards of its mean if it is one of weights.
+
+        The shards of large weights in ``onto`` are added to the tensors there, which are then what it returns of them.
+        """
         small = {name: shard for name, shard in v.items() if name not in self.large}
         whole = {
             **self.sharding.whole_small(small),
@@ -113,7 +125,7 @@ class ShardedPasses:
         }
         self._v = v
         try:
-            with self.passing(is_wanted=to_weights) as taken:
+            with self.passing(is_wanted=to_weights, onto=onto) as taken:
                 found = product(whole)
         finally:
             self._v = {}

@@ -349,6 +349,10 @@ class OverShards(Wrapped):
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.base @ v
 
+    def product_onto_(self, y: Tensor, a: Tensor | float, v: Tensor) -> Tensor:
+        """y ← A v + a·y in place; returns y."""
+        return self.base.product_onto_(y, a, v)
+
     @property
     def total(self) -> int:
         """The number of all entries, on all ranks."""

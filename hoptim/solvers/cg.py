@@ -62,6 +62,7 @@ class CG(Iterative):
                 alpha = torch.where(curvature < 0, rr / pAp.abs(), alpha)
             axpy_(x, alpha, p)
             axpy_(r, -alpha, Ap)
+            del Ap  # the next product needs its memory
             rr, rr_before = A.dot(r, r), rr
             monitor.record_residual(rr.sqrt())
             beta = monitor.where_active(rr / rr_before)

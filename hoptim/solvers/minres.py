@@ -59,7 +59,7 @@ class MINRES(Iterative):
         longest, c, rounding = torch.zeros_like(beta), s - 1, torch.finfo(beta.dtype).eps
         least, flat, idle = max(10 * rounding, NOTHING), max(100 * rounding, NOTHING), beta < 0
         for _ in monitor:
-            p = aypx_(v_before, -beta, A @ v)
+            p = A.product_onto_(v_before, -beta, v)
             alpha = A.dot(v, p)
             axpy_(p, -alpha, v)
             beta = A.norm(p)
@@ -85,5 +85,6 @@ class MINRES(Iterative):
             phi = torch.where(monitor.active, s * phi, phi)
             monitor.record_residual(phi)
 
+        del v, v_before, p, d, d_before  # a check of the residual needs their memory
         monitor.largest, monitor.drift = largest, rounding * (largest * longest) ** 2
         return monitor.finish(x, met="met a direction of curvature")

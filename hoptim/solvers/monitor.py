@@ -166,7 +166,7 @@ class Monitor:
 
     def _check_true_residual(self, solution: Solution, recorded: Tensor, goal: float, spent: str) -> Solution:
         """Check ‖g − Aᵀx‖ by a product with x, since rounding makes the recorded residuals drift away from it."""
-        true = self.A.norm(self.g - self.A.T @ solution.value) / self.scale
+        true = self.A.norm(self.A.T.product_onto_(self.g.clone(), -1.0, solution.value)) / self.scale
         last = true.double().cpu()
         worst, status, words = float(last.amax()), solution.status, f"{spent}, residual {float(last.amax()):.3g}"
         is_far = bool((last > SLACK * recorded.clamp(min=goal)).any())

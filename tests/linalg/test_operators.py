@@ -12,9 +12,9 @@ from systems import Dense
 from torch import Tensor, nn
 
 from hoptim import Exact, HyperParameters, Problem
-from hoptim.curvature.linearization import Linearization
+from hoptim.curvature.linearization import Linearization, SymmetricByName
 from hoptim.linalg.operators import Embedded, Mean, Operator, Scaled, Symmetric
-from hoptim.linalg.vectors import Layout
+from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 
 V = torch.linspace(-1, 2, SIZE, dtype=torch.float64)
 M = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -28,6 +28,10 @@ def check(operator: Operator, dense: Tensor) -> None:
     for A, expected in ((operator, dense), (operator.T, dense.T), (operator.T.T, dense)):
         torch.testing.assert_close(A @ V, expected @ V)
         torch.testing.assert_close(A @ rows, rows @ expected.T)
+        for v, product in ((V, expected @ V), (rows, rows @ expected.T)):
+            y = v + 1
+            assert A.product_onto_(y, -0.3, v) is y
+            torch.testing.assert_close(y, product - 0.3 * (v + 1))
     assert (operator.size, operator.dtype) == (SIZE, torch.float64)
 
 
@@ -35,6 +39,7 @@ def test_operators_made_from_a_matrix_are_those_of_dense_algebra() -> None:
     A, B = Dense(M, symmetric=False), Dense(S.diag())
     check(A, M)
     check(A + 2.5, M + 2.5 * I)
+    check(A + S, M + S.diag())
     check(Scaled(A, S), S.diag() @ M @ S.diag())
     check(Scaled(A, S) + 0.7, S.diag() @ M @ S.diag() + 0.7 * I)
     check(Mean([A, B, A + 1.0]), (2 * M + S.diag() + I) / 3)
@@ -86,6 +91,24 @@ def test_shift_leaves_the_vector_alone_though_the_product_is_the_vector_itself()
 def test_shift_of_a_product_that_is_an_expanded_view() -> None:
     A = Symmetric(lambda v: v.sum().expand(3), like=torch.ones(3))
     assert ((A + 2.0) @ torch.ones(3)).tolist() == [5.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("lead", [(), (2,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_pieces_of_a_product_are_added_in_their_places(lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    layout = Layout.of({"a": torch.zeros(2, dtype=dtype), "b": torch.zeros(3), "c": torch.zeros(1, 1)})
+
+    def product(v: Tensors, _: bool) -> OptionalTensors:
+        return {"a": 2 * v["a"], "b": None, "c": 4 * v["c"]}
+
+    def onto(y: Tensors, a: Tensor | float, v: Tensors) -> OptionalTensors:
+        return {"a": y["a"].mul_(a).add_(2 * v["a"]), "c": 4 * v["c"]}
+
+    v, y = torch.arange(1.0, 7).expand(*lead, 6), torch.full((*lead, 6), 10.0)
+    expected = (torch.tensor([2.0, 2, 0, 0, 0, 4]) * v - 5).to(layout.dtype)
+    for A in (SymmetricByName(product, layout), SymmetricByName(product, layout, onto)):
+        found = A.product_onto_(y.clone().to(layout.dtype), -0.5, v.to(layout.dtype))
+        torch.testing.assert_close(found, expected, rtol=2e-3 if dtype == torch.float16 else 1e-12, atol=0)
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import hoptim
 from hoptim import BilevelOptimizer, Exact, FiniteDifference, GaussNewton, Implicit, Unrolled
 from hoptim.curvature.compiled import splitting
-from hoptim.curvature.linearization import on_flat, symmetric
+from hoptim.curvature.linearization import SymmetricByName, on_flat
 from hoptim.linalg.vectors import Layout
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.mixed_precision import full_precision, losses_precision, lowered
@@ -410,14 +410,14 @@ def test_models_in_half_precision_are_solved_in_float32(dtype: torch.dtype, name
 @pytest.mark.parametrize("lead", [(), (2,)])
 @pytest.mark.parametrize("size", [0.0, 1e-12, 1.0, 1e12])
 def test_small_and_large_vectors_keep_their_size_in_float16(size: float, lead: tuple[int, ...]) -> None:
-    A = symmetric(lambda v, _: {"w": 3 * v["w"]}, Layout.of({"w": torch.zeros(5, dtype=torch.float16)}))
+    A = SymmetricByName(lambda v, _: {"w": 3 * v["w"]}, Layout.of({"w": torch.zeros(5, dtype=torch.float16)}))
     v = torch.linspace(1, 2, 5).expand(*lead, 5) * size
     torch.testing.assert_close(A @ v, 3 * v, rtol=2e-3, atol=0)
 
 
 def test_each_vector_keeps_its_own_size_in_float16() -> None:
     layout = Layout.of({"w": torch.zeros(5, dtype=torch.float16)})
-    A, v = symmetric(lambda v, _: {"w": 3 * v["w"]}, layout), torch.linspace(1, 2, 5)
+    A, v = SymmetricByName(lambda v, _: {"w": 3 * v["w"]}, layout), torch.linspace(1, 2, 5)
     several = torch.stack([1e-3 * v, 1e6 * v, 0 * v])
     torch.testing.assert_close(A @ several, 3 * several, rtol=2e-3, atol=0)
     found = on_flat(lambda v, _: {"λ": v["w"].sum(-1), "none": None}, layout)(several)
