@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.hypergradient import default_method
@@ -241,6 +241,7 @@ class BilevelOptimizer(TrainingOptimizer):
         before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
         if moved:
             outer_step(self.problem, self.outer, gradient)
+            _restart_lbfgs(self.inner)
         after = natural_values(self.problem)
         warn_of_first_hyperstep(before, after, gradient, self.every)
         record = progress.record = Record(
@@ -327,6 +328,16 @@ class BilevelOptimizer(TrainingOptimizer):
     def __repr__(self) -> str:
         how = f"every={self.every}, hypergradient={self.hypergradient}"
         return f"BilevelOptimizer({how},\ninner={self.inner},\nouter={self.outer})"
+
+
+def _restart_lbfgs(inner: Optimizer) -> None:
+    """Let an LBFGS begin anew, since the training loss is another one now.
+
+    It takes the change of the gradient since its last step for curvature, and with the change by the hyperparameters in it,
+    its next step may be far too long.
+    """
+    if isinstance(inner, LBFGS):
+        inner.state.clear()
 
 
 def steps_left(step: int, every: int | None, warmup: int) -> float:

@@ -326,11 +326,13 @@ def step(row: Row, optimizer: Any, loss: Callable[[], Tensor], each: Callable[[]
 
 
 def bare(row: Row, lambdas: list[Any]) -> tuple[optim.Optimizer, list[Any]]:
-    """The same training without hoptim, at hyperparameters that are given for each step."""
+    """The same training without hoptim, at hyperparameters that are given for each step; a new LBFGS after they moved."""
     torch.manual_seed(0)
     setting = row.setting()
     optimizer, problem, found = row.build(setting.problem), setting.problem, []
     for i, hparams in enumerate(lambdas):
+        if row.kind is optim.LBFGS and i and not same(hparams, lambdas[i - 1]):
+            optimizer = row.build(setting.problem)
         step(row, optimizer, lambda i=i, h=hparams: problem.train_loss(problem.model, h, setting.batches[i % 6]))
         found.append(copy.deepcopy(problem.model.state_dict()))
     return optimizer, found
