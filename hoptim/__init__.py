@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from hoptim.methods.conditions import Update as Update
     from hoptim.methods.hypergradient import hypergradient as hypergradient
     from hoptim.methods.implicit import Implicit as Implicit
+    from hoptim.methods.influence import Influence as Influence
+    from hoptim.methods.influence import influence as influence
+    from hoptim.methods.influence import self_influence as self_influence
+    from hoptim.methods.kronecker import EKFAC as EKFAC
     from hoptim.methods.preconditioners import Jacobi as Jacobi
     from hoptim.methods.preconditioners import SecondMoments as SecondMoments
     from hoptim.methods.replay import Replay as Replay
@@ -50,6 +54,7 @@ __version__ = "0.1.0"
 # Each public name and the file that it comes from, which is imported when the name is first used.
 _FILES = {
     "CG": "solvers.cg",
+    "EKFAC": "methods.kronecker",
     "GMRES": "solvers.gmres",
     "MINRES": "solvers.minres",
     "SOBA": "solvers.warm_start",
@@ -67,6 +72,7 @@ _FILES = {
     "Hypergradient": "methods.result",
     "Identity": "solvers.neumann",
     "Implicit": "methods.implicit",
+    "Influence": "methods.influence",
     "Jacobi": "methods.preconditioners",
     "Neumann": "solvers.neumann",
     "Nystrom": "solvers.nystrom",
@@ -83,11 +89,13 @@ _FILES = {
     "WarmStart": "solvers.warm_start",
     "audit": "diagnostics.audit",
     "hypergradient": "methods.hypergradient",
+    "influence": "methods.influence",
     "load_checkpoint": "training.sharded_checkpoint",
     "outer_adam": "problem.outer_adam",
     "outer_step": "training.optimizer",
     "retrain": "training.retrain",
     "save_checkpoint": "training.sharded_checkpoint",
+    "self_influence": "methods.influence",
 }
 _ROOMS = (
     "curvature", "diagnostics", "linalg", "methods", "problem", "recipes", "solvers", "tracking", "training"

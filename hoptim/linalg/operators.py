@@ -165,8 +165,28 @@ class _Shifted(Wrapped):
         return y.addcmul_(v, self.sigma) if isinstance(self.sigma, Tensor) else y.add_(v, alpha=self.sigma)
 
 
+class Root(Symmetric):
+    """A symmetric S and its inverse, given by their products, such as the root D^(−1/2) of a preconditioner D.
+
+    >>> S = Root(lambda v: 2 * v, lambda v: v / 2, like=torch.ones(2))
+    >>> S @ torch.ones(2), S.inverse @ torch.ones(2)
+    (tensor([2., 2.]), tensor([0.5000, 0.5000]))
+    """
+
+    def __init__(
+        self, product: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor], like: Tensor | Layout | Operator
+    ) -> None:
+        super().__init__(product, like)
+        self.inverse = Symmetric(inverse, like)
+
+    @classmethod
+    def diagonal(cls, s: Tensor) -> Root:
+        """diag(s), for s of shape (n,)."""
+        return cls(lambda v: s * v, lambda v: v / s, like=s)
+
+
 class Scaled(Wrapped):
-    """S A S for a diagonal S of shape (n,): what a solver sees under a preconditioner S⁻².
+    """S A S for a symmetric S, or a diagonal one of shape (n,): what a solver sees under a preconditioner S⁻².
 
     Source: Saad, "Iterative Methods for Sparse Linear Systems", section 9.2 (split preconditioning).
 
@@ -174,12 +194,12 @@ class Scaled(Wrapped):
     [1.0, 4.0]
     """
 
-    def __init__(self, base: Operator, scale: Tensor) -> None:
+    def __init__(self, base: Operator, scale: Tensor | Root) -> None:
         super().__init__(base)
-        self.scale = scale
+        self.scale = Root.diagonal(scale) if isinstance(scale, Tensor) else scale
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return self.scale * (self.base @ (self.scale * v))
+        return self.scale @ (self.base @ (self.scale @ v))
 
 
 class Embedded(Wrapped):

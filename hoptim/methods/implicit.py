@@ -121,10 +121,10 @@ class Implicit(Method):
             validation = validate(at, val_batch)
             with whole.linearize(at, train_batch, loop) as F:
                 F, length = replace(F, value=F.value.new_empty(0)), F.A.norm(F.value)  # its memory is needed
-                _check_weights(F, loop)
+                check_weights(F, loop)
                 g = F.layout.flatten(validation.g, validation.loss.shape)
                 validation = replace(validation, g={})  # its memory is needed
-                solution = whole._solve(F, g, problem, loop, state)
+                solution = whole.solve(F, g, problem, loop, state)
                 indirect = F.mixed(-solution.value)
                 detail = _stuck(solution, loop, at.leaves) or solution.detail
                 named = replace(solution, value=at.named(F.layout, solution.value), detail=detail)
@@ -138,15 +138,17 @@ class Implicit(Method):
             local = stack.enter_context
             yield self.condition(over_ranks(local(self.curvature.linearize(at, train_batch, loop.draw)), at), at, loop)
 
-    def _solve(self, F: Linearization, g: Tensor, problem: Problem, loop: TrainingContext, state: State | None) -> Solution:
-        """(A + damping·I)ᵀx = g, in the scale of the preconditioner if there is one."""
+    def solve(
+        self, F: Linearization, g: Tensor, problem: Problem, loop: TrainingContext, state: State | None = None
+    ) -> Solution:
+        """(A + damping·I)ᵀx = g by a :meth:`completed` method, in the scale of the preconditioner if there is one."""
         A, solver = F.A + self.damping, self.solver
         assert solver is not None
         if self.preconditioner is None:
             return solver.solve(A, g, state)
         live = problem.weights()
         D = self.preconditioner(A, {name: live[name] for name in F.layout.names}, loop.inner)
-        return solve_scaled(solver, A, g, D.rsqrt(), state)
+        return solve_scaled(solver, A, g, D.rsqrt() if isinstance(D, Tensor) else D, state)
 
 
 def doubts(method: Method, loop: TrainingContext, weights: Tensors, solution: Solution) -> dict[str, str]:
@@ -181,7 +183,8 @@ def _stuck(solution: Solution, loop: TrainingContext, leaves: Tensors) -> str:
     return f"hyperparameter {zero[0].name!r}, the {zero[0].key}, is 0; hoptim.Unrolled(20) finds a way up" if zero else ""
 
 
-def _check_weights(F: Linearization, loop: TrainingContext) -> None:
+def check_weights(F: Linearization, loop: TrainingContext) -> None:
+    """Raise if the training loss touches no weight, and warn of those that it does not touch."""
     if not F.layout.names:
         weights = listed(F.untouched)
         raise ValueError(f"the training loss touches none of the weights {weights}: compute it with the model it is given")

@@ -90,6 +90,11 @@ def checked(problem: object, method: object, inner: Any, options: Mapping[str, A
     problem = checked_problem(problem)
     problem.check_learned()
     check_method("method", method)
+    return training_context(problem, inner, options)
+
+
+def training_context(problem: Problem, inner: Any, options: Mapping[str, Any] | None = None) -> TrainingContext:
+    """The checked inner optimizer, that of a :class:`BilevelOptimizer` if it is one, and its learned options."""
     check_options(options)
     inside = getattr(inner, "inner", None)
     learned: Sequence[LearnedOption] | None = [] if inner is None else None

@@ -1,4 +1,4 @@
-"""Strategies for a diagonal D near A: solvers then see D^(−1/2) A D^(−1/2), whose eigenvalues lie closer together."""
+"""Strategies for a simple D near A: solvers then see D^(−1/2) A D^(−1/2), whose eigenvalues lie closer together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hoptim.checks import is_finite, is_whole, listed
-from hoptim.linalg.operators import Operator
+from hoptim.linalg.operators import Operator, Root
 from hoptim.linalg.vectors import Tensors
 from hoptim.problem.sharding import local
 
@@ -19,8 +19,8 @@ class Preconditioner(ABC):
     """A strategy for D: a frozen dataclass."""
 
     @abstractmethod
-    def __call__(self, A: Operator, weights: Tensors, inner: Optimizer | None) -> Tensor:
-        """The diagonal of D, of shape (n,), every entry positive.
+    def __call__(self, A: Operator, weights: Tensors, inner: Optimizer | None) -> Tensor | Root:
+        """The diagonal of D, of shape (n,), every entry positive; or D^(−1/2).
 
         Args:
             A: the curvature, with damping.

@@ -205,8 +205,8 @@ def check_given(name: str, loss: Tensor, live: Mapping[int, str]) -> None:
 
 
 @contextmanager
-def warn_of_training_mode(model: nn.Module) -> Iterator[None]:
-    """Warn if the validation loss that runs inside calls dropout or batch norm in training mode."""
+def warn_of_training_mode(loss: str, model: nn.Module) -> Iterator[None]:
+    """Warn if the loss that runs inside calls dropout or batch norm in training mode."""
     called: dict[str, nn.Module] = {}
 
     def note(name: str, part: nn.Module, _: Any) -> None:
@@ -223,9 +223,9 @@ def warn_of_training_mode(model: nn.Module) -> Iterator[None]:
     if called:
         counts = Counter(type(part).__name__ for part in called.values())
         warnings.warn(
-            f"val_loss runs {' and '.join(f'{count} {kind}' for kind, count in counts.items())} in training mode, such as "
+            f"{loss} runs {' and '.join(f'{count} {kind}' for kind, count in counts.items())} in training mode, such as "
             f"{next(iter(called))!r}: the hypergradient is that of random masks, or of the statistics of one batch. "
-            "Call model.eval() in val_loss, which is undone after it",
+            f"Call model.eval() in {loss}, which is undone after it",
             stacklevel=3,
         )
 

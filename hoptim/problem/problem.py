@@ -48,7 +48,7 @@ from hoptim.problem.sharding import Sharding, is_sharded, local, reshard, whole,
 from hoptim.problem.wrappers import Facade, check_whole, process_group_of, uncompiled, unwrap, warn_of_compiled_aside
 
 Loss = Callable[[Any, Any, Any], Tensor]
-LossName = Literal["train_loss", "val_loss"]
+LossName = Literal["train_loss", "val_loss", "losses"]
 
 
 def as_leaves(live: Tensors) -> Tensors:
@@ -168,7 +168,7 @@ class At:
         written = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
         written |= _clones(self.buffers)
         with uncompiled(), restore_attributes(live.parts):
-            looked_at = warn_of_training_mode(problem.model) if first and name == "val_loss" else nullcontext()
+            looked_at = warn_of_training_mode(name, problem.model) if first and name != "train_loss" else nullcontext()
             with losses_precision(live.lowered), forbid_writes(name, weights, leaves, values=first), looked_at:
                 losses = partial(problem._losses, name, batch)
                 loss, parts = functional_call(joint, written, (losses,)) if written else losses()  # updates ``written``
@@ -194,7 +194,8 @@ class Problem:
         model: any ``nn.Module``; its weights w are those with ``requires_grad``. Tied weights count once. A wrapper
             (``DistributedDataParallel``, ``torch.compile``) is called by ``loss``; names are those of the model inside. It
             may be sharded, by ``fully_shard`` or ``parallelize_module``.
-        hparams: the hyperparameters λ: a :class:`HyperParameters`, or any other ``nn.Module``.
+        hparams: the hyperparameters λ: a :class:`HyperParameters`, or any other ``nn.Module``; ``None`` if none is to be
+            learned, as for :func:`influence`.
         train_loss: L_T as ``train_loss(model, hparams, batch) -> scalar``: ordinary PyTorch, ``model(x)``,
             ``model.named_parameters()``, ``hparams["weight_decay"]``.
         val_loss: L_V, likewise. It may call ``model.eval()``: the mode is restored after each call. It may return a vector
@@ -228,13 +229,15 @@ class Problem:
     def __init__(
         self,
         model: nn.Module,
-        hparams: nn.Module,
+        hparams: nn.Module | None,
         train_loss: Loss,
         val_loss: Loss,
         *,
         has_aux: bool = False,
         process_group: Any = "auto",
     ) -> None:
+        learns = hparams is not None
+        hparams = nn.Module() if hparams is None else hparams
         for name, module in (("model", model), ("hparams", hparams)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name} is {describe_type(module)}: give an nn.Module")
@@ -253,19 +256,24 @@ class Problem:
         self.joint = Joint(self.model, self.hparams)
         check_real("weight", self.model.named_parameters())
         check_real("hyperparameter", self.hparams.named_parameters())
-        self.check_learned()
+        self.check_learned() if learns else self.check_trained()
         check_apart(self.model.named_parameters(), self.hparams.named_parameters())
         self._constants = DetachedView(self.hparams, beside=self.model)
         self.checked: set[str] = set()  # what was checked or told, each once for a problem, such as "train_loss"
         self.programs: Any = None  # compiled products, if there are any
         self.has_trained = False
         self.options: Any = None  # what was learned as options of the inner optimizer, for a retraining
+        self.losses: Any = None  # of examples, beside the two, for their influence
         self.starts = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
+
+    def check_trained(self) -> None:
+        """Raise ``ValueError`` if all weights are frozen."""
+        if not self.weights():
+            raise ValueError("no weight of the model requires a gradient: nothing is trained")
 
     def check_learned(self) -> None:
         """Raise ``ValueError`` if all weights or all hyperparameters are frozen."""
-        if not self.weights():
-            raise ValueError("no weight of the model requires a gradient: nothing is trained")
+        self.check_trained()
         if not self.leaves():
             raise ValueError("no parameter of hparams requires a gradient: there is nothing to learn")
 
@@ -352,7 +360,7 @@ class Problem:
             return mean_loss([self._losses(name, one) for one in batch.batches], batch.shares)
         with annotate_errors(f"{name} was called with a batch that is", batch, self.hparams):
             value, parts, _ = self.call_loss(name, self.model, self.hparams, batch)
-            return (losses if name == "val_loss" else scalar)(name, value), parts
+            return (scalar if name == "train_loss" else losses)(name, value), parts
 
     def module_state(self, before: ModuleState | None = None) -> ModuleState:
         """Copies of the present buffers, and the plain attributes. Copies that ``before`` has already are shared with it."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hoptim.checks import is_finite, is_whole
-from hoptim.linalg.operators import Operator, Scaled
+from hoptim.linalg.operators import Operator, Root, Scaled
 from hoptim.linalg.vectors import inverse
 from hoptim.solvers.solution import Solution, State
 
@@ -68,8 +68,8 @@ def check_operator(solver: Solver, A: Operator, *, symmetric: bool = True) -> No
         )
 
 
-def solve_scaled(solver: Solver, A: Operator, g: Tensor, scale: Tensor, state: State | None = None) -> Solution:
-    """Solve S Aᵀ S y = S g for x = S y, with a diagonal S = D^(−1/2) of shape (n,) and a preconditioner D close to A.
+def solve_scaled(solver: Solver, A: Operator, g: Tensor, scale: Tensor | Root, state: State | None = None) -> Solution:
+    """Solve S Aᵀ S y = S g for x = S y, with S = D^(−1/2), or its diagonal of shape (n,), and a preconditioner D close to A.
 
     The residuals are those of the scaled system. The solution carried to the next call is x, not y, since S may have changed
     by then.
@@ -82,12 +82,13 @@ def solve_scaled(solver: Solver, A: Operator, g: Tensor, scale: Tensor, state: S
     >>> solve_scaled(Identity(), A, g, scale=torch.tensor([1.0, 0.5])).value
     tensor([1.0000, 0.2500])
     """
+    S = Root.diagonal(scale) if isinstance(scale, Tensor) else scale
     state = dict(state or {})
     if (x := carried(state, "solution", g)) is not None:
-        state["solution"] = x / scale
-    solution = solver.solve(Scaled(A, scale), scale * g, state)
-    state = {name: scale * vector if name == "solution" else vector for name, vector in solution.state.items()}
-    return replace(solution, value=scale * solution.value, state=state)
+        state["solution"] = S.inverse @ x
+    solution = solver.solve(Scaled(A, S), S @ g, state)
+    state = {name: S @ vector if name == "solution" else vector for name, vector in solution.state.items()}
+    return replace(solution, value=S @ solution.value, state=state)
 
 
 def carried(state: State | None, name: str, like: Tensor | Operator) -> Tensor | None:

@@ -110,6 +110,21 @@ def vector(rank: int, size: int) -> Answer:
     return answer(wrapped(tiny(val=several)), shard(rank), val_shard(rank))
 
 
+def of_examples(model: Any, hparams: Any, b: Any) -> Tensor:
+    return F.cross_entropy(model(b[0]), b[1], reduction="none")
+
+
+def influenced(rank: int, size: int) -> Answer:
+    """Each rank gives scores to its own examples."""
+    problem, batch = wrapped(tiny(val=several)), shard(rank)
+    found = hoptim.influence(problem, of_examples, batch, val_shard(rank))
+    try:
+        hoptim.self_influence(problem, of_examples, batch)
+    except TypeError as error:
+        words = str(error)
+    return {"scores": found.scores, "x": found.solution.value, "refused": words}
+
+
 def wrapped_hyperparameters(rank: int, size: int) -> Answer:
     """Theirs are wrapped as well: the gradients are averaged in the solve, and the wrapper is only looked through."""
     problem = tiny()
@@ -353,6 +368,7 @@ def alone(rank: int, size: int) -> Answer:
 CASES = [
     methods,
     vector,
+    influenced,
     uneven,
     averaged,
     routed,

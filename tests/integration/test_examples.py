@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from jobs import ROOT, run
 
 
@@ -37,3 +39,26 @@ def test_optuna_keeps_the_losses_of_each_trials_trainings_and_goes_on(tmp_path) 
         moved = abs(math.log(trial.user_attrs["decay, geometric mean"] / 1e-3))
         assert (moved < 1e-4) == (trial.value == losses[0])  # the decay is that of the best training
         assert moved < 3 * 3 * (0.6 + 0.2)  # three hypersteps, by the level and by what the larger tensor has of its own
+
+
+def write_garments(folder: Path) -> None:
+    """The files of Fashion-MNIST with 1,600 made-up images: a bright block for each class, and noise."""
+    draw = torch.Generator().manual_seed(0)
+    for part in ("train", "t10k"):
+        y = torch.arange(1600) % 10
+        x = torch.randint(0, 80, (1600, 28, 28), generator=draw)
+        for k in range(10):
+            x[y == k, 9 * (k // 4) : 9 * (k // 4) + 8, 7 * (k % 4) : 7 * (k % 4) + 6] += 120
+        for name, value in (("images-idx3", x), ("labels-idx1", y)):
+            head = bytes([0, 0, 8, value.ndim]) + b"".join(size.to_bytes(4, "big") for size in value.shape)
+            (folder / f"{part}-{name}-ubyte").write_bytes(head + value.byte().numpy().tobytes())
+
+
+def test_influence_finds_wrong_labels_and_draws_those_that_helped_and_hurt(tmp_path) -> None:
+    (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
+    write_garments(tmp_path / "FashionMNIST" / "raw")
+    said = run("examples/influence.py", "--data", tmp_path, "--out", tmp_path / "influence.png").stdout
+    found = [int(words) for words in re.findall(r", (\d+) have wrong labels", said)]
+    assert len(found) == 3
+    assert min(found) >= 60  # of 100 among 1,000
+    assert (tmp_path / "influence.png").stat().st_size > 20_000

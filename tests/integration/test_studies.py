@@ -31,13 +31,22 @@ def tables(text: str) -> dict[str, list[list[float]]]:
     return found
 
 
+def test_the_outcomes_of_public_scripts_are_those_of_their_rows() -> None:
+    page = tables((STUDIES / "public" / "README.md").read_text())
+    told = tables(run("studies/public/outcomes.py", "--saved").stdout)
+    names = [first for first in told if first and "---" not in first and first != "script"]
+    assert len(names) == 6
+    assert [(name, line) for name in names for line in told[name] if line not in page[name]] == []
+
+
 def records(path: Path) -> list[dict[str, object]]:
     saved = json.loads(path.read_text())
     return [dict(zip(saved["columns"], row, strict=True)) for row in saved["records"]]
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("defaults", 30), ("holdout", 5), ("language", 6), ("sharded", 15), ("wrong_labels", 9)]
+    ("name", "least"),
+    [("defaults", 30), ("holdout", 5), ("influence", 12), ("language", 6), ("sharded", 15), ("wrong_labels", 9)],
 )
 def test_the_lines_of_a_page_are_those_of_its_rows(name: str, least: int) -> None:
     page, told = tables((STUDIES / name / "README.md").read_text()), tables(run(f"studies/{name}/run.py", "--saved").stdout)
