@@ -29,7 +29,7 @@ from hoptim.solvers.solution import Solution
 
 Losses = Callable[[Any, Any, Any], Tensor]
 ORDER = ("ok", "remark", "failed")
-DEFAULT = Implicit(MINRES(terms=10))  # longer than for learning; chosen in scripts/studies/influence
+DEFAULT = Implicit(MINRES(terms=10))  # longer than for learning; chosen in scripts/studies/example_influence
 
 
 @dataclass(frozen=True, kw_only=True)

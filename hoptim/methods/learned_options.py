@@ -380,7 +380,7 @@ def in_stand_in(
     other = object.__new__(type(inner))
     groups = [dict(group) for group in inner.param_groups]
     vars(other).update(vars(inner), param_groups=groups, defaults=dict(getattr(inner, "defaults", {})))
-    found = learn(other, {**given_by_value(other, hparams, stacklevel=5), **options}, hparams)
+    found = learn(other, {**given_by_value(other, hparams, stacklevel=6), **options}, hparams)
     return (other, found) if found else (inner, found)
 
 

@@ -1,8 +1,8 @@
 """Whose scores tell best what a training without some examples would do? Influence by hoptim and by kronfluence's EKFAC.
 
-    python scripts/studies/influence/run.py --data data                   # run what runs/influence lacks, then the tables
-    python scripts/studies/influence/run.py --tasks digits --seeds 0 --ways "MINRES(10)"
-    python scripts/studies/influence/run.py --saved                       # the tables of the page; nothing runs
+    python scripts/studies/example_influence/run.py --data data        # run what runs/example_influence lacks, then tables
+    python scripts/studies/example_influence/run.py --tasks digits --seeds 0 --ways "MINRES(10)"
+    python scripts/studies/example_influence/run.py --saved            # the tables of the page; nothing runs
 
 The figure is LDS, the linear datamodelling score (Park et al. 2023, TRAK, arXiv 2303.14186, section 2): the rank
 correlation, over 50 trainings on random halves of the examples, of a query's loss with the sum of the scores of the half,
@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.means import mean_and_error
 from common.study import Row, Study, by_seed
 from common.tables import markdown
-from studies.influence.peers import kronfluence
-from studies.influence.tasks import DECAY, TASKS, losses_of
+from studies.example_influence.peers import kronfluence
+from studies.example_influence.tasks import DECAY, TASKS, losses_of
 
 from hoptim import (
     CG,
