@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from hoptim.curvature.exact import Exact
 from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Curvature, Linearization, over_ranks
 from hoptim.curvature.minibatch import Sampled
+from hoptim.linalg.operators import Root
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.conditions import Condition, Gradient, Update
 from hoptim.methods.learned_options import LearnedOption
@@ -32,6 +34,7 @@ from hoptim.solvers.minres import MINRES
 from hoptim.solvers.neumann import Neumann
 from hoptim.solvers.solution import Solution, State, Status
 
+Solve = Callable[..., Solution]  # of a right-hand side g, and of the state of the last solution
 TERMS = 5  # of the default solver: stopping early regularises, see scripts/studies/fidelity
 
 
@@ -124,7 +127,7 @@ class Implicit(Method):
                 check_weights(F, loop)
                 g = F.layout.flatten(validation.g, validation.loss.shape)
                 validation = replace(validation, g={})  # its memory is needed
-                solution = whole.solve(F, g, problem, loop, state)
+                solution = whole.solver_of(F, problem, loop)(g, state)
                 indirect = F.mixed(-solution.value)
                 detail = _stuck(solution, loop, at.leaves) or solution.detail
                 named = replace(solution, value=at.named(F.layout, solution.value), detail=detail)
@@ -138,17 +141,24 @@ class Implicit(Method):
             local = stack.enter_context
             yield self.condition(over_ranks(local(self.curvature.linearize(at, train_batch, loop.draw)), at), at, loop)
 
-    def solve(
-        self, F: Linearization, g: Tensor, problem: Problem, loop: TrainingContext, state: State | None = None
-    ) -> Solution:
-        """(A + damping·I)ᵀx = g by a :meth:`completed` method, in the scale of the preconditioner if there is one."""
+    def solver_of(self, F: Linearization, problem: Problem, loop: TrainingContext) -> Solve:
+        """(g, state) ↦ x with (A + damping·I)ᵀx = g by a :meth:`completed` method, in the scale of its preconditioner.
+
+        A preconditioner is made once, for any number of right-hand sides.
+        """
         A, solver = F.A + self.damping, self.solver
         assert solver is not None
         if self.preconditioner is None:
-            return solver.solve(A, g, state)
+            return partial(solver.solve, A)
         live = problem.weights()
         D = self.preconditioner(A, {name: live[name] for name in F.layout.names}, loop.inner)
-        return solve_scaled(solver, A, g, D.rsqrt() if isinstance(D, Tensor) else D, state)
+        scale = D.rsqrt() if isinstance(D, Tensor) else D
+        if isinstance(scale, Root) and problem.ranks.size > 1:
+            remedy = "give it the same batches on all ranks"
+            problem.ranks.check_same(
+                {"": scale @ A.gaussian()}, f"preconditioners {type(self.preconditioner).__name__}", remedy
+            )
+        return lambda g, state=None: solve_scaled(solver, A, g, scale, state)
 
 
 def doubts(method: Method, loop: TrainingContext, weights: Tensors, solution: Solution) -> dict[str, str]:

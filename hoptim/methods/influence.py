@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -25,10 +24,9 @@ from hoptim.problem.data import Batches
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import At, Problem
 from hoptim.solvers.minres import MINRES
-from hoptim.solvers.solution import Solution
+from hoptim.solvers.solution import Solution, worst
 
 Losses = Callable[[Any, Any, Any], Tensor]
-ORDER = ("ok", "remark", "failed")
 DEFAULT = Implicit(MINRES(terms=10))  # longer than for learning; chosen in scripts/studies/example_influence
 
 
@@ -94,14 +92,18 @@ def influence(
     problem, method, loop = _checked(problem, losses, method, inner)
     with problem.leave_no_trace(), problem.at() as at:
         validation = validate(at, val_batch)
-        lead = validation.loss.shape
         with method.linearize(at, train_batch, loop) as F:
             F = replace(F, value=F.value.new_empty(0))  # its memory is needed
             check_weights(F, loop)
-            solution = method.solve(F, F.layout.flatten(validation.g, lead), problem, loop)
+            g = F.layout.flatten(validation.g, validation.loss.shape)
+            del validation  # likewise
+            solution = method.solver_of(F, problem, loop)(g)
         own = _of_examples(at, losses)
-        found = [_along(own, batch, F.layout, solution.value) for batch in _batches(examples, train_batch)]
-    return _result(found, [replace(solution, value=F.layout.views(solution.value))], method, loop, problem)
+        scores = [
+            _scores(_along(own, batch, F.layout, solution.value), solution) for batch in _batches(examples, train_batch)
+        ]
+    _warn_of_doubts(method, loop, problem, found := replace(solution, value=F.layout.views(solution.value)))
+    return Influence(scores=torch.cat(scores, dim=-1), solution=found)
 
 
 def self_influence(
@@ -138,17 +140,20 @@ def self_influence(
             "self_influence solves for the examples of one process, and these ranks would solve for different ones: give "
             "Problem process_group=None and the model itself, and all training examples as train_batch"
         )
-    found, solutions = [], []
+    scores: list[Tensor] = []
+    found: list[Solution] = []  # the worst so far, since all of them take as much memory as all gradients
     with problem.leave_no_trace(), problem.at() as at, method.linearize(at, train_batch, loop) as F:
         F = replace(F, value=F.value.new_empty(0))  # its memory is needed
         check_weights(F, loop)
-        own = _of_examples(at, losses)
+        own, solve = _of_examples(at, losses), method.solver_of(F, problem, loop)
         for batch in _batches(examples, train_batch):
             g = _gradients(own, batch, F.layout)
-            solution = method.solve(F, g, problem, loop)
-            found.append((solution.value * g).sum(-1))
-            solutions.append(replace(solution, value=F.layout.views(solution.value)))
-    return _result(found, solutions, method, loop, problem)
+            solution = solve(g)
+            scores.append(_scores((solution.value * g).sum(-1), solution))
+            found.append(replace(solution, value=F.layout.views(solution.value)))
+            found = [found[worst(found)]]
+    _warn_of_doubts(method, loop, problem, found[0])
+    return Influence(scores=torch.cat(scores), solution=found[0])
 
 
 def _checked(
@@ -162,7 +167,7 @@ def _checked(
     if problem.is_sharded:
         raise TypeError("the weights are sharded over ranks, for which influence is not made: take DistributedDataParallel")
     problem.check_ranks()
-    return problem, (method or DEFAULT).completed(problem), training_context(problem, inner, None)
+    return problem, (method or DEFAULT).completed(problem), training_context(problem, inner)
 
 
 def _batches(examples: Iterable[Any] | None, train_batch: Any) -> Iterator[Any]:
@@ -220,14 +225,12 @@ def _touched(by_weight: OptionalTensors) -> Tensors:
     raise ValueError("losses depends on none of the weights: compute it with the model that it is given")
 
 
-def _result(
-    found: list[Tensor], solutions: list[Solution], method: Implicit, loop: TrainingContext, problem: Problem
-) -> Influence:
-    """The scores of all batches; warns if they may be wrong though the solves went well."""
-    worst = max(solutions, key=lambda one: ORDER.index(one.status.kind))
-    for doubt in doubts(method, loop, problem.weights(), worst).values():
+def _scores(along: Tensor, solution: Solution) -> Tensor:
+    """−xᵀ∇ℓ_i; NaN if the solve failed, so that nobody takes them for an answer."""
+    return -along if solution.status.ok else torch.full_like(along, math.nan)
+
+
+def _warn_of_doubts(method: Implicit, loop: TrainingContext, problem: Problem, solution: Solution) -> None:
+    """Warn if scores may be wrong though the solve went well."""
+    for doubt in doubts(method, loop, problem.weights(), solution).values():
         warnings.warn(doubt, stacklevel=3)
-    scores = [
-        -one if solution.status.ok else torch.full_like(one, math.nan) for one, solution in zip(found, cycle(solutions))
-    ]
-    return Influence(scores=torch.cat(scores, dim=-1), solution=worst)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from hoptim.checks import describe_type, is_finite
 from hoptim.linalg.operators import Operator, Root
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.methods.preconditioners import Preconditioner
+from hoptim.problem.functional import restore_attributes
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -41,8 +41,9 @@ class EKFAC(Preconditioner):
 
     Raises:
         ImportError: curvlinops is missing.
-        TypeError: ``model`` is no module.
-        ValueError: ``damping`` is not positive; when called, no layer of the model holds weights of the problem.
+        TypeError: ``model`` is no module; when called, weights are sharded.
+        ValueError: ``damping`` is not positive; when called, no layer of the model holds weights of the problem, or the
+            factors of several ranks differ: give the same batches to all.
 
     Source: George et al. 2018, Fast approximate natural gradient descent in a Kronecker-factored eigenbasis
     (arXiv 1806.03884); for influence, with this damping: Grosse et al. 2023 (arXiv 2308.03296), section 2.2.
@@ -68,13 +69,16 @@ class EKFAC(Preconditioner):
             from curvlinops import EKFACLinearOperator  # type: ignore[import-untyped]
         except ImportError as error:
             raise ImportError("EKFAC needs curvlinops: in a checkout of hoptim, pip install '.[kfac]'") from error
+        if any(hasattr(weight, "device_mesh") for weight in weights.values()):
+            raise TypeError("EKFAC needs whole weights, and these are sharded over ranks: take Jacobi() or SecondMoments()")
         names = {weight.data_ptr(): name for name, weight in weights.items()}  # the model's may be others on the same memory
         layers = [part for part in self.model.modules() if isinstance(part, LAYERS)]
         held = {names[p.data_ptr()]: p for part in layers for p in part._parameters.values()
                 if p is not None and p.data_ptr() in names}  # fmt: skip
         if not held:
             raise ValueError("no nn.Linear or nn.Conv2d of EKFAC's model holds weights of the problem: give its own model")
-        with _evaluated(self.model):
+        with restore_attributes(list(self.model.modules())):
+            self.model.eval()
             factors = EKFACLinearOperator(
                 self.model, self.criterion, list(held.values()), self.batches, check_deterministic=False
             )
@@ -105,15 +109,3 @@ class EKFAC(Preconditioner):
             return product
 
         return Root(power(-0.5), power(0.5), like=A)
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode."""
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -138,3 +139,9 @@ class Solution:
     negative_curvature: bool = False
     step_size: float | None = None
     state: State = field(default_factory=dict)
+
+
+def worst(solutions: Sequence[Solution]) -> int:
+    """The place of the solution that ended worst: the first that failed, else the first with a remark, else the first."""
+    kinds = [("failed", "remark", "ok").index(solution.status.kind) for solution in solutions]
+    return kinds.index(min(kinds))

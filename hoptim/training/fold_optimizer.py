@@ -16,10 +16,10 @@ from hoptim.methods.result import Hypergradient
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
 from hoptim.problem.random_stream import RandomStream
-from hoptim.solvers.solution import Solution
+from hoptim.solvers.solution import Solution, worst
 from hoptim.training.coroutine import Coroutine
 from hoptim.training.folds import Fold
-from hoptim.training.optimizer import BilevelOptimizer, FirstHyperstep
+from hoptim.training.optimizer import BilevelOptimizer, FirstHyperstep, restart_lbfgs
 from hoptim.training.record import Record
 from hoptim.training.training_optimizer import Saved
 
@@ -120,6 +120,8 @@ class FoldOptimizer(BilevelOptimizer):
         record = self.coroutine.pause(result)
         if record is not None:
             self._progress.hyper_steps, self._progress.record = record.hyper_step, record
+            if record.moved:
+                restart_lbfgs(self.inner)
         return self._progress.record  # type: ignore[return-value]
 
 
@@ -141,14 +143,13 @@ def joined(results: Sequence[Hypergradient]) -> Hypergradient:
 
 
 def _joined_solution(solutions: Sequence[Solution]) -> Solution:
-    kinds = [("failed", "remark", "ok").index(solution.status.kind) for solution in solutions]
-    worst = kinds.index(min(kinds))
+    place = worst(solutions)
     finals = [solution.residuals[-1].amax() for solution in solutions if len(solution.residuals)]
-    of_fold = f"fold {worst + 1} of {len(solutions)}: {solutions[worst].detail or 'no detail'}"
+    of_fold = f"fold {place + 1} of {len(solutions)}: {solutions[place].detail or 'no detail'}"
     return Solution(
         value=_stacked([solution.value for solution in solutions]),
-        status=solutions[worst].status,
-        detail="" if solutions[worst].status.kind == "ok" else of_fold,
+        status=solutions[place].status,
+        detail="" if solutions[place].status.kind == "ok" else of_fold,
         converged=all(solution.converged for solution in solutions),
         negative_curvature=any(solution.negative_curvature for solution in solutions),
         residuals=torch.stack(finals)[None] if finals else torch.empty(0),

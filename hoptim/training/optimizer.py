@@ -241,7 +241,7 @@ class BilevelOptimizer(TrainingOptimizer):
         before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
         if moved:
             outer_step(self.problem, self.outer, gradient)
-            _restart_lbfgs(self.inner)
+            restart_lbfgs(self.inner)
         after = natural_values(self.problem)
         warn_of_first_hyperstep(before, after, gradient, self.every)
         record = progress.record = Record(
@@ -330,7 +330,7 @@ class BilevelOptimizer(TrainingOptimizer):
         return f"BilevelOptimizer({how},\ninner={self.inner},\nouter={self.outer})"
 
 
-def _restart_lbfgs(inner: Optimizer) -> None:
+def restart_lbfgs(inner: Optimizer) -> None:
     """Let an LBFGS begin anew, since the training loss is another one now.
 
     It takes the change of the gradient since its last step for curvature, and with the change by the hyperparameters in it,

@@ -122,7 +122,18 @@ def influenced(rank: int, size: int) -> Answer:
         hoptim.self_influence(problem, of_examples, batch)
     except TypeError as error:
         words = str(error)
-    return {"scores": found.scores, "x": found.solution.value, "refused": words}
+    alike = hoptim.influence(problem, of_examples, batch, val_shard(rank), by_ekfac(problem, shard(0)))
+    try:
+        hoptim.influence(problem, of_examples, batch, val_shard(rank), by_ekfac(problem, batch))
+    except ValueError as error:
+        differing = str(error)
+    own = {"scores": found.scores, "x": found.solution.value, "by EKFAC": alike.scores}
+    return {**own, "refused": words, "differing": differing}
+
+
+def by_ekfac(problem: hoptim.Problem, batch: tuple[Tensor, Tensor]) -> hoptim.Implicit:
+    ekfac = hoptim.EKFAC(model=problem.model, criterion=nn.CrossEntropyLoss(), batches=[batch])
+    return hoptim.Implicit(hoptim.MINRES(terms=4), curvature=hoptim.Exact(), preconditioner=ekfac)
 
 
 def wrapped_hyperparameters(rank: int, size: int) -> Answer:

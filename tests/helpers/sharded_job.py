@@ -572,6 +572,7 @@ def words_of(call: Callable[[], Any]) -> str:
 def refusals(rank: int, size: int) -> Answer:
     problem = problem_of(sharded("nested", size))
     train, val, inner = shard(rank), val_shard(rank), sgd(problem)
+    ekfac = hoptim.EKFAC(model=problem.model, criterion=nn.CrossEntropyLoss(), batches=[train])
 
     def of(method: Any, **options: Any) -> str:
         return words_of(lambda: hoptim.hypergradient(problem, train, val, method, inner=inner, **options))
@@ -598,6 +599,7 @@ def refusals(rank: int, size: int) -> Answer:
         **{f"rounded {what}": rounded(what) for what in ("param_dtype", "reduce_dtype")},
         "stepping": words_of(stepping),
         "update": of(hoptim.Implicit(condition=hoptim.Update())),
+        "ekfac": of(hoptim.Implicit(preconditioner=ekfac)),
         "unrolled": of(hoptim.Unrolled(3)),
         "replay": of(hoptim.Replay([train])),
         "audit": words_of(lambda: hoptim.audit(problem, train, val)),

@@ -57,11 +57,14 @@ def test_each_rank_has_the_scores_of_its_own_examples(world: list[dict[str, Any]
     per_rank = [job.val_shard(rank) for rank in range(size)]
     val = joined([(x[part], y[part]) for part in (slice(0, 4), slice(4, 8)) for x, y in per_rank])  # two losses, as on each
     known = hoptim.influence(problem, job.of_examples, train_of(size), val)
+    by_ekfac = hoptim.influence(problem, job.of_examples, train_of(size), val, job.by_ekfac(problem, job.shard(0))).scores
     for rank, found in enumerate(one["influenced"] for one in world):
         own = known.scores[:, rank * job.SIZE : (rank + 1) * job.SIZE]
         assert_close(found["scores"], own, rtol=1e-7, atol=1e-9)
         assert_close(found["x"], known.solution.value, rtol=1e-7, atol=1e-9)
         assert "self_influence solves for the examples of one process" in found["refused"]
+        assert_close(found["by EKFAC"], by_ekfac[:, rank * job.SIZE : (rank + 1) * job.SIZE], rtol=1e-7, atol=1e-9)
+        assert "the preconditioners EKFAC differ between the" in found["differing"]
 
 
 @pytest.mark.parametrize("method", [method for method in job.METHODS if method != "compiled"])

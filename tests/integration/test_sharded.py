@@ -236,6 +236,7 @@ def test_a_fit_of_folds_is_that_of_one_process(world: list[dict[str, Any]]) -> N
         ("rounded reduce_dtype", "TypeError: FiniteDifference.*casts to torch.bfloat16.*Take hoptim.Exact"),
         ("stepping", "TypeError: weight 'gain' has a hook that runs when its gradient is there.*hoptim.Exact"),
         ("update", "TypeError: the condition Update.*whose state is sharded.*take hoptim.Gradient"),
+        ("ekfac", r"TypeError: EKFAC needs whole weights.*take Jacobi\(\)"),
         ("unrolled", "TypeError: Unrolled repeats inner steps.*take hoptim.Implicit"),
         ("replay", "TypeError: Replay repeats inner steps.*take hoptim.Implicit"),
         ("learned", "TypeError: hyperparameter 'weight_decay'.*can't be learned where weights are sharded.*WeightDecay"),

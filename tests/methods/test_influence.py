@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hoptim
-from hoptim import CG, Exact, Identity, Implicit, Problem, Status, influence, self_influence
+from hoptim import CG, Exact, Identity, Implicit, Problem, Solution, Status, influence, self_influence
 
 DECAY = 0.1
 LONG = Implicit(CG(terms=200, tolerance=1e-13), curvature=Exact())
@@ -198,6 +199,24 @@ def test_a_failed_solve_has_no_scores() -> None:
     assert found.scores[:8].isfinite().all()
     assert found.scores[8:].isnan().all()
     assert found.solution.status is Status.NON_FINITE_GRADIENT
+    found = self_influence(Problem(model, None, train_loss, losses), losses, train, examples=[bad, train])
+    assert found.solution.status is Status.NON_FINITE_GRADIENT
+    assert found.scores[8:].isfinite().all()
+
+
+def test_self_influence_does_not_hold_the_solutions_of_all_examples() -> None:
+    model, train, _ = net()
+    held: list[int] = []
+
+    def counted(model: Any, hparams: Any, batch: Any) -> Tensor:
+        gc.collect()
+        held.append(sum(isinstance(one, Solution) for one in gc.get_objects()))
+        return losses(model, hparams, batch)
+
+    pieces = list(zip(train[0].split(1), train[1].split(1), strict=True))
+    self_influence(Problem(model, None, train_loss, losses), counted, train, examples=pieces)
+    assert len(held) == 8
+    assert held[-1] == held[2]
 
 
 @pytest.mark.parametrize(

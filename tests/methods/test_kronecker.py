@@ -90,6 +90,25 @@ def test_alone_it_is_the_whole_solve() -> None:
     torch.testing.assert_close(self_influence(problem, losses, batch, method).scores, known.diagonal(), rtol=1e-3, atol=1e-3)
 
 
+def test_its_factors_are_made_once_for_all_examples() -> None:
+    model, batch = made("mlp")
+    passes: list[int] = []
+
+    class Counting(list[Any]):
+        def __iter__(self) -> Any:
+            passes.append(1)
+            return super().__iter__()
+
+    method = Implicit(Identity(), preconditioner=EKFAC(model=model, criterion=CRITERION, batches=Counting([batch])))
+    problem, pieces = Problem(model, None, train_loss, losses), list(zip(batch[0].split(2), batch[1].split(2), strict=True))
+    counts = []
+    for examples in (pieces[:1], pieces):
+        passes.clear()
+        self_influence(problem, losses, batch, method, examples=examples)
+        counts.append(len(passes))
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize("solver", [CG(terms=60, tolerance=1e-6), WarmStart(MINRES(terms=60, tolerance=1e-6))])
 def test_in_front_of_a_solver_it_does_not_change_a_long_solve(solver: Any) -> None:
     model, batch = made("mlp")

@@ -14,13 +14,13 @@ from jobs import ROOT
 from plain import own_threads
 from torch import nn
 from torch.distributions import constraints
-from torch.optim import SGD
+from torch.optim import LBFGS, SGD
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import hoptim
 from hoptim import CrossValidated, HyperParameters
 from hoptim.problem.random_stream import RandomStream
-from hoptim.training.fold_optimizer import due_steps
+from hoptim.training.fold_optimizer import FoldOptimizer, due_steps
 
 DRAW = torch.Generator().manual_seed(0)
 N = 11
@@ -188,6 +188,32 @@ def test_each_fold_carries_its_own_solver_state():
     assert all(carried is None for carried, _ in solves[:3])
     for (_, before), (carried, _) in zip(solves, solves[3:], strict=False):
         assert torch.equal(carried, before)
+
+
+def test_an_lbfgs_of_each_fold_begins_anew_when_the_hyperparameters_have_moved():
+    seen: list[tuple[bool, bool]] = []  # after each step, whether they moved in it, and whether the state is empty
+
+    def train(model: Any, optimizer: Any, examples: Any) -> None:
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = optimizer.loss(examples)
+            loss.backward()
+            return loss
+
+        for _ in range(12):
+            before = getattr(optimizer, "hyper_steps", 0)
+            optimizer.step(closure)
+            if isinstance(optimizer, FoldOptimizer):
+                seen.append((optimizer.hyper_steps > before, not optimizer.inner.state))
+
+    def lbfgs(model: nn.Module) -> LBFGS:
+        return LBFGS(model.parameters(), lr=0.1, max_iter=2)
+
+    cross_validated(inner=lbfgs, steps=12, hypersteps=3).fit(train)
+    moved = [is_empty for has_moved, is_empty in seen if has_moved]
+    assert len(moved) == 3 * len(FOLDS)
+    assert all(moved)
+    assert not any(is_empty for has_moved, is_empty in seen if not has_moved)
 
 
 def test_the_leaves_are_averaged_over_the_second_half():
