@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hoptim.curvature.gauss_newton import GaussNewton as GaussNewton
     from hoptim.curvature.minibatch import Averaged as Averaged
     from hoptim.curvature.minibatch import Sampled as Sampled
+    from hoptim.data.mixture import Mixture as Mixture
     from hoptim.diagnostics.audit import audit as audit
     from hoptim.diagnostics.report import Audit as Audit
     from hoptim.methods.conditions import Gradient as Gradient
@@ -74,6 +75,7 @@ _FILES = {
     "Implicit": "methods.implicit",
     "Influence": "methods.influence",
     "Jacobi": "methods.preconditioners",
+    "Mixture": "data.mixture",
     "Neumann": "solvers.neumann",
     "Nystrom": "solvers.nystrom",
     "Problem": "problem.problem",
@@ -98,7 +100,7 @@ _FILES = {
     "self_influence": "methods.influence",
 }
 _ROOMS = (
-    "curvature", "diagnostics", "linalg", "methods", "problem", "recipes", "solvers", "tracking", "training"
+    "curvature", "data", "diagnostics", "linalg", "methods", "problem", "recipes", "solvers", "tracking", "training"
 )  # fmt: skip
 __all__ = [*_FILES, "recipes"]
 

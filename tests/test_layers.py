@@ -16,7 +16,7 @@ PACKAGE = Path(hoptim.__file__).parent
 # A room imports from the rooms in the lines above its own, and from itself. Each line is a floor.
 FLOORS = [
     {"checks", "config"},
-    {"linalg"},
+    {"linalg", "data"},
     {"solvers", "problem"},
     {"curvature"},
     {"methods"},

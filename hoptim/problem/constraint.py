@@ -8,11 +8,27 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import ExpTransform, Transform, identity_transform
+from torch.distributions.transforms import ExpTransform, SoftmaxTransform, Transform, identity_transform
 
 from hoptim.checks import describe_type
 
 FAR = 0.01  # a start is refused if its leaf gives a value whose distance to the constraint's edge is off by this share
+
+
+class Shares(Constraint):
+    """A simplex whose leaf has a logarithm for each share, so that the order of the shares does not matter.
+
+    The leaf of ``constraints.simplex`` breaks a stick: one outer step there moves a late share less than an early one.
+    """
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether they are positive and add up to 1."""
+        return constraints.simplex.check(value)
+
+
+biject_to.register(Shares, lambda _: SoftmaxTransform())
 
 
 def is_nonnegative(constraint: Constraint) -> bool:
@@ -26,7 +42,7 @@ def _is_from_zero(constraint: Constraint, kind: Constraint) -> bool:
 
 
 def _is_simplex(constraint: Constraint) -> bool:
-    return type(constraint) is type(constraints.simplex)
+    return isinstance(constraint, (type(constraints.simplex), Shares))
 
 
 def described(found: Any) -> str:

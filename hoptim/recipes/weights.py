@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from hoptim.problem.constraint import Shares
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.recipes.arguments import check_between, check_count, checked_index, checked_names, weighted_mean, weighted_sum
+from hoptim.recipes.arguments import (
+    cast,
+    check_between,
+    check_count,
+    checked_index,
+    checked_names,
+    weighted_mean,
+    weighted_sum,
+)
 
 NAME = "example_weight"
 Trusted = Tensor | Sequence[int] | Sequence[bool] | Set[int]
@@ -149,23 +158,32 @@ def _mask(n: int, trusted: Trusted | None) -> Tensor:
 class DomainWeights(HyperParameters):
     """A learned mixture p of K data sources, p_d > 0 and Σ_d p_d = 1, and its loss Σ_d p_d·(mean loss on source d).
 
-    A batch of B examples, drawn from the whole data set, estimates this loss by
+    A batch of B examples, of which example i is of source d_i and was drawn with the share q_i of that source, estimates
+    this loss and its derivative in p by
 
-        (1/B) Σ_i p_{d_i}/q_{d_i} · ℓ_i,
+        (1/B) Σ_i p_{d_i}/q_i · ℓ_i.
 
-    where ℓ_i is the loss of example i, d_i its source, and q_d the share of source d in the data. At the start p = q, so
-    that it is the plain mean. ``hparams["mixture"]`` is p, of shape (K,), in the order of the names. A later training can
-    draw from the sources by p instead.
+    There are two ways to train by it. *Weighted in the loss*: batches come from the data as they are, q is the share of a
+    source in the data, and a batch tells as little as one of 1/Σ_d p_d²/q_d times its size (Kish's effective sample size, if
+    the gradients of all sources are alike): what has a small weight is computed in vain. *Sampled*: :class:`hoptim.Mixture`
+    draws by p itself and gives q with each example, so that the loss is the plain mean and each example counts in full.
+    Hypersteps are better off with batches that have as much of each source, ``train_batches`` of ``BilevelOptimizer``, for
+    of a source that is hardly drawn nothing is learned.
+
+    ``hparams["mixture"]`` is p, of shape (K,), in the order of the names; ``hparams.probabilities`` has it by name, for
+    ``Mixture`` or for ``datasets.interleave_datasets(..., probabilities=list(hparams.probabilities.values()))``.
 
     Args:
-        sizes: how many examples each source has, or its share, by name; two sources or more, K − 1 degrees of freedom.
+        sizes: how many examples each source has, or its share or probability, by name; two sources or more, K − 1 degrees of
+            freedom. p starts there: give all sources 1 to begin with all alike.
 
     Raises:
         TypeError: when called, ``source`` is no tensor of whole numbers.
-        ValueError: there are fewer than two sources, a size is not positive, or one is lost after those before it, as 1 is
-            after 10⁶ in float32 (then name the small one first); when called, shapes differ.
+        ValueError: there are fewer than two sources, a size is not positive, or one is lost beside the others; when called,
+            shapes differ.
 
-    Source: Xie et al. 2023, DoReMi (arXiv 2305.10429), who move p by another rule.
+    Source: Xie et al. 2023, DoReMi (arXiv 2305.10429), who move p by another rule; Pan et al. 2024, ScaleBiO (arXiv
+    2406.19976), by a hypergradient.
 
     >>> hparams = DomainWeights({"web": 900, "books": 100})
     >>> hparams["mixture"].detach()
@@ -176,24 +194,44 @@ class DomainWeights(HyperParameters):
     >>> hparams["mixture"] = torch.tensor([0.8, 0.2])
     >>> round(hparams.mean(losses, source).item(), 4)                                # (0.8/0.9·1 + 0.2/0.1·3)/2
     3.4444
+    >>> round(hparams.mean(losses, source, torch.tensor([0.8, 0.2])).item(), 4)      # drawn by p
+    2.0
     """
 
     shares: Tensor
+    outer_rate = 0.3  # chosen in scripts/studies/mixtures
 
     def __init__(self, sizes: Mapping[str, float]) -> None:
         self.names = checked_names("sizes", list(sizes))
         counts = torch.tensor([float(size) for size in sizes.values()])
-        super().__init__({"mixture": counts / counts.sum()}, {"mixture": constraints.simplex})
+        super().__init__({"mixture": counts / counts.sum()}, {"mixture": Shares()})
         self.register_buffer("shares", self["mixture"].detach())
 
-    def mean(self, losses: Tensor, source: Tensor) -> Tensor:
-        """(1/B) Σ_i p_{d_i}/q_{d_i} · ℓ_i, for the training loss.
+    def mean(self, losses: Tensor, source: Tensor, share: Tensor | None = None) -> Tensor:
+        """(1/B) Σ_i p_{d_i}/q_i · ℓ_i, for the training loss.
 
         Args:
             losses: the loss of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
             source: the source of each example, shape (B,), as its number in the order of the names.
+            share: q_i, with which share of all examples that source was drawn then, shape (B,), as ``Mixture`` gives it;
+                default: its share in ``sizes``.
         """
-        return weighted_mean(losses, self["mixture"] / self.shares, "source", source)
+        if share is None:
+            return weighted_mean(losses, self["mixture"] / self.shares, "source", source)
+        if share.shape != losses.shape:
+            raise ValueError(f"losses have shape {tuple(losses.shape)} and share {tuple(share.shape)}: give one share each")
+        return weighted_mean(losses / cast(share, losses), self["mixture"], "source", source)
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """p by name, which adds up to 1 in float64."""
+        p = self["mixture"].detach().double()
+        return dict(zip(self.names, (p / p.sum()).tolist(), strict=True))
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """K − 1, since the sum is fixed."""
+        return len(self.names) - 1
 
 
 class LossWeights(HyperParameters):

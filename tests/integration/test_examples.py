@@ -62,3 +62,13 @@ def test_influence_finds_wrong_labels_and_draws_those_that_helped_and_hurt(tmp_p
     assert len(found) == 3
     assert min(found) >= 60  # of 100 among 1,000
     assert (tmp_path / "influence.png").stat().st_size > 20_000
+
+
+def test_a_mixture_is_learned_for_code_and_beats_all_sources_alike(tmp_path) -> None:
+    said = run("examples/mixture.py", "--steps", "300", "--out", tmp_path / "mixture.png").stdout
+    shares, alike, learned = (figures(line) for line in said.splitlines()[:3])
+    assert sum(shares) == pytest.approx(1.0, abs=0.03)
+    assert shares[0] == max(shares), "Python's library is most like PyTorch's code"
+    assert shares[3] < 0.12, "shuffled letters help nothing"
+    assert learned < alike
+    assert (tmp_path / "mixture.png").stat().st_size > 5_000

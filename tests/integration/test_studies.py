@@ -46,7 +46,15 @@ def records(path: Path) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("defaults", 30), ("holdout", 5), ("example_influence", 12), ("language", 6), ("sharded", 15), ("wrong_labels", 9)],
+    [
+        ("defaults", 30),
+        ("holdout", 5),
+        ("example_influence", 12),
+        ("language", 6),
+        ("mixtures", 12),
+        ("sharded", 15),
+        ("wrong_labels", 9),
+    ],
 )
 def test_the_lines_of_a_page_are_those_of_its_rows(name: str, least: int) -> None:
     page, told = tables((STUDIES / name / "README.md").read_text()), tables(run(f"studies/{name}/run.py", "--saved").stdout)

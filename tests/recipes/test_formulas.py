@@ -93,7 +93,8 @@ def test_the_derivative_is_that_of_differences(name: str) -> None:
     found, expected = slopes(lambda: value(hparams), hparams)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
     assert found.abs().max() > 1e-3
-    assert hparams.degrees_of_freedom == sum(leaf.numel() for leaf in hparams.parameters())
+    fixed = isinstance(hparams, DomainWeights)  # their sum
+    assert hparams.degrees_of_freedom == sum(leaf.numel() for leaf in hparams.parameters()) - fixed
 
 
 def test_weights_of_losses_are_all_one_at_the_start_and_keep_their_sum() -> None:
@@ -250,9 +251,6 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: Categorical(["a", "b"]).mix(dict.fromkeys("abc", Z)), ValueError, "found has ['a', 'b', 'c']"
     ),
     "other names than losses": (lambda: LossWeights(["a", "b"]).sum({"a": Z, 3: Z}), ValueError, "losses has ['3', 'a']"),  # type: ignore[dict-item]
-    "a source that is lost beside the other": (
-        lambda: DomainWeights({"a": 1e17, "b": 1}), ValueError, "'mixture' starts at 1e-17, and its leaf gives 2.22e-16"
-    ),
     "labels as pairs": (lambda: SoftLabels(Z.to(torch.complex64)[0]), TypeError, "labels is a Tensor: give the class"),
     "logits of other classes": (
         lambda: SoftLabels(Y).cross_entropy(Z[:2, :3], torch.tensor([0, 1])), ValueError,

@@ -1,0 +1,1 @@
+"""What to train on: streams of several sources. See hoptim/data/README.md."""
