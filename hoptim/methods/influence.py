@@ -7,10 +7,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 from hoptim.checks import describe_type
@@ -58,8 +60,8 @@ def influence(
 
     A is the curvature of the training loss, g = ∂L_V/∂w. This is the derivative of L_V in a weight of ℓ_i: if L_T has the
     mean of n losses, a training without example i ends with L_V higher by −score/n, to first order. One solve is for any
-    number of examples, also of such that nobody trained on. Their gradients are not held: a batch of examples costs two
-    gradients, and about one for each further validation loss.
+    number of examples, also of such that nobody trained on. Their gradients are not held: a batch of examples costs one to
+    two gradients, and about one for each further validation loss.
 
     Args:
         problem: the model as trained, and both losses. A validation loss that returns a vector of R losses, such as one for
@@ -98,10 +100,8 @@ def influence(
             g = F.layout.flatten(validation.g, validation.loss.shape)
             del validation  # likewise
             solution = method.solver_of(F, problem, loop)(g)
-        own = _of_examples(at, losses)
-        scores = [
-            _scores(_along(own, batch, F.layout, solution.value), solution) for batch in _batches(examples, train_batch)
-        ]
+        along = _along_each(_of_examples(at, losses), _batches(examples, train_batch), F.layout, solution.value)
+        scores = [_scores(found, solution) for found in along]
     _warn_of_doubts(method, loop, problem, found := replace(solution, value=F.layout.views(solution.value)))
     return Influence(scores=torch.cat(scores, dim=-1), solution=found)
 
@@ -194,6 +194,47 @@ def _vector(losses: Tensor) -> Tensor:
     if losses.ndim != 1:
         raise ValueError("losses returned a scalar: return the loss of each example, as reduction='none' gives them")
     return losses
+
+
+def _along_each(at: At, batches: Iterable[Any], layout: Layout, x: Tensor) -> Iterator[Tensor]:
+    """xᵀ∇ℓ_i of batch after batch: by forward mode from the third on, if that is right on the second.
+
+    Forward mode takes 0.7 to 0.9 gradients on a CNN and 1.3 to 1.5 on a transformer layer, where two backward passes take
+    2.3 and 1.8, and it holds no graph. But some operations lack it, and it also differentiates what is under ``no_grad``.
+    """
+    quick = x.ndim == 1
+    for index, batch in enumerate(batches):
+        found = _along_by_forward_mode(at, batch, layout, x) if quick and index else None
+        if found is None or index < 2:
+            exact = _along(at, batch, layout, x)
+            quick = quick and (index == 0 or (found is not None and _are_close(found, exact)))
+            found = exact
+        yield found
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.5 * b.abs().max())
+
+
+def _along_by_forward_mode(at: At, batch: Any, layout: Layout, x: Tensor) -> Tensor | None:
+    """xᵀ∇ℓ_i of the examples of a batch, as the derivative of ℓ(w + tx) in t; ``None`` where an operation has none."""
+    try:
+        _load_forward_mode()
+        with torch.no_grad(), forward_ad.dual_level():
+            moved = layout.unflatten(x)
+            duals = {name: forward_ad.make_dual(at.weights[name].detach(), moved[name]) for name in layout.names}
+            with at.problem.at(weights=duals) as there, there.loss("losses", batch) as (found, *_):
+                return forward_ad.unpack_dual(_vector(found)).tangent
+    except RuntimeError:
+        return None
+
+
+@cache
+def _load_forward_mode() -> None:
+    """What torch imports at the first use, with a warning about itself."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _along(at: At, batch: Any, layout: Layout, x: Tensor) -> Tensor:

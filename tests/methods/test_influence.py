@@ -123,6 +123,96 @@ def test_examples_in_pieces_have_the_scores_of_all_at_once_also_new_ones() -> No
     torch.testing.assert_close(stream, together, rtol=0, atol=1e-12)
 
 
+class Half(torch.autograd.Function):
+    """A function whose author wrote no forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 0.5 * grad
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv1d(1, 2, 2), nn.BatchNorm1d(2).eval(), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x[:, None])).tanh().flatten(1))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(torch.stack([x, x.sin(), x.cos(), x**2], -1)).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(1, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x[..., None])[0][:, -1])
+
+
+class Gated(nn.Linear):
+    """Under no_grad, which forward mode does not heed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = self.weight.square().sum()
+        return gate * super().forward(x)
+
+
+class Physical(nn.Linear):
+    """Its output is a derivative in the inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(super().forward(x).tanh().sum(), x, create_graph=True)[0]
+
+
+class Custom(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Half.apply(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("made", "fast"),
+    [
+        (Conv, True), (Attention, True), (Recurrent, None),
+        (lambda: Gated(3, 1), False), (lambda: Physical(3, 1), False), (lambda: Custom(3, 1), False),
+    ],
+)  # fmt: skip
+def test_many_pieces_have_the_scores_of_one_by_forward_mode_or_without_it(made: Any, fast: bool | None) -> None:
+    torch.manual_seed(3)
+    model, train, val = made().double(), (draw(10, 3), draw(10)), (draw(4, 3), draw(4))
+    backward: list[bool] = []
+
+    def seen(model: Any, hparams: Any, batch: Any) -> Tensor:
+        backward.append(torch.is_grad_enabled())
+        return losses(model, hparams, batch)
+
+    problem = Problem(model, None, train_loss, lambda *given: losses(*given).mean())
+    method = Implicit(hoptim.MINRES(terms=3), curvature=Exact(), damping=1.0)
+    whole = influence(problem, seen, train, val, method).scores
+    assert backward == [True]
+    backward.clear()
+    pieces = list(zip(train[0].split(2), train[1].split(2), strict=True))
+    found = influence(problem, seen, train, val, method, examples=iter(pieces)).scores
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-12)
+    assert whole.abs().max() > 1e-3
+    assert fast is None or backward == [True, False, True, *([not fast] * 3)]
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_self_influence_is_the_diagonal_of_influence() -> None:
     model, train, _ = net()
     problem = Problem(model, None, train_loss, losses)

@@ -36,7 +36,7 @@ class Task:
 
     def data(self, root: Path, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x and y for training, x and y of the queries, and which training labels are wrong."""
-        x, y = _digits() if self.title == "digits" else _garments(root)
+        x, y = _digits() if self.title == "digits" else garments(root)
         draw = torch.Generator().manual_seed(1000 + seed)
         train, queries = torch.randperm(len(x), generator=draw)[: self.train + self.queries].split(
             [self.train, self.queries]
@@ -81,7 +81,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _garments(root: Path) -> tuple[Tensor, Tensor]:
+def garments(root: Path) -> tuple[Tensor, Tensor]:
     found = FashionMNIST(root, download=True)
     return (found.data[:, None] / 255 - 0.286) / 0.353, found.targets
 
