@@ -64,7 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     x, y, *queries, _ = TASKS[given.task].data(given.data, 0)
-    model = TASKS[given.task].trained(x, y, 0)
+    model = TASKS[given.task].trained(given.data, x, y, 0)
     problem = Problem(model, None, problem_of(model).train_loss, lambda *of: each(*of).mean())
 
     def scored(batches: Iterator[Batch]) -> None:

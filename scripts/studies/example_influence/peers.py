@@ -1,9 +1,12 @@
-"""Influence by kronfluence (EKFAC), with the scores' sign as hoptim's: low where an example helps."""
+"""Influence by kronfluence (EKFAC) and by TRAK, with the scores' sign as hoptim's: low where an example helps."""
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -57,3 +60,38 @@ def kronfluence(
             found = analyzer.load_pairwise_scores("scores")
     logging.disable(logging.NOTSET)
     return -found["all_modules"].float()
+
+
+def trak(
+    models: Sequence[nn.Module],
+    train: tuple[Tensor, Tensor],
+    queries: tuple[Tensor, Tensor],
+    dimensions: int,
+    damping: float = 0.0,
+) -> Tensor:
+    """Scores of the queries' losses, of shape (queries, examples), by all of these models together.
+
+    The options are TRAK's own, but for float32, how many ``dimensions`` gradients are projected to, and the ``damping`` that
+    is added to their second moments, its ``lambda_reg``.
+    """
+    from trak import TRAKer
+    from trak.projectors import BasicProjector
+
+    size = sum(w.numel() for w in models[0].parameters())
+    # In two blocks at least: with one, the default up to 100 dimensions, it fails once features are finalized.
+    projector = BasicProjector(size, dimensions, 0, "normal", torch.device("cpu"), block_size=min(100, dimensions // 2))
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):  # its bars of progress
+        traker = TRAKer(
+            models[0], "image_classification", len(train[0]), folder, device="cpu", projector=projector,
+            use_half_precision=False, logging_level=logging.ERROR, lambda_reg=damping,
+        )  # fmt: skip
+        states = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
+        for number, state in enumerate(states):
+            traker.load_checkpoint(state, model_id=number)
+            for x, y in zip(train[0].split(250), train[1].split(250), strict=True):
+                traker.featurize((x, y), num_samples=len(x))
+        traker.finalize_features()
+        for number, state in enumerate(states):
+            traker.start_scoring_checkpoint("queries", state, number, len(queries[0]))
+            traker.score(queries, num_samples=len(queries[0]))
+        return -torch.tensor(traker.finalize_scores("queries")).T

@@ -1,4 +1,4 @@
-"""Whose scores tell best what a training without some examples would do? Influence by hoptim and by kronfluence's EKFAC.
+"""Whose scores tell best what a training without some examples would do? Influence by hoptim, kronfluence and TRAK.
 
     python scripts/studies/example_influence/run.py --data data        # run what runs/example_influence lacks, then tables
     python scripts/studies/example_influence/run.py --tasks digits --seeds 0 --ways "MINRES(10)"
@@ -6,7 +6,7 @@
 
 The figure is LDS, the linear datamodelling score (Park et al. 2023, TRAK, arXiv 2303.14186, section 2): the rank
 correlation, over 50 trainings on random halves of the examples, of a query's loss with the sum of the scores of the half,
-mean over the queries. kronfluence is an extra: pip install kronfluence. Settings were chosen on seed 100.
+mean over the queries. The peers are installed apart: pip install kronfluence traker. Settings were chosen on seed 100.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.means import mean_and_error
 from common.study import Row, Study, by_seed
 from common.tables import markdown
-from studies.example_influence.peers import kronfluence
+from studies.example_influence.peers import kronfluence, trak
 from studies.example_influence.tasks import DECAY, TASKS, losses_of
 
 from hoptim import (
@@ -57,7 +57,13 @@ METHODS = {
     "CG(50) on Gauss-Newton, damping 0.01": Implicit(CG(terms=50), curvature=GaussNewton(), damping=0.01),
 }
 DAMPING = {"EKFAC alone": 0.1, "EKFAC alone, damping 1": 1.0, "MINRES(3) behind EKFAC": 0.3}
-WAYS = (*METHODS, *DAMPING, KRONFLUENCE)
+TRAK = {  # how many dimensions gradients are projected to, and lambda_reg, which is 0 by default
+    "TRAK": {"digits": (64, 0.0), "garments": (256, 0.0), "cnn": (32, 0.0)},
+    "TRAK, damped": {"digits": (1024, 100.0), "garments": (1024, 100.0), "cnn": (1024, 1000.0)},
+}
+WAYS = (*METHODS, *DAMPING, KRONFLUENCE, *TRAK)
+ENSEMBLES = ("MINRES(10)", "EKFAC alone", KRONFLUENCE, *TRAK)
+PEERS = {KRONFLUENCE: "kronfluence", **dict.fromkeys(TRAK, "trak")}  # the modules that these ways need
 SELF = {  # a solve for each of a thousand examples takes minutes, and with convolutions hours
     "garments": ("gradient products", "MINRES(5)", "MINRES(10)", "EKFAC alone", KRONFLUENCE),
     "cnn": ("gradient products", "EKFAC alone", KRONFLUENCE),
@@ -67,13 +73,14 @@ Batch = tuple[Tensor, Tensor]
 
 def jobs(options: argparse.Namespace) -> Iterator[Row]:
     """Each way on each task, for one model and for five; and the influence of examples on themselves."""
-    if KRONFLUENCE in options.ways and find_spec("kronfluence") is None:
-        raise SystemExit(f"{KRONFLUENCE} is not installed: pip install kronfluence, or name other --ways")
+    for way in options.ways:
+        if way in PEERS and find_spec(PEERS[way]) is None:
+            raise SystemExit(f"{way} is not installed: pip install kronfluence traker, or name other --ways")
     for seed in options.seeds:
         for task in options.tasks:
             for way in options.ways:
                 yield {"task": task, "way": way, "models": 1, "kind": "scores", "seed": seed}
-                if way in ("MINRES(10)", "EKFAC alone", KRONFLUENCE):
+                if way in ENSEMBLES:
                     yield {"task": task, "way": way, "models": ENSEMBLE, "kind": "scores", "seed": seed}
                 if way in SELF.get(task, ()):
                     yield {"task": task, "way": way, "models": 1, "kind": "self", "seed": seed}
@@ -101,8 +108,15 @@ def method_of(way: str, model: nn.Module, train: Batch) -> Implicit:
     return Implicit(Identity() if "alone" in way else MINRES(terms=3), curvature=Exact(), preconditioner=ekfac)
 
 
-def scores_of(way: str, model: nn.Module, train: Batch, queries: Batch) -> Tensor:
-    """Of shape (queries, examples)."""
+def scores_of(way: str, task: str, models: Sequence[nn.Module], train: Batch, queries: Batch) -> Tensor:
+    """Of shape (queries, examples), by all of these models."""
+    if way in TRAK:
+        return trak(copy.deepcopy(models), train, queries, *TRAK[way][task])
+    return torch.stack([scores_of_one(way, model, train, queries) for model in models]).mean(0)
+
+
+def scores_of_one(way: str, model: nn.Module, train: Batch, queries: Batch) -> Tensor:
+    """Likewise, by one model."""
     if way == KRONFLUENCE:
         return kronfluence(copy.deepcopy(model), train, queries)
     return influence(problem_of(model), each, train, queries, method_of(way, model, train)).scores
@@ -123,7 +137,7 @@ def halves(root: Path, task: str, seed: int) -> tuple[Tensor, Tensor]:
     for row in had:
         half = torch.randperm(len(x), generator=draw)[: len(x) // 2]
         row[half] = 1
-        losses.append(losses_of(TASKS[task].trained(x[half], y[half], seed), *queries).detach())
+        losses.append(losses_of(TASKS[task].trained(root, x[half], y[half], seed), *queries).detach())
     return had, torch.stack(losses)
 
 
@@ -147,15 +161,15 @@ def found_first(scores: Tensor, wrong: Tensor) -> float:
 def run(root: Path, task: str, way: str, models: int, kind: str, seed: int) -> Iterator[dict[str, Any]]:
     """LDS, or the share of wrong labels that were found, and the processor seconds without the trainings."""
     x, y, qx, qy, wrong = TASKS[task].data(root, seed)
-    trained = [TASKS[task].trained(x, y, seed + 1000 * k) for k in range(models)]
+    trained = [TASKS[task].trained(root, x, y, seed + 1000 * k) for k in range(models)]
     begun = time.process_time()
     if kind == "self":
         value = found_first(self_scores_of(way, trained[0], (x, y)), wrong)
     else:
-        scores = [scores_of(way, model, (x, y), (qx, qy)) for model in trained]
+        scores = scores_of(way, task, trained, (x, y), (qx, qy))
     seconds = time.process_time() - begun
     if kind == "scores":
-        value = lds(torch.stack(scores).mean(0), *halves(root, task, seed))
+        value = lds(scores, *halves(root, task, seed))
     with torch.no_grad():
         by_loss = found_first(-losses_of(trained[0], x, y), wrong) if kind == "self" else 0.0
     yield {"value": value, "seconds": seconds, "by loss": by_loss}

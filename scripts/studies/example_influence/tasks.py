@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from studies.example_influence.sentences import last_layer, sentences
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import FashionMNIST
@@ -20,13 +21,15 @@ class Task:
     """A data set, a network and how it is trained.
 
     Attributes:
-        network: makes it.
+        source: all inputs and labels, from the folder of the data sets.
+        network: makes it, from the same folder.
         train, queries: how many examples of each there are.
         wrong: the share of training labels that are replaced by another class.
     """
 
     title: str
-    network: Callable[[], nn.Module]
+    source: Callable[[Path], tuple[Tensor, Tensor]]
+    network: Callable[[Path], nn.Module]
     train: int
     queries: int
     wrong: float
@@ -36,20 +39,21 @@ class Task:
 
     def data(self, root: Path, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x and y for training, x and y of the queries, and which training labels are wrong."""
-        x, y = _digits() if self.title == "digits" else garments(root)
+        x, y = self.source(root)
         draw = torch.Generator().manual_seed(1000 + seed)
         train, queries = torch.randperm(len(x), generator=draw)[: self.train + self.queries].split(
             [self.train, self.queries]
         )
         labels = y[train].clone()
         wrong = torch.randperm(self.train, generator=draw)[: round(self.wrong * self.train)]
-        labels[wrong] = (labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=draw)) % 10
+        classes = int(y.max()) + 1
+        labels[wrong] = (labels[wrong] + torch.randint(1, classes, (len(wrong),), generator=draw)) % classes
         return x[train], labels, x[queries], y[queries], torch.zeros(self.train, dtype=torch.bool).index_fill(0, wrong, True)
 
-    def trained(self, x: Tensor, y: Tensor, seed: int) -> nn.Module:
+    def trained(self, root: Path, x: Tensor, y: Tensor, seed: int) -> nn.Module:
         """A network trained on these examples, by SGD with momentum and a rate that falls to zero."""
         torch.manual_seed(seed)
-        model = self.network()
+        model = self.network(root)
         steps = self.epochs * -(-len(x) // self.batch)
         optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -73,7 +77,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 @cache
-def _digits() -> tuple[Tensor, Tensor]:
+def digits(root: Path) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -86,11 +90,11 @@ def garments(root: Path) -> tuple[Tensor, Tensor]:
     return (found.data[:, None] / 255 - 0.286) / 0.353, found.targets
 
 
-def mlp(inputs: int) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Flatten(), nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, 10))
+def mlp(inputs: int) -> Callable[[Path], nn.Module]:
+    return lambda _: nn.Sequential(nn.Flatten(), nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
-def cnn() -> nn.Module:
+def cnn(root: Path) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 5, 2, 2), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(12, 16, 3, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
@@ -98,7 +102,8 @@ def cnn() -> nn.Module:
 
 
 TASKS = {
-    "digits": Task("digits", mlp(64), 400, 60, 0.0, 150, 400, 0.5),
-    "garments": Task("garments, MLP", mlp(784), 1000, 40, 0.1, 30, 100, 0.03),
-    "cnn": Task("garments, CNN", cnn, 1000, 40, 0.1, 40, 50, 0.05),
+    "digits": Task("digits", digits, mlp(64), 400, 60, 0.0, 150, 400, 0.5),
+    "garments": Task("garments, MLP", garments, mlp(784), 1000, 40, 0.1, 30, 100, 0.03),
+    "cnn": Task("garments, CNN", garments, cnn, 1000, 40, 0.1, 40, 50, 0.05),
+    "sentences": Task("sentences, MiniLM", sentences, last_layer, 300, 20, 0.1, 10, 25, 0.01),
 }
