@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import hoptim
 from hoptim import CG, Exact, Identity, Implicit, Problem, Solution, Status, influence, self_influence
+from hoptim.recipes import DomainWeights
 
 DECAY = 0.1
 LONG = Implicit(CG(terms=200, tolerance=1e-13), curvature=Exact())
@@ -104,6 +105,39 @@ def test_a_score_is_the_hypergradient_of_a_weight_of_the_example(method: Implici
     known = hoptim.hypergradient(problem, train, val, method).grads["weight"]
     found = influence(problem, losses, train, val, method).scores
     torch.testing.assert_close(found / 8, known, rtol=0, atol=1e-10)
+
+
+def test_mean_scores_of_sources_are_the_slopes_of_their_shares() -> None:
+    """∂L_V/∂p_d is the mean score of source d; the hypergradient goes on to the leaves of the shares, for each target."""
+    model, train, val = net()
+    source = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    hparams = DomainWeights({"a": 3, "b": 2, "c": 3}).double()
+
+    def mixed(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return hparams.mean(losses(model, hparams, batch), source) + penalty(model)
+
+    problem = Problem(model, hparams, mixed, losses)
+    scores = influence(problem, losses, train, val, LONG).scores
+    table = torch.stack([scores[:, source == d].mean(1) for d in range(3)], dim=1)
+    leaf = hparams.get_parameter("mixture")
+    jacobian = torch.stack([torch.autograd.grad(p, leaf, retain_graph=True)[0] for p in hparams["mixture"]])
+    found = hoptim.hypergradient(problem, train, val, LONG).grads["mixture"]
+    torch.testing.assert_close(table @ jacobian, found, rtol=0, atol=1e-10)
+    assert found.abs().max() > 1e-3
+
+
+def test_the_sum_of_scores_of_a_source_foretells_a_training_without_it() -> None:
+    """−Σ_i s_i/n is the change by less weight on the source, up to all of it, and the mean is the slope of its share."""
+    own, source = Ridge(), torch.arange(12) % 3
+    scores = influence(own.problem, losses, own.train, own.queries, LONG).scores
+    for d in range(3):
+        foretold = -scores[:, source == d].sum(1) / 12
+        less, more = (own.query_losses(own.fitted(1 + sign * 1e-5 * (source == d).double())) for sign in (-1, 1))
+        torch.testing.assert_close(foretold, (less - more) / 2e-5, rtol=1e-6, atol=1e-9)
+        share = 4 / 12  # of the source; p/q is the weight of its examples
+        steps = [1 + (source == d).double() * (sign * 1e-5 / share) for sign in (-1, 1)]
+        less, more = (own.query_losses(own.fitted(weights)) for weights in steps)
+        torch.testing.assert_close(scores[:, source == d].mean(1), (more - less) / 2e-5, rtol=1e-6, atol=1e-9)
 
 
 def test_examples_in_pieces_have_the_scores_of_all_at_once_also_new_ones() -> None:
