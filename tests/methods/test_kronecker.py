@@ -37,11 +37,12 @@ def made(kind: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model, (x, torch.arange(12) % 3)
 
 
-def dense_of(model: nn.Module, names: list[str], batches: Any, damping: float) -> Tensor:
-    """curvlinops' matrix of these weights, each tensor with its damping."""
+def dense_of(model: nn.Module, names: list[str], batches: Any, damping: float, draws: int = 0) -> Tensor:
+    """curvlinops' matrix of these weights, each tensor with its damping; by labels that are drawn, or by all."""
     weights = [dict(model.named_parameters())[name] for name in names]
     model.eval()
-    factors = EKFACLinearOperator(model, CRITERION, weights, batches, check_deterministic=False)
+    labels = {"fisher_type": "mc", "mc_samples": draws} if draws else {"fisher_type": "type-2"}
+    factors = EKFACLinearOperator(model, CRITERION, weights, batches, check_deterministic=False, **labels)
     dense = factors @ torch.eye(sum(w.numel() for w in weights))
     model.train()
     first = 0
@@ -51,14 +52,14 @@ def dense_of(model: nn.Module, names: list[str], batches: Any, damping: float) -
     return dense
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
-def test_its_root_is_that_of_the_dense_matrix(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "samples", "draws"), [("mlp", 3, 0), ("cnn", 10, 0), ("mlp", 2, 2)])
+def test_its_root_is_that_of_the_dense_matrix(kind: str, samples: int, draws: int) -> None:
     model, batch = made(kind)
     weights = dict(model.named_parameters())
     names = [name for name in weights if not name.startswith("1.")]  # not those of the norm
     size = sum(w.numel() for w in weights.values())
     batches = [(x, y) for x, y in zip(batch[0].split(5), batch[1].split(5), strict=True)]
-    root = EKFAC(model=model, criterion=CRITERION, batches=batches, damping=0.2)(
+    root = EKFAC(model=model, criterion=CRITERION, batches=batches, damping=0.2, samples=samples)(
         Symmetric(lambda v: v, like=torch.ones(size)), weights, None
     )
     whole = root @ torch.eye(size)
@@ -66,12 +67,25 @@ def test_its_root_is_that_of_the_dense_matrix(kind: str) -> None:
     assert torch.allclose(root.inverse @ whole, torch.eye(size), atol=1e-4)
     assert torch.allclose(root @ torch.ones(size), whole.sum(0), atol=1e-4)
     own = torch.cat([torch.full((w.numel(),), name in names) for name, w in weights.items()])
-    dense = dense_of(model, names, batches, 0.2)
+    dense = dense_of(model, names, batches, 0.2, draws)
     torch.testing.assert_close((whole @ whole)[own][:, own] @ dense, torch.eye(int(own.sum())), rtol=0, atol=2e-3)
-    if not own.all():  # the norm's have the mean of the eigenvalues, damped
+    if not own.all():  # the norm's have the mean of those of the layers' tensors, damped
         rest = (whole @ whole)[~own][:, ~own]
-        mean = dense.trace() / len(dense)
+        sizes = [weights[name].numel() for name in names]
+        mean = torch.stack([part.mean() for part in dense.diagonal().split(sizes)]).mean()
         torch.testing.assert_close(rest, torch.eye(len(rest)) / mean, rtol=1e-4, atol=1e-6)
+
+
+def test_of_one_example_it_is_the_fisher_matrix_itself_damped() -> None:
+    """(diag p − ppᵀ) ⊗ xxᵀ: with labels drawn from the model it would be another in each draw."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3, bias=False), torch.randn(1, 4)
+    p = model(x)[0].detach().softmax(0)
+    fisher = torch.kron(p.diag() - torch.outer(p, p), torch.outer(x[0], x[0]))
+    ekfac = EKFAC(model=model, criterion=CRITERION, batches=[(x, torch.tensor([1]))], damping=0.5)
+    root = ekfac(Symmetric(lambda v: v, like=torch.ones(12)), dict(model.named_parameters()), None)
+    dense = root.inverse @ (root.inverse @ torch.eye(12))
+    torch.testing.assert_close(dense, fisher + 0.5 * fisher.trace() / 12 * torch.eye(12), rtol=1e-4, atol=1e-5)
 
 
 def test_alone_it_is_the_whole_solve() -> None:
@@ -136,6 +150,8 @@ def test_what_cannot_be_says_why() -> None:
     model, batch = made("mlp")
     with pytest.raises(ValueError, match="damping=0: give a positive number"):
         EKFAC(model=model, criterion=CRITERION, batches=[batch], damping=0)
+    with pytest.raises(ValueError, match="samples=0: give how many labels"):
+        EKFAC(model=model, criterion=CRITERION, batches=[batch], samples=0)
     with pytest.raises(TypeError, match="model is a function: give the model"):
         EKFAC(model=losses, criterion=CRITERION, batches=[batch])  # type: ignore[arg-type]
     other = EKFAC(model=made("mlp")[0], criterion=CRITERION, batches=[batch])
