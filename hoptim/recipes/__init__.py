@@ -5,6 +5,7 @@ from hoptim.recipes.data import Augmentation, AugmentationNet, DistilledData
 from hoptim.recipes.decay import PriorScale, WeightDecay
 from hoptim.recipes.labels import LabelSmoothing, SoftLabels, Temperature
 from hoptim.recipes.noise import Dropout, NoiseWidth
+from hoptim.recipes.rater import Rater
 from hoptim.recipes.schedule import Schedule
 from hoptim.recipes.weights import DomainWeights, ExampleWeights, LossWeights
 
@@ -21,6 +22,7 @@ __all__ = [
     "LossWeights",
     "NoiseWidth",
     "PriorScale",
+    "Rater",
     "Schedule",
     "SoftLabels",
     "Temperature",

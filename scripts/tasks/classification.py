@@ -14,11 +14,12 @@ from torch.nn import functional as F
 import hoptim
 from hoptim.problem.sharding import whole
 from tasks import data as sets
+from tasks import models
 from tasks.task import Task, of_classes
 
 OF_LOGITS = ("label_smoothing", "temperature", "soft_labels")
 OF_LAYERS = ("noise_width", "dropout")
-OF_EXAMPLES = ("example_weights", "domain_weights")
+OF_EXAMPLES = ("example_weights", "domain_weights", "rater")
 OF_INPUTS = ("distilled_data", "augmentation", "augmentation_net", "gate")
 PENALTIES = ("weight_decay", "prior_scale")
 OF_STEPS = ("step",)
@@ -123,6 +124,8 @@ class Classification(Task):
             return make(dict(zip(names, self.source[self.parts["train"]].bincount().tolist(), strict=True)))
         if name == "distilled_data":
             return make(self.classes, shape)
+        if name == "rater":
+            return make(models.mlp((self.features(val).shape[1],), 1, [32]))
         return make(shape[0]) if name in ("augmentation_net", "gate") else make()
 
     @property
@@ -151,7 +154,13 @@ class Classification(Task):
             return hparams["example_weights"].mean(losses, batch)
         if "domain_weights" in self.recipes:
             return self.mixed(losses, hparams["domain_weights"], batch)
+        if "rater" in self.recipes:
+            return hparams["rater"].mean(losses, self.features(batch))
         return losses.mean()
+
+    def features(self, batch: Tensor) -> Tensor:
+        """What a rater sees of each example: its input and its class."""
+        return torch.cat([self.x[batch].flatten(1), F.one_hot(self.y[batch], self.classes)], dim=1)
 
     def mixed(self, losses: Tensor, mixture: Any, batch: Tensor) -> Tensor:
         """The mean weighted by source; validation examples, which a retraining adds, have the weight 1."""

@@ -151,6 +151,7 @@ RECIPES: dict[str, tuple[Make, Any]] = {
     "temperature": (lambda m: recipes.Temperature(1.3), lambda m, h, b: h.cross_entropy(m(b[1]), b[2])),
     "labels": (lambda m: recipes.SoftLabels(LABELS), lambda m, h, b: h.cross_entropy(m(b[1]), b[3])),
     "examples": (lambda m: recipes.ExampleWeights(EXAMPLES, groups=LABELS), lambda m, h, b: h.mean(each(m, b), b[3])),
+    "rater": (lambda m: recipes.Rater(nn.Linear(3, 1)), lambda m, h, b: h.mean(each(m, b), b[1][:, 0, 0])),
     "domains": (lambda m: recipes.DomainWeights({"a": 2, "b": 1, "c": 1}), lambda m, h, b: h.mean(each(m, b), b[2])),
     "losses": (
         lambda m: recipes.LossWeights(["class", "size"]),

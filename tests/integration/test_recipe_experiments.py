@@ -25,6 +25,7 @@ TINY = ("hoptim/tracker=[]", "outer_steps=1", "inner_steps=2", "every=2", "warmu
 PLACES = (
     "weight_decay", "prior_scale", "label_smoothing", "noise_width", "dropout", "example_weights", "soft_labels",
     "domain_weights", "temperature", "distilled_data", "augmentation_net", "augmentation", "gate",
+    "rater",
 )  # fmt: skip
 
 

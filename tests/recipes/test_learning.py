@@ -24,6 +24,7 @@ from hoptim.recipes import (
     LossWeights,
     NoiseWidth,
     PriorScale,
+    Rater,
     SoftLabels,
     Temperature,
     WeightDecay,
@@ -47,6 +48,24 @@ def each(z: Tensor, batch: Tensor) -> Tensor:
 
 def two_losses(z: Tensor, batch: Tensor) -> dict[str, Tensor]:
     return {"classes": each(z, batch).mean(), "first": (z[:, 0] - X[batch, 0]).square().mean()}
+
+
+class Both(nn.Module):
+    """Rates a pair of inputs and classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, features: tuple[Tensor, Tensor]) -> Tensor:
+        return self.layers(torch.cat(features, 1))
+
+
+def rater(_: nn.Module) -> nn.Module:
+    """One that has learned something, so that all of its layers have a gradient."""
+    found = Rater(Both()).double()
+    nn.init.normal_(found.net.layers[2].weight, std=0.5)
+    return found
 
 
 def distilled(model: Any, hparams: Any, batch: Tensor) -> Tensor:
@@ -73,6 +92,7 @@ RECIPES: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[Any, Any, T
     "DomainWeights": (
         lambda m: DomainWeights({"a": 1, "b": 1, "c": 1}), lambda m, h, b: h.mean(each(m(X[b]), b), SOURCE[b])
     ),
+    "Rater": (rater, lambda m, h, b: h.mean(each(m(X[b]), b), (X[b], F.one_hot(Y[b], 3)))),
     "DistilledData": (lambda m: DistilledData(3, (4,), size=1.0), distilled),
     "Categorical": (lambda m: Categorical(["plain", "tanh", "abs"]), lambda m, h, b: mixed(m, h, b, True)),
     "Gate": (lambda m: Gate(4, start=0.6), lambda m, h, b: each(m(X[b] * h.values()), b).mean()),

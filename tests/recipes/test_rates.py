@@ -34,6 +34,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "Schedule": lambda: recipes.Schedule(5),
     "Categorical": lambda: recipes.Categorical(["a", "b"]),
     "Gate": lambda: recipes.Gate(3),
+    "Rater": lambda: recipes.Rater(nn.Linear(2, 1)),
 }
 ROW = re.compile(r"^\| ((?:`\w+`(?:, )?)+)[^|]*\| ([\d.]+)(?:, falling)? \|", re.MULTILINE)
 PAGE = Path(recipes.__file__).with_name("README.md").read_text()
@@ -54,8 +55,8 @@ def first_move(outer: torch.optim.Optimizer, hparams: nn.Module) -> dict[str, se
 
 def test_the_page_has_a_rate_for_every_recipe() -> None:
     assert set(MADE) == set(recipes.__all__)
-    assert {name: RATES[name] for name in ("AugmentationNet", "DistilledData", "Schedule", "Gate")} == {
-        "AugmentationNet": 0.01, "DistilledData": 0.03, "Schedule": 0.3, "Gate": 0.3
+    assert {name: RATES[name] for name in ("AugmentationNet", "DistilledData", "Schedule", "Gate", "Rater")} == {
+        "AugmentationNet": 0.01, "DistilledData": 0.03, "Schedule": 0.3, "Gate": 0.3, "Rater": 0.003
     }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def test_beside_others_each_recipe_has_its_own_rate_and_other_modules_that_of_a_
     )
     outer = outer_adam(hparams.double())
     rates = [group["lr"] for group in outer.param_groups]
-    assert sorted(rates) == [0.01, 0.03, 0.05, 0.1, 0.1, 0.3, 0.6, 0.6], "decays and prior scales have levels"
+    assert sorted(rates) == [0.003, 0.01, 0.03, 0.05, 0.1, 0.1, 0.3, 0.6, 0.6], "decays and prior scales have levels"
     for name, move in first_move(outer, hparams).items():
         recipe = name.split(".")[1]
         assert move == {RATES.get(recipe, 0.05)}, name
