@@ -72,3 +72,14 @@ def test_a_mixture_is_learned_for_code_and_beats_all_sources_alike(tmp_path) -> 
     assert shares[3] < 0.12, "shuffled letters help nothing"
     assert learned < alike
     assert (tmp_path / "mixture.png").stat().st_size > 5_000
+
+
+def test_a_rater_filters_the_next_digits_and_a_training_on_them_is_better(tmp_path) -> None:
+    said = run("examples/rater.py", "--out", tmp_path / "rater.png").stdout
+    before, after = (int(words) for words in re.findall(r"(\d+)%", said))
+    assert 55 < before < 65
+    assert after >= 95
+    everything, kept, clean = (float(words) for words in re.findall(r"test accuracy ([\d.]+)", said))
+    assert kept > everything + 0.2
+    assert kept > clean
+    assert (tmp_path / "rater.png").stat().st_size > 10_000
