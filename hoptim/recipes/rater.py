@@ -31,17 +31,17 @@ class Rater(nn.Module):
     A rating is a logit: an example counts from 0 to 2 times, once at r = 0. The last layer of ``net``, which is the last one
     in ``net.modules()`` with weights, is set to 0. So all ratings are 0 at the start, if nothing but that layer makes them,
     and the mean is the plain one. Weights of one example do not depend on the others in its batch, as they would with
-    DataRater's softmax over a batch: micro-batches and processes have the mean of the whole batch, and a rate ten times too
-    high learned well where with the softmax it destroyed what was learned.
+    DataRater's softmax over a batch: micro-batches and processes have the mean of the whole batch, and a high outer rate did
+    less harm (scripts/studies/raters).
 
-    Features are whatever ``net`` takes: a tensor, or a tuple or dict of tensors with an axis of examples in front. Tell the
-    rater what tells good examples from bad ones; among pixels and labels it finds wrong labels only slowly, with the loss
-    under a model of clean examples at once (scripts/studies/raters). The loss so far may be a feature too. Features get no
-    gradient, so that a model cannot lower its loss by a higher one that lowers its weight.
+    Features are whatever ``net`` takes: a tensor, or a tuple or dict of tensors with an axis of examples in front. Give it
+    what you would filter by otherwise, beside the inputs: from pixels and labels alone it hardly finds wrong labels, with
+    the loss under a model of clean examples it does. The loss so far may be a feature too. Features get no gradient, so that
+    a model cannot lower its loss by a higher one that lowers its weight.
 
     Args:
         net: the network, which returns one number for each example, of shape (B,) or (B, 1), with no sigmoid at its end. In
-            a training loss it is in training mode, with its dropout or BatchNorm, and in :meth:`rate` in ``eval()``.
+            a training loss it is in training mode, with its dropout or BatchNorm, and in :meth:`rate` in evaluation mode.
 
     Raises:
         TypeError: ``net`` is no module, or returns no floating-point tensor.
@@ -120,7 +120,7 @@ class Rater(nn.Module):
         return (cast(2 * ratings.sigmoid(), losses) * losses).mean()
 
     def rate(self, batches: Iterable[Any]) -> Iterator[Tensor]:
-        """Yield the ratings of each batch of features in order, in ``eval()`` and without gradients; nothing is kept.
+        """Yield the ratings of each batch of features in order, in evaluation mode and without gradients; nothing is kept.
 
         Args:
             batches: features, batch by batch: a list, a ``DataLoader`` or any other stream.
@@ -168,6 +168,9 @@ class Rater(nn.Module):
     @staticmethod
     def keep(ratings: Ratings, share: float) -> Tensor:
         """A mask, shape (n,), of the share of all examples with the highest ratings; of equal ones the first are kept.
+
+        An example counts 2 times at most, so that the order of the highest ratings says little, and a share much smaller
+        than that of the ratings above 0 lacks variety. Choose it by the validation loss of a few trainings.
 
         Args:
             ratings: those of n examples, in a tensor or in pieces, as :meth:`rate` and :meth:`read` give them.

@@ -52,6 +52,7 @@ def records(path: Path) -> list[dict[str, object]]:
         ("example_influence", 12),
         ("language", 6),
         ("mixtures", 12),
+        ("raters", 14),
         ("sharded", 15),
         ("wrong_labels", 9),
     ],
