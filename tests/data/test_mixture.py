@@ -162,6 +162,41 @@ def test_learned_weights_follow_a_training_and_find_the_source_that_fits() -> No
     assert model["w"].item() == pytest.approx(2.0, abs=0.2)
 
 
+def test_a_resumed_training_goes_on_in_the_batches_of_its_hypersteps() -> None:
+    sources = {"a": [0.0, 1.0, 2.0], "b": [5.0, 7.0, 8.0, 9.0]}
+
+    def made() -> tuple[hoptim.BilevelOptimizer, DomainWeights]:
+        model, hparams = torch.nn.ParameterDict({"w": torch.tensor(1.0)}), DomainWeights({"a": 1, "b": 1})
+
+        def train_loss(model: Any, hparams: Any, batch: Any) -> torch.Tensor:
+            return hparams.mean((model["w"] - batch[0]).square(), *batch[1:])
+
+        problem = hoptim.Problem(model, hparams, train_loss, lambda model, hparams, batch: (model["w"] - batch).square())
+        optimizer = hoptim.BilevelOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            hparams.optimizer(),
+            problem,
+            val_batches=[torch.tensor(3.0)],
+            train_batches=DataLoader(Mixture(sources), batch_size=3),
+            every=None,
+        )
+        return optimizer, hparams
+
+    straight, expected = made()
+    for _ in range(7):
+        straight.hyperstep()
+    first_part, moved = made()
+    for _ in range(4):
+        first_part.hyperstep()
+    resumed, found = made()
+    found.load_state_dict(moved.state_dict())
+    resumed.load_state_dict(first_part.state_dict())
+    for _ in range(3):
+        resumed.hyperstep()
+    assert torch.equal(found["mixture"], expected["mixture"])
+    assert not torch.equal(found["mixture"], moved["mixture"])
+
+
 FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "no sources": (lambda: Mixture({}), ValueError, "sources is empty"),
     "no examples": (lambda: Mixture({"a": [1], "b": []}), ValueError, "source 'b' has no examples"),
