@@ -64,6 +64,7 @@ class Task:
         size: of a batch; ``None`` for all examples.
         folds: of ``CrossValidated``, which learns on training and validation data together; ``None`` without it.
         hypersteps: of ``CrossValidated``.
+        has_factors: whether it is a classifier of linear layers and convolutions, trained without folds.
     """
 
     title: str
@@ -77,6 +78,7 @@ class Task:
     size: int | None = None
     folds: int | None = None
     hypersteps: int = 40
+    has_factors: bool = False
 
 
 def split(total: int, *sizes: int, most: int | None = None) -> dict[str, Tensor]:
@@ -273,15 +275,17 @@ def side_tasks(root: Path) -> Setup:
 TASKS: dict[str, Task] = {
     "iris": Task(
         title="Iris, MLP: a decay for each weight", constraint="positive", start=1e-3, grid=DECAYS, shows_parts=True,
-        setup=partial(of_table, "iris", 40, 32),
+        setup=partial(of_table, "iris", 40, 32), has_factors=True,
     ),
     "cancer": Task(
         title="breast cancer, MLP: a decay for each weight", constraint="positive", start=1e-3, grid=DECAYS,
         setup=partial(of_table, "breast_cancer", 100, 32), shows_parts=False, size=25,
+        has_factors=True,
     ),
     "cnn": Task(
         title="Fashion-MNIST, CNN with BatchNorm: a decay for each channel", constraint="positive", start=1e-4,
         grid=DECAYS, setup=garments, shows_parts=False, steps=320, size=50, every=8,
+        has_factors=True,
     ),
     "lstm": Task(
         title="letters of a novel, LSTM: a decay for each tensor", constraint="positive", start=1e-4, grid=DECAYS,
@@ -297,19 +301,20 @@ TASKS: dict[str, Task] = {
     ),
     "any-label": Task(
         title="digits, 40 % of labels drawn at random: example weights", constraint="unit interval", start=0.5,
-        setup=any_label_wrong, shows_parts=False, size=100,
+        setup=any_label_wrong, shows_parts=False, size=100, has_factors=True,
     ),
     "next-label": Task(
         title="Fashion-MNIST, BatchNorm, 40 % of labels those of the next class: example weights",
         constraint="unit interval", start=0.5, setup=next_label_wrong, shows_parts=True, size=100,
+        has_factors=True,
     ),
     "sources": Task(
         title="digits of four sources: logits of their shares", constraint="real", start=0.0, setup=mixed_sources,
-        shows_parts=True, size=100,
+        shows_parts=True, size=100, has_factors=True,
     ),
     "rare": Task(
         title="digits, rare classes: shifts of the logits", constraint="real", start=0.0, setup=rare_classes,
-        shows_parts=False, size=50,
+        shows_parts=False, size=50, has_factors=True,
     ),
     "clamped": Task(
         title="Boston housing, MLP: a clamped decay for each weight", constraint="non-negative", start=1e-2, grid=DECAYS,

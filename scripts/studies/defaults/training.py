@@ -16,7 +16,7 @@ from tasks.loops import shuffled, train, with_loss
 from torch import Tensor, nn
 
 import hoptim
-from hoptim import CG, MINRES, Exact, GaussNewton, Identity, Implicit, Neumann
+from hoptim import CG, EKFAC, MINRES, Exact, GaussNewton, Identity, Implicit, Neumann
 
 DEFAULT = "MINRES 5, warm-up 0.25, Adam 0.05"
 BY_CONSTRAINT, LEVELS = "rates by constraint", "levels"
@@ -54,6 +54,7 @@ class Setting:
         average: whether ``CrossValidated`` averages the leaves.
         shows_parts: whether hoptim sees the parts of the training loss; ``None`` leaves that to the task.
         differs: whether it changes anything in a task; where it does not, it is not run.
+        factored: whether the method is preconditioned by the Kronecker factors of the model.
     """
 
     method: Any = Implicit(MINRES(terms=5))  # noqa: RUF009 (it is frozen)
@@ -62,10 +63,22 @@ class Setting:
     average: bool = True
     shows_parts: bool | None = None
     differs: Callable[[Task], bool] = lambda _: True
+    factored: bool = False
+
+    def method_on(self, model: nn.Module, setup: Setup) -> Any:
+        """The hypergradient in a training of this model."""
+        if not self.factored:
+            return self.method
+        batches = [(setup.x[setup.train], setup.y[setup.train])]
+        return replace(self.method, preconditioner=EKFAC(model=model, criterion=nn.CrossEntropyLoss(), batches=batches))
 
 
 def _solved(solver: hoptim.Solver, damping: float = 0.0) -> Setting:
     return Setting(method=Implicit(solver, damping=damping))
+
+
+def _factored(solver: hoptim.Solver) -> Setting:
+    return Setting(method=Implicit(solver), factored=True, differs=lambda task: task.has_factors)
 
 
 def _curved(curvature: Any, *, where: bool) -> Setting:
@@ -82,6 +95,8 @@ SETTINGS: dict[str, Setting] = {
     **{f"CG {terms}": _solved(CG(terms=terms)) for terms in (5, 10, 20)},
     "CG 10, +0.1": _solved(CG(terms=10), 0.1),
     "CG to 0.03, +0.01": _solved(CG(terms=20, tolerance=0.03), 0.01),
+    "EKFAC": _factored(Identity()),
+    "EKFAC MINRES 3": _factored(MINRES(terms=3)),
     "exact Hessian": _curved(Exact(), where=True),
     "Gauss-Newton": _curved(GaussNewton(), where=False),
     **{f"warm-up {share:g}": Setting(warmup=share) for share in (0.0, 0.1, 0.5)},
@@ -132,13 +147,14 @@ def _loop(task: Task, model: nn.Module, optimizer: Any, examples: Tensor) -> Non
 
 
 def _learned(task: Task, setup: Setup, setting: Setting, rows: list[dict[str, Any]]) -> tuple[nn.Module, float]:
-    shared: dict[str, Any] = {"hypergradient": setting.method, "hooks": [lambda record: rows.append(record.row())]}
     own = torch.cat([setup.train, setup.val])
     given = replace(setup, x=setup.x[own], y=setup.y[own]) if task.folds else setup
     loss: Any = given.train_loss
     if not (task.shows_parts if setting.shows_parts is None else setting.shows_parts):
         parts, loss = loss, lambda model, hparams, batch: parts(model, hparams, batch)
     model = setup.make()
+    method, hooks = setting.method_on(model, setup), [lambda record: rows.append(record.row())]
+    shared: dict[str, Any] = {"hypergradient": method, "hooks": hooks}
     hparams = setup.hparams(model, task.start)
     outer = setting.outer(task, hparams)
     if task.folds:

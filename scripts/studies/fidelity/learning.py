@@ -11,6 +11,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from studies.fidelity.methods import Entry
 from tasks import data
 from tasks.loops import in_epochs, train
 from tasks.supervised import Supervised, sgd
@@ -23,14 +24,14 @@ import hoptim
 TRAIN, VAL, EPOCHS = 600, 200, 200
 
 
-def learned(name: str, method: Any, seeds: int) -> list[str]:
-    """Train with the method on each seed, without learning if it is ``None``; return its line in the table.
+def learned(name: str, entry: Entry | None, seeds: int) -> list[str]:
+    """Train with the method on each seed, without learning if there is none; return its line in the table.
 
     The means of test loss and accuracy, the length of the longest hypergradient over the median length on the worst seed,
     how many hypersteps moved nothing, and CPU seconds.
     """
     begun = time.process_time()
-    losses, accuracies, uneven, skipped = zip(*(run(method, seed) for seed in range(seeds)), strict=True)
+    losses, accuracies, uneven, skipped = zip(*(run(entry, seed) for seed in range(seeds)), strict=True)
     seconds = (time.process_time() - begun) / seeds
     return [
         name,
@@ -42,7 +43,7 @@ def learned(name: str, method: Any, seeds: int) -> list[str]:
     ]
 
 
-def run(method: Any, seed: int) -> tuple[float, float, float, int]:
+def run(entry: Entry | None, seed: int) -> tuple[float, float, float, int]:
     """Test loss, accuracy, longest over median length, and how many hypersteps moved nothing."""
     torch.manual_seed(seed)
     x, y = data.table("digits")
@@ -57,6 +58,7 @@ def run(method: Any, seed: int) -> tuple[float, float, float, int]:
         return (hparams["example_weight"][batch] * cross_entropy(z, y[batch], reduction="none")).mean()
 
     model, half = task.make(), torch.full((TRAIN,), 0.5)
+    method = entry and entry.on(model, [(x[task.train], y[task.train])])
     hparams = hoptim.HyperParameters({"example_weight": half}, {"example_weight": constraints.unit_interval})
     rows: list[dict[str, Any]] = []
     optimizer = hoptim.BilevelOptimizer(

@@ -39,7 +39,8 @@ class Case:
         inner = torch.optim.SGD(self.weights, lr=training.lr, momentum=training.momentum)
         self.put(inner, weights, velocity)
         outer = torch.optim.SGD(self.problem.hparams.parameters(), lr=0.0)
-        options = {"train_batches": [self.batch(back) for back in range(1, 5)], "hypergradient": entry.method}
+        train_batches = [self.batch(back) for back in range(1, 5)]
+        options = {"train_batches": train_batches, "hypergradient": entry.on(self.problem.model, [self.setup.train])}
         return hoptim.BilevelOptimizer(
             inner, outer, self.problem, val_batches=[self.setup.val], every=self.spec.lag, warmup=0, **options
         )

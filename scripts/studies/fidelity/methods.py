@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
 
 import hoptim
 from hoptim.methods.method import Method
@@ -30,6 +33,7 @@ class Entry:
         method: the method itself.
         curvature: ``exact`` or ``GN``, which needs a ``CompositeLoss``.
         shown: whether to draw its curve.
+        factored: whether it is preconditioned by the Kronecker factors of the problem's model, for a classifier.
     """
 
     family: str
@@ -37,6 +41,14 @@ class Entry:
     method: Method
     curvature: str = "exact"
     shown: bool = False
+    factored: bool = False
+
+    def on(self, model: nn.Module, batches: Sequence[Any]) -> Method:
+        """The method on a problem with this model and these training batches, each of inputs, labels and more."""
+        if not self.factored:
+            return self.method
+        pairs = [batch[:2] for batch in batches]
+        return replace(self.method, preconditioner=hoptim.EKFAC(model=model, criterion=nn.CrossEntropyLoss(), batches=pairs))
 
     @property
     def carries(self) -> bool:
@@ -61,6 +73,10 @@ def _all() -> Iterator[Entry]:
         yield from _on_each(f"warm {solver}", _warm(make), FEW)
     for solver, make, _ in SOLVERS[1:3]:
         yield from _on_each(f"Jacobi {solver}", make, (5, 10, 20), preconditioner=hoptim.Jacobi())
+    for terms in (0, 3, 5):
+        solver = hoptim.MINRES(terms=terms) if terms else hoptim.Identity()
+        method = hoptim.Implicit(solver, curvature=hoptim.Exact())
+        yield Entry(family="EKFAC MINRES, exact" if terms else "EKFAC", terms=terms, method=method, factored=True)
     yield from _on_each("GMRES on Update", lambda k: hoptim.GMRES(terms=k), (5, 10, 20), condition=hoptim.Update())
     for steps in TERMS:
         yield Entry(family="Unrolled", terms=steps, method=hoptim.Unrolled(steps), shown=True)

@@ -142,15 +142,15 @@ def show(rows: Sequence[Row]) -> Iterator[str]:
 
     lines = []
     for way in (way for way in order if of(way, TARGETS[0])):
-        cost = mean(row["seconds"] / seconds[row["seed"]] for target in TARGETS for row in of(way, target).values())
-        cells = [way, f"{cost:.1f}"]
+        costs = [row["seconds"] / seconds[s] for target in TARGETS for s, row in of(way, target).items() if s in seconds]
+        cells = [way, f"{mean(costs):.1f}" if costs else ""]
         for target in TARGETS:
             test, other = ({s: row["test"] for s, row in of(name, target).items()} for name in (way, LEARNED))
             cells += [mean_and_error(list(test.values())), mean_and_error(differences(test, other), "+.3f")]
         lines.append(cells)
     heads = [cell for target in TARGETS for cell in (f"{target}, bits a byte", f"minus “{LEARNED}”")]
     yield markdown(["way", "trainings", *heads], lines)
-    names = list(next(row["mixture"] for row in found if row["mixture"]))
+    names = list(next((row["mixture"] for row in found if row["mixture"]), {}))
     lines = []
     for way in (LEARNED, "RegMix, 32 small trainings", "a classifier's guess", "DoReMi"):
         for target in TARGETS[: 1 if way == "DoReMi" else 2]:
@@ -167,15 +167,16 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for axis, target in zip(axes, TARGETS, strict=True):
-        path = next(row["path"] for row in rows if (row["way"], row["target"]) == (LEARNED, target))
+        path = next((row["path"] for row in rows if (row["way"], row["target"]) == (LEARNED, target) and row["path"]), [])
+        if not path:
+            continue
         steps = [0, *(ways.WARMUP + ways.EVERY * n for n in range(len(path) - 1))]
         names = list(path[0])
         axis.stackplot(steps, *([one[name] for one in path] for name in names), labels=names, colors=plt.cm.tab10.colors)
         axis.set(title=f"target: {target}", xlabel="step", xlim=(0, steps[-1]), ylim=(0, 1))
     axes[0].set_ylabel("share of each source")
-    axes[1].legend(
-        *(found[::-1] for found in axes[1].get_legend_handles_labels()), loc="center left", bbox_to_anchor=(1, 0.5)
-    )
+    bands, names = axes[1].get_legend_handles_labels()
+    figure.legend(bands[::-1], names[::-1], loc="outside right center")
     save(figure, folder / "mixtures.png")
 
 
