@@ -78,6 +78,15 @@ def test_workers_share_an_indexed_source_and_see_an_update() -> None:
     assert drawn.double().mean().item() == pytest.approx(0.75, abs=0.07)
 
 
+def test_ranks_share_an_indexed_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for rank in range(3):
+        for name, number in (("is_initialized", True), ("get_rank", rank), ("get_world_size", 3)):
+            monkeypatch.setattr(f"torch.distributed.{name}", lambda number=number: number)
+        found += [example for example, *_ in first(Mixture({"a": list(range(30))}), 10)]
+    assert sorted(found) == list(range(30))
+
+
 def test_a_stream_begins_again_at_its_end() -> None:
     found = [example for example, source, _ in first(Mixture({"a": Endless(3), "b": [9]}), 24) if source == 0]
     assert found[:10] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
