@@ -39,7 +39,7 @@ class LayerInputs(HyperParameters, ABC):
             own = type(self).__name__
             raise ValueError(f"this model has no layer {missing!r}, which {own} was made for: give the same model")
         begun = _way_of_saving()
-        key: Any = object()
+        key = id(parts)  # differs from that of any call around this one; a number, as torch.compile of 2.8 asks for
         hooks = [(part._forward_pre_hooks, partial(self._change, name, begun)) for part, name in parts.items()]
         try:
             for of_part, hook in hooks:  # register_forward_pre_hook and its handle take twice as long
