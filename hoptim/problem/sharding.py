@@ -20,6 +20,7 @@ from hoptim.linalg.random import NormalNumbers
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.problem.distributed import Ranks, all_gather, reduce_scatter
 
+RIGHT_FROM = "2.13"  # with torch 2.8 hypergradients of sharded models were wrong; those between were not tried
 LARGE = 2**16  # a weight of so many entries has collectives of its own; smaller ones share one
 ALIKE = 1e-4  # losses of the same batch may differ by rounding, up to this share
 
@@ -171,9 +172,15 @@ class Sharding:
         """That of a model's live weights.
 
         Raises:
+            RuntimeError: torch is older than 2.13.
             TypeError: a weight is kept on another device than it is used on.
             ValueError: the losses are not averaged over all ranks that hold shards.
         """
+        if torch.__version__ < RIGHT_FROM:
+            raise RuntimeError(
+                f"the weights are sharded, and this is torch {torch.__version__}: with torch 2.8 hypergradients of sharded "
+                f"models were wrong. Take torch {RIGHT_FROM} or newer, or DistributedDataParallel"
+            )
         sharded = {name: p for name, p in live.items() if hasattr(p, "device_mesh")}
         widest = max((p.device_mesh for p in sharded.values()), key=lambda mesh: mesh.size())
         members = {dist.get_rank()} if ranks.group is None else {*dist.get_process_group_ranks(ranks.group)}

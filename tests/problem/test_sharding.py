@@ -134,3 +134,9 @@ def test_without_small_weights_no_rank_waits_for_another(monkeypatch: pytest.Mon
     monkeypatch.setattr(distributed, "all_reduce", refused)
     sharding = Sharding({}, Ranks(object()), is_one_batch=False)
     assert sharding.whole({}) == sharding.mean({}) == {}
+
+
+def test_a_torch_with_wrong_hypergradients_of_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "RIGHT_FROM", "99.0")
+    with pytest.raises(RuntimeError, match=r"Take torch 99\.0 or newer, or DistributedDataParallel"):
+        Sharding.of(nn.Linear(1, 1), {}, SimpleNamespace())
