@@ -106,10 +106,10 @@ class Mixture(IterableDataset[tuple[Any, int, float]]):
         ]
         place = float(torch.rand((), dtype=torch.float64, generator=self._generator(len(streams), shard)))
         while True:
-            q = self.probabilities.tolist()  # another process may have changed them
+            q = self.probabilities.tolist()  # another process may be changing them, so that they may not add up to 1
             ends = list(accumulate(q))
             source = bisect(ends, place * ends[-1], hi=len(ends) - 1)
-            yield next(streams[source]), source, q[source]
+            yield next(streams[source]), source, q[source] / ends[-1]
             place = (place + GOLDEN) % 1
 
     def _in_random_order(self, number: int, shard: int, shards: int) -> Iterator[Any]:

@@ -18,7 +18,7 @@ FAR = 0.01  # a start is refused if its leaf gives a value whose distance to the
 class Shares(Constraint):
     """A simplex whose leaf has a logarithm for each share, so that the order of the shares does not matter.
 
-    The leaf of ``constraints.simplex`` breaks a stick: one outer step there moves a late share less than an early one.
+    The leaf of ``constraints.simplex`` breaks a stick, so that what one of its numbers does depends on the shares before it.
     """
 
     event_dim = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -144,7 +145,7 @@ class Rater(nn.Module):
         Raises:
             ValueError: ``threshold`` is NaN; and as for :meth:`rate`.
         """
-        if not threshold <= threshold:
+        if math.isnan(threshold):
             raise ValueError(f"threshold is {threshold!r}: give a number, such as rater.threshold(ratings, share)")
         return ((batch, ratings >= threshold) for batch, ratings in self._rated(batches, features))
 

@@ -61,6 +61,14 @@ def test_the_share_is_the_probability_at_the_time_and_the_number_is_the_sources(
     assert {(source, share) for _, source, share in first(stream, 20)} == {(2, 1.0)}
 
 
+def test_the_share_is_right_while_another_process_writes_the_probabilities() -> None:
+    mixture = Mixture({"a": [1], "b": [2]})
+    mixture.probabilities[0] = 0.75  # the first is written, the second not yet
+    drawn = first(mixture, 500)
+    assert {(source, share) for _, source, share in drawn} == {(0, 0.6), (1, 0.4)}
+    assert sum(source for _, source, _ in drawn) == pytest.approx(200, abs=3)
+
+
 def test_workers_share_an_indexed_source_and_see_an_update() -> None:
     mixture = Mixture({"a": list(range(40)), "b": list(range(100, 140))})
     loader = DataLoader(mixture, batch_size=4, num_workers=2, prefetch_factor=2)
