@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hoptim.methods.influence import influence as influence
     from hoptim.methods.influence import self_influence as self_influence
     from hoptim.methods.kronecker import EKFAC as EKFAC
+    from hoptim.methods.per_task import PerTask as PerTask
     from hoptim.methods.preconditioners import Jacobi as Jacobi
     from hoptim.methods.preconditioners import SecondMoments as SecondMoments
     from hoptim.methods.replay import Replay as Replay
@@ -78,6 +79,7 @@ _FILES = {
     "Mixture": "data.mixture",
     "Neumann": "solvers.neumann",
     "Nystrom": "solvers.nystrom",
+    "PerTask": "methods.per_task",
     "Problem": "problem.problem",
     "Record": "training.record",
     "Replay": "methods.replay",

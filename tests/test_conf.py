@@ -62,6 +62,10 @@ def averaged():
         ),
         (["hoptim/curvature=averaged", "hoptim/solver=warm_start"], averaged()),
         (["hoptim/method=unrolled", "hoptim.method.steps=5"], hoptim.Unrolled(5)),
+        (
+            ["hoptim/method=per_task", "hoptim.method.steps=1", "hoptim.method.first_order=true"],
+            hoptim.PerTask(1, first_order=True),
+        ),
         (["experiment=iris_blog"], on_exact(hoptim.Neumann(terms=5, step_size=0.1))),
     ],
 )

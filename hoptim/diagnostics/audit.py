@@ -19,7 +19,7 @@ from hoptim.methods.conditions import Gradient, Update
 from hoptim.methods.hypergradient import default_method
 from hoptim.methods.implicit import Implicit
 from hoptim.methods.inner_step import is_differentiable
-from hoptim.methods.method import Method, checked
+from hoptim.methods.method import Method, check_one_training, checked
 from hoptim.methods.replay import Replay
 from hoptim.methods.result import Hypergradient
 from hoptim.methods.unrolled import Unrolled
@@ -92,6 +92,7 @@ def audit(
     ('CONVERGED', 1.0, 'agrees', ())
     """
     loop = checked(problem, method, inner, options)
+    check_one_training("method", method)
     inner = loop.inner
     if problem.is_sharded:
         raise TypeError(

@@ -135,6 +135,16 @@ class InnerStep:
         empty = {} if kind is optim.SGD else {name: p for name, p in held.items() if not state[name]}
         return replace(without_state, state=state | without_state._first_state(empty, leaves))
 
+    def fresh(self, weights: Tensors, leaves: Tensors) -> InnerStep:
+        """The same with the state of an optimizer that has taken no step.
+
+        Args:
+            weights: those in whose shapes the state is.
+            leaves: the hyperparameters by name.
+        """
+        held = {name: weights[name] for group in self.groups for name in group.names}
+        return replace(self, state={} if self.kind is optim.SGD else self._first_state(held, leaves))
+
     def has_live_state(self, leaves: Tensors) -> bool:
         """Whether the live optimizer has the same state after it: at a learned momentum of 0 torch changes no buffer."""
         momenta = [group.options.get("momentum") for group in self.groups]
@@ -182,7 +192,7 @@ class InnerStep:
     def _step(self, weights: Tensors, gradients: Tensors, leaves: Tensors, state: InnerState) -> tuple[Tensors, InnerState]:
         gradients = {name: g for name in weights if (g := gradients.get(name)) is not None}
         new = {name: value.clone() for name, value in weights.items()}
-        optimizer, zero_rates = self._optimizer(new, gradients, leaves, state)
+        optimizer, rates = self._optimizer(new, gradients, leaves, state)
         with nullcontext() if self.kind is optim.SGD else _SquareRoots():  # SGD computes none
             inspect.unwrap(self.kind.step)(optimizer)  # without the hooks, which are the user's
         after = dict(state)
@@ -191,28 +201,32 @@ class InnerStep:
                 before = state.get(name, {})
                 after[name] = {key: v.to(before[key].dtype) if key in before else v for key, v in entries.items()}
             new[name].grad = None
-        for name, rate in zero_rates.items():
+        for name, rate in rates.items():
             w = weights[name]
-            new[name] = w + rate * (new[name] - w) if isinstance(rate, Tensor) and rate.requires_grad else w.clone()
+            new[name] = (
+                w + rate * (new[name] - w) if isinstance(rate, Tensor) and (rate.ndim or rate.requires_grad) else w.clone()
+            )
         return new, after
 
     def _optimizer(
         self, new: Tensors, gradients: Tensors, leaves: Tensors, state: InnerState
     ) -> tuple[optim.Optimizer, dict[str, Any]]:
-        """A new optimizer on the clones ``new`` that have a gradient, with its state; and the learning rates that are 0.
+        """A new optimizer on the clones ``new`` that have a gradient, with its state; and rates that it does not have.
 
-        Adam divides by its lr, though its step is linear in it. If lr is 0, the step is taken with lr = 1 and then scaled:
-        w⁺ = w + lr·(its change of w) has the right value and the right derivative.
+        A step is linear in the lr, but Adam divides by it, and torch takes one number for a group. If lr is 0, or there is
+        one for each entry of a weight, the step is taken with lr = 1 and then scaled: w⁺ = w + lr·(its change of w) has the
+        right value and the right derivative.
         """
         groups: list[dict[str, Any]] = []
-        zero_rates: dict[str, Any] = {}
+        rates: dict[str, Any] = {}
         states: InnerState = {}
         for group in self.groups:
             names = [name for name in group.names if name in gradients]
             states |= {name: _cloned(state.get(name, {}), new[name]) for name in names}
             options = {key: self._value(key, option, leaves) for key, option in group.options.items()} | _PLAIN
-            if issubclass(self.kind, (optim.Adam, optim.AdamW)) and options["lr"] == 0:
-                zero_rates |= dict.fromkeys(names, options["lr"])
+            is_for_each_entry = isinstance(options["lr"], Tensor) and options["lr"].ndim > 0
+            if is_for_each_entry or (issubclass(self.kind, (optim.Adam, optim.AdamW)) and options["lr"] == 0):
+                rates |= dict.fromkeys(names, options["lr"])
                 options["lr"] = 1.0
             undamped: list[str] = []  # SGD does not dampen a weight's first gradient, nor any if momentum is 0
             if self.kind is optim.SGD and options["momentum"] != 0:
@@ -228,7 +242,7 @@ class InnerStep:
         for name, entries in states.items():
             new[name].grad = gradients[name].clone()  # torch may add weight decay to it in place
             optimizer.state[new[name]] = entries
-        return optimizer, zero_rates
+        return optimizer, rates
 
     def _first_state(self, empty: Tensors, leaves: Tensors) -> InnerState:
         """The state that torch starts with, for weights without one."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.distributions.transforms import Transform, identity_transform
 
-from hoptim.checks import describe_type
+from hoptim.checks import describe_type, listed
 from hoptim.linalg.vectors import Tensors
 from hoptim.problem.hyperparameters import transforms_of
 
@@ -32,7 +32,10 @@ SCHEDULED_BY = {"lr": "initial_lr", "momentum": "max_momentum", "betas": "max_mo
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """Stands for an option of a step that is number · transform(leaf) / start, of the leaf of this name."""
+    """Stands for an option of a step that is number · transform(leaf) / start, of the leaf of this name.
+
+    The leaf has one number, or one for each entry of a weight.
+    """
 
     name: str
     transform: Transform
@@ -40,8 +43,10 @@ class Bound:
     start: float
 
     def value(self, leaves: Tensors) -> Tensor:
-        """The option as a tensor of one number."""
+        """The option as a tensor of one number, or of the leaf's shape."""
         leaf = leaves[self.name]
+        if leaf.numel() > 1:
+            return self.transform(leaf) * (self.number / self.start if self.number != self.start else 1)
         wide = torch.float32 if leaf.device.type == "mps" else torch.float64  # as precise as in the real step
         natural = self.transform(leaf).reshape(()).to(wide)
         if self.number == self.start:
@@ -110,7 +115,12 @@ def check_options(options: object) -> None:
 
 
 def learn(
-    inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn.Module, starts: Iterable[Sequence[Any]] = ()
+    inner: optim.Optimizer,
+    options: Mapping[str, Any],
+    hparams: nn.Module,
+    starts: Iterable[Sequence[Any]] = (),
+    *,
+    in_a_real_step: bool = True,
 ) -> list[LearnedOption]:
     """Make options of ``inner`` hyperparameters: put their numbers in its groups, and return what is learned.
 
@@ -120,6 +130,8 @@ def learn(
             tuple of two, one of which may be ``None``; or a list with a name for each parameter group, ``None`` for none.
         hparams: the hyperparameters.
         starts: the starts of options that were learned before, which hold here too.
+        in_a_real_step: whether ``inner`` itself is to take steps with them. If not, a group of one weight may have a rate
+            for each of its entries.
 
     Raises:
         TypeError: a name is no ``str``.
@@ -146,8 +158,12 @@ def learn(
         for index, name in enumerate(_in_groups(names, len(groups))):
             group = groups[index]
             for member, one in _members(inner, group, key, name):
-                leaf, place = _leaf(key, one, leaves).detach(), (one, index, key, member)
+                shape = () if in_a_real_step or key != "lr" else _shape_of_entries(group)
+                leaf, place = _leaf(key, one, leaves, shape).detach(), (one, index, key, member)
                 transform = transforms.get(one, identity_transform)
+                if leaf.numel() > 1:  # no number in the group stands for it
+                    found.append(LearnedOption(*place, transform, float(group[key]), is_default=False))
+                    continue
                 start = before.get(place, float(transform(leaf)))
                 option = LearnedOption(*place, transform, start, is_default=not isinstance(names, list))
                 number = _first_number(option.present(group), start, transform, leaf)
@@ -184,13 +200,22 @@ def _members(inner: optim.Optimizer, group: Mapping[str, Any], key: str, name: A
     return [(n, one) for n, one in enumerate(name) if one is not None] if is_pair else [(None, name)]
 
 
-def _leaf(key: str, name: Any, leaves: Tensors) -> Tensor:
+def _shape_of_entries(group: Mapping[str, Any]) -> Sequence[int]:
+    """The shape of rates for the entries of a group's weight, if it has one alone."""
+    return group["params"][0].shape if len(group["params"]) == 1 else ()
+
+
+def _leaf(key: str, name: Any, leaves: Tensors, shape: Sequence[int]) -> Tensor:
+    """The leaf of this name, of one number or of this shape."""
     if not isinstance(name, str):
         raise TypeError(f"options gives {key} {describe_type(name)}: give the name of a hyperparameter")
-    if name not in leaves or leaves[name].numel() != 1:
+    if name not in leaves or (leaves[name].numel() != 1 and leaves[name].shape != shape):
         wrong = "is no hyperparameter that is learned" if name not in leaves else f"has {leaves[name].numel()} numbers"
         fitting = [name for name, leaf in leaves.items() if leaf.numel() == 1]
-        raise ValueError(f"options gives {key} {name!r}, which {wrong}: give one of {fitting}, of one number each")
+        raise ValueError(
+            f"options gives {key} {name!r}, which {wrong}: give one of {listed(fitting)}, of one number each. A rate for "
+            "each entry of a weight can be learned by hoptim.PerTask, if each weight has a parameter group of its own"
+        )
     return leaves[name]
 
 
@@ -380,7 +405,7 @@ def in_stand_in(
     other = object.__new__(type(inner))
     groups = [dict(group) for group in inner.param_groups]
     vars(other).update(vars(inner), param_groups=groups, defaults=dict(getattr(inner, "defaults", {})))
-    found = learn(other, {**given_by_value(other, hparams, stacklevel=6), **options}, hparams)
+    found = learn(other, {**given_by_value(other, hparams, stacklevel=6), **options}, hparams, in_a_real_step=False)
     return (other, found) if found else (inner, found)
 
 

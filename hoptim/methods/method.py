@@ -42,6 +42,7 @@ class Method(ABC):
     keeps_every: int = 1  # the number of steps from one kept copy of the weights to the next
     takes_train_batch: bool = True  # whether it needs a training batch
     needs_inner: bool = False  # whether it repeats steps of the inner optimizer
+    takes_tasks: bool = False  # whether its batches are of several tasks, whose trainings it runs itself
     sees_options: bool = True  # whether options of the inner optimizer, such as its learning rate, have a derivative
 
     def cut_short(self) -> Method:
@@ -126,6 +127,15 @@ def check_method(name: str, method: object) -> None:
     """Raise ``TypeError`` unless it is a method, or ``None`` for the default."""
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"{name} is {describe_type(method)}: give a method, such as hoptim.Implicit()")
+
+
+def check_one_training(name: str, method: Method | None) -> None:
+    """Raise ``TypeError`` for a method that trains on several tasks itself, where there is a single training."""
+    if method is not None and method.takes_tasks:
+        raise TypeError(
+            f"{name} is {method}, which trains on each task itself: call hypergradient and outer_step in a loop over "
+            "batches of tasks"
+        )
 
 
 def check_steps(name: str, optimizer: object) -> None:

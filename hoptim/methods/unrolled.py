@@ -67,9 +67,10 @@ class Unrolled(Method):
     @property
     def keeps_every(self) -> int:  # type: ignore[override]
         """The number of steps from one kept copy of the weights to the next."""
-        return -(-self.steps // self._segments(self.steps))
+        return -(-self.steps // self.segments(self.steps))
 
-    def _segments(self, steps: int) -> int:
+    def segments(self, steps: int) -> int:
+        """Into how many segments so many steps are divided, each with a kept copy of the weights at its start."""
         return math.isqrt(steps - 1) + 1 if self.checkpoint else steps
 
     def _compute(self, problem: Problem, train_batch: Any, val_batch: Any, _: State | None, loop: TrainingContext) -> Terms:
@@ -78,5 +79,5 @@ class Unrolled(Method):
         taken: Trajectory | None = loop.trajectory
         draw = loop.draw or (lambda: train_batch)
         trajectory = taken or look_ahead(problem, loop.inner, draw, self.steps, loop.learned)
-        segments = self._segments(len(trajectory.steps))
+        segments = self.segments(len(trajectory.steps))
         return through_steps(problem, trajectory, segments, val_batch, live=taken is not None, expected=self.steps)

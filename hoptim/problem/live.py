@@ -121,7 +121,7 @@ def at_live(problem: Problem) -> Iterator[LiveAt]:
     Raises:
         TypeError: the hooks compute in lower precision than that of the shards.
     """
-    with problem._looked_up() as live:
+    with problem.looked_up() as live:
         weights = {name: local(w.detach()) for name, w in problem.weights().items()}
         _check_precision(types_of_policies(live.parts), {w.dtype for w in weights.values()})
         yield LiveAt(problem=problem, weights=weights, leaves=as_leaves(problem.leaves()), buffers=live.buffers)

@@ -205,15 +205,16 @@ def check_given(name: str, loss: Tensor, live: Mapping[int, str]) -> None:
 
 
 @contextmanager
-def warn_of_training_mode(loss: str, model: nn.Module) -> Iterator[None]:
-    """Warn if the loss that runs inside calls dropout or batch norm in training mode."""
+def warn_of_training_mode(loss: str, model: nn.Module, norms_by_batch: bool = False) -> Iterator[None]:
+    """Warn if the loss that runs inside calls dropout or, unless ``norms_by_batch``, batch norm in training mode."""
     called: dict[str, nn.Module] = {}
 
     def note(name: str, part: nn.Module, _: Any) -> None:
         if part.training:
             called[name] = part
 
-    random = [(name, part) for name, part in model.named_modules() if _differs_in_training(part)]
+    norms = () if norms_by_batch else nn.modules.batchnorm._BatchNorm
+    random = [(name, part) for name, part in model.named_modules() if _differs_in_training(part, norms)]
     handles = [part.register_forward_pre_hook(partial(note, name)) for name, part in random]
     try:
         yield
@@ -230,8 +231,8 @@ def warn_of_training_mode(loss: str, model: nn.Module) -> Iterator[None]:
         )
 
 
-def _differs_in_training(part: nn.Module) -> bool:
-    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+def _differs_in_training(part: nn.Module, norms: Any) -> bool:
+    if isinstance(part, norms):
         return part.running_mean is not None
     if isinstance(part, nn.modules.dropout._DropoutNd):
         return part.p > 0

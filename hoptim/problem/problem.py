@@ -168,7 +168,8 @@ class At:
         written = {f"model.{key}": w.clone() for key, w in weights.items() if id(w) in renormed} if renormed else {}
         written |= _clones(self.buffers)
         with uncompiled(), restore_attributes(live.parts):
-            looked_at = warn_of_training_mode(name, problem.model) if first and name != "train_loss" else nullcontext()
+            looks = first and name != "train_loss"
+            looked_at = warn_of_training_mode(name, problem.model, problem.norms_by_batch) if looks else nullcontext()
             with losses_precision(live.lowered), forbid_writes(name, weights, leaves, values=first), looked_at:
                 losses = partial(problem._losses, name, batch)
                 loss, parts = functional_call(joint, written, (losses,)) if written else losses()  # updates ``written``
@@ -264,6 +265,7 @@ class Problem:
         self.has_trained = False
         self.options: Any = None  # what was learned as options of the inner optimizer, for a retraining
         self.losses: Any = None  # of examples, beside the two, for their influence
+        self.norms_by_batch = False  # whether batch norm by the statistics of a validation batch is as it should be
         self.starts = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
 
     def check_trained(self) -> None:
@@ -338,7 +340,7 @@ class Problem:
             buffers: those from which a loss starts, by their names in the joint module; default: the live ones.
             attributes: likewise the modes and plain attributes of the modules.
         """
-        with self._looked_up() as live:
+        with self.looked_up() as live:
             at = At(
                 problem=self,
                 weights=as_leaves(live.whole(self.weights())) if weights is None else weights,
@@ -425,14 +427,14 @@ class Problem:
             raise RuntimeError("inside torch.inference_mode() nothing has a gradient: ask for a hypergradient outside")
         with (
             restore_generators(),
-            self._looked_up(),
+            self.looked_up(),
             torch.enable_grad(),
             full_precision(),
         ):
             yield
 
     @contextmanager
-    def _looked_up(self) -> Iterator[_Live]:
+    def looked_up(self) -> Iterator[_Live]:
         """The live modules and tensors, looked up in the outermost of nested contexts; inside, second derivatives exist."""
         if self._live is not None:
             yield self._live

@@ -3,6 +3,7 @@
 from hoptim.recipes.choices import Categorical, Gate
 from hoptim.recipes.data import Augmentation, AugmentationNet, DistilledData
 from hoptim.recipes.decay import PriorScale, WeightDecay
+from hoptim.recipes.initialization import Initialization
 from hoptim.recipes.labels import LabelSmoothing, SoftLabels, Temperature
 from hoptim.recipes.noise import Dropout, NoiseWidth
 from hoptim.recipes.rater import Rater
@@ -18,6 +19,7 @@ __all__ = [
     "Dropout",
     "ExampleWeights",
     "Gate",
+    "Initialization",
     "LabelSmoothing",
     "LossWeights",
     "NoiseWidth",

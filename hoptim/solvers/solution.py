@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 State = dict[str, Tensor]  # what a solver passes to its next call: "solution", and "direction" for the power iteration
@@ -139,6 +140,29 @@ class Solution:
     negative_curvature: bool = False
     step_size: float | None = None
     state: State = field(default_factory=dict)
+
+
+def joined(solutions: Sequence[Solution], what: str) -> Solution:
+    """Several solutions as one, without a value: as good as the worst of them, which ``detail`` names.
+
+    Args:
+        solutions: of systems that have nothing to do with each other.
+        what: each of them is the solution of, such as "fold".
+    """
+    if len(solutions) == 1:
+        return replace(solutions[0], value=None)
+    place = worst(solutions)
+    finals = [solution.residuals[-1].amax() for solution in solutions if len(solution.residuals)]
+    detail = f"{what} {place + 1} of {len(solutions)}: {solutions[place].detail or 'no detail'}"
+    return Solution(
+        value=None,
+        status=solutions[place].status,
+        detail="" if solutions[place].status.kind == "ok" else detail,
+        converged=all(solution.converged for solution in solutions),
+        negative_curvature=any(solution.negative_curvature for solution in solutions),
+        residuals=torch.stack(finals)[None] if finals else torch.empty(0),
+        products=sum(solution.products for solution in solutions),
+    )
 
 
 def worst(solutions: Sequence[Solution]) -> int:

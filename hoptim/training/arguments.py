@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from hoptim.checks import describe_type, is_finite, is_whole, listed
 from hoptim.methods.learned_options import check_options
-from hoptim.methods.method import Method, check_method, check_steps, checked_problem, held
+from hoptim.methods.method import Method, check_method, check_one_training, check_steps, checked_problem, held
 from hoptim.problem.level_adam import LevelAdam
 from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
@@ -47,6 +47,7 @@ def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
 def check_method_fits(method: Method | None, every: int | None, options: Mapping[str, Any] | None) -> None:
     """Check that the method needs no steps before the last hyperstep, and sees the options that are learned."""
     check_method("hypergradient", method)
+    check_one_training("hypergradient", method)
     check_options(options)
     if method is None:
         return

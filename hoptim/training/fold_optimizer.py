@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from hoptim.methods.result import Hypergradient
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
 from hoptim.problem.random_stream import RandomStream
-from hoptim.solvers.solution import Solution, worst
+from hoptim.solvers.solution import joined as join_solutions
 from hoptim.training.coroutine import Coroutine
 from hoptim.training.folds import Fold
 from hoptim.training.optimizer import BilevelOptimizer, FirstHyperstep, restart_lbfgs
@@ -134,26 +135,14 @@ def joined(results: Sequence[Hypergradient]) -> Hypergradient:
         grads=_stacked([result.combined() for result in results]),
         direct=_stacked([result.mixed_by(None, result.direct) for result in results]),
         indirect=_stacked([result.mixed_by(None, result.indirect) for result in results]),
-        solution=_joined_solution([result.solution for result in results]),
+        solution=replace(
+            join_solutions([result.solution for result in results], "fold"),
+            value=_stacked([result.solution.value for result in results]),
+        ),
         val_loss=torch.stack([result.val_loss.mean() for result in results]),
         train_loss=torch.stack([result.train_loss for result in results]).mean(),
         gradient_norm=torch.stack([result.gradient_norm for result in results]).mean(),
         untouched=tuple(name for name in results[0].untouched if all(name in result.untouched for result in results)),
-    )
-
-
-def _joined_solution(solutions: Sequence[Solution]) -> Solution:
-    place = worst(solutions)
-    finals = [solution.residuals[-1].amax() for solution in solutions if len(solution.residuals)]
-    of_fold = f"fold {place + 1} of {len(solutions)}: {solutions[place].detail or 'no detail'}"
-    return Solution(
-        value=_stacked([solution.value for solution in solutions]),
-        status=solutions[place].status,
-        detail="" if solutions[place].status.kind == "ok" else of_fold,
-        converged=all(solution.converged for solution in solutions),
-        negative_curvature=any(solution.negative_curvature for solution in solutions),
-        residuals=torch.stack(finals)[None] if finals else torch.empty(0),
-        products=sum(solution.products for solution in solutions),
     )
 
 

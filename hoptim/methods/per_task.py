@@ -1,0 +1,249 @@
+"""PerTask: many tasks, each with a training of its own that begins at λ. MAML, implicit MAML, ANIL, Meta-SGD."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hoptim.checks import describe_type, is_whole, listed
+from hoptim.curvature.linearization import Linearization
+from hoptim.linalg import dicts
+from hoptim.linalg.vectors import OptionalTensors, Tensors
+from hoptim.methods.implicit import Implicit, Solve, doubts
+from hoptim.methods.method import Method, TrainingContext, checked
+from hoptim.methods.result import Terms
+from hoptim.methods.reverse import Reverse, through_steps
+from hoptim.methods.tasks import Part, Tasks
+from hoptim.methods.trajectory import Snapshot
+from hoptim.methods.unrolled import Unrolled
+from hoptim.methods.validation_loss import Validation
+from hoptim.methods.whole_graph import through_whole_graph
+from hoptim.problem.distributed import Ranks
+from hoptim.problem.problem import Problem, as_leaves
+from hoptim.solvers.blocks import Blocks
+from hoptim.solvers.cg import CG
+from hoptim.solvers.gmres import GMRES
+from hoptim.solvers.minres import MINRES
+from hoptim.solvers.solution import State, Status, joined
+
+KRYLOV = (CG, MINRES, GMRES)  # take coefficients from inner products, so that each task needs its own
+IN_TURN = "tasks train in turn"  # in Problem.checked, once torch could not train them side by side
+
+
+@dataclass(frozen=True)
+class PerTask(Method):
+    """The mean hypergradient of K tasks, each with a short training of its own: (1/K) Σ_k dL_V(k)/dλ.
+
+    Give :func:`hypergradient` batches of K tasks: tensors with a leading axis of K, in tuples, lists or dicts. The losses
+    are those of a single task. For each of them the weights that ``inner`` holds begin at λ, if ``hparams`` has a
+    :class:`~hoptim.recipes.Initialization` or another module with a method ``initial_weights() -> {name: tensor}``, else at
+    the model's present weights. They take ``steps`` steps on the task's training batch, with a new state of the optimizer.
+    Weights that ``inner`` does not hold, and ``initial_weights`` has, are λ itself in every task. The model does not change.
+
+    - MAML: ``PerTask(steps=5)`` differentiates through all steps, and holds their graphs. In little memory, at one more
+      gradient a step: ``PerTask(50, Unrolled(50, checkpoint=True))``.
+    - First-order MAML: ``PerTask(steps=5, first_order=True)``.
+    - Implicit MAML: ``PerTask(16, Implicit(CG(terms=5)))``, with ``hparams.penalty(model, strength)`` in the training loss.
+      Its memory does not grow with the steps.
+    - ANIL: ``inner`` holds the last layer alone.
+    - Meta-SGD: ``options={"lr": [...]}`` with a learned rate for each weight.
+
+    The K trainings run side by side by ``torch.func.vmap``, or one after the other if torch can't do that for the model, and
+    for convolutions on a CPU, where it is slower. In several processes each has tasks of its own, as many as the others.
+
+    Args:
+        steps: inner steps on each task, ≥ 1.
+        method: how to get from the end of a training to λ; ``None``, the default, for the derivative through all steps.
+        first_order: whether the gradient in each step counts as a constant. Default ``False``.
+        chunk_size: how many tasks train side by side, as in ``vmap``; ``None``, the default, for all where that is faster.
+
+    Raises:
+        ValueError: ``steps`` or ``chunk_size`` is no positive whole number, ``first_order`` is given with a ``method``, or
+            an ``Unrolled`` has other steps; when called, batches with different numbers of tasks, a validation loss that is
+            no scalar, or a weight that is neither trained nor learned.
+        TypeError: ``method`` is another one; when called, an inner optimizer that torch can't differentiate.
+
+    Source: Finn, Abbeel and Levine 2017 (arXiv 1703.03400); Rajeswaran et al. 2019 (arXiv 1909.04630); Raghu et al. 2020
+    (arXiv 1909.09157); Li et al. 2017 (arXiv 1707.09835).
+
+    Example: L_T = ½(w − y)² and one step of rate ¼ from λ = 2, so that w = λ − ¼(λ − y) and dL_V/dλ = ¾(w − y_V).
+
+    >>> import hoptim
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = model.weight.data.fill_(2.0)
+    >>> initial = hoptim.recipes.Initialization(model)
+    >>> def loss(model, hparams, y):
+    ...     return 0.5 * (model(torch.ones(1)) - y).square().sum()
+    >>> problem, inner = hoptim.Problem(model, initial, loss, loss), torch.optim.SGD(model.parameters(), lr=0.25)
+    >>> train, val = torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [1.0]])       # two tasks: w is 1.5 and 2.5
+    >>> hoptim.hypergradient(problem, train, val, PerTask(steps=1), inner=inner).grads["initial.weight"].item()
+    0.75
+    >>> [model.weight.item() for model in PerTask(steps=1).adapt(problem, train, inner=inner)]
+    [1.5, 2.5]
+    """
+
+    steps: int
+    method: Unrolled | Implicit | None = None
+    _: KW_ONLY
+    first_order: bool = False
+    chunk_size: int | None = None
+
+    needs_inner, takes_tasks = True, True
+
+    def __post_init__(self) -> None:
+        if not (is_whole(self.steps) and self.steps >= 1):
+            raise ValueError(f"steps={self.steps!r}: give a whole number of inner steps, 1 or more")
+        if self.chunk_size is not None and not (is_whole(self.chunk_size) and self.chunk_size >= 1):
+            raise ValueError(f"chunk_size={self.chunk_size!r}: give a whole number of tasks, 1 or more, or None for all")
+        if not isinstance(self.first_order, bool):
+            raise TypeError(f"first_order={self.first_order!r}: give True or False")
+        if not isinstance(self.method, (Unrolled, Implicit, type(None))):
+            raise TypeError(
+                f"method is {describe_type(self.method)}: give hoptim.Implicit(...), hoptim.Unrolled(steps) or None"
+            )
+        if self.first_order and self.method is not None:
+            raise ValueError(
+                f"first_order=True is for the derivative through the steps, and method is {self.method}: drop one"
+            )
+        if isinstance(self.method, Unrolled) and self.method.steps != self.steps:
+            raise ValueError(
+                f"steps={self.steps} on a task, and {self.method} goes through {self.method.steps}: give the same"
+            )
+
+    def _compute(self, problem: Problem, train_batch: Any, val_batch: Any, _: State | None, loop: TrainingContext) -> Terms:
+        tasks = Tasks.of(problem, loop, [loop.draw() if loop.draw else train_batch for _ in range(self.steps)], val_batch)
+        parts = self._in_chunks(tasks, lambda part: _with_axis(part, self._terms(part)))
+        terms = _sum(parts, tasks.count)
+        if not isinstance(self.method, Implicit):
+            through_start = tasks.start.back([part.solution.value for part in parts])
+            terms = terms._replace(indirect=dicts.add(terms.indirect, through_start))
+        elif unseen := [n for n in tasks.start.leaves if terms.indirect[n] is terms.validation.direct[n] is None]:
+            raise ValueError(
+                f"the training loss does not touch {listed(unseen)}, and implicit differentiation does not see where a "
+                "training begins: add hparams.penalty(model, strength) to train_loss, as implicit MAML does"
+            )
+        return _over_ranks(terms, problem.ranks, problem.leaves())
+
+    def _terms(self, part: Part) -> Terms:
+        """The terms of some tasks at once."""
+        problem, trajectory = part.problem, part.trajectory
+        if self.method is None:
+            return through_whole_graph(problem, trajectory, part.val_batch, first_order=self.first_order)
+        if isinstance(self.method, Unrolled):
+            segments = self.method.segments(self.steps)
+            return through_steps(problem, trajectory, segments, part.val_batch, live=False, expected=self.steps)
+        loop = part.at_end(_end(part))
+        method = _of_tasks(self.method.completed(problem)) if part.count is not None else self.method
+        terms = method._compute(problem, trajectory.steps[-1].losses[0].batch, part.val_batch, None, loop)
+        for doubt in doubts(self.method, loop, problem.weights(), terms.solution).values():
+            warnings.warn(doubt, stacklevel=6)
+        return terms
+
+    def adapt(
+        self, problem: Problem, train_batch: Any, *, inner: Optimizer, options: Mapping[str, Any] | None = None
+    ) -> list[nn.Module]:
+        """K models, each trained on its task as in a hypergradient, such as for predictions on new tasks.
+
+        Frozen weights are shared with the problem's model.
+
+        Args:
+            problem: as in :func:`hypergradient`, and so on.
+            train_batch: of K tasks.
+            inner: the inner optimizer.
+            options: its options that are hyperparameters.
+        """
+        loop = checked(problem, self, inner, options)
+        with problem.leave_no_trace():
+            tasks = Tasks.of(problem, loop, [train_batch] * self.steps, None)
+            return [model for models in self._in_chunks(tasks, lambda part: part.models(_end(part))) for model in models]
+
+    def _in_chunks(self, tasks: Tasks, run: Callable[[Part], Any]) -> list[Any]:
+        """What ``run`` returns for each chunk of tasks; for one task at a time where torch can't train them side by side."""
+        told = tasks.problem.checked
+        size = self.chunk_size or (1 if IN_TURN in told or tasks.is_faster_in_turn else tasks.count)
+        try:
+            return tasks.run(run, at_once=size)
+        except Exception as error:
+            if self.chunk_size is not None or size == 1:
+                raise
+            reason = str(error).strip().split("\n")[0]
+        found = tasks.run(run, at_once=1)  # if it fails too, vmap was not the reason
+        told.add(IN_TURN)
+        warnings.warn(
+            f"tasks train one after the other, since torch.func.vmap can't train them side by side ({reason}). chunk_size=1 "
+            "does so without this warning",
+            stacklevel=6,
+        )
+        return found
+
+
+def _end(part: Part) -> Snapshot:
+    """The end of the trainings, reached without a graph."""
+    trajectory = part.trajectory
+    reverse = Reverse(problem=part.problem, steps=trajectory.steps, leaves=as_leaves(part.problem.leaves()), segments=1)
+    return reverse.end(list(trajectory.begins), len(trajectory.steps))
+
+
+class _OfTasks(Implicit):
+    """Implicit differentiation of several trainings side by side, whose curvature has a block for each."""
+
+    def solver_of(self, F: Linearization, problem: Problem, loop: TrainingContext) -> Solve:
+        """Krylov solvers solve each task's system by itself; others take the same polynomial for all."""
+        assert self.solver is not None
+        of_block = Blocks(solver=self.solver, layout=F.layout) if isinstance(self.solver, KRYLOV) else self.solver
+        return Implicit.solver_of(replace(self, solver=of_block), F, problem, loop)
+
+
+def _of_tasks(method: Implicit) -> Implicit:
+    return _OfTasks(**{field.name: getattr(method, field.name) for field in fields(method)})
+
+
+def _with_axis(part: Part, terms: Terms) -> Terms:
+    """The terms with a leading axis of the tasks in the solution, also for one task."""
+    if part.count is not None:
+        return terms
+    value = dicts.map_tensors(lambda t: t[None], terms.solution.value)
+    return terms._replace(solution=replace(terms.solution, value=value))
+
+
+def _sum(parts: Sequence[Terms], count: int) -> Terms:
+    """The terms of all K tasks, from those of some at a time, in whose validation losses each task has its share of 1/K."""
+
+    def added(found: Iterable[OptionalTensors]) -> OptionalTensors:
+        return reduce(dicts.add, found)
+
+    losses = torch.stack([part.validation.loss for part in parts])
+    validation = Validation(loss=losses.sum(), g={}, direct=added(part.validation.direct for part in parts))
+    trained = torch.stack([part.train_loss for part in parts]).sum() / count
+    length = torch.stack([part.gradient_norm for part in parts]).square().sum().div(count).sqrt()
+    solutions = [part.solution for part in parts]
+    values = [solution.value for solution in solutions]
+    value = {name: torch.cat([one[name] for one in values]) for name in values[0]} if len(parts) > 1 else values[0]
+    solution = replace(joined(solutions, "task" if len(parts) == count else "chunk"), value=value)
+    return Terms(validation, added(part.indirect for part in parts), solution, trained, length)
+
+
+def _over_ranks(terms: Terms, ranks: Ranks, leaves: Tensors) -> Terms:
+    """The mean over the ranks, each of which has had tasks of its own; if the solve of one has failed, all of them know."""
+    if ranks.size == 1:
+        return terms
+    solution, validation = terms.solution, terms.validation
+    ended = ranks.gathered((solution.status.name, solution.detail))
+    kinds = [Status[name].kind for name, _ in ended]
+    place = min(range(len(kinds)), key=lambda rank: ("failed", "remark", "ok").index(kinds[rank]))
+    of_rank = "" if kinds[place] == "ok" else f"on rank {place}: "
+    means = ranks.mean({"val": validation.loss, "train": terms.train_loss, "square": terms.gradient_norm.square()})
+    return Terms(
+        replace(validation, loss=means["val"], direct=ranks.mean_of_found(validation.direct, leaves)),
+        ranks.mean_of_found(terms.indirect, leaves),
+        replace(solution, status=Status[ended[place][0]], detail=of_rank + ended[place][1]),
+        means["train"],
+        means["square"].sqrt(),
+    )
