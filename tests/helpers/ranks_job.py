@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,54 @@ def methods(rank: int, size: int) -> Answer:
 
 def vector(rank: int, size: int) -> Answer:
     return answer(wrapped(tiny(val=several)), shard(rank), val_shard(rank))
+
+
+TASKS = {
+    "maml": hoptim.PerTask(2),
+    "in turn": hoptim.PerTask(2, chunk_size=1),
+    "implicit": hoptim.PerTask(3, hoptim.Implicit(hoptim.CG(terms=3))),
+}
+
+
+def tasks_of(ranks: Iterable[int], pick: Any) -> tuple[Tensor, Tensor]:
+    """Two tasks of each rank, along a leading axis."""
+    x, y = zip(*(pick(2 * rank + place) for rank in ranks for place in range(2)), strict=True)
+    return torch.stack(x), torch.stack(y)
+
+
+def task_problem(wrap: Any = lambda model: model) -> hoptim.Problem:
+    """Learned weights from which the trainings begin, beside the hyperparameters of the tiny problem."""
+    plain = tiny()
+    hparams = nn.ModuleDict({"initial": hoptim.recipes.Initialization(plain.model), "rest": plain.hparams})
+
+    def train(m: Any, h: Any, b: Any) -> Tensor:
+        return plain.train_loss(m, h["rest"], b) + h["initial"].penalty(m, 0.2)
+
+    def val(m: Any, h: Any, b: Any) -> Tensor:
+        return plain.val_loss(m, h["rest"], b)
+
+    return hoptim.Problem(wrap(plain.model), hparams, train, val)
+
+
+def task_answer(problem: hoptim.Problem, ranks: Iterable[int], name: str) -> Answer:
+    ranks, inner = list(ranks), torch.optim.SGD(problem.model.parameters(), lr=0.1, momentum=0.9)
+    found = hoptim.hypergradient(problem, tasks_of(ranks, shard), tasks_of(ranks, val_shard), TASKS[name], inner=inner)
+    fields = {"grads": found.grads, "direct": found.direct, "val": found.val_loss, "train": found.train_loss}
+    return {**fields, "norm": found.gradient_norm, "status": found.solution.status.name}
+
+
+def tasks(rank: int, size: int) -> Answer:
+    """Each rank has two tasks of its own."""
+    return {name: task_answer(task_problem(DistributedDataParallel), [rank], name) for name in TASKS}
+
+
+def task_that_fails(rank: int, size: int) -> Answer:
+    """The solve of one rank alone fails."""
+    problem, step = task_problem(DistributedDataParallel), 1.0 if rank == 1 else 0.1
+    method = hoptim.PerTask(1, hoptim.Implicit(hoptim.Neumann(terms=30, step_size=step)))
+    inner = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    found = hoptim.hypergradient(problem, tasks_of([rank], shard), tasks_of([rank], val_shard), method, inner=inner)
+    return {"status": found.solution.status.name, "detail": found.solution.detail, "grads": found.grads}
 
 
 def of_examples(model: Any, hparams: Any, b: Any) -> Tensor:
@@ -379,6 +428,8 @@ def alone(rank: int, size: int) -> Answer:
 CASES = [
     methods,
     vector,
+    tasks,
+    task_that_fails,
     influenced,
     uneven,
     averaged,

@@ -75,6 +75,19 @@ def test_hypergradient_is_that_of_the_joined_batch(world: list[dict[str, Any]], 
     assert_answer(found, expected, **tolerance)
 
 
+@pytest.mark.parametrize("name", job.TASKS)
+def test_tasks_are_split_over_ranks(world: list[dict[str, Any]], name: str) -> None:
+    found = equal_on_all_ranks(world, "tasks")[name]
+    assert_answer(found, job.task_answer(job.task_problem(), range(len(world)), name))
+
+
+def test_if_the_tasks_of_one_rank_fail_all_ranks_know(world: list[dict[str, Any]]) -> None:
+    for found in (one["task_that_fails"] for one in world):
+        assert not hoptim.Status[found["status"]].ok
+        assert found["detail"].startswith("on rank 1: ")
+        assert all(bool(g.isnan().all()) for g in found["grads"].values())
+
+
 @pytest.mark.parametrize("world", [2], indirect=True)
 def test_so_is_the_compiled_one(world: list[dict[str, Any]]) -> None:
     assert_answer(equal_on_all_ranks(world, "methods")["compiled"], job.answer(tiny(), train_of(2), val_of(2), "minres"))
