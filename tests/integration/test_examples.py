@@ -83,3 +83,11 @@ def test_a_rater_filters_the_next_digits_and_a_training_on_them_is_better(tmp_pa
     assert kept > everything + 0.2
     assert kept > clean
     assert (tmp_path / "rater.png").stat().st_size > 10_000
+
+
+def test_learned_weights_fit_a_sinusoid_from_ten_points(tmp_path) -> None:
+    said = run("examples/maml.py", "--steps", "800", "--out", tmp_path / "maml.png").stdout
+    losses = {line.split(":")[0]: figures(line) for line in said.splitlines() if "after 10 steps" in line}
+    assert losses["learned"][1] < 0.8 * losses["trained together"][1]  # after one step
+    assert losses["learned"][3] < 0.8 * min(losses["trained together"][3], losses["random"][3])  # after ten
+    assert (tmp_path / "maml.png").stat().st_size > 5_000
