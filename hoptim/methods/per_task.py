@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import reduce
 from typing import Any
@@ -34,6 +35,7 @@ from hoptim.solvers.minres import MINRES
 from hoptim.solvers.solution import State, Status, joined
 
 KRYLOV = (CG, MINRES, GMRES)  # take coefficients from inner products, so that each task needs its own
+REPEATS = "tasks draw the same random numbers"  # in Problem.checked, once it was told
 IN_TURN = "tasks train in turn"  # in Problem.checked, once torch could not train them side by side
 
 
@@ -119,7 +121,8 @@ class PerTask(Method):
 
     def _compute(self, problem: Problem, train_batch: Any, val_batch: Any, _: State | None, loop: TrainingContext) -> Terms:
         tasks = Tasks.of(problem, loop, [loop.draw() if loop.draw else train_batch for _ in range(self.steps)], val_batch)
-        parts = self._in_chunks(tasks, lambda part: _with_axis(part, self._terms(part)))
+        with _noting_repeated_draws(problem):
+            parts = self._in_chunks(tasks, lambda part: _with_axis(part, self._terms(part)))
         terms = _sum(parts, tasks.count)
         if not isinstance(self.method, Implicit):
             through_start = tasks.start.back([part.solution.value for part in parts])
@@ -182,6 +185,24 @@ class PerTask(Method):
             stacklevel=6,
         )
         return found
+
+
+@contextmanager
+def _noting_repeated_draws(problem: Problem) -> Iterator[None]:
+    """Warn if tasks draw random numbers from where the last ones did, since a hypergradient restores the generator."""
+    begun = torch.get_rng_state()
+    yield
+    if torch.equal(begun, torch.get_rng_state()):
+        return
+    if problem.drew_from is not None and torch.equal(begun, problem.drew_from) and REPEATS not in problem.checked:
+        problem.checked.add(REPEATS)
+        warnings.warn(
+            "the trainings of these tasks draw the same random numbers, such as dropout masks, as those of the last call, "
+            "since a hypergradient restores torch's generator and nothing else has drawn from it. Sample tasks by it, or "
+            "call torch.rand(1) in the loop",
+            stacklevel=6,
+        )
+    problem.drew_from = begun
 
 
 def _end(part: Part) -> Snapshot:

@@ -401,6 +401,23 @@ def test_tasks_draw_different_dropout_masks(chunk_size: int | None) -> None:
     assert not torch.equal(second, third)
 
 
+def test_a_loop_that_draws_nothing_else_is_told_that_masks_repeat() -> None:
+    model, train, val = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1)), tasks(), tasks(7)
+    problem = hoptim.Problem(model, Initialization(model), loss, lambda m, h, b: loss(m.eval(), h, b))
+
+    def masked() -> Tensor:
+        return hoptim.hypergradient(problem, train, val, hoptim.PerTask(1), inner=sgd(model)).grads["initial.1.weight"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = masked()
+        torch.rand(1)
+        second = masked()
+    assert not torch.equal(first, second)
+    with pytest.warns(UserWarning, match="draw the same random numbers, such as dropout masks"):
+        assert torch.equal(second, masked())
+
+
 def test_models_that_vmap_cannot_train_train_in_turn_and_say_so_once() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
@@ -450,6 +467,16 @@ def test_adapt_is_a_plain_training_on_each_task() -> None:
                 loss(plain, None, (train[0][place], train[1][place])).backward()
                 optimizer.step()
             assert_close(dict(found.named_parameters()), dict(plain.named_parameters()))
+
+
+def test_in_float32_the_first_step_of_adam_is_torchs() -> None:
+    torch.set_default_dtype(torch.float32)
+    model, train = net(), tasks()
+    problem, inner = hoptim.Problem(model, Initialization(model), loss, loss), torch.optim.Adam(model.parameters(), lr=0.05)
+    (found, *_) = hoptim.PerTask(1).adapt(problem, train, inner=inner)
+    loss(model, None, (train[0][0], train[1][0])).backward()
+    inner.step()
+    assert_close(dict(found.named_parameters()), dict(model.named_parameters()), rtol=0.0, atol=3e-7)
 
 
 def test_each_step_may_have_a_batch_of_its_own() -> None:
