@@ -190,11 +190,11 @@ class PerTask(Method):
 @contextmanager
 def _noting_repeated_draws(problem: Problem) -> Iterator[None]:
     """Warn if tasks draw random numbers from where the last ones did, since a hypergradient restores the generator."""
-    begun = torch.get_rng_state()
+    begun = problem.generators()
     yield
-    if torch.equal(begun, torch.get_rng_state()):
+    if _are_same(begun, problem.generators()):
         return
-    if problem.drew_from is not None and torch.equal(begun, problem.drew_from) and REPEATS not in problem.checked:
+    if _are_same(begun, problem.drew_from) and REPEATS not in problem.checked:
         problem.checked.add(REPEATS)
         warnings.warn(
             "the trainings of these tasks draw the same random numbers, such as dropout masks, as those of the last call, "
@@ -203,6 +203,10 @@ def _noting_repeated_draws(problem: Problem) -> Iterator[None]:
             stacklevel=6,
         )
     problem.drew_from = begun
+
+
+def _are_same(states: Tensors, others: Tensors) -> bool:
+    return states.keys() == others.keys() and all(torch.equal(state, others[key]) for key, state in states.items())
 
 
 def _end(part: Part) -> Snapshot:

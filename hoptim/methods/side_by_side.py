@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.inner_step import InnerState
 from hoptim.problem.composite_loss import CompositeLoss
-from hoptim.problem.functional import Joint
+from hoptim.problem.functional import Attributes, Joint
 from hoptim.problem.loss_checks import split_aux
 from hoptim.problem.problem import Loss, Problem
 
@@ -40,7 +40,8 @@ def copied(problem: Problem, start: Tensors, fixed: Fixed, count: int | None, sh
     def own(t: Tensor) -> Tensor:
         return t.detach().clone() if count is None else t.detach().expand(count, *t.shape).clone()
 
-    memo: dict[int, Any] = {id(b): own(b) for b in problem.model.buffers()}
+    memo: dict[int, Any] = {**Attributes(list(problem.model.modules())).copies()}
+    memo |= {id(b): own(b) for b in problem.model.buffers()}
     for name, p in problem.model.named_parameters():
         memo[id(p)] = nn.Parameter(own(start[name])) if name in start else nn.Parameter(p.detach(), requires_grad=False)
     model = copy.deepcopy(problem.model, memo)

@@ -18,7 +18,7 @@ from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import TrainingContext, held
 from hoptim.methods.side_by_side import copied, stand_in
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory, present
-from hoptim.problem.functional import restore_attributes
+from hoptim.problem.functional import Attributes, restore_attributes
 from hoptim.problem.problem import Problem
 
 R = TypeVar("R")
@@ -220,9 +220,8 @@ class Part:
             def row(t: Tensor) -> Tensor:
                 return (t if task is None else t[task]).detach().clone()
 
-            memo: dict[int, Any] = {
-                id(b): row(end.modules.tensors[f"model.{name}"]) for name, b in problem.model.named_buffers()
-            }
+            memo: dict[int, Any] = {**Attributes(list(problem.model.modules())).copies()}
+            memo |= {id(b): row(end.modules.tensors[f"model.{name}"]) for name, b in problem.model.named_buffers()}
             for name, p in problem.model.named_parameters():
                 own = row(end.weights[name]) if name in end.weights else learned.get(name)
                 memo[id(p)] = p if own is None else nn.Parameter(own.detach().clone(), requires_grad=p.requires_grad)

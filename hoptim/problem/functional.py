@@ -132,6 +132,10 @@ class Attributes:
             for one in (value.values() if isinstance(value, dict) else value) if deep and len(value) <= MANY else ():
                 self._hold(one)
 
+    def copies(self) -> dict[int, Tensor]:
+        """Copies of the tensors in attributes by their ids: a memo for ``copy.deepcopy``, which refuses one with a graph."""
+        return {key: copy for key, (_, _, copy) in self._values.items()}
+
     def differing(self, other: Attributes) -> list[str]:
         """Names of the attributes of which a floating-point number, also in a list or dict, was another one in ``other``."""
         found = []

@@ -265,7 +265,7 @@ class Problem:
         self.has_trained = False
         self.options: Any = None  # what was learned as options of the inner optimizer, for a retraining
         self.losses: Any = None  # of examples, beside the two, for their influence
-        self.drew_from: Tensor | None = None  # the state of torch's generator at the last trainings of tasks
+        self.drew_from: Tensors = {}  # the states of torch's generators at the last trainings of tasks
         self.norms_by_batch = False  # whether batch norm by the statistics of a validation batch is as it should be
         self.starts = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
 

@@ -455,6 +455,37 @@ def test_lstms_train_in_turn() -> None:
         assert_slopes(problem, train, val, hoptim.PerTask(2), inner=sgd(model))
 
 
+class Remembering(nn.Module):
+    """Holds what it has computed, with a graph; one weight has two names, and another is normed."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.first, self.second = norm(nn.Linear(2, 2)), nn.Linear(2, 2)
+        self.second.weight, self.last = self.first.bias, None  # type: ignore[assignment]
+        self.tied = nn.Linear(2, 1)
+        self.seen: dict[str, Any] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.first(x).tanh()
+        self.seen["hidden"] = [self.last]
+        return self.tied(self.last) + (self.second.weight * self.last).sum(-1, keepdim=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_models_with_tied_and_normed_weights_that_hold_a_graph(norm: Any, chunk_size: int | None) -> None:
+    model, train, val = Remembering(norm), tasks(), tasks(7)
+    del model.second.bias
+    model(train[0][0])
+    problem, method = hoptim.Problem(model, Initialization(model), loss, loss), hoptim.PerTask(2, chunk_size=chunk_size)
+    held = model.last
+    assert_slopes(problem, train, val, method, inner=sgd(model))
+    assert model.last is held
+    for found in method.adapt(problem, train, inner=sgd(model)):
+        assert found.second.weight is found.first.bias  # type: ignore[union-attr]
+
+
 def test_adapt_is_a_plain_training_on_each_task() -> None:
     model, train = net(), tasks()
     problem, inner = hoptim.Problem(model, Initialization(model), loss, loss), torch.optim.Adam(model.parameters(), lr=0.05)
