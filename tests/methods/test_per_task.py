@@ -471,7 +471,7 @@ class Remembering(nn.Module):
         return self.tied(self.last) + (self.second.weight * self.last).sum(-1, keepdim=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:There is a performance drop")
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_models_with_tied_and_normed_weights_that_hold_a_graph(norm: Any, chunk_size: int | None) -> None:
