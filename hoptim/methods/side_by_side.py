@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -16,47 +15,58 @@ from torch.utils import _pytree as pytree
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.inner_step import InnerState
 from hoptim.problem.composite_loss import CompositeLoss
-from hoptim.problem.functional import Attributes, Joint
+from hoptim.problem.functional import Joint
 from hoptim.problem.loss_checks import split_aux
-from hoptim.problem.problem import Loss, Problem
+from hoptim.problem.problem import Problem
 
 Fixed = Callable[[Any], Tensors]  # of the hyperparameters: the weights that are not trained, by name
 
 
-def copied(problem: Problem, start: Tensors, fixed: Fixed, count: int | None, share: float) -> Problem:
-    """The problem of K tasks, each of which has a model of its own: the sum of their losses.
+class SideBySide(Problem):
+    """The problem of K tasks, each of which has weights and buffers of its own: the sum of their losses.
 
-    Each has its own copies of the weights in ``start`` and of the buffers, along a leading axis of K. Frozen weights and
-    hyperparameters are shared. Nothing that is trained or written to is the user's own.
+    It has the modules of another problem, whose weights and buffers it replaces by K copies along a leading axis. Frozen
+    weights and hyperparameters are shared.
 
     Args:
-        problem: the problem of one task.
+        one: the problem of one task.
         start: the weights that are trained, by name, as each task begins with them.
         fixed: the other weights that hyperparameters stand for.
         count: K; ``None`` for a single task without that axis.
         share: of each validation loss in their sum.
     """
 
-    def own(t: Tensor) -> Tensor:
-        return t.detach().clone() if count is None else t.detach().expand(count, *t.shape).clone()
+    def __init__(self, one: Problem, start: Tensors, fixed: Fixed, count: int | None, share: float) -> None:
+        vars(self).update(vars(one))
+        self._live, self.process_group, self.has_aux, self.norms_by_batch = None, None, False, True
 
-    memo: dict[int, Any] = {**Attributes(list(problem.model.modules())).copies()}
-    memo |= {id(b): own(b) for b in problem.model.buffers()}
-    for name, p in problem.model.named_parameters():
-        memo[id(p)] = nn.Parameter(own(start[name])) if name in start else nn.Parameter(p.detach(), requires_grad=False)
-    model = copy.deepcopy(problem.model, memo)
-    axes = 0 if count is None else 1
-    over = partial(_over_tasks, fixed=fixed, is_one=count is None)
-    train, val = (_without_aux(name, problem) for name in ("train_loss", "val_loss"))
-    train_loss: Loss = _total("train_loss", over(train), axes)
-    if isinstance(train, CompositeLoss):
-        criterion = train.criterion if count is None else _criterion_over_tasks(train.criterion)
-        penalty = None if train.penalty is None else _total("penalty", over(train.penalty), axes)
-        train_loss = CompositeLoss(over(train.predict), criterion, penalty)
-    val_loss = _total("val_loss", over(val), axes, share)
-    found = Problem(model, problem.hparams, train_loss, val_loss, process_group=None)
-    found.checked, found.norms_by_batch = problem.checked, True
-    return found
+        def own(t: Tensor) -> Tensor:
+            return t.detach().clone() if count is None else t.detach().expand(count, *t.shape).clone()
+
+        weights = dict(one.named_parameters())
+        self.own = {name: own(start[name]).requires_grad_() if name in start else p.detach() for name, p in weights.items()}
+        self.own_buffers = {name: own(b) for name, b in one.model.named_buffers()}
+        self.replaced = {name: p for name, p in weights.items() if p.requires_grad}
+        axes, over = (
+            0 if count is None else 1,
+            partial(_over_tasks, trained=frozenset(start), fixed=fixed, is_one=count is None),
+        )
+        train, val = (_without_aux(name, one) for name in ("train_loss", "val_loss"))
+        self.val_loss = _total("val_loss", over(val), axes, share)
+        self.train_loss = _total("train_loss", over(train), axes)
+        if isinstance(train, CompositeLoss):
+            criterion = train.criterion if count is None else _criterion_over_tasks(train.criterion)
+            penalty = None if train.penalty is None else _total("penalty", over(train.penalty), axes)
+            self.train_loss = CompositeLoss(over(train.predict), criterion, penalty)
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """Those of all tasks."""
+        return self.own.items()
+
+    def named_buffers(self) -> Iterable[tuple[str, Tensor]]:
+        """Those of all tasks, and of the hyperparameters."""
+        own = {f"model.{name}": b for name, b in self.own_buffers.items()}
+        return (dict(super().named_buffers()) | own).items()
 
 
 def _without_aux(name: str, problem: Problem) -> Any:
@@ -66,7 +76,9 @@ def _without_aux(name: str, problem: Problem) -> Any:
     return lambda model, hparams, batch: split_aux(name, loss(model, hparams, batch))[0]
 
 
-def _over_tasks(function: Callable[..., Tensor], *, fixed: Fixed, is_one: bool) -> Callable[..., Tensor]:
+def _over_tasks(
+    function: Callable[..., Tensor], *, trained: Collection[str], fixed: Fixed, is_one: bool
+) -> Callable[..., Tensor]:
     """A function of (model, hparams, …) for all tasks at once: its values along a leading axis of K.
 
     The model and the batch of each task are slices of what is given, by ``torch.func.vmap``.
@@ -75,13 +87,14 @@ def _over_tasks(function: Callable[..., Tensor], *, fixed: Fixed, is_one: bool) 
     def over(model: Any, hparams: Any, *batch: Any) -> Tensor:
         joint, shared = Joint(model, hparams), _of_model(fixed(hparams))
         if is_one:
-            return functional_call(joint, shared, (lambda: function(model, hparams, *batch),))
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
+            called = partial(function, model, hparams, *batch)
+            return functional_call(joint, shared, (called,)) if shared else called()
+        all_own = {name: p for name, p in model.named_parameters() if name in trained} | dict(model.named_buffers())
 
         def of_one(own: Tensors, *batch: Any) -> Tensor:
-            return functional_call(joint, _of_model(own) | shared, (lambda: function(model, hparams, *batch),))
+            return functional_call(joint, _of_model(own) | shared, (partial(function, model, hparams, *batch),))
 
-        return vmap(of_one, (0, *map(axes_of, batch)), randomness="different")(trained, *batch)
+        return vmap(of_one, (0, *map(axes_of, batch)), randomness="different")(all_own, *batch)
 
     return over
 

@@ -16,7 +16,7 @@ from hoptim.checks import describe_type, listed
 from hoptim.linalg.vectors import OptionalTensors, Tensors
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import TrainingContext, held
-from hoptim.methods.side_by_side import copied, stand_in
+from hoptim.methods.side_by_side import SideBySide, stand_in
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory, present
 from hoptim.problem.functional import Attributes, restore_attributes
 from hoptim.problem.problem import Problem
@@ -171,12 +171,12 @@ class Tasks:
         def cut(batch: Any) -> Any:
             return pytree.tree_map(lambda t: t[place] if isinstance(t, Tensor) else t, batch)
 
-        own = copied(problem, trained, fixed, count, share=1 / self.count)
+        own = SideBySide(problem, trained, fixed, count, share=1 / self.count)
         leaves = problem.leaves()
         dynamics = InnerStep.of(loop.inner, problem.weights(), leaves, learned=loop.learned, with_state=False)
         dynamics = dynamics.fresh(own.weights(), leaves)
         steps = [Step(losses=(RecordedLoss(batch=cut(batch)),), dynamics=dynamics) for batch in self.batches]
-        with own.looked_up(), restore_attributes(list(problem.hparams.modules())):
+        with own.looked_up(), restore_attributes(list(problem.joint.modules())):
             trajectory = Trajectory(begins=((0, present(own, dynamics)),), steps=steps)
             return function(Part(of=self, problem=own, count=count, trajectory=trajectory, val_batch=cut(self.val_batch)))
 
@@ -194,7 +194,7 @@ class Part:
     """
 
     of: Tasks
-    problem: Problem
+    problem: SideBySide
     count: int | None
     trajectory: Trajectory
     val_batch: Any
@@ -205,7 +205,7 @@ class Part:
         loop, weights = self.of.loop, self.problem.weights()
         for name, p in weights.items():
             p.copy_(end.weights[name])
-        for name, b in self.problem.model.named_buffers():
+        for name, b in self.problem.own_buffers.items():
             b.copy_(end.modules.tensors[f"model.{name}"])
         end.modules.attributes.put()
         assert loop.inner is not None

@@ -64,11 +64,12 @@ class _Live:
         self.leaves: Tensors = dict(problem.hparams.named_parameters())
         self.lowered = lowered()  # by the user's autocast, which is off in leave_no_trace but for losses
         self.sharding = Sharding.of(problem.model, self.weights, problem.ranks) if is_sharded(problem.model) else None
-        self.look_inside(problem.joint)
+        self.look_inside(problem)
 
-    def look_inside(self, joint: Joint) -> None:
+    def look_inside(self, problem: Problem) -> None:
         """Look up the parts of the model and the hyperparameters, and their buffers, by their names in the joint module."""
-        self.parts, self.buffers = list(joint.modules()), {name: whole(t) for name, t in joint.named_buffers()}
+        self.parts = list(problem.joint.modules())
+        self.buffers = {name: whole(t) for name, t in problem.named_buffers()}
 
     @cached_property
     def frozen(self) -> Tensors:
@@ -174,11 +175,11 @@ class At:
                 losses = partial(problem._losses, name, batch)
                 loss, parts = functional_call(joint, written, (losses,)) if written else losses()  # updates ``written``
             if first:
-                pairs = ((live.weights, weights), (live.leaves, leaves))
+                pairs = ((problem.replaced, weights), (live.weights, weights), (live.leaves, leaves))
                 replaced = {id(p): key for here, there in pairs for key, p in here.items() if there[key] is not p}
                 check_given(name, loss, replaced)
                 problem.checked.add(name)
-                live.look_inside(joint)  # the first forward pass may have built layers
+                live.look_inside(problem)  # the first forward pass may have built layers
                 self.buffers.update({key: t for key, t in live.buffers.items() if key not in written})
             yield Evaluated(loss, parts, written)
 
@@ -266,6 +267,7 @@ class Problem:
         self.options: Any = None  # what was learned as options of the inner optimizer, for a retraining
         self.losses: Any = None  # of examples, beside the two, for their influence
         self.drew_from: Tensors = {}  # the states of torch's generators at the last trainings of tasks
+        self.replaced: Tensors = {}  # weights of the model, by name, which this problem does not have
         self.norms_by_batch = False  # whether batch norm by the statistics of a validation batch is as it should be
         self.starts = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
 
@@ -292,6 +294,10 @@ class Problem:
         if is_sharded(self.model):
             reshard(list(self.model.modules()))
         return self.model.named_parameters()
+
+    def named_buffers(self) -> Iterable[tuple[str, Tensor]]:
+        """The live buffers, by their names in the joint module."""
+        return self.joint.named_buffers()
 
     def weights(self) -> Tensors:
         """The live weights w that require a gradient, by the model's names; also where others are in place of them."""

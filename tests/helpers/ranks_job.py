@@ -133,7 +133,7 @@ def task_problem(wrap: Any = lambda model: model) -> hoptim.Problem:
         return plain.train_loss(m, h["rest"], b) + h["initial"].penalty(m, 0.2)
 
     def val(m: Any, h: Any, b: Any) -> Tensor:
-        return plain.val_loss(m, h["rest"], b)
+        return plain.val_loss(m, h["rest"], b) + h["rest"]["scale"] * b[0].mean()
 
     return hoptim.Problem(wrap(plain.model), hparams, train, val)
 

@@ -554,6 +554,26 @@ def test_under_autocast_side_by_side_is_as_in_turn() -> None:
         assert_close(g, turn[name], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_loss_may_find_the_model_anywhere_but_not_hold_a_weight(chunk_size: int | None) -> None:
+    model, train, val = net(), tasks(), tasks(7)
+    weight = model[0].weight  # type: ignore[index]
+
+    def by_closure(_: Any, hparams: Any, batch: Task) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    def by_weight(_: Any, hparams: Any, batch: Task) -> Tensor:
+        return by_closure(_, hparams, batch) + weight.square().sum()  # type: ignore[operator]
+
+    method = hoptim.PerTask(2, chunk_size=chunk_size)
+    problem = hoptim.Problem(model, Initialization(model), by_closure, by_closure)
+    found = hoptim.hypergradient(problem, train, val, method, inner=sgd(model)).grads
+    assert_close(of_initial(found), by_hand(model, train, val, 2))
+    with pytest.raises(ValueError, match=r"train_loss uses \['0.weight'\], but not through the model"):
+        wrong = hoptim.Problem(model, Initialization(model), by_weight, by_closure)
+        hoptim.hypergradient(wrong, train, val, method, inner=sgd(model))
+
+
 def test_a_task_that_diverges_fails_the_hypergradient() -> None:
     model, (x, y), val = net(), tasks(), tasks(7)
     x[1, 0] = torch.inf
