@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ def through_whole_graph(problem: Problem, trajectory: Trajectory, val_batch: obj
         changed = _changed(modules.tensors, at.modules.tensors)
         statistics = {name for name in changed if name.rpartition(".")[2] in RUNNING}
         others, mode = as_leaves({name: t for name, t in changed.items() if name not in statistics}), _StatisticsRead()
-        with problem.at(as_leaves(w), leaves, modules.tensors | others, modules.attributes) as at_end, mode:
+        noting = mode if statistics else nullcontext()
+        with problem.at(as_leaves(w), leaves, modules.tensors | others, modules.attributes) as at_end, noting:
             validation = validate(at_end, val_batch, others)
         inputs = {**{("w", name): t for name, t in start.items()}, **{("l", name): t for name, t in leaves.items()}}
         found = VJP(w, inputs)(validation.g)
