@@ -43,6 +43,7 @@ from studies.few_shot.peers import (
     plain_maml,
     tasks,
     torchopt_imaml,
+    torchopt_maml_vmap,
 )
 
 AGREES = 1e-10
@@ -200,6 +201,10 @@ def answers() -> str:
                 right = case.call(plain_maml, steps=steps, **{**options, "at_once": False})
                 found = {peer: difference(case.call(way, steps=steps, **options), right) for peer, way in MAML.items()}
                 rows += table(name, f"MAML, {steps} steps {' '.join(options)}".strip(), found, AGREES)
+            for options in ({}, {"first_order": True}):
+                right = case.call(plain_maml, steps=steps, **options)
+                found = {"TorchOpt, vmap": difference(case.call(torchopt_maml_vmap, steps=steps, **options), right)}
+                rows += table(name, f"MAML, {steps} steps {' '.join(options)}".strip(), found, AGREES)
             found = {"plain": by_differences(case, steps, case.call(plain_maml, steps=steps))}
             rows += table(name, f"MAML, {steps} steps, to differences of L", found, 1e-6)
             rows += table(name, f"Meta-SGD, {steps} steps", meta_sgd(case, steps=steps), AGREES)
@@ -262,6 +267,8 @@ def costs(rounds: int) -> str:
             calls[f"MAML | {peer}"] = partial(case.call, way, steps=steps)
             calls[f"MAML at once | {peer}"] = partial(case.call, way, steps=steps, at_once=True)
             calls[f"first-order MAML | {peer}"] = partial(case.call, way, steps=steps, first_order=True)
+        for words, first_order in (("MAML", False), ("first-order MAML", True)):
+            calls[f"{words} | TorchOpt, vmap"] = partial(case.call, torchopt_maml_vmap, steps=steps, first_order=first_order)
         rates = {key: torch.full_like(w, case.lr) for key, w in case.model.named_parameters()}
         for peer, both in META_SGD.items():
             calls[f"Meta-SGD | {peer}"] = partial(both, case.model, rates, *case_parts(case), steps=steps)
