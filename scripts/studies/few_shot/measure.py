@@ -1,7 +1,8 @@
-"""Do the libraries of peers.py return the same meta-gradients as loops by hand, and what does one meta-step cost in each?
+"""Do hoptim and the libraries of peers.py return the same meta-gradients as loops by hand, and what does one cost in each?
 
-    python scripts/studies/few_shot/check_peers.py              # both
-    python scripts/studies/few_shot/check_peers.py --rounds 0   # the answers alone
+    python scripts/studies/few_shot/measure.py              # both
+    python scripts/studies/few_shot/measure.py --rounds 0   # the answers alone
+    python scripts/studies/few_shot/measure.py --saved      # the costs of the page, which nothing is run for
 
 Answers are compared in float64. Errors are relative, over all weights; where there should be none, one of more than 1e-10
 ends the run (1e-6 for the slope found by differences of L). Times are CPU seconds of one thread, in float32: the median over
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.records import read_records, write_records
 from common.tables import markdown
 from studies.benchmark.measure import in_turn, peak
+from studies.few_shot.peers import IMAML as IMAML_OF_PEERS
+from studies.few_shot.peers import MAML as MAML_OF_PEERS
+from studies.few_shot.peers import META_SGD as META_SGD_OF_PEERS
 from studies.few_shot.peers import (
-    IMAML,
-    MAML,
-    META_SGD,
     Batch,
     Grads,
     Loss,
@@ -45,6 +47,11 @@ from studies.few_shot.peers import (
     torchopt_imaml,
     torchopt_maml_vmap,
 )
+from studies.few_shot.with_hoptim import hoptim_imaml, hoptim_maml, hoptim_meta_sgd
+
+MAML = {**MAML_OF_PEERS, "hoptim": hoptim_maml}
+IMAML = {**IMAML_OF_PEERS, "hoptim": hoptim_imaml}
+META_SGD = {**META_SGD_OF_PEERS, "hoptim": hoptim_meta_sgd}
 
 AGREES = 1e-10
 
@@ -199,7 +206,8 @@ def answers() -> str:
         for steps in (1, 3):
             for options in ({}, {"at_once": True}, {"first_order": True}):
                 right = case.call(plain_maml, steps=steps, **{**options, "at_once": False})
-                found = {peer: difference(case.call(way, steps=steps, **options), right) for peer, way in MAML.items()}
+                ways = MAML_OF_PEERS if "at_once" in options else MAML
+                found = {peer: difference(case.call(way, steps=steps, **options), right) for peer, way in ways.items()}
                 rows += table(name, f"MAML, {steps} steps {' '.join(options)}".strip(), found, AGREES)
             for options in ({}, {"first_order": True}):
                 right = case.call(plain_maml, steps=steps, **options)
@@ -214,6 +222,8 @@ def answers() -> str:
                 found = {"higher": difference(case.call(higher_maml, **adam), right)}
                 words = "as in torch" if late else "eps before the correction"
                 rows += table(name, f"MAML with Adam, {words}, {steps} steps", found, limit)
+            found = {"hoptim": difference(case.call(hoptim_maml, **adam), right)}
+            rows += table(name, f"MAML with Adam, {words}, {steps} steps", found, AGREES)
         implicit = {"steps": 5, "lr": 0.01, "strength": 20.0}
         dense = case.call(dense_imaml, **implicit)
         for terms in (1, 5, 60):
@@ -235,15 +245,17 @@ def answers() -> str:
     for peer, way in MAML.items():
         limit = None if peer == "TorchOpt" else AGREES
         rows += table("tied weights", "MAML, 2 steps", {peer: difference(case.call(way, steps=2), right)}, limit)
-    rows += table("tied weights", "Meta-SGD, 2 steps", meta_sgd(case, steps=2), None)
+    for peer, error in meta_sgd(case, steps=2).items():
+        rows += table("tied weights", "Meta-SGD, 2 steps", {peer: error}, AGREES if peer == "hoptim" else None)
     return markdown(["case", "gradient", "library", "error"], rows)
 
 
 def meta_sgd(case: Case, *, steps: int) -> dict[str, float]:
     """The larger of the errors of the two gradients, for random rates."""
     rates = {key: case.lr * torch.rand_like(w) for key, w in case.model.named_parameters()}
-    plain, peer = (way(case.model, rates, *case_parts(case), steps=steps) for way in META_SGD.values())
-    return {"learn2learn": max(difference(*pair) for pair in zip(peer, plain, strict=True))}
+    found = {peer: way(case.model, rates, *case_parts(case), steps=steps) for peer, way in META_SGD.items()}
+    plain = found.pop("plain autograd")
+    return {peer: max(difference(*pair) for pair in zip(both, plain, strict=True)) for peer, both in found.items()}
 
 
 def case_parts(case: Case) -> tuple[Loss, Batch, Batch]:
@@ -257,46 +269,71 @@ def table(case: str, gradient: str, found: Mapping[str, float], limit: float | N
     return [[case, gradient, peer, f"{error:.0e}"] for peer, error in found.items() if peer != "plain autograd"]
 
 
-def costs(rounds: int) -> str:
-    """A table of CPU milliseconds and peaks of one meta-step."""
+def costs(rounds: int) -> list[dict[str, Any]]:
+    """CPU milliseconds and peaks of one meta-step."""
     waves, pictures = sinusoids(25, 10), images(4, 5, 1, 15, blocks=4, channels=32, size=28)
-    rows: list[list[str]] = []
-    for name, case, steps in (("sinusoids", waves, 1), ("sinusoids", waves, 5), ("4 convolutions", pictures, 5)):
+    small = images(4, 5, 1, 5, blocks=4, channels=8, size=28)
+    rows: list[dict[str, Any]] = []
+    for name, case, steps in (
+        ("sinusoids", waves, 1),
+        ("sinusoids", waves, 5),
+        ("8 channels", small, 5),
+        ("32 channels", pictures, 5),
+    ):
         calls: dict[str, Callable[[], Any]] = {}
         for peer, way in MAML.items():
             calls[f"MAML | {peer}"] = partial(case.call, way, steps=steps)
-            calls[f"MAML at once | {peer}"] = partial(case.call, way, steps=steps, at_once=True)
             calls[f"first-order MAML | {peer}"] = partial(case.call, way, steps=steps, first_order=True)
         for words, first_order in (("MAML", False), ("first-order MAML", True)):
             calls[f"{words} | TorchOpt, vmap"] = partial(case.call, torchopt_maml_vmap, steps=steps, first_order=first_order)
         rates = {key: torch.full_like(w, case.lr) for key, w in case.model.named_parameters()}
         for peer, both in META_SGD.items():
             calls[f"Meta-SGD | {peer}"] = partial(both, case.model, rates, *case_parts(case), steps=steps)
-        implicit = {"steps": steps, "lr": 0.01, "strength": 20.0, "terms": 5}
         for peer, way in IMAML.items():
-            calls[f"iMAML, 5 terms | {peer}"] = partial(case.call, way, **implicit)
-        calls["iMAML, 5 terms, solve_normal_cg | TorchOpt"] = partial(
-            case.call, torchopt_imaml, solver="solve_normal_cg", **implicit
-        )
+            calls[f"implicit MAML | {peer}"] = partial(case.call, way, steps=steps, lr=0.01, strength=20.0, terms=5)
         times = in_turn(calls, rounds)
         for label, call in calls.items():
             gradient, peer = label.split(" | ")
-            rows.append([name, str(steps), gradient, peer, f"{1e3 * median(times[label]):.1f}", f"{peak(call)[0]:.2f}"])
-    rows.sort(key=lambda row: (row[0], row[1], row[2]))
-    return markdown(["case", "steps", "gradient", "library", "CPU ms", "peak MB"], rows)
+            figures = {"milliseconds": round(1e3 * median(times[label]), 2), "megabytes": round(peak(call)[0], 2)}
+            rows.append({"case": name, "steps": steps, "gradient": gradient, "library": peer, **figures})
+    for steps in (5, 20, 80):  # the memory of implicit MAML
+        megabytes = peak(partial(waves.call, hoptim_imaml, steps=steps, lr=0.01, strength=20.0, terms=5))[0]
+        row = {"case": "sinusoids", "steps": steps, "gradient": "memory of implicit MAML", "library": "hoptim"}
+        rows.append({**row, "milliseconds": 0.0, "megabytes": round(megabytes, 2)})
+    return rows
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each gradient and case, a column for each library: CPU milliseconds and peak megabytes."""
+    libraries = ["plain autograd", "higher", "TorchOpt", "TorchOpt, vmap", "learn2learn", "hoptim"]
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row["milliseconds"]:
+            key = row["gradient"], f"{row['case']}, {row['steps']} step{'s' * (row['steps'] > 1)}"
+            lines.setdefault(key, {})[row["library"]] = f"{row['milliseconds']:.1f} · {row['megabytes']:.1f}"
+    order = sorted(lines, key=lambda key: ("MAML", "first-order MAML", "implicit MAML", "Meta-SGD").index(key[0]))
+    return markdown(["", "tasks", *libraries], [[*key, *(lines[key].get(name, "") for name in libraries)] for key in order])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of the times; 0 leaves them out; default: 5")
+    parser.add_argument("--rounds", type=int, default=7, help="of the times; 0 leaves them out; default: 7")
+    parser.add_argument("--saved", action="store_true", help="run nothing: print the table of the page")
+    parser.add_argument("--out", type=Path, default=Path("runs/few_shot/costs.json"), help="the rows of the costs")
     given = parser.parse_args()
+    if given.saved:
+        print(shown(read_records(Path(__file__).parent / "costs.json")))
+        return
     warnings.simplefilter("ignore")  # TorchOpt and learn2learn use names that torch has deprecated
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     print(answers(), flush=True)
     torch.set_default_dtype(torch.float32)
     if given.rounds:
-        print("", costs(given.rounds), sep="\n")
+        rows = costs(given.rounds)
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        write_records(given.out, rows)
+        print("", shown(rows), sep="\n")
 
 
 if __name__ == "__main__":
