@@ -665,3 +665,26 @@ def test_a_sinusoid_is_learned_from_few_points() -> None:
         hoptim.outer_step(problem, outer, result.grads)
     after = hoptim.hypergradient(problem, train, val, maml, inner=inner).val_loss
     assert after < 0.75 * before
+
+
+def test_a_meta_training_resumes_to_the_bit_from_hyperparameters_and_outer_optimizer() -> None:
+    def begun() -> tuple[Any, Any, Any]:
+        torch.manual_seed(1)
+        model = net()
+        initial = Initialization(model)
+        return hoptim.Problem(model, initial, loss, loss), initial.optimizer(), sgd(model)
+
+    def run(problem: Any, outer: Any, inner: Any, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            found = hoptim.hypergradient(problem, tasks(), tasks(7), hoptim.PerTask(2), inner=inner)
+            hoptim.outer_step(problem, outer, found.grads)
+
+    whole, first, second = begun(), begun(), begun()
+    run(*whole, range(6))
+    run(*first, range(3))
+    saved = copy.deepcopy((first[0].hparams.state_dict(), first[1].state_dict()))
+    second[0].hparams.load_state_dict(saved[0])
+    second[1].load_state_dict(saved[1])
+    run(*second, range(3, 6))
+    assert same(second[0].hparams.state_dict(), whole[0].hparams.state_dict())
