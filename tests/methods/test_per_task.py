@@ -569,8 +569,8 @@ def test_a_loss_may_find_the_model_anywhere_but_not_hold_a_weight(chunk_size: in
     problem = hoptim.Problem(model, Initialization(model), by_closure, by_closure)
     found = hoptim.hypergradient(problem, train, val, method, inner=sgd(model)).grads
     assert_close(of_initial(found), by_hand(model, train, val, 2))
+    wrong = hoptim.Problem(model, Initialization(model), by_weight, by_closure)
     with pytest.raises(ValueError, match=r"train_loss uses \['0.weight'\], but not through the model"):
-        wrong = hoptim.Problem(model, Initialization(model), by_weight, by_closure)
         hoptim.hypergradient(wrong, train, val, method, inner=sgd(model))
 
 
