@@ -165,7 +165,16 @@ class Reverse:
         set_generators(at.generators)
         problem, step, weights = self.problem, self.steps[number], as_leaves(at.weights)
         with (
-            evaluated_losses(step, problem, weights, self.leaves, at.modules, graph=False, with_statistics=False) as found,
+            evaluated_losses(
+                step,
+                problem,
+                weights,
+                self.leaves,
+                at.modules.tensors,
+                at.modules.attributes,
+                graph=False,
+                with_statistics=False,
+            ) as found,
             torch.no_grad(),
         ):
             base = dicts.map_tensors(Tensor.detach, found.weights)
@@ -218,9 +227,9 @@ class Reverse:
         counts = {path: value for path, value in state.items() if path.startswith("step|")}  # have no derivative
         flat = as_leaves({path: value for path, value in state.items() if path not in counts})
         buffers = as_leaves({name: at.modules.tensors[name] for name in self.moving})
-        modules = replace(at.modules, tensors={**at.modules.tensors, **buffers})
+        tensors = {**at.modules.tensors, **buffers}
         batched = next(iter(later.weights.values())).ndim > next(iter(w.values())).ndim
-        with evaluated_losses(step, problem, w, leaves, modules, graph=True) as here:
+        with evaluated_losses(step, problem, w, leaves, tensors, at.modules.attributes, graph=True) as here:
             gradient = here.gradient
             if not gradient:
                 raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")

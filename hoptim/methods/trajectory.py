@@ -17,7 +17,7 @@ from hoptim.linalg import dicts
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.inner_step import InnerState, InnerStep
 from hoptim.methods.learned_options import LearnedOption
-from hoptim.problem.functional import DifferentiableStatistics
+from hoptim.problem.functional import Attributes, DifferentiableStatistics
 from hoptim.problem.held_batch import hold
 from hoptim.problem.problem import ModuleState, Problem
 from hoptim.problem.random_stream import set_generators
@@ -111,7 +111,8 @@ def evaluated_losses(
     problem: Problem,
     weights: Tensors,
     leaves: Tensors,
-    modules: ModuleState,
+    buffers: Tensors,
+    attributes: Attributes | None,
     *,
     graph: bool,
     with_statistics: bool = True,
@@ -119,7 +120,7 @@ def evaluated_losses(
     """The losses of a step times their shares, at tensors that are in place of the model's.
 
     With ``graph`` the gradient has a graph, which works inside the context. Buffers have one; running statistics do only
-    ``with_statistics``.
+    ``with_statistics``. Without ``attributes`` they are as they are, such as after another step whose context is open.
 
     Raises:
         ValueError: a forward pass registers or fills a buffer.
@@ -127,7 +128,7 @@ def evaluated_losses(
     slope: Tensors = {}
     total = next(iter(weights.values())).new_zeros(())
     with ExitStack() as stack:
-        at = stack.enter_context(problem.at(weights, leaves, modules.tensors, modules.attributes))
+        at = stack.enter_context(problem.at(weights, leaves, buffers, attributes))
         around = DifferentiableStatistics().around(problem.joint) if with_statistics else nullcontext()
         statistics, now, buffers = stack.enter_context(around), weights, at.buffers
         for one in step.losses:

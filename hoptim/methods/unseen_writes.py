@@ -87,7 +87,7 @@ def _passed(problem: Problem, step: Step, at: Snapshot, leaves: Tensors, moving:
     begin = as_leaves({name: at.modules.tensors[name] for name in moving})
     start = replace(at.modules, tensors={**at.modules.tensors, **begin})
     set_generators(at.generators)
-    with evaluated_losses(step, problem, weights, leaves, start, graph=False) as found:
+    with evaluated_losses(step, problem, weights, leaves, start.tensors, start.attributes, graph=False) as found:
         tensors = {name: found.buffers[name] for name in at.modules.tensors}
         ends = {name: _leaves(t) for name, t in tensors.items() if t.requires_grad}
         inputs = {id(w) for w in weights.values()}

@@ -23,8 +23,7 @@ from hoptim.methods.result import Terms
 from hoptim.methods.reverse import GROWN
 from hoptim.methods.trajectory import Trajectory, evaluated_losses
 from hoptim.methods.validation_loss import validate
-from hoptim.problem.functional import Attributes
-from hoptim.problem.problem import ModuleState, Problem, as_leaves
+from hoptim.problem.problem import Problem, as_leaves
 from hoptim.problem.random_stream import set_generators
 from hoptim.solvers.solution import Solution, Status
 
@@ -44,22 +43,20 @@ def through_whole_graph(problem: Problem, trajectory: Trajectory, val_batch: obj
     leaves, start = as_leaves(problem.leaves()), as_leaves(at.weights)
     set_generators(at.generators)
     with ExitStack() as stack:
-        w, state, modules = start, at.state, at.modules
+        w, state, buffers = start, at.state, at.modules.tensors
         for step in trajectory.steps:
             here = stack.enter_context(
-                evaluated_losses(step, problem, w, leaves, modules, graph=not first_order, with_statistics=False)
+                evaluated_losses(step, problem, w, leaves, buffers, None, graph=not first_order, with_statistics=False)
             )
             if not here.gradient:
                 raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
             w, state = step.present_dynamics().step(here.weights, here.gradient, leaves, state)
-            modules = ModuleState(
-                tensors=dicts.map_tensors(Tensor.detach, here.buffers), attributes=Attributes(list(problem.joint.modules()))
-            )
-        changed = _changed(modules.tensors, at.modules.tensors)
+            buffers = dicts.map_tensors(Tensor.detach, here.buffers)
+        changed = _changed(buffers, at.modules.tensors)
         statistics = {name for name in changed if name.rpartition(".")[2] in RUNNING}
         others, mode = as_leaves({name: t for name, t in changed.items() if name not in statistics}), _StatisticsRead()
         noting = mode if statistics else nullcontext()
-        with problem.at(as_leaves(w), leaves, modules.tensors | others, modules.attributes) as at_end, noting:
+        with problem.at(as_leaves(w), leaves, buffers | others) as at_end, noting:
             validation = validate(at_end, val_batch, others)
         inputs = {**{("w", name): t for name, t in start.items()}, **{("l", name): t for name, t in leaves.items()}}
         found = VJP(w, inputs)(validation.g)

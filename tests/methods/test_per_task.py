@@ -359,6 +359,35 @@ def test_running_statistics_are_those_of_the_task_and_told_to_have_no_derivative
     assert all(one.body[1].num_batches_tracked == 2 for one in adapted)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize("method", [None, hoptim.Unrolled(3)])
+def test_plain_attributes_go_on_from_step_to_step(method: Any, chunk_size: int | None) -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls = nn.Linear(2, 1), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.calls * self.layer(x)
+
+    model, train, val = Growing(), tasks(), tasks(7)
+    problem = hoptim.Problem(model, Initialization(model), loss, loss)
+    inner = torch.optim.SGD(model.parameters(), lr=0.01)
+    found = hoptim.hypergradient(problem, train, val, hoptim.PerTask(3, method, chunk_size=chunk_size), inner=inner)
+    start, total = dict(model.layer.named_parameters()), 0
+    for x, y, x_val, y_val in zip(*train, *val, strict=True):
+        w = start
+        for call in (1, 2, 3):
+            one = F.mse_loss(call * functional_call(model.layer, w, (x,)), y)
+            g = torch.autograd.grad(one, list(w.values()), create_graph=True)
+            w = {name: p - 0.01 * t for (name, p), t in zip(w.items(), g, strict=True)}
+        total = total + F.mse_loss(4 * functional_call(model.layer, w, (x_val,)), y_val) / K
+    expected = dict(zip(start, torch.autograd.grad(total, list(start.values())), strict=True))  # type: ignore[arg-type]
+    assert_close({name.removeprefix("layer."): g for name, g in of_initial(found.grads).items()}, expected)
+    assert model.calls == 0
+
+
 @pytest.mark.filterwarnings("ignore:tasks train one after the other")  # Unrolled follows the running statistics
 @pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("method", [None, hoptim.Unrolled(3), hoptim.Implicit(hoptim.CG(terms=3))])
