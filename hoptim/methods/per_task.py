@@ -58,7 +58,8 @@ class PerTask(Method):
     - Meta-SGD: ``options={"lr": [...]}`` with a learned rate for each weight.
 
     The K trainings run side by side by ``torch.func.vmap``, or one after the other if torch can't do that for the model, and
-    for convolutions on a CPU, where it is slower. In several processes each has tasks of its own, as many as the others.
+    for convolutions of 32 channels or more on a CPU, where it is no faster and takes far more memory. In several processes
+    each has tasks of its own, as many as the others.
 
     Args:
         steps: inner steps on each task, ≥ 1.

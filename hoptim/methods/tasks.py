@@ -22,7 +22,7 @@ from hoptim.problem.functional import Attributes, restore_attributes
 from hoptim.problem.problem import Problem
 
 R = TypeVar("R")
-WIDE = 32  # channels: from here on four tasks take as long in turn as side by side, in a sixteenth of the memory
+WIDE = 32  # channels: from here on four tasks take about as long in turn as side by side, in a sixth of the memory
 
 
 def initial_weights(hparams: Any) -> Tensors:
