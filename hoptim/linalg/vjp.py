@@ -47,6 +47,16 @@ def nodes(ends: Iterable[End]) -> dict[Any, int]:
     return seen
 
 
+def ends_of(t: Tensor) -> set[int]:
+    """The ids of the leaves in the graph of a tensor.
+
+    >>> w = torch.ones(1, requires_grad=True)
+    >>> ends_of(2 * w) == ends_of(w) == {id(w)}
+    True
+    """
+    return {id(t)} if t.grad_fn is None else {id(node.variable) for node in nodes([t]) if hasattr(node, "variable")}
+
+
 def no_second_derivative(why: str) -> TypeError:
     """The error for a missing second derivative."""
     return TypeError(f"the training loss has no second derivative: {why}. Take curvature=hoptim.FiniteDifference()")

@@ -39,7 +39,8 @@ def hypergradient(
             has a weight decay of its own, which is a part of what "trained" means.
         options: the options of ``inner`` that are hyperparameters, such as ``{"lr": "rate"}``, as in
             :class:`BilevelOptimizer`: they have the values of these, whatever numbers ``inner`` has.
-        train_batches: more training batches, for methods that average over several or draw a new one for each product.
+        train_batches: more training batches, for methods that average over several, draw a new one for each product, or
+            take steps: ``Unrolled`` and ``PerTask`` take one for each step, from the first again after the last.
 
     Returns:
         The result; look at ``result.solution.status`` before using ``result.grads``.

@@ -146,8 +146,8 @@ class Implicit(Method):
 
         A preconditioner is made once, for any number of right-hand sides.
         """
-        A, solver = F.A + self.damping, self.solver
-        assert solver is not None
+        assert self.solver is not None
+        A, solver = F.A + self.damping, problem.solver_of(self.solver, F.layout)
         if self.preconditioner is None:
             return partial(solver.solve, A)
         live = problem.weights()

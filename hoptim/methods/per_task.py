@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -14,29 +13,29 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hoptim.checks import describe_type, is_whole, listed
-from hoptim.curvature.linearization import Linearization
 from hoptim.linalg import dicts
 from hoptim.linalg.vectors import OptionalTensors, Tensors
-from hoptim.methods.implicit import Implicit, Solve, doubts
+from hoptim.methods.implicit import Implicit, doubts
 from hoptim.methods.method import Method, TrainingContext, checked
+from hoptim.methods.preconditioners import Jacobi, SecondMoments
 from hoptim.methods.result import Terms
-from hoptim.methods.reverse import Reverse, through_steps
+from hoptim.methods.reverse import Reverse, through_steps, unseen_by_one_graph
+from hoptim.methods.side_by_side import KRYLOV
 from hoptim.methods.tasks import Part, Tasks
 from hoptim.methods.trajectory import Snapshot
 from hoptim.methods.unrolled import Unrolled
 from hoptim.methods.validation_loss import Validation
 from hoptim.methods.whole_graph import through_whole_graph
 from hoptim.problem.distributed import Ranks
+from hoptim.problem.functional import renormed_weights
+from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem, as_leaves
-from hoptim.solvers.blocks import Blocks
-from hoptim.solvers.cg import CG
-from hoptim.solvers.gmres import GMRES
-from hoptim.solvers.minres import MINRES
+from hoptim.solvers.chebyshev import Chebyshev
+from hoptim.solvers.neumann import Identity, Neumann
 from hoptim.solvers.solution import State, Status, joined
+from hoptim.solvers.warm_start import SOBA, WarmStart
 
-KRYLOV = (CG, MINRES, GMRES)  # take coefficients from inner products, so that each task needs its own
-REPEATS = "tasks draw the same random numbers"  # in Problem.checked, once it was told
-IN_TURN = "tasks train in turn"  # in Problem.checked, once torch could not train them side by side
+SERIES = (Identity, Neumann, Chebyshev)  # the same polynomial for all tasks
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class PerTask(Method):
     the model's present weights. They take ``steps`` steps on the task's training batch, with a new state of the optimizer.
     Weights that ``inner`` does not hold, and ``initial_weights`` has, are λ itself in every task. The model does not change.
 
-    - MAML: ``PerTask(steps=5)`` differentiates through all steps, and holds their graphs. In little memory, at one more
-      gradient a step: ``PerTask(50, Unrolled(50, checkpoint=True))``.
+    - MAML: ``PerTask(steps=5)`` differentiates through all steps, and holds their graphs. In the memory of √steps, at nearly
+      two more gradients a step: ``PerTask(50, Unrolled(50, checkpoint=True))``.
     - First-order MAML: ``PerTask(steps=5, first_order=True)``.
     - Implicit MAML: ``PerTask(16, Implicit(CG(terms=5)))``, with ``hparams.penalty(model, strength)`` in the training loss.
       Its memory does not grow with the steps.
@@ -58,8 +57,8 @@ class PerTask(Method):
     - Meta-SGD: ``options={"lr": [...]}`` with a learned rate for each weight.
 
     The K trainings run side by side by ``torch.func.vmap``, or one after the other if torch can't do that for the model, and
-    for convolutions of 32 channels or more on a CPU, where it is no faster and takes far more memory. In several processes
-    each has tasks of its own, as many as the others.
+    trained convolutions of 32 channels or more on a CPU, where it is no faster and takes far more memory. In several
+    processes each has tasks of its own.
 
     Args:
         steps: inner steps on each task, ≥ 1.
@@ -71,7 +70,8 @@ class PerTask(Method):
         ValueError: ``steps`` or ``chunk_size`` is no positive whole number, ``first_order`` is given with a ``method``, or
             an ``Unrolled`` has other steps; when called, batches with different numbers of tasks, a validation loss that is
             no scalar, or a weight that is neither trained nor learned.
-        TypeError: ``method`` is another one; when called, an inner optimizer that torch can't differentiate.
+        TypeError: ``method`` is another one, or its solver starts at the last solution; when called, an inner optimizer that
+            torch can't differentiate, or a batch with arrays that are no tensors.
 
     Source: Finn, Abbeel and Levine 2017 (arXiv 1703.03400); Rajeswaran et al. 2019 (arXiv 1909.04630); Raghu et al. 2020
     (arXiv 1909.09157); Li et al. 2017 (arXiv 1707.09835).
@@ -108,9 +108,7 @@ class PerTask(Method):
         if not isinstance(self.first_order, bool):
             raise TypeError(f"first_order={self.first_order!r}: give True or False")
         if not isinstance(self.method, (Unrolled, Implicit, type(None))):
-            raise TypeError(
-                f"method is {describe_type(self.method)}: give hoptim.Implicit(...), hoptim.Unrolled(steps) or None"
-            )
+            raise TypeError(f"method is {describe_type(self.method)}: give hoptim.Implicit(...) or hoptim.Unrolled(steps)")
         if self.first_order and self.method is not None:
             raise ValueError(
                 f"first_order=True is for the derivative through the steps, and method is {self.method}: drop one"
@@ -119,67 +117,107 @@ class PerTask(Method):
             raise ValueError(
                 f"steps={self.steps} on a task, and {self.method} goes through {self.method.steps}: give the same"
             )
+        if isinstance(self.method, Implicit) and isinstance(self.method.solver, (WarmStart, SOBA)):
+            raise TypeError(
+                f"{type(self.method.solver).__name__} starts at the last solution, and the tasks are new each time: take "
+                "hoptim.CG"
+            )
+
+    @property
+    def sees_options(self) -> bool:  # type: ignore[override]
+        """Whether options of the inner optimizer have a derivative."""
+        return not isinstance(self.method, Implicit) or self.method.sees_options
 
     def _compute(self, problem: Problem, train_batch: Any, val_batch: Any, _: State | None, loop: TrainingContext) -> Terms:
         tasks = Tasks.of(problem, loop, [loop.draw() if loop.draw else train_batch for _ in range(self.steps)], val_batch)
-        with _noting_repeated_draws(problem):
-            parts = self._in_chunks(tasks, lambda part: _with_axis(part, self._terms(part)))
-        terms = _sum(parts, tasks.count)
+        if self.method is None and problem.unseen is None:  # tried once for a problem
+            problem.unseen = tasks.first(lambda part: unseen_by_one_graph(part.problem, part.trajectory, part.val_batch))
+        parts = self._in_chunks(tasks, lambda part: _with_axis(part, self._terms(part)))
+        terms = _sum(parts, tasks)
         if not isinstance(self.method, Implicit):
             through_start = tasks.start.back([part.solution.value for part in parts])
             terms = terms._replace(indirect=dicts.add(terms.indirect, through_start))
-        elif unseen := [n for n in tasks.start.leaves if terms.indirect[n] is terms.validation.direct[n] is None]:
+        terms = _over_ranks(terms, problem.ranks, problem.leaves())
+        self._check_touched(terms, tasks)
+        return terms
+
+    def _check_touched(self, terms: Terms, tasks: Tasks) -> None:
+        """Raise ``ValueError`` for hyperparameters of which this method does not see what they do."""
+        untouched = [name for name, t in terms.indirect.items() if t is None and terms.validation.direct[name] is None]
+        if isinstance(self.method, Implicit) and (unseen := [name for name in untouched if name in tasks.start.begins_at]):
             raise ValueError(
                 f"the training loss does not touch {listed(unseen)}, and implicit differentiation does not see where a "
                 "training begins: add hparams.penalty(model, strength) to train_loss, as implicit MAML does"
             )
-        return _over_ranks(terms, problem.ranks, problem.leaves())
+        if self.first_order and untouched:
+            raise ValueError(
+                f"with first_order=True nothing depends on {listed(untouched)}, since the gradient in each step counts as a "
+                "constant: drop first_order, or freeze them with requires_grad_(False)"
+            )
 
     def _terms(self, part: Part) -> Terms:
         """The terms of some tasks at once."""
         problem, trajectory = part.problem, part.trajectory
-        if self.method is None:
-            return through_whole_graph(problem, trajectory, part.val_batch, first_order=self.first_order)
-        if isinstance(self.method, Unrolled):
-            segments = self.method.segments(self.steps)
+        if isinstance(self.method, Implicit):
+            loop = part.at_end(_end(part))
+            terms = self.method._compute(problem, trajectory.steps[-1].losses[0].batch, part.val_batch, None, loop)
+            for doubt in doubts(self.method, loop, problem.weights(), terms.solution).values():
+                warnings.warn(doubt, stacklevel=7)
+            return terms
+        if isinstance(self.method, Unrolled) or renormed_weights(list(problem.model.modules())):
+            segments = self.method.segments(self.steps) if self.method else self.steps
             return through_steps(problem, trajectory, segments, part.val_batch, live=False, expected=self.steps)
-        loop = part.at_end(_end(part))
-        method = _of_tasks(self.method.completed(problem)) if part.count is not None else self.method
-        terms = method._compute(problem, trajectory.steps[-1].losses[0].batch, part.val_batch, None, loop)
-        for doubt in doubts(self.method, loop, problem.weights(), terms.solution).values():
-            warnings.warn(doubt, stacklevel=6)
-        return terms
+        return through_whole_graph(
+            problem,
+            trajectory,
+            part.val_batch,
+            first_order=self.first_order,
+            count=part.count,
+            unseen=part.of.problem.unseen or (),
+        )
 
     def adapt(
         self, problem: Problem, train_batch: Any, *, inner: Optimizer, options: Mapping[str, Any] | None = None
     ) -> list[nn.Module]:
         """K models, each trained on its task as in a hypergradient, such as for predictions on new tasks.
 
-        Frozen weights are shared with the problem's model.
+        They are copies of the model inside its wrappers, in its mode; frozen weights are shared with it.
 
         Args:
-            problem: as in :func:`hypergradient`, and so on.
-            train_batch: of K tasks.
+            problem: the problem of one task.
+            train_batch: a batch of K tasks.
             inner: the inner optimizer.
             options: its options that are hyperparameters.
+
+        Raises:
+            ValueError: there is no inner optimizer; or as in a hypergradient.
         """
         loop = checked(problem, self, inner, options)
+        if loop.inner is None:
+            raise ValueError("adapt needs the inner optimizer: call adapt(..., inner=optimizer)")
         with problem.leave_no_trace():
             tasks = Tasks.of(problem, loop, [train_batch] * self.steps, None)
             return [model for models in self._in_chunks(tasks, lambda part: part.models(_end(part))) for model in models]
 
     def _in_chunks(self, tasks: Tasks, run: Callable[[Part], Any]) -> list[Any]:
         """What ``run`` returns for each chunk of tasks; for one task at a time where torch can't train them side by side."""
-        told = tasks.problem.checked
-        size = self.chunk_size or (1 if IN_TURN in told or tasks.is_faster_in_turn else tasks.count)
+        told, failed = tasks.problem.checked, f"side by side, {self.method}"
+        reason = tasks.needs_turns or self._needs_turns(tasks.problem)
+        if self.chunk_size is not None:
+            if reason and self.chunk_size > 1:
+                raise ValueError(f"chunk_size={self.chunk_size}, and tasks can't train side by side, since {reason}: give 1")
+            with annotate_errors(f"in trainings of {self.chunk_size} tasks at once; chunk_size=1 is for one at a time"):
+                return tasks.run(run, at_once=self.chunk_size)
+        if reason or failed in told or tasks.is_faster_in_turn or tasks.count == 1:
+            return tasks.run(run, at_once=1)
         try:
-            return tasks.run(run, at_once=size)
+            return tasks.run(run, at_once=tasks.count)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            if self.chunk_size is not None or size == 1:
-                raise
             reason = str(error).strip().split("\n")[0]
         found = tasks.run(run, at_once=1)  # if it fails too, vmap was not the reason
-        told.add(IN_TURN)
+        told.add(failed)
         warnings.warn(
             f"tasks train one after the other, since torch.func.vmap can't train them side by side ({reason}). chunk_size=1 "
             "does so without this warning",
@@ -187,27 +225,16 @@ class PerTask(Method):
         )
         return found
 
-
-@contextmanager
-def _noting_repeated_draws(problem: Problem) -> Iterator[None]:
-    """Warn if tasks draw random numbers from where the last ones did, since a hypergradient restores the generator."""
-    begun = problem.generators()
-    yield
-    if _are_same(begun, problem.generators()):
-        return
-    if _are_same(begun, problem.drew_from) and REPEATS not in problem.checked:
-        problem.checked.add(REPEATS)
-        warnings.warn(
-            "the trainings of these tasks draw the same random numbers, such as dropout masks, as those of the last call, "
-            "since a hypergradient restores torch's generator and nothing else has drawn from it. Sample tasks by it, or "
-            "call torch.rand(1) in the loop",
-            stacklevel=6,
-        )
-    problem.drew_from = begun
-
-
-def _are_same(states: Tensors, others: Tensors) -> bool:
-    return states.keys() == others.keys() and all(torch.equal(state, others[key]) for key, state in states.items())
+    def _needs_turns(self, problem: Problem) -> str:
+        """Why this method takes one task at a time; empty if it need not."""
+        if not isinstance(self.method, Implicit):
+            return ""
+        solver, preconditioner = self.method.completed(problem).solver, self.method.preconditioner
+        if not isinstance(solver, (*KRYLOV, *SERIES)):
+            return f"{type(solver).__name__} would spend its rank on all of them together"
+        if not isinstance(preconditioner, (Jacobi, SecondMoments, type(None))):
+            return f"{type(preconditioner).__name__} is made for the weights of one model"
+        return ""
 
 
 def _end(part: Part) -> Snapshot:
@@ -215,20 +242,6 @@ def _end(part: Part) -> Snapshot:
     trajectory = part.trajectory
     reverse = Reverse(problem=part.problem, steps=trajectory.steps, leaves=as_leaves(part.problem.leaves()), segments=1)
     return reverse.end(list(trajectory.begins), len(trajectory.steps))
-
-
-class _OfTasks(Implicit):
-    """Implicit differentiation of several trainings side by side, whose curvature has a block for each."""
-
-    def solver_of(self, F: Linearization, problem: Problem, loop: TrainingContext) -> Solve:
-        """Krylov solvers solve each task's system by itself; others take the same polynomial for all."""
-        assert self.solver is not None
-        of_block = Blocks(solver=self.solver, layout=F.layout) if isinstance(self.solver, KRYLOV) else self.solver
-        return Implicit.solver_of(replace(self, solver=of_block), F, problem, loop)
-
-
-def _of_tasks(method: Implicit) -> Implicit:
-    return _OfTasks(**{field.name: getattr(method, field.name) for field in fields(method)})
 
 
 def _with_axis(part: Part, terms: Terms) -> Terms:
@@ -239,20 +252,20 @@ def _with_axis(part: Part, terms: Terms) -> Terms:
     return terms._replace(solution=replace(terms.solution, value=value))
 
 
-def _sum(parts: Sequence[Terms], count: int) -> Terms:
-    """The terms of all K tasks, from those of some at a time, in whose validation losses each task has its share of 1/K."""
+def _sum(parts: Sequence[Terms], tasks: Tasks) -> Terms:
+    """The terms of all K tasks, from those of some at a time, in whose validation losses each task has its share."""
 
     def added(found: Iterable[OptionalTensors]) -> OptionalTensors:
         return reduce(dicts.add, found)
 
     losses = torch.stack([part.validation.loss for part in parts])
     validation = Validation(loss=losses.sum(), g={}, direct=added(part.validation.direct for part in parts))
-    trained = torch.stack([part.train_loss for part in parts]).sum() / count
-    length = torch.stack([part.gradient_norm for part in parts]).square().sum().div(count).sqrt()
+    trained = tasks.share * torch.stack([part.train_loss for part in parts]).sum()
+    length = (tasks.share * torch.stack([part.gradient_norm for part in parts]).square().sum()).sqrt()
     solutions = [part.solution for part in parts]
     values = [solution.value for solution in solutions]
     value = {name: torch.cat([one[name] for one in values]) for name in values[0]} if len(parts) > 1 else values[0]
-    solution = replace(joined(solutions, "task" if len(parts) == count else "chunk"), value=value)
+    solution = replace(joined(solutions, "task" if len(parts) == tasks.count else "chunk"), value=value)
     return Terms(validation, added(part.indirect for part in parts), solution, trained, length)
 
 

@@ -82,6 +82,15 @@ def loss_at_end(problem: Problem, trajectory: Trajectory, leaves: Tensors, val_b
     return reverse.validate(reverse.end(list(trajectory.begins[:1]), len(trajectory.steps)), val_batch).loss
 
 
+def unseen_by_one_graph(problem: Problem, trajectory: Trajectory, val_batch: Any) -> list[str]:
+    """What the steps write without a derivative, though later losses read it, if running statistics have none."""
+    leaves, count = as_leaves(problem.leaves()), len(trajectory.steps)
+    reverse = Reverse(problem=problem, steps=trajectory.steps, leaves=leaves, segments=count, with_statistics=False)
+    begins = reverse.begins(0, trajectory.begins[0][1], count)
+    states = [*(at.modules for _, at in begins), reverse.end(begins, count).modules]
+    return replace(reverse, moving=_moving([state.tensors for state in states])).unseen(begins, states, val_batch)
+
+
 def _moving(buffers: Sequence[Tensors]) -> tuple[str, ...]:
     """The floating-point buffers that change: those whose derivative is carried from step to step."""
     return tuple(
@@ -125,7 +134,8 @@ class Derivatives:
 class Reverse:
     """Takes the steps forwards without a graph, and goes back through them.
 
-    Buffers are a part of the state that is carried from step to step; ``moving`` are those with a derivative.
+    Buffers are a part of the state that is carried from step to step; ``moving`` are those with a derivative. Running
+    statistics are among them only ``with_statistics``.
     """
 
     problem: Problem
@@ -133,6 +143,7 @@ class Reverse:
     leaves: Tensors
     segments: int
     moving: tuple[str, ...] = ()
+    with_statistics: bool = True
 
     def begins(self, low: int, at: Snapshot, high: int) -> list[tuple[int, Snapshot]]:
         """Number and snapshot of the first step of each segment from ``low`` to ``high``; the first snapshot is ``at``."""
@@ -214,7 +225,15 @@ class Reverse:
             number, at = (later or begins)[place * len(later or begins) // count]
             step = self.steps[number]
             found |= {
-                *unseen_writes(self.problem, step, at, self.leaves, self.moving, lambda end: plain.validate(end, batch).loss)
+                *unseen_writes(
+                    self.problem,
+                    step,
+                    at,
+                    self.leaves,
+                    self.moving,
+                    lambda end: plain.validate(end, batch).loss,
+                    with_statistics=self.with_statistics,
+                )
             }
         set_generators(generators)  # for the validation loss, which comes next
         return sorted(found)

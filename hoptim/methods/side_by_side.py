@@ -12,13 +12,18 @@ from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from hoptim.linalg.vectors import Tensors
+from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.methods.inner_step import InnerState
 from hoptim.problem.composite_loss import CompositeLoss
 from hoptim.problem.functional import Joint
 from hoptim.problem.loss_checks import split_aux
 from hoptim.problem.problem import Problem
+from hoptim.solvers.blocks import Blocks
+from hoptim.solvers.cg import CG
+from hoptim.solvers.gmres import GMRES
+from hoptim.solvers.minres import MINRES
 
+KRYLOV = (CG, MINRES, GMRES)  # take coefficients from inner products, so that each task needs its own
 Fixed = Callable[[Any], Tensors]  # of the hyperparameters: the weights that are not trained, by name
 
 
@@ -47,17 +52,20 @@ class SideBySide(Problem):
         self.own = {name: own(start[name]).requires_grad_() if name in start else p.detach() for name, p in weights.items()}
         self.own_buffers = {name: own(b) for name, b in one.model.named_buffers()}
         self.replaced = {name: p for name, p in weights.items() if p.requires_grad}
-        axes, over = (
-            0 if count is None else 1,
-            partial(_over_tasks, trained=frozenset(start), fixed=fixed, is_one=count is None),
-        )
+        self.is_stacked = count is not None
+        over = partial(_over_tasks, trained=frozenset(start), fixed=fixed, is_one=not self.is_stacked)
+        total = partial(_total, is_one=not self.is_stacked)
         train, val = (_without_aux(name, one) for name in ("train_loss", "val_loss"))
-        self.val_loss = _total("val_loss", over(val), axes, share)
-        self.train_loss = _total("train_loss", over(train), axes)
+        self.val_loss = total("val_loss", over(val), share=share)
+        self.train_loss = total("train_loss", over(train))
         if isinstance(train, CompositeLoss):
             criterion = train.criterion if count is None else _criterion_over_tasks(train.criterion)
-            penalty = None if train.penalty is None else _total("penalty", over(train.penalty), axes)
+            penalty = None if train.penalty is None else total("penalty", over(train.penalty))
             self.train_loss = CompositeLoss(over(train.predict), criterion, penalty)
+
+    def solver_of(self, solver: Any, layout: Layout) -> Any:
+        """A Krylov solver solves the system of each task by itself; others take the same polynomial for all."""
+        return Blocks(solver=solver, layout=layout) if self.is_stacked and isinstance(solver, KRYLOV) else solver
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         """Those of all tasks."""
@@ -89,12 +97,20 @@ def _over_tasks(
         if is_one:
             called = partial(function, model, hparams, *batch)
             return functional_call(joint, shared, (called,)) if shared else called()
-        all_own = {name: p for name, p in model.named_parameters() if name in trained} | dict(model.named_buffers())
+        all_own = _of_model(
+            {name: p for name, p in model.named_parameters() if name in trained} | dict(model.named_buffers())
+        )
 
-        def of_one(own: Tensors, *batch: Any) -> Tensor:
-            return functional_call(joint, _of_model(own) | shared, (partial(function, model, hparams, *batch),))
+        def of_one(own: Tensors, *batch: Any) -> tuple[Tensor, Tensors]:
+            given = own | shared
+            value = functional_call(joint, given, (partial(function, model, hparams, *batch),))  # updates ``given``
+            return value, {name: given[name] for name, t in own.items() if given[name] is not t}
 
-        return vmap(of_one, (0, *map(axes_of, batch)), randomness="different")(all_own, *batch)
+        values, assigned = vmap(of_one, (0, *map(axes_of, batch)), randomness="different")(all_own, *batch)
+        for name, t in assigned.items():  # buffers, in place of which the forward pass has put others
+            owner, _, last = name.rpartition(".")
+            joint.get_submodule(owner)._buffers[last] = t
+        return values
 
     return over
 
@@ -108,8 +124,9 @@ def _criterion_over_tasks(criterion: Callable[[Tensor, Any, Any], Tensor]) -> Ca
     return over
 
 
-def _total(name: str, function: Callable[..., Tensor], axes: int, share: float = 1.0) -> Callable[..., Tensor]:
-    """The sum over the tasks of what must be one number for each; ``axes`` is 1 if there are several tasks, else 0."""
+def _total(name: str, function: Callable[..., Tensor], *, is_one: bool, share: float = 1.0) -> Callable[..., Tensor]:
+    """The sum over the tasks of what must be one number for each."""
+    axes = 0 if is_one else 1
 
     def total(*given: Any) -> Tensor:
         values = function(*given)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,14 +15,18 @@ from torch.utils import _pytree as pytree
 
 from hoptim.checks import describe_type, listed
 from hoptim.linalg.vectors import OptionalTensors, Tensors
+from hoptim.linalg.vjp import ends_of
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import TrainingContext, held
 from hoptim.methods.side_by_side import SideBySide, stand_in
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory, present
 from hoptim.problem.functional import Attributes, restore_attributes
-from hoptim.problem.problem import Problem
+from hoptim.problem.problem import Problem, as_leaves
+from hoptim.problem.random_stream import restore_generators
 
 R = TypeVar("R")
+PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)  # parts of a batch that tasks may share
+REPEATS = "tasks draw the same random numbers"  # in Problem.checked, once it was told
 WIDE = 32  # channels: from here on four tasks take about as long in turn as side by side, in a sixth of the memory
 
 
@@ -29,11 +34,17 @@ def initial_weights(hparams: Any) -> Tensors:
     """The weights, by name, that modules of ``hparams`` with a method of this name have for the start of a training.
 
     Raises:
+        TypeError: one returns no dict of tensors.
         ValueError: two of them have the same weight.
     """
     found: Tensors = {}
     for module in hparams.modules():
-        own = module.initial_weights() if hasattr(module, "initial_weights") else {}
+        own = module.initial_weights() if callable(getattr(module, "initial_weights", None)) else {}
+        if not isinstance(own, Mapping) or not all(isinstance(t, Tensor) for t in own.values()):
+            raise TypeError(
+                f"initial_weights of {type(module).__name__} returned {describe_type(own)}: return a dict of tensors by the "
+                "names of the model's weights"
+            )
         if twice := found.keys() & own.keys():
             raise ValueError(f"two modules of hparams have initial weights for {listed(sorted(twice))}: keep one of them")
         found |= own
@@ -47,12 +58,14 @@ class Start:
     Attributes:
         weights: the weights that are trained, by name.
         learned: those of them that are functions of the hyperparameters, with their graph.
-        live: the leaves.
+        fixed: other weights that hyperparameters stand for.
+        leaves: the leaves to which that graph leads.
     """
 
     weights: Tensors
     learned: Tensors
-    live: Tensors
+    fixed: Tensors
+    leaves: Tensors
 
     @classmethod
     def of(cls, problem: Problem, loop: TrainingContext) -> Start:
@@ -62,7 +75,9 @@ class Start:
             ValueError: an initial weight does not fit the model; a weight is neither trained nor learned.
         """
         assert loop.inner is not None
-        live, known, found = dict(problem.named_parameters()), held(loop.inner), initial_weights(problem.hparams)
+        live, known, leaves = dict(problem.named_parameters()), held(loop.inner), as_leaves(problem.leaves())
+        with problem.at(leaves=leaves), restore_attributes(list(problem.hparams.modules())):
+            found = initial_weights(problem.hparams)
         for name, t in found.items():
             if name not in live or live[name].shape != t.shape:
                 there = f"of shape {tuple(live[name].shape)}" if name in live else "not there"
@@ -76,28 +91,28 @@ class Start:
                 f"the inner optimizer does not hold the weights {listed(idle)}, and no hyperparameter stands for them: "
                 "freeze them with requires_grad_(False), give them to the optimizer, or learn them by recipes.Initialization"
             )
-        weights = {name: found.get(name, p).detach() for name, p in trained.items()}
         return cls(
-            weights=weights,
-            learned={n: t for n, t in found.items() if n in trained and t.requires_grad},
-            live=problem.leaves(),
+            weights={name: found.get(name, p).detach().to(p) for name, p in trained.items()},
+            learned={name: t.to(trained[name]) for name, t in found.items() if name in trained and t.requires_grad},
+            fixed={name: t.detach() for name, t in found.items() if name not in trained},
+            leaves=leaves,
         )
 
     @property
-    def leaves(self) -> list[str]:
-        """The leaves on which it depends."""
-        nothing = {name: torch.zeros_like(t)[None] for name, t in self.learned.items()}
-        return [name for name, t in self.back([nothing]).items() if t is not None]
+    def begins_at(self) -> set[str]:
+        """The names of the leaves on which it depends."""
+        ends = set().union(*map(ends_of, self.learned.values()))
+        return {name for name, leaf in self.leaves.items() if id(leaf) in ends}
 
     def back(self, gradients: Sequence[Tensors]) -> OptionalTensors:
         """dL/dλ through the start, from ∂L/∂w there, with leading axes of tasks."""
         total = {n: torch.cat([g[n] for g in gradients]).sum(0) for n, t in self.learned.items()}
         if not total:
-            return dict.fromkeys(self.live)
+            return dict.fromkeys(self.leaves)
         found = torch.autograd.grad(
-            list(self.learned.values()), list(self.live.values()), list(total.values()), retain_graph=True, allow_unused=True
+            list(self.learned.values()), list(self.leaves.values()), list(total.values()), allow_unused=True
         )
-        return dict(zip(self.live, found, strict=True))
+        return dict(zip(self.leaves, found, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +126,7 @@ class Tasks:
         batches: the training batch of each step; its tensors have a leading axis of K.
         val_batch: likewise.
         count: K.
+        share: of each validation loss in the mean over the tasks, times the number of ranks.
     """
 
     problem: Problem
@@ -119,6 +135,7 @@ class Tasks:
     batches: Sequence[Any]
     val_batch: Any
     count: int
+    share: float
 
     @classmethod
     def of(cls, problem: Problem, loop: TrainingContext, batches: Sequence[Any], val_batch: Any) -> Tasks:
@@ -127,18 +144,19 @@ class Tasks:
         Raises:
             ValueError: the batches have no tasks, or different numbers of them.
         """
-        given = {"the training batch": batches, "the validation batch": val_batch}
         counts: dict[str, int] = {}
-        for name, batch in given.items():
-            tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
-            if batch is not None and not all(t.ndim for t in tensors):
-                raise ValueError(
-                    f"{name} has a tensor of a single number: PerTask takes tensors with a leading axis of tasks"
+        for name, batch in {"the training batch": batches, "the validation batch": val_batch}.items():
+            parts = pytree.tree_leaves(batch)
+            tensors = [t for t in parts if isinstance(t, Tensor)]
+            if opaque := [part for part in parts if not isinstance(part, Tensor) and not isinstance(part, PLAIN)]:
+                raise TypeError(
+                    f"{name} has {describe_type(opaque[0])}, of which PerTask can't take the part of a task: give tensors "
+                    "with a leading axis of tasks, in tuples, lists or dicts"
                 )
-            if batch is not None and not tensors:
+            if not all(t.ndim for t in tensors) or (batch is not None and not tensors):
                 raise ValueError(
-                    f"{name} is {describe_type(batches[0] if batch is batches else batch)}, with no tensor: PerTask takes "
-                    "tensors with a leading axis of tasks, in tuples, lists or dicts"
+                    f"{name} has {'a tensor of a single number' if tensors else 'no tensor'}: PerTask takes tensors with a "
+                    "leading axis of tasks, in tuples, lists or dicts"
                 )
             counts |= {f"{len(t)} in {name}": len(t) for t in tensors}
         if len(set(counts.values())) != 1 or 0 in counts.values():
@@ -146,41 +164,93 @@ class Tasks:
                 "the leading axes of the batches, which PerTask takes for the tasks, have lengths of "
                 f"{' and '.join(counts)}: give each tensor one entry for each task, 1 or more"
             )
-        start = Start.of(problem, loop)
+        count, ranks = next(iter(counts.values())), problem.ranks
         return cls(
-            problem=problem, loop=loop, start=start, batches=batches, val_batch=val_batch, count=next(iter(counts.values()))
+            problem=problem,
+            loop=loop,
+            start=Start.of(problem, loop),
+            batches=batches,
+            val_batch=val_batch,
+            count=count,
+            share=ranks.size / sum(ranks.gathered(count)),
         )
 
     @property
     def is_faster_in_turn(self) -> bool:
         """Whether it is, as for wide convolutions on a CPU: those of several models at once are grouped ones."""
         on_cpu = all(t.device.type == "cpu" for t in self.start.weights.values())
+        known = {id(p) for name, p in self.problem.named_parameters() if name in self.start.weights}
         convolutions = [part for part in self.problem.model.modules() if isinstance(part, _ConvNd)]
-        return on_cpu and any(part.out_channels >= WIDE for part in convolutions)
+        return on_cpu and any(part.out_channels >= WIDE and id(part.weight) in known for part in convolutions)
+
+    @property
+    def needs_turns(self) -> str:
+        """Why they have to train in turn, though ``torch.func.vmap`` would not say so; empty if they need not."""
+        padded = [part for part in self.problem.model.modules() if isinstance(part, nn.Embedding)]
+        if any(part.padding_idx is not None for part in padded):
+            return "in torch.func.vmap the row of an Embedding's padding_idx has a gradient"
+        return ""
 
     def run(self, function: Callable[[Part], R], at_once: int) -> list[R]:
         """What the function returns for each ``at_once`` of the tasks, inside a context in which their trainings can run."""
-        return [self._run(function, low, min(low + at_once, self.count)) for low in range(0, self.count, at_once)]
+        lows, own = range(0, self.count, at_once), torch.Generator().set_state(torch.get_rng_state())
+        seeds, found = torch.randint(2**62, (len(lows),), generator=own).tolist(), []
+        begun = self.problem.generators()
+        for low, seed in zip(lows, seeds, strict=True):
+            if low:  # so that tasks have random numbers of their own, whatever those before them have drawn
+                torch.manual_seed(seed)
+            found.append(self._run(function, low, min(low + at_once, self.count)))
+            if low == 0:
+                _warn_of_repeated_draws(self.problem, begun)
+        return found
+
+    def first(self, function: Callable[[Part], R]) -> R:
+        """What the function returns for the first task."""
+        with restore_generators():
+            return self._run(function, 0, 1)
 
     def _run(self, function: Callable[[Part], R], low: int, high: int) -> R:
         problem, loop, is_one = self.problem, self.loop, high - low == 1
         trained, count, place = self.start.weights, None if is_one else high - low, low if is_one else slice(low, high)
+        live = dict(problem.named_parameters())
         assert loop.inner is not None
 
         def fixed(hparams: Any) -> Tensors:
-            return {name: t for name, t in initial_weights(hparams).items() if name not in trained}
+            return {name: t.to(live[name]) for name, t in initial_weights(hparams).items() if name not in trained}
 
         def cut(batch: Any) -> Any:
             return pytree.tree_map(lambda t: t[place] if isinstance(t, Tensor) else t, batch)
 
-        own = SideBySide(problem, trained, fixed, count, share=1 / self.count)
+        own = SideBySide(problem, trained, fixed, count, share=self.share)
         leaves = problem.leaves()
         dynamics = InnerStep.of(loop.inner, problem.weights(), leaves, learned=loop.learned, with_state=False)
         dynamics = dynamics.fresh(own.weights(), leaves)
         steps = [Step(losses=(RecordedLoss(batch=cut(batch)),), dynamics=dynamics) for batch in self.batches]
         with own.looked_up(), restore_attributes(list(problem.joint.modules())):
             trajectory = Trajectory(begins=((0, present(own, dynamics)),), steps=steps)
-            return function(Part(of=self, problem=own, count=count, trajectory=trajectory, val_batch=cut(self.val_batch)))
+            draw = loop.draw
+            loop = replace(loop, draw=None if draw is None else lambda: cut(draw()))
+            val = cut(self.val_batch)
+            return function(Part(of=self, problem=own, count=count, loop=loop, trajectory=trajectory, val_batch=val))
+
+
+def _warn_of_repeated_draws(problem: Problem, begun: Tensors) -> None:
+    """Warn if tasks have drawn random numbers from where the last ones did, since a hypergradient restores the generator."""
+    if _are_same(begun, problem.generators()):
+        return
+    if _are_same(begun, problem.drew_from) and REPEATS not in problem.checked:
+        problem.checked.add(REPEATS)
+        warnings.warn(
+            "the trainings of these tasks draw the same random numbers, such as dropout masks, as those of the last call, "
+            "since a hypergradient restores torch's generator and nothing else has drawn from it. Sample tasks by it, or "
+            "call torch.rand(1) in the loop",
+            stacklevel=8,
+        )
+    problem.drew_from = begun
+
+
+def _are_same(states: Tensors, others: Tensors) -> bool:
+    return states.keys() == others.keys() and all(torch.equal(state, others[key]) for key, state in states.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +261,7 @@ class Part:
         of: all tasks.
         problem: the problem, with weights of its own.
         count: how many tasks; ``None`` for one, whose tensors have no leading axis.
+        loop: the user's inner optimizer, and batches of these tasks.
         trajectory: the steps that are to be taken.
         val_batch: the validation batch.
     """
@@ -198,25 +269,28 @@ class Part:
     of: Tasks
     problem: SideBySide
     count: int | None
+    loop: TrainingContext
     trajectory: Trajectory
     val_batch: Any
 
     @torch.no_grad()
     def at_end(self, end: Snapshot) -> TrainingContext:
         """Put the problem's model where its trainings have ended; returns its inner optimizer there."""
-        loop, weights = self.of.loop, self.problem.weights()
+        loop, weights = self.loop, self.problem.weights()
         for name, p in weights.items():
             p.copy_(end.weights[name])
         for name, b in self.problem.own_buffers.items():
             b.copy_(end.modules.tensors[f"model.{name}"])
         end.modules.attributes.put()
         assert loop.inner is not None
-        return replace(loop, inner=stand_in(loop.inner, self.of.problem.weights(), weights, end.state), draw=None)
+        return replace(loop, inner=stand_in(loop.inner, self.of.problem.weights(), weights, end.state))
 
     @torch.no_grad()
     def models(self, end: Snapshot) -> list[nn.Module]:
         """A model of its own for each task, as its training has ended."""
-        problem, learned = self.of.problem, initial_weights(self.of.problem.hparams)
+        problem, fixed = self.of.problem, self.of.start.fixed
+        modes = [part.training for part in problem.model.modules()]
+        end.modules.attributes.put()  # for the time of this part
 
         def of_task(task: int | None) -> nn.Module:
             def row(t: Tensor) -> Tensor:
@@ -225,8 +299,11 @@ class Part:
             memo: dict[int, Any] = {**Attributes(list(problem.model.modules())).copies()}
             memo |= {id(b): row(end.modules.tensors[f"model.{name}"]) for name, b in problem.model.named_buffers()}
             for name, p in problem.model.named_parameters():
-                own = row(end.weights[name]) if name in end.weights else learned.get(name)
-                memo[id(p)] = p if own is None else nn.Parameter(own.detach().clone(), requires_grad=p.requires_grad)
-            return copy.deepcopy(problem.model, memo)
+                own = row(end.weights[name]) if name in end.weights else fixed.get(name)
+                memo[id(p)] = p if own is None else nn.Parameter(own.detach().to(p).clone(), requires_grad=p.requires_grad)
+            model = copy.deepcopy(problem.model, memo)
+            for part, mode in zip(model.modules(), modes, strict=True):
+                part.training = mode
+            return model
 
         return [of_task(None)] if self.count is None else [of_task(task) for task in range(self.count)]

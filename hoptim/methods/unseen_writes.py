@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 from hoptim.linalg import dicts
 from hoptim.linalg.random import gaussian_like
 from hoptim.linalg.vectors import Tensors
-from hoptim.linalg.vjp import nodes
+from hoptim.linalg.vjp import ends_of
 from hoptim.methods.trajectory import Snapshot, Step, evaluated_losses
-from hoptim.problem.functional import Attributes
+from hoptim.problem.functional import Attributes, ConstantStatistics
 from hoptim.problem.problem import ModuleState, Problem, as_leaves
 from hoptim.problem.random_stream import set_generators
 
@@ -39,7 +41,14 @@ class _Pass:
 
 
 def unseen_writes(
-    problem: Problem, step: Step, at: Snapshot, leaves: Tensors, moving: Sequence[str], val_loss: Callable[[Snapshot], Any]
+    problem: Problem,
+    step: Step,
+    at: Snapshot,
+    leaves: Tensors,
+    moving: Sequence[str],
+    val_loss: Callable[[Snapshot], Any],
+    *,
+    with_statistics: bool = True,
 ) -> list[str]:
     """The buffers and attributes by which weights act on later losses, but not in autograd's graph.
 
@@ -53,15 +62,17 @@ def unseen_writes(
         leaves: the hyperparameters.
         moving: the floating-point buffers that change in the training.
         val_loss: the validation loss at a snapshot.
+        with_statistics: whether running statistics have a derivative.
     """
-    here = _passed(problem, step, at, leaves, moving)
+    passed = partial(_passed, problem, step, leaves=leaves, moving=moving, with_statistics=with_statistics)
+    here = passed(at)
     elsewhere = replace(at, weights={name: w + REACH * _noise(w) for name, w in at.weights.items()})
-    there = _passed(problem, step, elsewhere, leaves, moving).modules
+    there = passed(elsewhere).modules
     before = here.modules
     differing = {name: t for name, t in there.tensors.items() if t.is_floating_point() and name not in here.seen}
     if any(problem.ranks.gathered(bool(here.cut))):
         tensors = {name: t + REACH * _noise(t) if name in here.cut else t for name, t in at.modules.tensors.items()}
-        moved = _passed(problem, step, replace(at, modules=replace(at.modules, tensors=tensors)), leaves, moving).modules
+        moved = passed(replace(at, modules=replace(at.modules, tensors=tensors))).modules
         differing |= {name: moved.tensors[name] for name in here.cut}
     changed = {name: t for name, t in differing.items() if not dicts.is_same(t, before.tensors[name])}
     own = [name.partition(".")[2] for name in changed] + before.attributes.differing(there.attributes)
@@ -70,7 +81,7 @@ def unseen_writes(
         return []
     places = before, replace(before, tensors={**before.tensors, **changed}, attributes=there.attributes)
     one, other = (replace(at, modules=modules) for modules in places)
-    gradients = [_passed(problem, step, place, leaves, moving).gradient for place in (one, other)]
+    gradients = [passed(place).gradient for place in (one, other)]
     is_read = any(not dicts.is_same(g, gradients[1].get(name)) for name, g in gradients[0].items())
     if is_read:
         return names
@@ -82,25 +93,25 @@ def unseen_writes(
     return [] if dicts.is_same(*losses) else names
 
 
-def _passed(problem: Problem, step: Step, at: Snapshot, leaves: Tensors, moving: Sequence[str]) -> _Pass:
+def _passed(
+    problem: Problem, step: Step, at: Snapshot, leaves: Tensors, moving: Sequence[str], with_statistics: bool
+) -> _Pass:
     weights = as_leaves(at.weights)
     begin = as_leaves({name: at.modules.tensors[name] for name in moving})
     start = replace(at.modules, tensors={**at.modules.tensors, **begin})
     set_generators(at.generators)
-    with evaluated_losses(step, problem, weights, leaves, start.tensors, start.attributes, graph=False) as found:
+    evaluated = evaluated_losses(
+        step, problem, weights, leaves, start.tensors, start.attributes, graph=False, with_statistics=with_statistics
+    )
+    with nullcontext() if with_statistics else ConstantStatistics(), evaluated as found:
         tensors = {name: found.buffers[name] for name in at.modules.tensors}
-        ends = {name: _leaves(t) for name, t in tensors.items() if t.requires_grad}
+        ends = {name: ends_of(t) for name, t in tensors.items() if t.requires_grad}
         inputs = {id(w) for w in weights.values()}
         seen = frozenset(name for name, found_ends in ends.items() if found_ends & inputs)
         cut = frozenset(name for name in seen if name in begin and id(begin[name]) not in ends[name])
         attributes = Attributes(list(problem.joint.modules()))
         modules = ModuleState(tensors=dicts.map_tensors(Tensor.detach, tensors), attributes=attributes)
         return _Pass(gradient=found.gradient, modules=modules, seen=seen, cut=cut)
-
-
-def _leaves(t: Tensor) -> set[int]:
-    """The ids of the leaves in the graph of a tensor."""
-    return {id(t)} if t.grad_fn is None else {id(node.variable) for node in nodes([t]) if hasattr(node, "variable")}
 
 
 def _noise(w: Tensor) -> Tensor:

@@ -5,19 +5,15 @@ Each step is taken once, where :mod:`hoptim.methods.reverse` repeats it. The mem
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from hoptim.linalg import dicts
-from hoptim.linalg.vectors import Tensors
+from hoptim.linalg.vectors import Layout, Tensors, norm
 from hoptim.linalg.vjp import VJP
 from hoptim.methods.result import Terms
 from hoptim.methods.reverse import GROWN
@@ -27,17 +23,27 @@ from hoptim.problem.problem import Problem, as_leaves
 from hoptim.problem.random_stream import set_generators
 from hoptim.solvers.solution import Solution, Status
 
-NORMS, RUNNING = (F.batch_norm, F.instance_norm), ("running_mean", "running_var")
 
-
-def through_whole_graph(problem: Problem, trajectory: Trajectory, val_batch: object, *, first_order: bool) -> Terms:
+def through_whole_graph(
+    problem: Problem,
+    trajectory: Trajectory,
+    val_batch: object,
+    *,
+    first_order: bool,
+    count: int | None = None,
+    unseen: Sequence[str] = (),
+) -> Terms:
     """dL_V/dλ at the end of the steps at a fixed start, and ∂L_V/∂w at the start as the solution.
+
+    Buffers are carried from step to step with their graphs; running statistics have none.
 
     Args:
         problem: the problem, inside ``problem.leave_no_trace()``.
         trajectory: the steps.
         val_batch: the validation batch.
         first_order: whether ∇L_T counts as a constant in each step.
+        count: K, if the weights of K models have a leading axis of K.
+        unseen: the names of what the steps write without a derivative, though later losses read it.
     """
     at = trajectory.begins[0][1]
     leaves, start = as_leaves(problem.leaves()), as_leaves(at.weights)
@@ -51,51 +57,41 @@ def through_whole_graph(problem: Problem, trajectory: Trajectory, val_batch: obj
             if not here.gradient:
                 raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
             w, state = step.present_dynamics().step(here.weights, here.gradient, leaves, state)
-            buffers = dicts.map_tensors(Tensor.detach, here.buffers)
-        changed = _changed(buffers, at.modules.tensors)
-        statistics = {name for name in changed if name.rpartition(".")[2] in RUNNING}
-        others, mode = as_leaves({name: t for name, t in changed.items() if name not in statistics}), _StatisticsRead()
-        noting = mode if statistics else nullcontext()
-        with problem.at(as_leaves(w), leaves, buffers | others) as at_end, noting:
-            validation = validate(at_end, val_batch, others)
-        inputs = {**{("w", name): t for name, t in start.items()}, **{("l", name): t for name, t in leaves.items()}}
-        found = VJP(w, inputs)(validation.g)
+            buffers = here.buffers
+        carried = {name: t for name, t in buffers.items() if t.requires_grad}
+        ends = as_leaves(carried)
+        with problem.at(as_leaves(w), leaves, {**buffers, **ends}) as at_end:
+            validation = validate(at_end, val_batch, ends)
+        outputs = {**_keyed("w", w), **_keyed("b", {name: carried[name] for name in validation.by_buffer})}
+        cotangents = {**_keyed("w", validation.g), **_keyed("b", validation.by_buffer)}
+        found = VJP(outputs, {**_keyed("w", start), **_keyed("l", leaves)})(cotangents)
     begin = dicts.filled({name: found["w", name] for name in start}, start)
-    read = [name for name, t in validation.by_buffer.items() if bool(t.any())]
-    read += sorted(statistics) if mode.is_read else []
-    solution = _solution_of(begin, validation.g, read, len(trajectory.steps))
+    solution = _solution_of(begin, validation.g, count, unseen, len(trajectory.steps))
     indirect = {name: found["l", name] for name in leaves}
     return Terms(validation, indirect, solution, here.loss, dicts.norm(dicts.map_tensors(Tensor.detach, here.gradient)))
 
 
-class _StatisticsRead(TorchFunctionMode):
-    """Notes whether a batch norm or an instance norm takes its running statistics, in which torch has no derivative."""
-
-    is_read = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in NORMS:
-            call = inspect.signature(func).bind(*args, **(kwargs or {}))
-            call.apply_defaults()
-            by_batch = call.arguments["training" if func is F.batch_norm else "use_input_stats"]
-            self.is_read |= not by_batch and call.arguments["running_mean"] is not None
-        return func(*args, **(kwargs or {}))
+def _keyed(kind: str, x: Tensors) -> dict[tuple[str, str], Tensor]:
+    return {(kind, name): t for name, t in x.items()}
 
 
-def _changed(now: Tensors, before: Tensors) -> Tensors:
-    """The floating-point buffers that the steps have changed."""
-    return {name: t for name, t in now.items() if t.is_floating_point() and not dicts.is_same(t, before.get(name))}
-
-
-def _solution_of(begin: Tensors, g: Tensors, read: Sequence[str], steps: int) -> Solution:
-    """∂L_V/∂w at the start; ``read`` are the buffers that the steps write and the validation loss reads."""
-    length = dicts.norm(g)
-    growth = dicts.norm(begin) / torch.where(length > 0, length, 1.0)
-    grown, status, detail = float(growth), Status.FINISHED, ""
+def _solution_of(begin: Tensors, g: Tensors, count: int | None, unseen: Sequence[str], steps: int) -> Solution:
+    """∂L_V/∂w at the start, of each of K models if there are several."""
+    start, end = (_norms(x, count) for x in (begin, g))
+    growth = start / torch.where(end > 0, end, 1.0)
+    grown, status, detail = float(growth.amax()), Status.FINISHED, ""
     if not math.isfinite(grown):
         status, detail = Status.NON_FINITE_PRODUCT, "in the derivative of the inner steps"
-    elif read:
-        status, detail = Status.UNSEEN_WRITES, f"written: {', '.join(read)}"
+    elif unseen:
+        status, detail = Status.UNSEEN_WRITES, f"written: {', '.join(unseen)}"
     elif grown > GROWN:
         status, detail = Status.SENSITIVE, f"∂L_V/∂w grew {grown:.3g} times over {steps} steps"
     return Solution(value=begin, status=status, detail=detail, residuals=growth[None], products=steps)
+
+
+def _norms(x: Tensors, count: int | None) -> Tensor:
+    """‖x‖, or K of them."""
+    if count is None:
+        return dicts.norm(x)
+    one = Layout.of({name: t[0] for name, t in x.items()})
+    return norm(one.flatten(x, (count,)))

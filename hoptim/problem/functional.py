@@ -327,6 +327,20 @@ _FOR_ALL_MODULES = _ProcessWide(
 _WITHOUT_CUDNN = _ProcessWide(lambda: torch.backends.cudnn.flags(enabled=False))
 
 
+class ConstantStatistics(TorchFunctionMode):
+    """Norms take running statistics without a graph, in which torch has no derivative and refuses one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.batch_norm, F.instance_norm):
+            call = inspect.signature(func).bind(*args, **(kwargs or {}))
+            named = call.arguments
+            named |= {key: named[key].detach() for key in ("running_mean", "running_var") if named.get(key) is not None}
+            return func(*call.args, **call.kwargs)
+        if func in (torch.batch_norm, torch.instance_norm):
+            args = tuple(t.detach() if place in (3, 4) and t is not None else t for place, t in enumerate(args))
+        return func(*args, **(kwargs or {}))
+
+
 class DifferentiableStatistics(TorchFunctionMode):
     """Running statistics with a derivative: r ← m·x̄ + (1 − m)·r, with the mean or variance x̄ of the batch.
 

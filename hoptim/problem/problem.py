@@ -266,10 +266,15 @@ class Problem:
         self.has_trained = False
         self.options: Any = None  # what was learned as options of the inner optimizer, for a retraining
         self.losses: Any = None  # of examples, beside the two, for their influence
+        self.unseen: list[str] | None = None  # what trainings of tasks write without a derivative, once it was tried
         self.drew_from: Tensors = {}  # the states of torch's generators at the last trainings of tasks
         self.replaced: Tensors = {}  # weights of the model, by name, which this problem does not have
         self.norms_by_batch = False  # whether batch norm by the statistics of a validation batch is as it should be
         self.starts = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
+
+    def solver_of(self, solver: Any, layout: Layout) -> Any:
+        """The solver for systems of this problem, of vectors of this layout: the one that is given."""
+        return solver
 
     def check_trained(self) -> None:
         """Raise ``ValueError`` if all weights are frozen."""

@@ -150,6 +150,15 @@ def tasks(rank: int, size: int) -> Answer:
     return {name: task_answer(task_problem(DistributedDataParallel), [rank], name) for name in TASKS}
 
 
+def uneven_tasks(rank: int, size: int) -> Answer:
+    """Rank r has r + 1 tasks."""
+    problem = task_problem(DistributedDataParallel)
+    inner = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    batches = (tuple(t[: 2 if rank else 1] for t in tasks_of([rank], pick)) for pick in (shard, val_shard))
+    found = hoptim.hypergradient(problem, *batches, hoptim.PerTask(2), inner=inner)
+    return {"grads": found.grads, "val": found.val_loss, "train": found.train_loss}
+
+
 def task_that_fails(rank: int, size: int) -> Answer:
     """The solve of one rank alone fails."""
     problem, step = task_problem(DistributedDataParallel), 1.0 if rank == 1 else 0.1
@@ -429,6 +438,7 @@ CASES = [
     methods,
     vector,
     tasks,
+    uneven_tasks,
     task_that_fails,
     influenced,
     uneven,

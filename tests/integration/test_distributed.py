@@ -81,6 +81,24 @@ def test_tasks_are_split_over_ranks(world: list[dict[str, Any]], name: str) -> N
     assert_answer(found, job.task_answer(job.task_problem(), range(len(world)), name))
 
 
+def test_ranks_may_have_different_numbers_of_tasks(world: list[dict[str, Any]]) -> None:
+    problem = job.task_problem()
+    train, val = (tuple(t[1:] for t in job.tasks_of(range(len(world)), pick)) for pick in (flipped_shard, flipped_val_shard))
+    inner = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    found = hoptim.hypergradient(problem, train, val, hoptim.PerTask(2), inner=inner)
+    expected = {"grads": found.grads, "val": found.val_loss, "train": found.train_loss}
+    assert_answer(equal_on_all_ranks(world, "uneven_tasks"), expected)
+
+
+def flipped_shard(number: int) -> Any:
+    """The first two in the other order, so that the first rank's only task is not the first of all."""
+    return job.shard(1 - number if number < 2 else number)
+
+
+def flipped_val_shard(number: int) -> Any:
+    return job.val_shard(1 - number if number < 2 else number)
+
+
 def test_if_the_tasks_of_one_rank_fail_all_ranks_know(world: list[dict[str, Any]]) -> None:
     for found in (one["task_that_fails"] for one in world):
         assert not hoptim.Status[found["status"]].ok
