@@ -214,7 +214,7 @@ def _leaf(key: str, name: Any, leaves: Tensors, shape: Sequence[int]) -> Tensor:
         fitting = [name for name, leaf in leaves.items() if leaf.numel() == 1]
         raise ValueError(
             f"options gives {key} {name!r}, which {wrong}: give one of {listed(fitting)}, of one number each. A rate for "
-            "each entry of a weight can be learned by hoptim.PerTask and hoptim.hypergradient, if each weight has a parameter "
+            "each entry of a weight can be learned by hypergradient(), such as with PerTask, if each weight has a parameter "
             "group of its own"
         )
     return leaves[name]

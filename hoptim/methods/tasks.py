@@ -6,10 +6,12 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
@@ -76,8 +78,10 @@ class Start:
         """
         assert loop.inner is not None
         live, known, leaves = dict(problem.named_parameters()), held(loop.inner), as_leaves(problem.leaves())
-        with problem.at(leaves=leaves), restore_attributes(list(problem.hparams.modules())):
-            found = initial_weights(problem.hparams)
+        own = leaves | {name: b.clone() for name, b in problem.hparams.named_buffers()}
+        with restore_attributes(list(problem.hparams.modules())):
+            called = partial(initial_weights, problem.hparams)
+            found = functional_call(problem.joint, {f"hparams.{name}": t for name, t in own.items()}, (called,))
         for name, t in found.items():
             if name not in live or live[name].shape != t.shape:
                 there = f"of shape {tuple(live[name].shape)}" if name in live else "not there"
