@@ -50,6 +50,7 @@ def records(path: Path) -> list[dict[str, object]]:
         ("defaults", 30),
         ("holdout", 5),
         ("example_influence", 12),
+        ("few_shot", 20),
         ("language", 6),
         ("mixtures", 12),
         ("raters", 14),
