@@ -51,13 +51,14 @@ class PerTask(Method):
     - MAML: ``PerTask(steps=5)`` differentiates through all steps, and holds their graphs. In the memory of √steps, at nearly
       two more gradients a step: ``PerTask(50, Unrolled(50, checkpoint=True))``.
     - First-order MAML: ``PerTask(steps=5, first_order=True)``.
-    - Implicit MAML: ``PerTask(16, Implicit(CG(terms=5)))``, with ``hparams.penalty(model, strength)`` in the training loss.
-      Its memory does not grow with the steps.
+    - Implicit MAML: ``PerTask(16, Implicit(CG(terms=5), curvature=GaussNewton()))``, with a :class:`CompositeLoss` for
+      training whose penalty is ``hparams.penalty(model, strength)``. Its memory does not grow with the steps. The exact
+      curvature of a ReLU network is mostly negative somewhere, and then it learned far less (scripts/studies/few_shot).
     - ANIL: ``inner`` holds the last layer alone.
     - Meta-SGD: ``options={"lr": [...]}`` with a learned rate for each weight.
 
     The K trainings run side by side by ``torch.func.vmap``, or one after the other if torch can't do that for the model, and
-    trained convolutions of 32 channels or more on a CPU, where it is no faster and takes far more memory. In several
+    trained convolutions of 64 channels or more on a CPU, where it is no faster and takes far more memory. In several
     processes each has tasks of its own.
 
     Args:

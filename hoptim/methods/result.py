@@ -139,11 +139,12 @@ def _failed_if_not_finite(result: Hypergradient) -> Hypergradient:
     figures = (result.val_loss.sum(), result.train_loss, result.gradient_norm, dicts.norm(result.grads))
     val_loss, train_loss, F, grads = torch.stack([t.detach().to(device, torch.float64) for t in figures]).tolist()
     solution = result.solution
+    more = "" if solution.status.ok or not solution.detail else f"; {solution.detail}"
     if not math.isfinite(F):
-        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail="of the training loss")
+        solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail=f"of the training loss{more}")
     for name, loss in (("validation", val_loss), ("training", train_loss)):
         if not math.isfinite(loss):
-            solution = replace(solution, status=Status.NON_FINITE_LOSS, detail=f"the {name} loss is {loss}")
+            solution = replace(solution, status=Status.NON_FINITE_LOSS, detail=f"the {name} loss is {loss}{more}")
     if solution.status.ok and not math.isfinite(grads):
         term = "indirect" if bool(dicts.norm(result.direct).isfinite()) else "direct"
         solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail=f"in the {term} term")

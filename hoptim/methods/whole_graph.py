@@ -81,7 +81,8 @@ def _solution_of(begin: Tensors, g: Tensors, count: int | None, unseen: Sequence
     growth = start / torch.where(end > 0, end, 1.0)
     grown, status, detail = float(growth.amax()), Status.FINISHED, ""
     if not math.isfinite(grown):
-        status, detail = Status.NON_FINITE_PRODUCT, "in the derivative of the inner steps"
+        of_task = "" if count is None else f"task {int(growth.argmax()) + 1} of {count}: "
+        status, detail = Status.NON_FINITE_PRODUCT, f"{of_task}in the derivative of the inner steps"
     elif unseen:
         status, detail = Status.UNSEEN_WRITES, f"written: {', '.join(unseen)}"
     elif grown > GROWN:

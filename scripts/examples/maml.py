@@ -49,7 +49,8 @@ def learned(steps):
     for step in range(steps):
         train, val = sinusoids(25)
         result = hoptim.hypergradient(problem, train, val, maml, inner=inner)
-        hoptim.outer_step(problem, outer, result.grads)
+        if result.solution.status.ok:  # else a training has diverged, and nothing moves
+            hoptim.outer_step(problem, outer, result.grads)
         if (step + 1) % (steps // 5) == 0:
             print(f"meta-step {step + 1}: loss after one gradient step {result.val_loss:.2f}, {result.solution.status.name}")
     return problem, inner
