@@ -58,17 +58,26 @@ def hoptim_imaml(
     return by_name(hoptim.hypergradient(of_tasks(model, loss, strength), support, query, method, inner=optimizer).grads)
 
 
-def hoptim_meta_sgd(
-    model: nn.Module, rates: Mapping[str, Tensor], loss: Loss, support: Batch, query: Batch, *, steps: int
-) -> tuple[Grads, Grads]:
-    """Meta-SGD: the gradients of the weights and of the inner rates."""
+@lru_cache(maxsize=1)
+def with_rates(model: nn.Module, loss: Loss) -> tuple[hoptim.Problem, torch.optim.Optimizer]:
+    """The same with a learned rate for each weight, and an optimizer with a parameter group for each tensor."""
 
     def of_task(model: Any, hparams: Any, batch: Batch) -> Tensor:
         return loss(model, batch)
 
-    hparams = nn.ModuleDict({"start": Initialization(model), "rate": hoptim.HyperParameters(rates)})
+    rates = hoptim.HyperParameters({name: torch.ones_like(p) for name, p in model.named_parameters()})
+    hparams = nn.ModuleDict({"start": Initialization(model), "rate": rates})
     optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=1.0)
+    return hoptim.Problem(model, hparams, of_task, of_task), optimizer
+
+
+def hoptim_meta_sgd(
+    model: nn.Module, rates: Mapping[str, Tensor], loss: Loss, support: Batch, query: Batch, *, steps: int
+) -> tuple[Grads, Grads]:
+    """Meta-SGD: the gradients of the weights and of the inner rates."""
+    problem, optimizer = with_rates(model, loss)
+    for name, rate in rates.items():
+        problem.hparams["rate"][name] = rate  # type: ignore[index]
     options = {"lr": [f"rate.{name}" for name, _ in model.named_parameters()]}
-    problem = hoptim.Problem(model, hparams, of_task, of_task)
     grads = hoptim.hypergradient(problem, support, query, hoptim.PerTask(steps), inner=optimizer, options=options).grads
     return by_name(grads, "start.initial."), by_name(grads, "rate.")
