@@ -20,6 +20,12 @@ def test_the_loops_on_the_page_are_those_of_the_file() -> None:
     assert set(shown) == {ast.get_source_segment(text, node) for node in defined}
 
 
+def test_the_costs_on_the_page_are_those_that_were_kept() -> None:
+    told = run("studies/few_shot/measure.py", "--saved").stdout.strip().splitlines()
+    assert len(told) == 18
+    assert [line for line in told if line not in PAGE.splitlines()] == []
+
+
 def test_hoptims_loop_runs_without_the_others() -> None:
     assert "hoptim: " in run("studies/few_shot/loops.py").stdout
 
