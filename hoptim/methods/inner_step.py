@@ -34,6 +34,7 @@ DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
     optim.ASGD: frozenset(),
 }
 
+MADE_WITH = ("initial_accumulator_value",)  # what older versions of Adagrad make the first state of, when it is built
 _PLAIN = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
 KINDS = tuple(DIFFERENTIABLE)
 _TINY = torch.finfo(torch.float32).tiny  # the smallest normal number: adding it does not change another number
@@ -237,11 +238,13 @@ class InnerStep:
             groups.append({**options, "params": [new[name] for name in names if name not in undamped]})
             if undamped:
                 groups.append({**options, "params": [new[name] for name in undamped], "dampening": 0})
-        optimizer = self.kind(groups, differentiable=True)  # type: ignore[call-arg]
+        made = {key: self.defaults[key] for key in MADE_WITH if key in self.defaults}
+        optimizer = self.kind(groups, differentiable=True, **made)  # type: ignore[call-arg]
         optimizer.defaults = {**self.defaults, "differentiable": True}
         for name, entries in states.items():
             new[name].grad = gradients[name].clone()  # torch may add weight decay to it in place
-            optimizer.state[new[name]] = entries
+            if entries:  # else the first state may be there already
+                optimizer.state[new[name]] = entries
         return optimizer, rates
 
     def _first_state(self, empty: Tensors, leaves: Tensors) -> InnerState:

@@ -165,7 +165,10 @@ class PerTask(Method):
             for doubt in doubts(self.method, loop, problem.weights(), terms.solution).values():
                 warnings.warn(doubt, stacklevel=7)
             return terms
-        if isinstance(self.method, Unrolled) or renormed_weights(list(problem.model.modules())):
+        is_renormed = bool(renormed_weights(list(problem.model.modules())))
+        if is_renormed and self.first_order:
+            raise ValueError("first_order=True is not for an Embedding with a max_norm: drop first_order")
+        if isinstance(self.method, Unrolled) or is_renormed:
             segments = self.method.segments(self.steps) if self.method else self.steps
             return through_steps(problem, trajectory, segments, part.val_batch, live=False, expected=self.steps)
         return through_whole_graph(

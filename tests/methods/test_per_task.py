@@ -128,6 +128,19 @@ def test_any_differentiable_optimizer_trains_the_tasks(kind: type[torch.optim.Op
     assert_close(side.grads, turn.grads, rtol=1e-9, atol=1e-12)
 
 
+def test_adagrad_starts_with_its_first_accumulator() -> None:
+    model, train, val = net(), tasks(), tasks(7)
+    problem = hoptim.Problem(model, Initialization(model), loss, loss)
+    inner = torch.optim.Adagrad(model.parameters(), lr=0.05, initial_accumulator_value=0.3)
+    (found, *_) = hoptim.PerTask(2).adapt(problem, train, inner=inner)
+    assert_slopes(problem, train, val, hoptim.PerTask(2), inner=inner)
+    for _ in range(2):
+        inner.zero_grad()
+        loss(model, None, (train[0][0], train[1][0])).backward()
+        inner.step()
+    assert_close(dict(found.named_parameters()), dict(model.named_parameters()))
+
+
 def test_a_task_starts_with_a_new_state_of_the_optimizer_with_momentum_and_decay() -> None:
     model, train, val = net(), tasks(), tasks(7)
     problem = hoptim.Problem(model, Initialization(model), loss, loss)
@@ -639,6 +652,8 @@ def test_embeddings_with_a_largest_norm_go_step_by_step() -> None:
         method = hoptim.PerTask(2, chunk_size=chunk_size)
         found = hoptim.hypergradient(problem, (words, y), (words, y), method, inner=sgd(model))
         assert found.solution.status is hoptim.Status.UNSEEN_WRITES
+    with pytest.raises(ValueError, match="first_order=True is not for an Embedding with a max_norm"):
+        hoptim.hypergradient(problem, (words, y), (words, y), hoptim.PerTask(2, first_order=True), inner=sgd(model))
 
 
 def test_initial_weights_of_a_network_that_writes_leave_no_trace_and_have_the_type_of_the_models() -> None:
