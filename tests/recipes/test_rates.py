@@ -35,6 +35,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "Categorical": lambda: recipes.Categorical(["a", "b"]),
     "Gate": lambda: recipes.Gate(3),
     "Rater": lambda: recipes.Rater(nn.Linear(2, 1)),
+    "Initialization": lambda: recipes.Initialization(nn.Linear(2, 1)),
 }
 ROW = re.compile(r"^\| ((?:`\w+`(?:, )?)+)[^|]*\| ([\d.]+)(?:, falling)? \|", re.MULTILINE)
 PAGE = Path(recipes.__file__).with_name("README.md").read_text()
