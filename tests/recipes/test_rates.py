@@ -75,7 +75,7 @@ def test_beside_others_each_recipe_has_its_own_rate_and_other_modules_that_of_a_
     )
     outer = outer_adam(hparams.double())
     rates = [group["lr"] for group in outer.param_groups]
-    assert sorted(rates) == [0.003, 0.01, 0.03, 0.05, 0.1, 0.1, 0.3, 0.6, 0.6], "decays and prior scales have levels"
+    assert sorted(rates) == [0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.1, 0.3, 0.6, 0.6], "decays and prior scales have levels"
     for name, move in first_move(outer, hparams).items():
         recipe = name.split(".")[1]
         assert move == {RATES.get(recipe, 0.05)}, name
