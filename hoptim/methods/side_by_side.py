@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.methods.inner_step import InnerState
 from hoptim.problem.composite_loss import CompositeLoss
-from hoptim.problem.functional import Joint
+from hoptim.problem.functional import Joint, restore_tensors
 from hoptim.problem.loss_checks import split_aux
 from hoptim.problem.problem import Problem
 from hoptim.solvers.blocks import Blocks
@@ -96,7 +96,10 @@ def _over_tasks(
         joint, shared = Joint(model, hparams), _of_model(fixed(hparams))
         if is_one:
             called = partial(function, model, hparams, *batch)
-            return functional_call(joint, shared, (called,)) if shared else called()
+            if not shared:
+                return called()
+            with restore_tensors(list(joint.modules())):
+                return functional_call(joint, shared, (called,))
         all_own = _of_model(
             {name: p for name, p in model.named_parameters() if name in trained} | dict(model.named_buffers())
         )
@@ -106,7 +109,8 @@ def _over_tasks(
             value = functional_call(joint, given, (partial(function, model, hparams, *batch),))  # updates ``given``
             return value, {name: given[name] for name, t in own.items() if given[name] is not t}
 
-        values, assigned = vmap(of_one, (0, *map(axes_of, batch)), randomness="different")(all_own, *batch)
+        with restore_tensors(list(joint.modules())):
+            values, assigned = vmap(of_one, (0, *map(axes_of, batch)), randomness="different")(all_own, *batch)
         for name, t in assigned.items():  # buffers, in place of which the forward pass has put others
             owner, _, last = name.rpartition(".")
             joint.get_submodule(owner)._buffers[last] = t

@@ -22,7 +22,7 @@ from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import TrainingContext, held
 from hoptim.methods.side_by_side import SideBySide, stand_in
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory, present
-from hoptim.problem.functional import Attributes, restore_attributes
+from hoptim.problem.functional import Attributes, restore_attributes, restore_tensors
 from hoptim.problem.problem import Problem, as_leaves
 from hoptim.problem.random_stream import restore_generators
 
@@ -79,7 +79,8 @@ class Start:
         assert loop.inner is not None
         live, known, leaves = dict(problem.named_parameters()), held(loop.inner), as_leaves(problem.leaves())
         own = leaves | {name: b.clone() for name, b in problem.hparams.named_buffers()}
-        with restore_attributes(list(problem.hparams.modules())):
+        parts = list(problem.hparams.modules())
+        with restore_attributes(parts), restore_tensors(parts):
             called = partial(initial_weights, problem.hparams)
             found = functional_call(problem.joint, {f"hparams.{name}": t for name, t in own.items()}, (called,))
         for name, t in found.items():

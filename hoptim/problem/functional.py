@@ -78,6 +78,14 @@ def _registered(parts: Sequence[nn.Module]) -> list[dict[str, Any]]:
     return [held for part in parts for held in (part._parameters, part._buffers) if held]
 
 
+def restore_tensors(parts: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Put the parameters and buffers that these modules hold there again afterwards.
+
+    ``functional_call`` does so itself, but leaves other tensors in a module that has two names.
+    """
+    return _restored(_registered(parts))
+
+
 @contextmanager
 def _restored(own: Sequence[dict[str, Any]]) -> Iterator[None]:
     """Put what these dicts hold there again afterwards."""

@@ -355,6 +355,29 @@ def test_batch_norm_takes_the_statistics_of_each_batch(chunk_size: int | None) -
     assert_close(of_initial(found.grads), by_hand(model, train, val, 2), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize("is_anil", [False, True])
+def test_layers_with_two_names(chunk_size: int | None, is_anil: bool) -> None:
+    class TwoNames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh())
+            self.features, self.head = nn.Sequential(self.base, nn.Identity()), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.features(x))
+
+    model, train, val = TwoNames(), tasks(), tasks(7)
+    problem, before = hoptim.Problem(model, Initialization(model), loss, loss), copy.deepcopy(model.state_dict())
+    inner = sgd(model.head if is_anil else model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = hoptim.hypergradient(problem, train, val, hoptim.PerTask(2, chunk_size=chunk_size), inner=inner)
+    assert same(model.state_dict(), before)
+    adapted = (lambda name: name.startswith("head")) if is_anil else (lambda name: True)
+    assert_close(of_initial(found.grads), by_hand(model, train, val, 2, adapted=adapted))
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_running_statistics_are_those_of_the_task_and_told_to_have_no_derivative(chunk_size: int) -> None:
     model, train, val = Normed(), tasks(6, (1, 4, 4)), tasks(7, (1, 4, 4))
