@@ -267,9 +267,11 @@ def _sum(parts: Sequence[Terms], tasks: Tasks) -> Terms:
     trained = tasks.share * torch.stack([part.train_loss for part in parts]).sum()
     length = (tasks.share * torch.stack([part.gradient_norm for part in parts]).square().sum()).sqrt()
     solutions = [part.solution for part in parts]
-    values = [solution.value for solution in solutions]
-    value = {name: torch.cat([one[name] for one in values]) for name in values[0]} if len(parts) > 1 else values[0]
-    solution = replace(joined(solutions, "task" if len(parts) == tasks.count else "chunk"), value=value)
+    solution = solutions[0]
+    if len(parts) > 1:
+        values = [one.value for one in solutions]
+        value = {name: torch.cat([one[name] for one in values]) for name in values[0]}
+        solution = replace(joined(solutions, "task" if len(parts) == tasks.count else "chunk"), value=value)
     return Terms(validation, added(part.indirect for part in parts), solution, trained, length)
 
 

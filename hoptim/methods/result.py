@@ -139,7 +139,7 @@ def _failed_if_not_finite(result: Hypergradient) -> Hypergradient:
     figures = (result.val_loss.sum(), result.train_loss, result.gradient_norm, dicts.norm(result.grads))
     val_loss, train_loss, F, grads = torch.stack([t.detach().to(device, torch.float64) for t in figures]).tolist()
     solution = result.solution
-    more = f"; {solution.detail}" if solution.detail.startswith("task ") else ""  # the name of the one of many that failed
+    more = f"; {solution.detail}" if "task " in solution.detail else ""  # the name of the one of many that failed
     if not math.isfinite(F):
         solution = replace(solution, status=Status.NON_FINITE_GRADIENT, detail=f"of the training loss{more}")
     for name, loss in (("validation", val_loss), ("training", train_loss)):

@@ -221,6 +221,8 @@ class Tasks:
         assert loop.inner is not None
 
         def fixed(hparams: Any) -> Tensors:
+            if not self.start.fixed:  # a network need not compute in each loss what is there already
+                return {}
             return {name: t.to(live[name]) for name, t in initial_weights(hparams).items() if name not in trained}
 
         def cut(batch: Any) -> Any:

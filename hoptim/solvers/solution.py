@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -149,8 +149,6 @@ def joined(solutions: Sequence[Solution], what: str) -> Solution:
         solutions: of systems that have nothing to do with each other.
         what: each of them is the solution of, such as "fold".
     """
-    if len(solutions) == 1:
-        return replace(solutions[0], value=None)
     place = worst(solutions)
     finals = [solution.residuals[-1].amax() for solution in solutions if len(solution.residuals)]
     detail = f"{what} {place + 1} of {len(solutions)}: {solutions[place].detail or 'no detail'}"
