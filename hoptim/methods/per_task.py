@@ -70,7 +70,7 @@ class PerTask(Method):
     Raises:
         ValueError: ``steps`` or ``chunk_size`` is no positive whole number, ``first_order`` is given with a ``method``, or
             an ``Unrolled`` has other steps; when called, batches with different numbers of tasks, a validation loss that is
-            no scalar, or a weight that is neither trained nor learned.
+            no scalar, or a weight that is neither trained nor learned; or its curvature is to be compiled.
         TypeError: ``method`` is another one, or its solver starts at the last solution; when called, an inner optimizer that
             torch can't differentiate, or a batch with arrays that are no tensors.
 
@@ -122,6 +122,11 @@ class PerTask(Method):
             raise TypeError(
                 f"{type(self.method.solver).__name__} starts at the last solution, and the tasks are new each time: take "
                 "hoptim.CG"
+            )
+        curvature = getattr(self.method, "curvature", None)
+        if getattr(getattr(curvature, "curvature", curvature), "compile", False):
+            raise ValueError(
+                f"{curvature} would be compiled anew in each call, for the losses of these tasks: leave out compile"
             )
 
     @property

@@ -687,13 +687,17 @@ def test_initial_weights_of_a_network_that_writes_leave_no_trace_and_have_the_ty
 
         def initial_weights(self) -> Tensors:
             self.calls += 1
+            runs.append(1)
             return {"weight": self.norm(self.layer(torch.eye(3, dtype=torch.float32)))[:1]}
 
+    runs: list[int] = []
     model, hyper = nn.Linear(2, 1), Hyper()
     problem, before = hoptim.Problem(model, hyper, loss, loss), copy.deepcopy(hyper.state_dict())
     for chunk_size in (None, 1):
         method = hoptim.PerTask(2, chunk_size=chunk_size)
+        runs.clear()
         hoptim.hypergradient(problem, tasks(), tasks(7), method, inner=sgd(model))
+        assert len(runs) == 1
         (found, *_) = method.adapt(problem, tasks(), inner=sgd(model))
         assert found.weight.dtype == torch.float64
     assert same(hyper.state_dict(), before)
@@ -877,6 +881,10 @@ def test_what_is_wrong_is_said() -> None:
         (lambda: hoptim.PerTask(0), "steps=0: give a whole number"),
         (lambda: hoptim.PerTask(1, chunk_size=0), "chunk_size=0: give a whole number"),
         (lambda: hoptim.PerTask(1, hoptim.Unrolled(2)), "steps=1 on a task, and Unrolled"),
+        (
+            lambda: hoptim.PerTask(1, hoptim.Implicit(curvature=hoptim.Averaged(curvature=hoptim.Exact(compile=True)))),
+            "would be compiled anew in each call",
+        ),
         (lambda: hoptim.PerTask(1, hoptim.Implicit(), first_order=True), "first_order=True is for the derivative through"),
         (
             lambda: of(problem, hoptim.PerTask(1), val=(val[0][:2], val[1][:2])),
