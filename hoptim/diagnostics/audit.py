@@ -18,7 +18,7 @@ from hoptim.diagnostics.retraining import slopes
 from hoptim.methods.conditions import Gradient, Update
 from hoptim.methods.hypergradient import default_method
 from hoptim.methods.implicit import Implicit
-from hoptim.methods.inner_step import is_differentiable
+from hoptim.methods.kinds import is_differentiable
 from hoptim.methods.method import Method, check_one_training, checked
 from hoptim.methods.replay import Replay
 from hoptim.methods.result import Hypergradient
@@ -115,7 +115,7 @@ def audit(
     method = default_method(loop.learned) if method is None else method
     if isinstance(method, Replay) and train_batch is None:
         train_batch = method.batches[0]  # for the unit of cost, and the curvature at the start
-    other = Implicit(condition=Update()) if loop.learned else Implicit()  # sees learned options
+    other = Implicit() if all(option.is_decay for option in loop.learned) else Implicit(condition=Update())
     implicit = (method if isinstance(method, Implicit) else other).completed(problem)
     method = implicit if isinstance(method, Implicit) else method
     draw = cycle([train_batch]).__next__ if train_batches is None else Batches(train_batches, "train_batches").draw

@@ -24,7 +24,7 @@ from hoptim.linalg.lanczos import lanczos
 from hoptim.linalg.random import gaussian_like
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.methods.implicit import Implicit
-from hoptim.methods.inner_step import is_differentiable
+from hoptim.methods.kinds import is_differentiable
 from hoptim.methods.method import Method, TrainingContext
 from hoptim.methods.result import Hypergradient
 from hoptim.methods.unrolled import Unrolled

@@ -15,7 +15,7 @@ from hoptim.diagnostics.report import Direction
 from hoptim.linalg import vectors
 from hoptim.linalg.random import gaussian_like
 from hoptim.linalg.vectors import Layout, Tensors
-from hoptim.methods.inner_step import is_differentiable
+from hoptim.methods.kinds import is_differentiable
 from hoptim.methods.method import Method
 from hoptim.methods.replay import Replay
 from hoptim.methods.result import Hypergradient

@@ -13,9 +13,9 @@ from hoptim.linalg import dicts
 from hoptim.linalg.operators import Operator
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.linalg.vjp import VJP
+from hoptim.methods.decay import decay_in_condition
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.method import TrainingContext
-from hoptim.methods.own_decay import own_decay
 from hoptim.problem.problem import At, as_leaves
 
 
@@ -46,7 +46,7 @@ class Gradient(Condition):
     def __call__(self, gradient: Linearization, at: At, loop: TrainingContext) -> Linearization:
         """The gradient and the decay with their derivatives."""
         layout, of_gradient = gradient.layout, gradient.mixed
-        decay = own_decay(loop, at, layout.unflatten(gradient.value))
+        decay = decay_in_condition(loop, at, layout.unflatten(gradient.value))
         if not decay:
             return gradient
         w = {name: at.shards[name].detach() for name in layout.names}

@@ -81,11 +81,12 @@ def hypergradient(
 def default_method(learned: Sequence[LearnedOption], every: int | None = None) -> Method:
     """``Implicit()``, or if options of the inner optimizer are learned ``Unrolled()``, over at most ``every`` steps.
 
-    ``Implicit()`` does not see such options, and with the condition ``Update`` the sign can be wrong on an untrained net.
+    ``Implicit()`` sees the decays of single weights, but no other such option; with the condition ``Update`` the sign can
+    be wrong on an untrained net.
 
     >>> default_method([]) == Implicit()
     True
     """
-    if not learned:
+    if all(option.is_decay for option in learned):
         return Implicit()
     return Unrolled() if every is None else Unrolled(min(every, Unrolled.steps))

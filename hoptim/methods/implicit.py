@@ -19,9 +19,9 @@ from hoptim.curvature.minibatch import Sampled
 from hoptim.linalg.operators import Root
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.conditions import Condition, Gradient, Update
+from hoptim.methods.decay import doubt_of_decay, doubt_of_momentum
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
-from hoptim.methods.own_decay import doubt_of_decay, doubt_of_momentum
 from hoptim.methods.preconditioners import Preconditioner
 from hoptim.methods.result import Terms
 from hoptim.methods.validation_loss import validate

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,38 +14,27 @@ from torch.overrides import TorchFunctionMode
 
 from hoptim.checks import describe_type
 from hoptim.linalg.vectors import Tensors
-from hoptim.methods.learned_options import Bound, LearnedOption, bound_options, value_of
+from hoptim.methods.decay import decayed
+from hoptim.methods.kinds import Kind, check_differentiable, check_has_derivative, kind_of
+from hoptim.methods.learned_options import Bound, LearnedOption, bound_decays, bound_options, value_of
 
 InnerState = dict[str, dict[str, Tensor]]
-Kind = type[optim.Optimizer]
-
-# The classes whose step torch can differentiate, and the options with a derivative; the others are constants in torch.
-DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
-    optim.SGD: frozenset({"lr", "momentum", "weight_decay"}),
-    optim.Adam: frozenset({"lr", "betas", "eps", "weight_decay"}),
-    optim.AdamW: frozenset({"lr", "betas", "eps", "weight_decay"}),
-    optim.NAdam: frozenset({"lr", "eps", "momentum_decay"}),
-    optim.RAdam: frozenset({"lr", "eps"}),
-    optim.Adamax: frozenset({"eps"}),
-    optim.RMSprop: frozenset({"eps", "momentum"}),
-    optim.Adagrad: frozenset({"eps"}),
-    optim.Adadelta: frozenset({"eps"}),
-    optim.Rprop: frozenset(),
-    optim.ASGD: frozenset(),
-}
 
 MADE_WITH = ("initial_accumulator_value",)  # what older versions of Adagrad make the first state of, when it is built
 _PLAIN = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
-KINDS = tuple(DIFFERENTIABLE)
 _TINY = torch.finfo(torch.float32).tiny  # the smallest normal number: adding it does not change another number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The weights of one parameter group by name, and its options: numbers, or :class:`Bound` to a leaf."""
+    """Weights of one parameter group by name, and its options: numbers, or :class:`Bound` to a leaf.
+
+    If ``decays`` has the learned decays of these weights, ``options`` has none.
+    """
 
     names: tuple[str, ...]
     options: Mapping[str, Any]
+    decays: Mapping[str, Bound] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +57,7 @@ class InnerStep:
     >>> from hoptim.methods.learned_options import learn
     >>> w, hparams = torch.nn.Parameter(torch.tensor(2.0)), torch.nn.ParameterDict({"lr": torch.tensor(0.5)})
     >>> lr, inner = hparams["lr"], torch.optim.SGD([w], momentum=0.9)
-    >>> learned = learn(inner, {"lr": "lr"}, hparams)
+    >>> learned = learn(inner, {"lr": "lr"}, hparams, {})
     >>> inner_step = InnerStep.of(inner, {"w": w}, {"lr": lr}, learned)
     >>> inner_step.groups[0].options["lr"].value({"lr": lr}).item()
     0.5
@@ -118,6 +107,10 @@ class InnerStep:
             check_differentiable(kind, number, group, learned)
             options = {key: one for key, one in bound_options(number, group, learned).items() if key in inner.defaults}
             names = tuple(name_of[id(p)] for p in group["params"] if id(p) in name_of)
+            decays = bound_decays(number, group, learned)
+            if own := tuple(name for name in names if name in decays):
+                groups.append(Group(names=own, options={**options, "weight_decay": 0.0}, decays=decays))
+                names = tuple(name for name in names if name not in decays)
             groups.append(Group(names=names, options=options))
         without_state = cls(kind=kind, groups=tuple(groups), defaults=dict(inner.defaults), state={})
         if not with_state:
@@ -167,7 +160,7 @@ class InnerStep:
             if wrong := [tuple(one.shape) for one in tensors if one.numel() != 1]:
                 raise ValueError(f"options gave an {key} of shape {wrong[0]}: give a number, or a tensor of one")
             for group in self.groups if tensors else ():
-                _check_has_derivative(self.kind, group.options, key, f"the {key}")
+                check_has_derivative(self.kind, group.options, key, f"the {key}")
         return replace(self, groups=tuple(replace(group, options={**group.options, **options}) for group in self.groups))
 
     def step(
@@ -229,6 +222,10 @@ class InnerStep:
             if is_for_each_entry or (issubclass(self.kind, (optim.Adam, optim.AdamW)) and options["lr"] == 0):
                 rates |= dict.fromkeys(names, options["lr"])
                 options["lr"] = 1.0
+            for name in names if group.decays else ():
+                decay = self._value("weight_decay", group.decays[name], leaves)
+                w, gradients[name] = decayed(new[name], gradients[name], decay, options)
+                new[name] = w.clone()  # torch writes to it, and the decay's derivative needs it as it was
             undamped: list[str] = []  # SGD does not dampen a weight's first gradient, nor any if momentum is 0
             if self.kind is optim.SGD and options["momentum"] != 0:
                 first = [name for name in names if "momentum_buffer" not in states[name]]
@@ -303,46 +300,3 @@ def _cloned(state: Tensors, weight: Tensor) -> Tensors:
     """A copy with the step count in float64: in float32 the 1 − βᵗ of differentiable Adam would lose three digits."""
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     return {key: value.to(wide, copy=True) if key == "step" else value.clone() for key, value in state.items()}
-
-
-def is_differentiable(inner: optim.Optimizer) -> bool:
-    """Whether torch can differentiate a step of ``inner``."""
-    try:
-        kind_of(inner)
-    except TypeError:
-        return False
-    return True
-
-
-def kind_of(inner: optim.Optimizer) -> Kind:
-    """The class of ``torch.optim`` whose step ``inner`` takes; ``TypeError`` if torch can't differentiate it."""
-    works = f"take one of torch.optim's {', '.join(kind.__name__ for kind in KINDS)}, or Implicit() on Gradient()"
-    own = type(inner).__name__
-    kind = next((base for base in type(inner).__mro__ if base in KINDS), None)
-    if kind is None:
-        raise TypeError(f"the inner optimizer is of class {own}, whose step has no differentiable form: {works}")
-    for method in ("step", "_init_group"):
-        found = inspect.unwrap(getattr(inner, method))
-        if getattr(found, "__func__", found) is not inspect.unwrap(getattr(kind, method)):
-            raise TypeError(f"the inner optimizer, of class {own}, has a {method} that is not {kind.__name__}'s: {works}")
-    return kind
-
-
-def check_differentiable(
-    kind: Kind, number: int, group: Mapping[str, Any], learned: Sequence[LearnedOption], keys: Collection[str] | None = None
-) -> None:
-    """Raise ``TypeError`` unless the step has a derivative in what is learned of parameter group ``number``."""
-    for option in learned:
-        if option.group == number and (keys is None or option.key in keys):
-            _check_has_derivative(kind, group, option.key, f"hyperparameter {option.name!r}")
-
-
-def _check_has_derivative(kind: Kind, group: Mapping[str, Any], key: str, what: str) -> None:
-    works = DIFFERENTIABLE[kind] | ({"weight_decay"} if group.get("decoupled_weight_decay") else set())
-    works -= {"momentum"} if group.get("nesterov") else set()
-    if key not in works:
-        raise TypeError(
-            f"{what} is the {key} of {kind.__name__}, in which torch's step has no derivative, given its "
-            f"other options: {', '.join(sorted(works)) or 'none'} may be one; SGD, Adam and AdamW have one in lr and "
-            "weight_decay"
-        )

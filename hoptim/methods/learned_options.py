@@ -7,6 +7,10 @@ The optimizer holds an ordinary number in the place of such an option, which sch
 where t(θ) is ``hparams["rate"]`` now, and t(θ₀), the start, is its value when the number was put there. The number is the
 start; or, if the optimizer had a number that is the start but for rounding, this one, so that training starts with the bits
 that it would have without hoptim. If number and start are 0, the option is t(θ) itself.
+
+The weight decay may have a hyperparameter for each weight: ``options={"weight_decay": decays}``, with a recipe such as
+``WeightDecay`` or a dict of names by weight. The number is then the group's own, a factor for schedules, which stays the
+decay of its other weights; :mod:`hoptim.methods.decay` applies them.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch.distributions.transforms import Transform, identity_transform
 
 from hoptim.checks import describe_type, listed
 from hoptim.linalg.vectors import Tensors
+from hoptim.methods.kinds import kind_of
 from hoptim.problem.hyperparameters import transforms_of
 
 # What torch's schedulers add to a group whose option they set; of a pair it is the first member.
@@ -69,7 +74,7 @@ class LearnedOption(NamedTuple):
         name: the leaf's name.
         group: the number of the parameter group.
         key: the option's key in it.
-        member: the index in a pair, such as betas; ``None`` for an option that is no pair.
+        member: the index in a pair, such as betas; the name of the weight whose decay it is; else ``None``.
         transform: t.
         start: t(θ₀).
         is_default: whether groups that are added without this option have it too.
@@ -78,19 +83,24 @@ class LearnedOption(NamedTuple):
     name: str
     group: int
     key: str
-    member: int | None
+    member: int | str | None
     transform: Transform
     start: float
     is_default: bool
 
     @property
-    def place(self) -> tuple[str, int, str, int | None]:
+    def place(self) -> tuple[str, int, str, int | str | None]:
         """What tells it from others, in checkpoints too."""
         return self.name, self.group, self.key, self.member
 
+    @property
+    def is_decay(self) -> bool:
+        """Whether it is the decay of one weight, for which no number in the group stands."""
+        return isinstance(self.member, str)
+
     def present(self, group: Mapping[str, Any]) -> Any:
         """What the group holds in its place now."""
-        return group[self.key] if self.member is None else group[self.key][self.member]
+        return group[self.key][self.member] if isinstance(self.member, int) else group[self.key]
 
     def bound(self, group: Mapping[str, Any]) -> Bound:
         """The option of the next step, with the number in its place as a schedule has changed it.
@@ -118,6 +128,7 @@ def learn(
     inner: optim.Optimizer,
     options: Mapping[str, Any],
     hparams: nn.Module,
+    weights: Tensors,
     starts: Iterable[Sequence[Any]] = (),
     *,
     in_a_real_step: bool = True,
@@ -128,21 +139,23 @@ def learn(
         inner: the optimizer.
         options: the name of the hyperparameter by that of the option, such as ``{"lr": "rate"}``; for a pair such as betas a
             tuple of two, one of which may be ``None``; or a list with a name for each parameter group, ``None`` for none.
+            For ``weight_decay`` also a dict of names by weight, or a module of ``hparams`` with ``names_by_weight()``.
         hparams: the hyperparameters.
+        weights: the model's parameters by name.
         starts: the starts of options that were learned before, which hold here too.
         in_a_real_step: whether ``inner`` itself is to take steps with them. If not, a group of one weight may have a rate
             for each of its entries.
 
     Raises:
-        TypeError: a name is no ``str``.
+        TypeError: a name is no ``str``; or it is not known how ``inner`` applies a weight decay.
         ValueError: there is no such option or hyperparameter, it has several numbers, the list has the wrong length, or a
-            scheduler sets the option already.
+            scheduler sets the option already; or a weight with a decay is not in ``inner``.
 
     >>> from torch.distributions import constraints
     >>> from hoptim.problem.hyperparameters import HyperParameters
     >>> hparams = HyperParameters({"rate": torch.tensor(0.25)}, {"rate": constraints.positive})
     >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
-    >>> [(option.name, option.key, option.start) for option in learn(inner, {"lr": "rate"}, hparams)]
+    >>> [(option.name, option.key, option.start) for option in learn(inner, {"lr": "rate"}, hparams, {})]
     [('rate', 'lr', 0.25)]
     >>> inner.param_groups[0]["lr"]
     0.25
@@ -153,6 +166,9 @@ def learn(
     for key, names in options.items():
         if key not in inner.defaults:
             raise ValueError(f"options has {key!r}, and {type(inner).__name__} has only {', '.join(inner.defaults)}")
+        if key == "weight_decay" and isinstance(names, (Mapping, nn.Module)):
+            found += _learn_decays(inner, names, hparams, weights, before)
+            continue
         if isinstance(names, list) and len(names) != len(groups):
             raise ValueError(f"options gives {key} {len(names)} names, and there are {len(groups)} parameter groups")
         for index, name in enumerate(_in_groups(names, len(groups))):
@@ -172,6 +188,59 @@ def learn(
         if not isinstance(names, list) and names is not None:
             inner.defaults[key] = groups[0][key]  # for groups that are added later
     return found
+
+
+def _learn_decays(
+    inner: optim.Optimizer,
+    names: Mapping[str, str] | nn.Module,
+    hparams: nn.Module,
+    weights: Tensors,
+    before: Mapping[tuple[Any, ...], float],
+) -> list[LearnedOption]:
+    """The learned decays of single weights; the optimizer does not change."""
+    kind_of(inner)  # else it is not known whether its decay is coupled
+    leaves, transforms = _leaves(hparams), transforms_of(hparams)
+    by_weight = names if isinstance(names, Mapping) else names_by_weight(names, hparams)
+    group_of = {id(p): number for number, group in enumerate(inner.param_groups) for p in group["params"]}
+    found = []
+    for weight, leaf in by_weight.items():
+        w = weights.get(weight)
+        if w is None or id(w) not in group_of:
+            why = "the optimizer does not hold" if w is not None else f"the model does not have, but {listed(list(weights))}"
+            raise ValueError(f"options gives a weight_decay to {weight!r}, which {why}: leave it out, or add it there")
+        if leaf not in leaves or leaves[leaf].shape != w.shape[: leaves[leaf].ndim]:
+            wrong = f"has shape {tuple(leaves[leaf].shape)}" if leaf in leaves else "is no hyperparameter that is learned"
+            raise ValueError(
+                f"options gives {weight!r}, of shape {tuple(w.shape)}, the weight_decay {leaf!r}, which {wrong}: give a "
+                "hyperparameter of one number, of one for each row, or of the weight's shape"
+            )
+        if hasattr(w, "device_mesh"):
+            raise TypeError(
+                f"options gives a weight_decay to {weight!r}, which is sharded over ranks, where none can be learned in the "
+                "step: put it into train_loss, as penalty(model) of a WeightDecay does, or train with "
+                "DistributedDataParallel"
+            )
+        number = group_of[id(w)]
+        place = (leaf, number, "weight_decay", weight)
+        start = before.get(place, float(inner.param_groups[number]["weight_decay"]))
+        found.append(LearnedOption(*place, transforms.get(leaf, identity_transform), start, is_default=False))
+    return found
+
+
+def names_by_weight(decays: nn.Module, hparams: nn.Module) -> dict[str, str]:
+    """The names in ``hparams`` of the decays by weight that one of its modules has.
+
+    Raises:
+        TypeError: the module has none.
+        ValueError: it is no part of ``hparams``.
+    """
+    own: Any = getattr(decays, "names_by_weight", None)
+    if own is None:
+        raise TypeError(f"options gives weight_decay {describe_type(decays)}: give a WeightDecay, or names by weight")
+    prefix = next((name for name, module in hparams.named_modules() if module is decays), None)
+    if prefix is None:
+        raise ValueError(f"options gives weight_decay a {type(decays).__name__} that is no part of the problem's hparams")
+    return {weight: f"{prefix}.{name}" if prefix else name for weight, name in own().items()}
 
 
 def _leaves(hparams: nn.Module) -> Tensors:
@@ -248,9 +317,9 @@ def _numbers(option: Any) -> Any:
     return each(lambda one: one.item() if isinstance(one, Tensor) and one.numel() == 1 else one, option)
 
 
-def _replaced(whole: Any, member: int | None, value: Any) -> Any:
+def _replaced(whole: Any, member: int | str | None, value: Any) -> Any:
     """The option with a new value, or with one member of its pair replaced."""
-    return value if member is None else tuple(value if n == member else other for n, other in enumerate(whole))
+    return value if not isinstance(member, int) else tuple(value if n == member else other for n, other in enumerate(whole))
 
 
 # In a step
@@ -262,6 +331,8 @@ def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams:
     before: dict[tuple[int, str], Any] = {}
     put: dict[tuple[int, str], Any] = {}
     for option in options:
+        if option.is_decay:
+            continue
         group, place = inner.param_groups[option.group], (option.group, option.key)
         before[place] = group[option.key]
         now = option.bound(group).in_real_step(hparams.get_parameter(option.name))
@@ -280,9 +351,14 @@ def bound_options(number: int, group: Mapping[str, Any], learned: Iterable[Learn
     """The options of parameter group ``number``: copied constants, and :class:`Bound` for what is learned."""
     found = {key: each(_copied, value) for key, value in group.items() if key != "params"}
     for option in learned:
-        if option.group == number:
+        if option.group == number and not option.is_decay:
             found[option.key] = _replaced(found[option.key], option.member, option.bound(group))
     return found
+
+
+def bound_decays(number: int, group: Mapping[str, Any], learned: Iterable[LearnedOption]) -> dict[str, Bound]:
+    """The learned decays of parameter group ``number`` by weight."""
+    return {str(option.member): option.bound(group) for option in learned if option.group == number and option.is_decay}
 
 
 def _copied(option: Any) -> Any:
@@ -306,7 +382,7 @@ def add_group(
     inherited = [o._replace(group=new) for o in known if o.is_default and o.group == 0 and o.key not in added]
     for option in inherited:
         group[option.key] = _replaced(group[option.key], option.member, option.start)
-    return [*known, *inherited, *learn(inner, given_by_value(inner, hparams), hparams)]
+    return [*known, *inherited, *learn(inner, given_by_value(inner, hparams), hparams, {})]
 
 
 def starts(options: Iterable[LearnedOption]) -> list[list[Any]]:
@@ -397,7 +473,7 @@ class Learned:
 
 
 def in_stand_in(
-    inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn.Module
+    inner: optim.Optimizer, options: Mapping[str, Any], hparams: nn.Module, weights: Tensors
 ) -> tuple[optim.Optimizer, list[LearnedOption]]:
     """``inner`` and what is learned of it, for one look at it: its own groups do not change.
 
@@ -406,7 +482,7 @@ def in_stand_in(
     other = object.__new__(type(inner))
     groups = [dict(group) for group in inner.param_groups]
     vars(other).update(vars(inner), param_groups=groups, defaults=dict(getattr(inner, "defaults", {})))
-    found = learn(other, {**given_by_value(other, hparams, stacklevel=6), **options}, hparams, in_a_real_step=False)
+    found = learn(other, {**given_by_value(other, hparams, stacklevel=6), **options}, hparams, weights, in_a_real_step=False)
     return (other, found) if found else (inner, found)
 
 

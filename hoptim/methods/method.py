@@ -112,7 +112,7 @@ def training_context(problem: Problem, inner: Any, options: Mapping[str, Any] | 
     if inner is not None and not held(inner).keys() & {id(p) for _, p in problem.named_parameters()}:
         raise ValueError("inner holds no weight of the problem's model: give the optimizer that trains it")
     if inner is not None and learned is None:
-        inner, learned = in_stand_in(inner, options or {}, problem.hparams)
+        inner, learned = in_stand_in(inner, options or {}, problem.hparams, dict(problem.named_parameters()))
     return TrainingContext(inner=inner, learned=learned or ())
 
 

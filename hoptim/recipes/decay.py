@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +23,10 @@ class WeightDecay(HyperParameters):
 
     Each λ_k is positive and its leaf is log λ_k. All λ_k share a level, and those of a tensor another one, since what is
     wrong at first is their common size: a step of :meth:`optimizer` changes all of them by a factor of up to e^0.6, in later
-    steps by less, and each beside the others by e^0.1. Set the inner optimizer's own ``weight_decay`` to 0.
+    steps by less, and each beside the others by e^0.1.
+
+    With ``BilevelOptimizer(..., options={"weight_decay": decays})`` they are the inner optimizer's own decays, decoupled in
+    AdamW. Or add ``penalty(model)`` to the training loss, and set the optimizer's own ``weight_decay`` to 0.
 
     The decayed weights are those that require a gradient and have at least two axes. Biases and norms are left out, also a
     ``LayerNorm`` or ``RMSNorm`` over several axes; embeddings are decayed. A tied weight counts once. A weight that is
@@ -35,8 +38,9 @@ class WeightDecay(HyperParameters):
         model: the model, before or after it is wrapped. Move it to its device first.
         per: what has its own λ: all weights together (``"global"``, shape ()), each tensor (shape ()), each output channel
             of a tensor, which is its first axis (shape (n,)), or each weight (the tensor's shape).
-        start: λ at the start, positive. Adam divides the penalty's gradient by its own size, so that even a small λ pulls
-            weights in: in a short fine-tuning 1e-4 kept a model from fitting, and 1e-6 did not.
+        start: λ at the start, positive; default: the optimizer's own ``weight_decay`` if these decays are its option, and
+            it has one, else 1e-4. In the loss, Adam divides the penalty's gradient by its own size, so that even a small λ
+            pulls weights in: in a short fine-tuning 1e-4 kept a model from fitting, and 1e-6 did not.
         norm: 2 for ½ Σ λ_k ‖w_k‖²; 1 for Σ λ_k |w_k|, which has no curvature of its own.
         include: ``include(name, weight) -> bool`` says which of the weights that require a gradient are decayed, instead of
             the rule above.
@@ -67,6 +71,14 @@ class WeightDecay(HyperParameters):
     ...     optimizer.step()
     >>> decay                                                           # the labels are noise, so decays grow
     WeightDecay(per='tensor', norm=2): 2 decays of 56 weights in 2 tensors, from 0.564 to 1.03
+
+    The same decay in the optimizer's step, from its own number on:
+
+    >>> decay, inner = WeightDecay(model), torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    >>> problem, options = Problem(model, decay, val_loss, val_loss), {"weight_decay": decay}
+    >>> optimizer = BilevelOptimizer(inner, decay.optimizer(), problem, val_batches=val, options=options)
+    >>> decay
+    WeightDecay(per='tensor', norm=2): 2 decays of 56 weights in 2 tensors, from 0.1 to 0.1
     """
 
     def __init__(
@@ -74,7 +86,7 @@ class WeightDecay(HyperParameters):
         model: nn.Module,
         *,
         per: Per = "tensor",
-        start: float = 1e-4,
+        start: float | None = None,
         norm: Literal[1, 2] = 2,
         include: Callable[[str, nn.Parameter], bool] | None = None,
     ) -> None:
@@ -83,7 +95,8 @@ class WeightDecay(HyperParameters):
             raise ValueError(f"per is {per!r}: give one of {', '.join(map(repr, get_args(Per)))}")
         if norm not in (1, 2):
             raise ValueError(f"norm is {norm!r}: give 2 for ½ Σ λ‖w‖², or 1 for Σ λ|w|")
-        check_between("start", start, 0)
+        if start is not None:
+            check_between("start", start, 0)
         check_real("weight", module.named_parameters())
         is_decayed = include or _is_matrix_of(module)
         usable = {name: p for name, p in module.named_parameters() if is_decayed(name, p)}
@@ -92,14 +105,44 @@ class WeightDecay(HyperParameters):
             raise ValueError(
                 "the model has no weight to decay: none requires a gradient and has at least two axes; see include"
             )
-        values = {"decay": full((), start, next(iter(weights.values())))}
+        first = 1e-4 if start is None else start
+        values = {"decay": full((), first, next(iter(weights.values())))}
         if per != "global":
             axes = {"tensor": 0, "channel": 1, "weight": None}[per]
-            values = {f"decay.{name}": full(p.shape[:axes], start, p) for name, p in weights.items()}
+            values = {f"decay.{name}": full(p.shape[:axes], first, p) for name, p in weights.items()}
         super().__init__(values, dict.fromkeys(values, constraints.positive), levels_of(values))
-        self.per, self.norm = per, norm
+        self.per, self.norm, self._first = per, norm, first if start is None else None
         self._shapes = {name: p.shape for name, p in weights.items()}
         self._frozen = [name for name in usable if name not in weights]  # emptied after the warning
+
+    def names_by_weight(self) -> dict[str, str]:
+        """The name of its decay for each decayed weight, for ``options={"weight_decay": decays}``.
+
+        Raises:
+            ValueError: ``norm`` is 1, whose decay is no share of the weight.
+        """
+        if self.norm != 2:
+            raise ValueError("norm is 1: as an option of the optimizer give norm=2, or add penalty(model) to train_loss")
+        return {name: "decay" if self.per == "global" else f"decay.{name}" for name in self._shapes}
+
+    def start_from(self, numbers: Mapping[str, float]) -> None:
+        """Start with these numbers by weight, where they are positive, if no start was given and no decay has moved.
+
+        Raises:
+            ValueError: there is one decay for all, and the numbers differ.
+        """
+        first, self._first = self._first, None
+        if first is None or any(((self[name] / first - 1).abs() > 1e-5).any() for name in self):
+            return
+        for weight, name in self.names_by_weight().items():
+            if (number := numbers.get(weight, 0.0)) <= 0:
+                continue
+            if self.per == "global" and len({numbers.get(one) for one in self._shapes}) > 1:
+                raise ValueError(
+                    'per is "global", and the optimizer\'s parameter groups have different numbers for weight_decay: give '
+                    'start, or per="tensor"'
+                )
+            self[name] = torch.full_like(self[name], number)
 
     def penalty(self, model: Any) -> Tensor:
         """½ Σ_k λ_k ‖w_k‖², or Σ_k λ_k |w_k|, of the model's weights as they are now: a scalar for the training loss.

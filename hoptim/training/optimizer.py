@@ -85,9 +85,10 @@ class BilevelOptimizer(TrainingOptimizer):
         outer: the optimizer of ``hparams.parameters()``.
         problem: the model, the hyperparameters and the two losses.
         val_batches: validation batches, one for each hyperstep: any re-iterable, cycled, or a function that draws one.
-        options: the options of ``inner`` that are hyperparameters, such as ``{"lr": "rate"}`` (:mod:`hoptim.methods`).
-        hypergradient: how to compute it; default ``Implicit()``, or if an option of ``inner`` is learned, such as its
-            learning rate, ``Unrolled()``, over at most ``every`` steps.
+        options: the options of ``inner`` that are hyperparameters, such as ``{"lr": "rate"}``, or with a
+            ``WeightDecay`` or names by weight ``{"weight_decay": decays}`` (:mod:`hoptim.methods`).
+        hypergradient: how to compute it; default ``Implicit()``, or if an option of ``inner`` is learned that is no decay by
+            weight, such as its learning rate, ``Unrolled()``, over at most ``every`` steps.
         every: inner steps between hypersteps, default 100; ``None`` for never.
         warmup: inner steps before the first hyperstep, default 0, which suits only a model that is already trained.
         train_batches: the source of training batches for hypersteps; ``None``, the default, for the batches that ``loss``

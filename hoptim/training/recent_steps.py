@@ -228,7 +228,11 @@ class RecentSteps:
                 {
                     "seen": [(one.batch, one.generators, float(one.share)) for one in step.losses],
                     "groups": [
-                        (list(group.names), {key: each(_plain, option) for key, option in group.options.items()})
+                        (
+                            list(group.names),
+                            {key: each(_plain, option) for key, option in group.options.items()},
+                            {name: _plain(decay) for name, decay in group.decays.items()},
+                        )
                         for group in step.dynamics.groups
                     ],
                 }
@@ -261,8 +265,12 @@ class RecentSteps:
                 for batch, states, share in step["seen"]
             )
             groups = tuple(
-                Group(names=tuple(names), options={key: each(whole, option) for key, option in options.items()})
-                for names, options in step["groups"]
+                Group(
+                    names=tuple(names),
+                    options={key: each(whole, option) for key, option in options.items()},
+                    decays={name: whole(decay) for decays in more for name, decay in decays.items()},
+                )
+                for names, options, *more in step["groups"]  # earlier versions had no decays
             )
             self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=groups)))
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from hoptim.checks import describe_type
 from hoptim.methods import learned_options
+from hoptim.methods.decay import RealDecay
 from hoptim.methods.learned_options import Learned, LearnedOption
 from hoptim.problem.problem import Problem
 from hoptim.problem.random_stream import global_states, set_global_states
@@ -35,6 +36,7 @@ class Progress:
     inner_steps: int = 0
     recent: RecentSteps = field(default_factory=RecentSteps)
     learned_options: list[LearnedOption] = field(default_factory=list)
+    decay: RealDecay = field(default_factory=RealDecay)
 
 
 class SavePoints:
@@ -130,7 +132,10 @@ class TrainingOptimizer(Optimizer):
         names = {**learned_options.given_by_value(inner, problem.hparams), **(options or {})}
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
         names, starts = (names, ()) if learned is None else (learned.named_again(inner, names), learned.starts)
-        self._progress.learned_options = found = learned_options.learn(inner, names, problem.hparams, starts)
+        weights = dict(problem.named_parameters())
+        if learned is None:
+            _start_decays_from(inner, names.get("weight_decay"), problem, weights)
+        self._progress.learned_options = found = learned_options.learn(inner, names, problem.hparams, weights, starts)
         if found:
             problem.options = Learned.of(inner, names, found)
         self.register_state_dict_post_hook(_add_state)
@@ -171,7 +176,7 @@ class TrainingOptimizer(Optimizer):
         self._before_step(has_closure=closure is not None)
         learned = progress.learned_options
         with learned_options.in_effect(self.inner, learned, self.problem.hparams) if learned else nullcontext():
-            result = self.inner.step() if closure is None else self.inner.step(closure)
+            result = progress.decay.step(self.inner, closure, learned, self.problem)
         progress.inner_steps += 1
         progress.recent.stepped()
         self._after_step()
@@ -347,6 +352,15 @@ class TrainingOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(inner={self.inner})"
+
+
+def _start_decays_from(inner: Optimizer, decays: Any, problem: Problem, weights: Mapping[str, Tensor]) -> None:
+    """Let a recipe of decays that was given no start begin with the optimizer's own ``weight_decay``."""
+    if not hasattr(decays, "start_from"):
+        return
+    number_of = {id(p): float(group["weight_decay"]) for group in inner.param_groups for p in group["params"]}
+    decays.start_from({name: number_of[id(w)] for name, w in weights.items() if id(w) in number_of})
+    problem.starts.update({name: leaf.detach().clone() for name, leaf in problem.leaves().items()})
 
 
 def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hoptim.methods.inner_step import KINDS, InnerStep
+from hoptim.methods.inner_step import InnerStep
+from hoptim.methods.kinds import KINDS
 from hoptim.methods.learned_options import Bound, learn
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -148,7 +149,7 @@ def warm(kind: type[optim.Optimizer], options: dict[str, Any], steps: int) -> tu
 
 def learning(inner: optim.Optimizer, live: Tensors, leaves: Tensors, **options: Any) -> InnerStep:
     """The step of ``inner``, with ``leaves`` as options by name."""
-    return InnerStep.of(inner, live, leaves, learn(inner, options, nn.ParameterDict(leaves)))
+    return InnerStep.of(inner, live, leaves, learn(inner, options, nn.ParameterDict(leaves), {}))
 
 
 def bound(inner_step: InnerStep) -> list[str]:
@@ -367,7 +368,9 @@ def test_nothing_of_the_users_is_touched_and_no_hook_is_called(name: str) -> Non
     kind, options = CASES.get(name, (optim.SGD, {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}))
     live = parameters()
     inner = kind(list(live.values()), **options)
-    learned = learn(inner, {} if name in CASES else {"lr": "leaf", "weight_decay": "leaf"}, nn.ParameterDict({"leaf": leaf}))
+    learned = learn(
+        inner, {} if name in CASES else {"lr": "leaf", "weight_decay": "leaf"}, nn.ParameterDict({"leaf": leaf}), {}
+    )
     real_step(inner, live)
     before = everything(inner, live)
     inner.register_step_post_hook(lambda *_: calls.append("own"))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import hoptim
-from hoptim.methods.inner_step import KINDS
+from hoptim.methods.kinds import KINDS
 from hoptim.recipes import Initialization
 
 K, RATE = 3, 0.1

@@ -31,7 +31,7 @@ from hoptim import (
     Update,
     WarmStart,
 )
-from hoptim.methods.inner_step import KINDS
+from hoptim.methods.kinds import KINDS
 
 pytestmark = pytest.mark.filterwarnings(
     "error",

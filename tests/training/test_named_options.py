@@ -196,7 +196,7 @@ def test_a_checkpoint_with_factors_is_read() -> None:
     saved = copy.deepcopy([whole.problem.model.state_dict(), whole.state_dict()])
     changed = 0
     for step in saved[1]["hoptim"]["trajectory"]["steps"]:
-        for _, options in step["groups"]:
+        for _, options, _ in step["groups"]:
             for key, option in options.items():
                 if isinstance(option, dict):
                     options[key] = {"leaf": option["leaf"], "factor": option["number"] / option["start"]}
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_an_optimizer_that_had_the_leaf_itself_is_read(names: di
     saved[1]["param_groups"][0][key] = one if key == "lr" else (one, two)
     assert saved[1]["hoptim"].pop("option_starts")
     for step in saved[1]["hoptim"]["trajectory"]["steps"]:
-        for _, options in step["groups"]:
+        for _, options, _ in step["groups"]:
             options[key] = (
                 {"leaf": "leaf"} if key == "lr" else ({"leaf": "leaf"}, {"leaf": "two"} if "two" in leaves else two)
             )
