@@ -189,66 +189,6 @@ def test_a_resumed_run_keeps_the_scripts_number() -> None:
     assert equal([*whole.problem.leaves().values()], [*second.problem.leaves().values()])
 
 
-def test_a_checkpoint_with_factors_is_read() -> None:
-    """Before, the steps that are unrolled had a factor in place of a number and its start."""
-    whole, second = (scripted("groups", 6, 1.5) for _ in range(2))  # whose numbers are the starts, so that a factor is exact
-    train(whole, 4)
-    saved = copy.deepcopy([whole.problem.model.state_dict(), whole.state_dict()])
-    changed = 0
-    for step in saved[1]["hoptim"]["trajectory"]["steps"]:
-        for _, options in step["groups"]:
-            for key, option in options.items():
-                if isinstance(option, dict):
-                    options[key] = {"leaf": option["leaf"], "factor": option["number"] / option["start"]}
-                    changed += 1
-    assert changed == 8
-    second.problem.model.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
-    train(whole, 2)
-    train(second, 2)
-    assert whole.record is not None
-    assert second.record is not None
-    assert equal([*whole.record.result.grads.values()], [*second.record.result.grads.values()])
-
-
-@pytest.mark.parametrize("names", [{"lr": "leaf"}, {"betas": ("leaf", None)}, {"betas": ("leaf", "two")}])
-def test_a_checkpoint_of_an_optimizer_that_had_the_leaf_itself_is_read(names: dict[str, Any]) -> None:
-    """Before, an unconstrained leaf was the option: it is in the groups that were saved, which have no start."""
-
-    def fresh(shift: float) -> BilevelOptimizer:
-        values = {"leaf": 0.02 if key == "lr" else 0.9} | ({"two": 0.95} if key == "betas" and names[key][1] else {})
-        model, hparams = make(), HyperParameters({name: torch.tensor(value * shift) for name, value in values.items()})
-        problem, inner = Problem(model, hparams, loss, loss), optim.Adam(model.parameters(), lr=0.02)
-        outer = optim.SGD(hparams.parameters(), lr=0.01)
-        return BilevelOptimizer(inner, outer, problem, val_batches=[0], every=4, options=names)
-
-    (key,) = names
-    whole, second = fresh(1.0), fresh(0.5)
-    train(whole, 6)
-    saved = copy.deepcopy([whole.problem.model.state_dict(), whole.state_dict()])
-    leaves = saved[1]["hoptim"]["hparams"]
-    one, two = leaves["leaf"].clone(), leaves.get("two", torch.tensor(0.999)).clone()
-    saved[1]["param_groups"][0][key] = one if key == "lr" else (one, two)
-    assert saved[1]["hoptim"].pop("option_starts")
-    for step in saved[1]["hoptim"]["trajectory"]["steps"]:
-        for _, options in step["groups"]:
-            options[key] = (
-                {"leaf": "leaf"} if key == "lr" else ({"leaf": "leaf"}, {"leaf": "two"} if "two" in leaves else two)
-            )
-    second.problem.model.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
-    scheduler = lrs.LambdaLR(second, lambda _: 1.0)
-    train(whole, 6)
-    train(second, 6, scheduler)
-    assert whole.hyper_steps == second.hyper_steps == 3
-    for a, b in zip(
-        [*weights(whole.problem.model), *whole.problem.leaves().values()],
-        [*weights(second.problem.model), *second.problem.leaves().values()],
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
 # Schedulers that were built before, or on the inner optimizer -------------------------------------------------------------
 
 EVERY: dict[str, Callable[[Any], Any]] = {
@@ -306,15 +246,6 @@ def test_a_scheduler_that_came_before_the_name_is_refused_with_the_remedy(name: 
 def test_a_scheduler_built_on_the_inner_optimizer_afterwards_is_right(name: str, kind: Any) -> None:
     for every in (2, None):
         scheduled((EVERY | PLATEAU)[name], "after", kind, lambda h: 0.1, NAMED, every=every)
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_a_scheduler_that_came_before_a_rate_by_value_is_refused(name: str) -> None:
-    words = (
-        "the lr of SGD is not the present value of a hyper.*build it with a number|a scheduler was built on this SGD before"
-    )
-    with pytest.raises(ValueError, match=words):
-        scheduled(EVERY[name], "before", POSITIVE, lambda h: h["rate"], None)
 
 
 def test_a_plateau_that_came_before_the_name_is_right() -> None:
