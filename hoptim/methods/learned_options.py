@@ -16,7 +16,6 @@ decay of its other weights; :mod:`hoptim.methods.decay` applies them.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,8 +147,9 @@ def learn(
 
     Raises:
         TypeError: a name is no ``str``; or it is not known how ``inner`` applies a weight decay.
-        ValueError: there is no such option or hyperparameter, it has several numbers, the list has the wrong length, or a
-            scheduler sets the option already; or a weight with a decay is not in ``inner``.
+        ValueError: there is no such option or hyperparameter, it has several numbers, the list has the wrong length, a
+            scheduler sets the option already, a weight with a decay is not in ``inner``, or ``inner`` was built with a
+            tensor that requires a gradient.
 
     >>> from torch.distributions import constraints
     >>> from hoptim.problem.hyperparameters import HyperParameters
@@ -161,6 +161,8 @@ def learn(
     0.25
     """
     leaves, transforms, groups = _leaves(hparams), transforms_of(hparams), inner.param_groups
+    for group in groups:
+        _check_no_gradient(inner, group)
     before = {tuple(place): start for *place, start in starts}
     found = []
     for key, names in options.items():
@@ -188,6 +190,18 @@ def learn(
         if not isinstance(names, list) and names is not None:
             inner.defaults[key] = groups[0][key]  # for groups that are added later
     return found
+
+
+def _check_no_gradient(inner: optim.Optimizer, group: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if an option of the group is a tensor to be learned, whose graph a step would not keep."""
+    for key in [key for key in getattr(inner, "defaults", ()) if key in group]:
+        is_pair = isinstance(group[key], (tuple, list))
+        if any(isinstance(one, Tensor) and one.requires_grad for one in (group[key] if is_pair else [group[key]])):
+            example = {key: ("beta", None) if is_pair else "rate"}
+            raise ValueError(
+                f"the {key} of {type(inner).__name__} has a tensor that requires a gradient: build it with a number, and "
+                f"give the name of the hyperparameter, options={example}"
+            )
 
 
 def _learn_decays(
@@ -373,16 +387,15 @@ def value_of(option: Any, leaves: Tensors) -> Any:
 # Other groups, other states, other optimizers
 
 
-def add_group(
-    inner: optim.Optimizer, added: Mapping[str, Any], known: Sequence[LearnedOption], hparams: nn.Module
-) -> list[LearnedOption]:
+def add_group(inner: optim.Optimizer, added: Mapping[str, Any], known: Sequence[LearnedOption]) -> list[LearnedOption]:
     """Add a parameter group, with the learned options that are defaults of the optimizer; returns all learned options."""
+    _check_no_gradient(inner, {**inner.defaults, **added})
     inner.add_param_group(dict(added))
     new, group = len(inner.param_groups) - 1, inner.param_groups[-1]
     inherited = [o._replace(group=new) for o in known if o.is_default and o.group == 0 and o.key not in added]
     for option in inherited:
         group[option.key] = _replaced(group[option.key], option.member, option.start)
-    return [*known, *inherited, *learn(inner, given_by_value(inner, hparams), hparams, {})]
+    return [*known, *inherited]
 
 
 def starts(options: Iterable[LearnedOption]) -> list[list[Any]]:
@@ -390,22 +403,10 @@ def starts(options: Iterable[LearnedOption]) -> list[list[Any]]:
     return [[*option.place, option.start] for option in options]
 
 
-def restarted(
-    inner: optim.Optimizer, options: Iterable[LearnedOption], saved: Iterable[Sequence[Any]]
-) -> list[LearnedOption]:
-    """The options with the starts that were saved, after ``inner`` got its state.
-
-    Earlier versions had no start for an unconstrained leaf: the optimizer had the leaf itself, whose value was saved.
-    """
-    by_place, found = {tuple(place): start for *place, start in saved}, []
-    for option in options:
-        present = option.present(inner.param_groups[option.group])
-        start = present.item() if isinstance(present, Tensor) else option.start
-        found.append(option._replace(start=by_place.get(option.place, start)))
-    for option in found:
-        group = inner.param_groups[option.group]
-        group[option.key] = _numbers(group[option.key])
-    return found
+def restarted(options: Iterable[LearnedOption], saved: Iterable[Sequence[Any]]) -> list[LearnedOption]:
+    """The options with the starts that were saved."""
+    by_place = {tuple(place): start for *place, start in saved}
+    return [option._replace(start=by_place.get(option.place, option.start)) for option in options]
 
 
 def resumed(inner: optim.Optimizer, options: Sequence[LearnedOption], before: Sequence[Any]) -> list[LearnedOption]:
@@ -482,66 +483,5 @@ def in_stand_in(
     other = object.__new__(type(inner))
     groups = [dict(group) for group in inner.param_groups]
     vars(other).update(vars(inner), param_groups=groups, defaults=dict(getattr(inner, "defaults", {})))
-    found = learn(other, {**given_by_value(other, hparams, stacklevel=6), **options}, hparams, weights, in_a_real_step=False)
+    found = learn(other, options, hparams, weights, in_a_real_step=False)
     return (other, found) if found else (inner, found)
-
-
-# The earlier way, for one more release
-
-
-def given_by_value(inner: optim.Optimizer, hparams: nn.Module, stacklevel: int = 4) -> dict[str, Any]:
-    """``options`` for an optimizer that was built with tensors of ``hparams``, which become numbers; it warns of them.
-
-    They are leaves of one number, views of them, or ``hparams[name]`` as it is now.
-
-    Raises:
-        ValueError: a tensor is computed from leaves in another way, was computed before they moved, or is a part of one.
-    """
-    leaves, transforms, defaults = _leaves(hparams), transforms_of(hparams), getattr(inner, "defaults", {})
-    options: dict[str, Any] = {}
-    for index, group in enumerate(inner.param_groups):
-        for key in [key for key in defaults if key in group]:
-            whole, is_pair = group[key], isinstance(group[key], (tuple, list))
-            values, what = whole if is_pair else [whole], f"the {key} of {type(inner).__name__}"
-            names = tuple(_source(what, one, leaves, transforms) if isinstance(one, Tensor) else None for one in values)
-            if any(names):
-                options.setdefault(key, [None] * len(inner.param_groups))[index] = names if is_pair else names[0]
-                group[key], inner.defaults[key] = _numbers(whole), _numbers(defaults[key])
-    options = {key: names[0] if names.count(names[0]) == len(names) else names for key, names in options.items()}
-    if options:
-        warnings.warn(
-            f"{type(inner).__name__} was built with tensors of hparams, which the next release will not look for: build it "
-            f"with numbers, and give options={options}",
-            DeprecationWarning,
-            stacklevel=stacklevel,
-        )
-    return options
-
-
-@torch.enable_grad()
-def _source(what: str, value: Tensor, leaves: Tensors, transforms: Mapping[str, Transform]) -> str | None:
-    """The name of the hyperparameter that ``value`` is, or ``None`` for none; ``what`` says where it is."""
-    found = [
-        name
-        for name, leaf in leaves.items()
-        if value.device == leaf.device and leaf.data_ptr() <= value.data_ptr() < leaf.data_ptr() + leaf.nbytes
-    ]
-    wrong = ValueError(
-        f"{what} is not the present value of a hyperparameter of one number, but a part of a leaf, or computed otherwise or "
-        'before a move: build it with a number, and give options, such as {"lr": "rate"}; or detach() it'
-    )
-    if not found and leaves and value.requires_grad:
-        try:
-            slopes = torch.autograd.grad(value.sum(), [*leaves.values()], retain_graph=True, allow_unused=True)
-        except RuntimeError:  # something, such as a scheduler, wrote to it
-            raise wrong from None
-        found = [name for name, slope in zip(leaves, slopes, strict=True) if slope is not None]
-    if not found:
-        return None
-    leaf = leaves[found[0]].detach()
-    natural = transforms.get(found[0], identity_transform)(leaf)
-    if len(found) > 1 or not value.numel() == natural.numel() == 1:
-        raise wrong
-    if not math.isclose(value.item(), natural.item(), rel_tol=8 * torch.finfo(leaf.dtype).eps):
-        raise wrong
-    return found[0]

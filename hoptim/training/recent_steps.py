@@ -290,7 +290,5 @@ def _whole(transforms: Mapping[str, Transform], option: Any) -> Any:
     """An option from plain values."""
     if not isinstance(option, dict):
         return option
-    # Checkpoints of before have a factor, or neither for the leaf itself.
-    name, saved = option["leaf"], {"number": option.get("factor", 1.0), "start": 1.0, **option}
-    transform = transforms.get(name, identity_transform)
-    return Bound(name=name, transform=transform, number=saved["number"], start=saved["start"])
+    transform = transforms.get(option["leaf"], identity_transform)
+    return Bound(name=option["leaf"], transform=transform, number=option["number"], start=option["start"])

@@ -129,7 +129,7 @@ class TrainingOptimizer(Optimizer):
         super().__setstate__({})  # makes the dicts of hooks; Optimizer.__init__ would also set groups and state
         self.inner, self.problem = inner, problem
         self._progress, self.save_points = self._new_progress(), SavePoints()
-        names = {**learned_options.given_by_value(inner, problem.hparams), **(options or {})}
+        names = options or {}
         problem.ranks.broadcast_((*problem.hparams.parameters(), *problem.hparams.buffers()))
         names, starts = (names, ()) if learned is None else (learned.named_again(inner, names), learned.starts)
         weights = dict(problem.named_parameters())
@@ -202,10 +202,10 @@ class TrainingOptimizer(Optimizer):
 
         Raises:
             TypeError: the group is no dict with ``"params"``.
-            ValueError: a tensor of the group is a hyperparameter.
+            ValueError: a tensor of the group is a hyperparameter, or an option of it requires a gradient.
         """
         added, known = arguments.checked_group(param_group, self.problem), self.learned_options
-        self._progress.learned_options = learned_options.add_group(self.inner, added, known, self.problem.hparams)
+        self._progress.learned_options = learned_options.add_group(self.inner, added, known)
 
     def resumable(self, iterable: Iterable[T], *stateful: Any) -> Iterator[T]:
         """The items of ``iterable``, such as epochs; before each of them the training may be saved and resumed.
@@ -288,7 +288,7 @@ class TrainingOptimizer(Optimizer):
         self.problem.hparams.load_state_dict(saved["hparams"])
         progress.inner_steps = saved["inner_steps"]
         starts = saved.get("option_starts", ())
-        progress.learned_options = learned_options.restarted(self.inner, progress.learned_options, starts)
+        progress.learned_options = learned_options.restarted(progress.learned_options, starts)
         if self.problem.options is not None:
             starts = learned_options.starts(progress.learned_options)
             self.problem.options = replace(self.problem.options, starts=starts)

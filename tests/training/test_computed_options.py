@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -375,104 +374,6 @@ def test_one_hypergradient_names_options_too_and_the_optimizer_stays_as_it_is() 
             hypergradient(problem, BATCHES[0], VAL, inner=wrong, options=options)
     with pytest.raises(TypeError, match="options is a str: give a dict"):
         hypergradient(problem, BATCHES[0], VAL, inner=inner, options="lr")  # type: ignore[arg-type]
-
-
-# The earlier way: an optimizer that is built with tensors of hparams
-
-
-OLD = pytest.warns(DeprecationWarning, match="was built with tensors of hparams.*build it with numbers, and give options=")
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_an_optimizer_built_with_the_values_is_told_of_options_and_trains_as_with_them(name: str) -> None:
-    row, found = ROWS[name], []
-    for by_value in (False, True):
-        built = build(row)
-        if by_value:
-            model, hparams = tiny().model, build(row).problem.hparams
-            inner = row.kind(model.parameters(), **row.options(hparams))
-            rate = optim.SGD(hparams.parameters(), lr=0.1)
-            problem = Problem(model, hparams, val_loss, val_loss)
-            with OLD as told:
-                built = BilevelOptimizer(inner, rate, problem, val_batches=[VAL], every=3)
-            assert str(told[0].message).endswith(f"give options={ {key: named(row)[key] for key in named(row)} }")
-            assert told[0].filename == __file__
-        scheduler = lrs.LambdaLR(built, shape)
-        train(built, 0, 12, lambda i, scheduler=scheduler: scheduler.step())
-        assert built.hyper_steps == 4
-        found.append([*built.problem.model.parameters(), *built.problem.hparams.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("option", [lambda h: h.lr, lambda h: h.lr.detach(), lambda h: h.lr.view(1), lambda h: h["lr"]])
-@pytest.mark.parametrize("way", ["wrapper", "one", "added group"])
-def test_a_leaf_and_a_view_of_it_are_found_and_a_single_hypergradient_leaves_them_there(option: Any, way: str) -> None:
-    model, hparams = tiny().model, HyperParameters({"lr": torch.tensor(0.1)}, {"lr": constraints.nonnegative})
-    problem = Problem(model, hparams, val_loss, val_loss)
-    expected = hypergradient(problem, BATCHES[0], VAL, inner=optim.SGD(model.parameters(), 0.3), options={"lr": "lr"})
-    inner: Any = optim.SGD(model.parameters(), lr=option(hparams), foreach=False)
-    held = inner.param_groups[0]["lr"]
-    if way == "added group":
-        first, *rest = model.parameters()
-        inner = optim.SGD([first], lr=0.1)
-        with pytest.warns(UserWarning, match="does not hold"):
-            inner = BilevelOptimizer(
-                inner, hparams.optimizer(), problem, val_batches=[VAL], every=None, options={"lr": "lr"}
-            )
-        with OLD:
-            inner.add_param_group({"params": rest, "lr": option(hparams)})
-        held = inner.param_groups[1]["lr"]
-        assert held == float(hparams["lr"].detach())
-    if way == "wrapper":
-        with OLD:
-            inner = BilevelOptimizer(inner, hparams.optimizer(), problem, val_batches=[VAL], every=None)
-        held = inner.param_groups[0]["lr"]
-        assert held == inner.defaults["lr"] == float(hparams["lr"].detach())
-    with OLD if way == "one" else nullcontext() as told:
-        result = hypergradient(problem, BATCHES[0], VAL, inner=inner)
-    assert told is None or told[0].filename == __file__
-    assert inner.param_groups[-1]["lr"] is held
-    torch.testing.assert_close(result.grads, expected.grads, rtol=1e-12, atol=0)
-    assert result.grads["lr"] != 0
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        lambda h: 2 * h["lr"],
-        lambda h: h["lr"] * h["other"],
-        lambda h: h["pair"][0],
-        lambda h: h.pair[0],
-        lambda h: h.lr + 3.0,
-        lambda h: h.lr,  # a logarithm
-    ],
-)
-def test_an_option_computed_in_another_way_is_refused_at_once(option: Any) -> None:
-    values = {"lr": torch.tensor(0.1), "other": torch.tensor(0.5), "pair": torch.tensor([0.1, 0.2])}
-    hparams = HyperParameters(values, dict.fromkeys(values, POSITIVE))
-    model = tiny().model
-    outer = optim.SGD(hparams.parameters(), lr=0.1)
-    inner = optim.SGD(model.parameters(), lr=0.3)
-    inner.param_groups[0]["lr"] = option(hparams)  # which may be negative
-    problem = Problem(model, hparams, val_loss, val_loss)
-    for given in (
-        lambda: BilevelOptimizer(inner, outer, problem, val_batches=[VAL]),
-        lambda: hypergradient(problem, BATCHES[0], VAL, inner=inner),
-    ):
-        with pytest.raises(ValueError, match=r"the lr of SGD is .*build it with a number, and give options, such"):
-            given()
-
-
-def test_a_value_from_before_the_leaf_moved_is_refused() -> None:
-    model, hparams = tiny().model, HyperParameters({"lr": torch.tensor(0.1)}, {"lr": POSITIVE})
-    problem, inner = Problem(model, hparams, val_loss, val_loss), optim.SGD(model.parameters(), lr=hparams["lr"])
-    with torch.no_grad():
-        hparams.lr.add_(0.01)
-    with pytest.raises(ValueError, match="not the present"):
-        hypergradient(problem, BATCHES[0], VAL, inner=inner)
-    inner.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True) * 1  # of no hyperparameter: a constant
-    with pytest.raises(ValueError, match="touched by neither loss"):
-        hypergradient(problem, BATCHES[0], VAL, inner=inner)
 
 
 # Which method ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributions import constraints
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
 
-from hoptim import BilevelOptimizer, HyperParameters, Problem, Status, Unrolled
+from hoptim import BilevelOptimizer, HyperParameters, Problem, Status, Unrolled, hypergradient
 from hoptim.methods.inner_step import InnerStep
 
 DRAW = torch.Generator().manual_seed(0)
@@ -189,66 +190,6 @@ def test_a_resumed_run_keeps_the_scripts_number() -> None:
     assert equal([*whole.problem.leaves().values()], [*second.problem.leaves().values()])
 
 
-def test_a_checkpoint_with_factors_is_read() -> None:
-    """Before, the steps that are unrolled had a factor in place of a number and its start."""
-    whole, second = (scripted("groups", 6, 1.5) for _ in range(2))  # whose numbers are the starts, so that a factor is exact
-    train(whole, 4)
-    saved = copy.deepcopy([whole.problem.model.state_dict(), whole.state_dict()])
-    changed = 0
-    for step in saved[1]["hoptim"]["trajectory"]["steps"]:
-        for _, options, _ in step["groups"]:
-            for key, option in options.items():
-                if isinstance(option, dict):
-                    options[key] = {"leaf": option["leaf"], "factor": option["number"] / option["start"]}
-                    changed += 1
-    assert changed == 8
-    second.problem.model.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
-    train(whole, 2)
-    train(second, 2)
-    assert whole.record is not None
-    assert second.record is not None
-    assert equal([*whole.record.result.grads.values()], [*second.record.result.grads.values()])
-
-
-@pytest.mark.parametrize("names", [{"lr": "leaf"}, {"betas": ("leaf", None)}, {"betas": ("leaf", "two")}])
-def test_a_checkpoint_of_an_optimizer_that_had_the_leaf_itself_is_read(names: dict[str, Any]) -> None:
-    """Before, an unconstrained leaf was the option: it is in the groups that were saved, which have no start."""
-
-    def fresh(shift: float) -> BilevelOptimizer:
-        values = {"leaf": 0.02 if key == "lr" else 0.9} | ({"two": 0.95} if key == "betas" and names[key][1] else {})
-        model, hparams = make(), HyperParameters({name: torch.tensor(value * shift) for name, value in values.items()})
-        problem, inner = Problem(model, hparams, loss, loss), optim.Adam(model.parameters(), lr=0.02)
-        outer = optim.SGD(hparams.parameters(), lr=0.01)
-        return BilevelOptimizer(inner, outer, problem, val_batches=[0], every=4, options=names)
-
-    (key,) = names
-    whole, second = fresh(1.0), fresh(0.5)
-    train(whole, 6)
-    saved = copy.deepcopy([whole.problem.model.state_dict(), whole.state_dict()])
-    leaves = saved[1]["hoptim"]["hparams"]
-    one, two = leaves["leaf"].clone(), leaves.get("two", torch.tensor(0.999)).clone()
-    saved[1]["param_groups"][0][key] = one if key == "lr" else (one, two)
-    assert saved[1]["hoptim"].pop("option_starts")
-    for step in saved[1]["hoptim"]["trajectory"]["steps"]:
-        for _, options, _ in step["groups"]:
-            options[key] = (
-                {"leaf": "leaf"} if key == "lr" else ({"leaf": "leaf"}, {"leaf": "two"} if "two" in leaves else two)
-            )
-    second.problem.model.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
-    scheduler = lrs.LambdaLR(second, lambda _: 1.0)
-    train(whole, 6)
-    train(second, 6, scheduler)
-    assert whole.hyper_steps == second.hyper_steps == 3
-    for a, b in zip(
-        [*weights(whole.problem.model), *whole.problem.leaves().values()],
-        [*weights(second.problem.model), *second.problem.leaves().values()],
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
 # Schedulers that were built before, or on the inner optimizer -------------------------------------------------------------
 
 EVERY: dict[str, Callable[[Any], Any]] = {
@@ -308,15 +249,6 @@ def test_a_scheduler_built_on_the_inner_optimizer_afterwards_is_right(name: str,
         scheduled((EVERY | PLATEAU)[name], "after", kind, lambda h: 0.1, NAMED, every=every)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_a_scheduler_that_came_before_a_rate_by_value_is_refused(name: str) -> None:
-    words = (
-        "the lr of SGD is not the present value of a hyper.*build it with a number|a scheduler was built on this SGD before"
-    )
-    with pytest.raises(ValueError, match=words):
-        scheduled(EVERY[name], "before", POSITIVE, lambda h: h["rate"], None)
-
-
 def test_a_plateau_that_came_before_the_name_is_right() -> None:
     scheduled(PLATEAU["ReduceLROnPlateau"], "before", POSITIVE, lambda h: 0.1, NAMED)
 
@@ -346,3 +278,33 @@ def test_what_no_scheduler_sets_may_be_named_beside_one() -> None:
     train(optimizer, 6, schedulers[0])
     train(plain, 6, schedulers[1], lambda _: loss(bare, None, 0))
     assert equal(weights(model), weights(bare))
+
+
+@pytest.mark.parametrize(
+    ("key", "option", "named"),
+    [
+        ("lr", lambda h: h["rate"], "{'lr': 'rate'}"),
+        ("lr", lambda h: h.rate, "{'lr': 'rate'}"),
+        ("weight_decay", lambda h: 2 * h["rate"], "{'weight_decay': 'rate'}"),
+        ("betas", lambda h: (0.9, h["rate"]), r"{'betas': ('beta', None)}"),
+    ],
+)
+@pytest.mark.parametrize("way", ["wrapper", "one hypergradient", "added group"])
+def test_an_option_that_is_a_tensor_with_a_graph_is_refused_with_the_remedy(
+    key: str, option: Any, named: str, way: str
+) -> None:
+    model, hparams = make(), HyperParameters({"rate": torch.tensor(0.5)}, {"rate": POSITIVE})
+    problem, inner = Problem(model, hparams, loss, loss), optim.Adam(model.parameters(), lr=0.02)
+    inner.param_groups[0]["lr"] = torch.tensor(0.02)  # without a graph it is a number like any other
+    optimizer = BilevelOptimizer(inner, hparams.optimizer(), problem, val_batches=[0], every=None, options={"eps": "rate"})
+    given = {key: option(hparams)}
+    if way != "added group":
+        inner.param_groups[0].update(given)
+    ways: dict[str, Callable[[], Any]] = {
+        "wrapper": lambda: BilevelOptimizer(inner, hparams.optimizer(), problem, val_batches=[0]),
+        "one hypergradient": lambda: hypergradient(problem, 0, 0, inner=inner),
+        "added group": lambda: optimizer.add_param_group({"params": nn.Linear(1, 1).parameters(), **given}),
+    }
+    with pytest.raises(ValueError, match=f"the {key} of Adam has a tensor .* options={re.escape(named)}"):
+        ways[way]()
+    assert len(inner.param_groups) == 1

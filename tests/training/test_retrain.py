@@ -157,11 +157,6 @@ def test_a_learned_rate_is_in_effect() -> None:
     problem = hoptim.Problem(nn.Linear(4, 3), hparams, loss, val_loss)
     start = nn.Linear(4, 3)
     slope = torch.autograd.grad(loss(start, hparams, CLEAN), start.weight)[0]
-    with pytest.warns(DeprecationWarning, match="give options={'lr': 'lr'}"):
-        ended = hoptim.retrain(
-            problem, lambda: copy.deepcopy(start), loop, CLEAN, inner=lambda model: SGD(model.parameters(), lr=hparams["lr"])
-        )
-    torch.testing.assert_close(ended.weight, start.weight - 0.3 * slope, rtol=1e-7, atol=1e-9)
     named = {"inner": lambda model: SGD(model.parameters(), lr=9.0), "options": {"lr": "lr"}}
     ended = hoptim.retrain(problem, lambda: copy.deepcopy(start), loop, CLEAN, **named)
     torch.testing.assert_close(ended.weight, start.weight - 0.3 * slope, rtol=1e-7, atol=1e-9)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -48,7 +47,6 @@ class Case:
     kinds: dict[str, Any]
     options: dict[str, Any]
     inner: Callable[[nn.Module], optim.Optimizer]
-    by_value: Callable[[nn.Module, Any], optim.Optimizer] | None = None
     outer: float = 0.2
 
     def hparams(self, shift: float = 1.0) -> HyperParameters:
@@ -65,14 +63,12 @@ CASES = {
         {"rate": constraints.positive},
         {"lr": "rate"},
         lambda m: optim.SGD(m.parameters(), lr=0.9, momentum=0.5),
-        lambda m, h: optim.SGD(m.parameters(), lr=h["rate"], momentum=0.5),
     ),
     "two groups": Case(
         {"one": 0.05, "two": 0.02},
         {"one": constraints.positive, "two": constraints.positive},
         {"lr": ["one", "two"]},
         lambda m: optim.SGD(groups(m), lr=0.9),
-        lambda m, h: optim.SGD([g | {"lr": h[n]} for g, n in zip(groups(m), ("one", "two"), strict=True)]),
     ),
     "one group of two": Case(
         {"rate": 0.05}, {"rate": constraints.positive}, {"lr": ["rate", None]}, lambda m: optim.SGD(groups(m), lr=0.9)
@@ -94,7 +90,6 @@ CASES = {
         {},
         {"lr": "rate"},
         lambda m: optim.SGD(m.parameters(), lr=0.9, foreach=False),
-        lambda m, h: optim.SGD(m.parameters(), lr=h.get_parameter("rate"), foreach=False),
         outer=0.01,
     ),
     "nonnegative": Case(
@@ -128,23 +123,15 @@ def loop(schedule: str = "none") -> Callable[[Any, Any, Any], None]:
     return train
 
 
-def built(case: Case, shift: float = 1.0, by_value: bool = False) -> BilevelOptimizer:
+def built(case: Case, shift: float = 1.0) -> BilevelOptimizer:
     model, hparams = make(), case.hparams(shift)
     problem = Problem(model, hparams, loss, loss)
-    inner = case.by_value(model, hparams) if by_value and case.by_value else case.inner(model)
     outer = optim.Adam(hparams.parameters(), lr=case.outer)
-    options = None if by_value else case.options
-    with told(by_value):
-        return BilevelOptimizer(inner, outer, problem, val_batches=[VAL], every=3, options=options)
+    return BilevelOptimizer(case.inner(model), outer, problem, val_batches=[VAL], every=3, options=case.options)
 
 
-def told(by_value: bool) -> Any:
-    """Expects that the script hears of ``options``, if its optimizer is built with tensors of hparams."""
-    return pytest.warns(DeprecationWarning, match="give options={'lr': ") if by_value else nullcontext()
-
-
-def learned(case: Case, by_value: bool = False) -> Problem:
-    optimizer = built(case, by_value=by_value)
+def learned(case: Case) -> Problem:
+    optimizer = built(case)
     loop()(optimizer.problem.model, optimizer, TRAIN)
     assert optimizer.hyper_steps == 4
     for name, value in case.values.items():
@@ -208,27 +195,24 @@ def assert_close(a: nn.Module, b: nn.Module) -> None:
 
 SCHEDULED = [
     (name, schedule, how)
-    for name, case in CASES.items()
+    for name in CASES
     for schedule in SCHEDULES
-    for how in ("not named", "named again", "by value", "by value, then not")
-    if (schedule != "OneCycleLR, momentum" or name in ("rate", "betas"))
-    and ("by value" not in how or case.by_value is not None)
+    for how in ("not named", "named again")
+    if schedule != "OneCycleLR, momentum" or name in ("rate", "betas")
 ]
 
 
 @cache
-def problem_of(name: str, by_value: bool = False) -> Problem:
-    return learned(CASES[name], by_value)
+def problem_of(name: str) -> Problem:
+    return learned(CASES[name])
 
 
 @pytest.mark.parametrize(("name", "schedule", "how"), SCHEDULED)
 def test_a_retraining_has_what_was_learned_schedule_or_not(name: str, schedule: str, how: str) -> None:
     case = CASES[name]
-    problem = problem_of(name, "by value" in how)
-    made = (lambda m: case.by_value(m, problem.hparams)) if how == "by value" else case.inner  # type: ignore[misc]
+    problem = problem_of(name)
     options = case.options if how == "named again" else None
-    with told(how == "by value"):
-        model = hoptim.retrain(problem, make, loop(schedule), ALL, inner=made, options=options)
+    model = hoptim.retrain(problem, make, loop(schedule), ALL, inner=case.inner, options=options)
     assert_close(model, by_hand(case, problem.hparams, schedule))
     start = by_hand(case, case.values, schedule)
     assert not torch.allclose(model[0].weight, start[0].weight, rtol=1e-5)
@@ -304,17 +288,6 @@ def test_a_key_with_none_is_left_to_the_script() -> None:
 def test_another_optimizer_than_that_of_the_run_is_refused(name: str, inner: Any, options: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         hoptim.retrain(problem_of(name), make, loop(), ALL, inner=inner, options=options)
-
-
-def test_another_hyperparameter_by_value_in_its_place_is_refused() -> None:
-    problem = problem_of("two groups")
-
-    def swapped(model: nn.Module) -> optim.Optimizer:
-        hparams = problem.hparams
-        return optim.SGD([g | {"lr": hparams[n]} for g, n in zip(groups(model), ("two", "one"), strict=True)])
-
-    with told(True), pytest.raises(ValueError, match=r"the lr was learned as \['one', 'two'\]"):
-        hoptim.retrain(problem, make, loop(), ALL, inner=swapped)
 
 
 def test_a_second_optimizer_without_learned_options_forgets_nothing() -> None:
