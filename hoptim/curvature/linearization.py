@@ -43,6 +43,7 @@ class Linearization:
         untouched: the weights that the training loss does not touch.
         fixed: the weights that it touches but the inner optimizer does not hold; known to the condition ``Update`` alone.
         is_on_shards: whether vectors are of shards, and A and F means over the ranks; see :func:`on_shards`.
+        free: which weights may move, where others rest at a kink of the loss, of shape (n,); ``None`` for all.
     """
 
     loss: Tensor
@@ -53,6 +54,7 @@ class Linearization:
     untouched: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     is_on_shards: bool = False
+    free: Tensor | None = None
 
     def on(self, layout: Layout) -> Linearization:
         """The same for the weights of another layout: zero for those that this one does not have."""

@@ -149,6 +149,22 @@ class Wrapped(Operator):
         return self.base.total
 
 
+class OnFree(Wrapped):
+    """A on the entries that are free, where ``free`` is true, and the identity on the others.
+
+    >>> A = OnFree(Symmetric(lambda v: 2 * v.flip(-1), like=torch.ones(2)), torch.tensor([True, False]))
+    >>> A @ torch.tensor([3.0, 5.0])
+    tensor([0., 5.])
+    """
+
+    def __init__(self, base: Operator, free: Tensor) -> None:
+        super().__init__(base)
+        self.free = free
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return torch.where(self.free, self.base @ (v * self.free), v)
+
+
 class _Shifted(Wrapped):
     def __init__(self, base: Operator, sigma: float | Tensor) -> None:
         super().__init__(base)

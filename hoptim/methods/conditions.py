@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hoptim.curvature.linearization import Linearization
 from hoptim.linalg import dicts
-from hoptim.linalg.operators import Operator
+from hoptim.linalg.operators import OnFree, Operator
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
 from hoptim.linalg.vjp import VJP
 from hoptim.methods.decay import decay_in_condition
@@ -33,7 +33,9 @@ class Gradient(Condition):
 
     H is the Hessian, or what the curvature puts in its place. If the decay is coupled, as in SGD and Adam, it is added to
     the gradient, and c = ``weight_decay``. If it is decoupled, as in AdamW, c = ``weight_decay``·(√v̂ + ε), with Adam's
-    second moments v̂ held fixed. Without a decay, or if the inner optimizer is not known, c = 0 and A is the Hessian. Where
+    second moments v̂ held fixed. A learned decay may have a centre, and then it is c ⊙ (w − centre); or the norm 1, and then
+    it is c ⊙ sign(w − centre), has no part in A, and weights at their centre stay there: A and F are those of the others.
+    Without a decay, or if the inner optimizer is not known, c = 0 and A is the Hessian. Where
     the loss is flat, c > 0 makes A positive. If hoptim does not know how an optimizer applies its ``weight_decay``, a
     warning says that it is left out; a decay under another name, or in a hook, it can't see.
 
@@ -46,20 +48,42 @@ class Gradient(Condition):
     def __call__(self, gradient: Linearization, at: At, loop: TrainingContext) -> Linearization:
         """The gradient and the decay with their derivatives."""
         layout, of_gradient = gradient.layout, gradient.mixed
-        decay = decay_in_condition(loop, at, layout.unflatten(gradient.value))
-        if not decay:
+        terms = decay_in_condition(loop, at, layout.unflatten(gradient.value))
+        if not terms:
             return gradient
-        w = {name: at.shards[name].detach() for name in layout.names}
-        c = layout.flatten({name: one.detach().expand(w[name].shape).to(layout.dtype) for name, one in decay.items()})
-        learned = {name: one * w[name] for name, one in decay.items() if one.requires_grad}
+        parts = {name: (term.factor * term.direction).to(layout.dtype) for name, term in terms.items()}
+        own = {name: t.factor.to(layout.dtype).expand_as(parts[name]) for name, t in terms.items() if t.norm == 2}
+        A, free = gradient.A + layout.flatten(own), None
+        if lasso := {name: term.direction == 0 for name, term in terms.items() if term.norm == 1}:
+            free = layout.flatten({name: t.to(layout.dtype) for name, t in lasso.items()}) == 0
+            A = OnFree(A, free)
+        learned = {name: term for name, term in terms.items() if term.decay.requires_grad}
 
         def mixed(x: Tensor) -> OptionalTensors:
-            found = of_gradient(x)
+            found = of_gradient(x if free is None else x * free)
             if not learned:
                 return found
-            return dicts.add(found, VJP(learned, at.leaves)(layout.unflatten(x), x.ndim > 1))
+            named, lead = layout.unflatten(x), x.ndim - 1
+            by_decay = {
+                name: _sum_by_decay(named[name] * term.scale * term.direction, lead + term.decay.ndim, at, name)
+                for name, term in learned.items()
+            }
+            decays = {name: term.decay for name, term in learned.items()}
+            return dicts.add(found, VJP(decays, at.leaves)(by_decay, x.ndim > 1))
 
-        return replace(gradient, value=gradient.value + c * layout.flatten(w), A=gradient.A + c, mixed=mixed)
+        value = gradient.value + layout.flatten(parts)
+        return replace(gradient, value=value if free is None else value * free, A=A, mixed=mixed, free=free)
+
+
+def _sum_by_decay(t: Tensor, ndim: int, at: At, name: str) -> Tensor:
+    """The sums of a weight's entries that share a decay: over all but the first ``ndim`` axes, and over all ranks."""
+    if at.sharding is None:
+        return t.sum(tuple(range(ndim, t.ndim))) if ndim < t.ndim else t
+    weight, lead = at.sharding.weights[name], t.ndim - len(at.sharding.weights[name].own)
+    if ndim == lead:
+        return at.sharding.ranks.mean({"": t.flatten(lead).sum(-1) * weight.pieces})[""]
+    rows = torch.stack([weight.whole(row) for row in t]) if lead else weight.whole(t)
+    return rows.sum(tuple(range(ndim, rows.ndim))) if ndim < rows.ndim else rows
 
 
 @dataclass(frozen=True, kw_only=True)

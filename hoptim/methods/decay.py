@@ -1,29 +1,39 @@
 """The weight decay of the inner optimizer, with a learned decay for single weights, in three forms.
 
-A coupled decay, as of SGD and Adam, is added to the gradient: ∇L_T + λ⊙w. A decoupled one, as of AdamW, is taken off the
-weights before the step: w − lr·λ⊙w. :class:`RealDecay` does so in the optimizer's own steps, :func:`decayed` as a pure
-function of one weight, and :func:`decay_in_condition` is its part in F: training ends where it balances the gradient.
+A coupled decay, as of SGD and Adam, is added to the gradient: ∇L_T + λ⊙(w − c), where c is zero or a given centre. A
+decoupled one, as of AdamW, is taken off the weights before the step: w − lr·λ⊙(w − c). Of norm 1 it is the proximal step of
+Σ λ|w − c|: after the step, w − c moves towards zero by lr·λ, and stays zero where it was nearer. :class:`RealDecay` does so
+in the optimizer's own steps, :func:`decayed` and :func:`shrunk` as pure functions of one weight, and
+:func:`decay_in_condition` is its part in F: training ends where it balances the gradient.
+
+Sources: Loshchilov and Hutter 2019, Decoupled weight decay regularization; Li, Grandvalet and Davoine 2018, Explicit
+inductive bias for transfer learning (the centre); Parikh and Boyd 2014, Proximal algorithms, section 6.5.2 (norm 1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, optim
 
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.kinds import check_differentiable, is_differentiable, kind_of
-from hoptim.methods.learned_options import LearnedOption, bound_decays, bound_options, value_of
+from hoptim.methods.learned_options import PLAIN, LearnedOption, Pull, bound_decays, bound_options, value_of
 from hoptim.methods.method import TrainingContext
 from hoptim.problem.problem import At, Problem
-from hoptim.problem.sharding import local
+from hoptim.problem.sharding import ShardedWeight, local
 
 DECAYS = ("weight_decay", "lambd")  # ASGD shrinks weights by λ as well
 
 
-def decayed(w: Tensor, gradient: Tensor, decay: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+# As pure functions of one weight
+
+
+def decayed(
+    w: Tensor, gradient: Tensor, decay: Tensor, group: Mapping[str, Any], pull: Pull = PLAIN
+) -> tuple[Tensor, Tensor]:
     """A weight and its gradient, as a step of an optimizer with the options ``group`` takes them if it has this decay.
 
     >>> decayed(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor(0.5), {"lr": 0.1})
@@ -31,15 +41,46 @@ def decayed(w: Tensor, gradient: Tensor, decay: Tensor, group: Mapping[str, Any]
     >>> decayed(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor(0.5), {"lr": 0.1, "decoupled_weight_decay": True})
     (tensor([1.9000]), tensor([1.]))
     """
-    pull = (spread(decay, w) * w).to(w.dtype)
-    if _is_decoupled(group):
-        return w - group["lr"] * pull, gradient
-    return w, gradient - pull if group.get("maximize") else gradient + pull
+    if pull.norm == 1:
+        return w, gradient
+    change = (spread(decay, w) * from_centre(w, pull)).to(w.dtype)
+    if pull.is_decoupled(group):
+        return w - group["lr"] * change, gradient
+    return w, gradient - change if group.get("maximize") else gradient + change
+
+
+def shrunk(w: Tensor, size: Tensor, pull: Pull) -> Tensor:
+    """A weight after the step, moved towards its centre by ``size``, or to it, if ``pull`` is of norm 1.
+
+    >>> shrunk(torch.tensor([2.0, -0.2]), torch.tensor(0.5), Pull(norm=1))
+    tensor([1.5000, 0.0000])
+    """
+    if pull.norm != 1:
+        return w
+    far, size = from_centre(w, pull), spread(size, w).to(w.dtype)
+    return torch.where(far.abs() > size, w - far.sign() * size, 0.0 if pull.centre is None else pull.centre)
 
 
 def spread(decay: Tensor, w: Tensor) -> Tensor:
     """A decay whose shape begins that of w, as a factor of w."""
     return decay.reshape(*decay.shape, *[1] * (w.ndim - decay.ndim))
+
+
+def from_centre(w: Tensor, pull: Pull) -> Tensor:
+    """w − c."""
+    return w if pull.centre is None else w - pull.centre
+
+
+# In the optimizer's own steps
+
+
+class _Place(NamedTuple):
+    """A learned decay, its leaf, its weight, and how it pulls the part of the weight that this rank holds."""
+
+    option: LearnedOption
+    leaf: Tensor
+    p: Tensor
+    pull: Pull
 
 
 class RealDecay:
@@ -51,9 +92,9 @@ class RealDecay:
 
     def __init__(self) -> None:
         self._learned: Sequence[LearnedOption] = ()
-        self._places: list[tuple[LearnedOption, Tensor, Tensor]] = []  # with the leaf and the weight
+        self._places: list[_Place] = []
         self._seen: list[tuple[Any, ...]] = []
-        self._decays: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # weights and their λ, by group
+        self._decays: dict[int, list[tuple[Tensor, Tensor, Pull]]] = {}  # weights, their λ, and how it pulls, by group
 
     def step(
         self,
@@ -66,12 +107,12 @@ class RealDecay:
         self._look(inner, learned, problem)
         if not self._decays:
             return inner.step() if closure is None else inner.step(closure)
-        groups, kept = [inner.param_groups[number] for number in self._decays], list[tuple[Tensor, Tensor]]()
+        groups, kept = [inner.param_groups[number] for number in self._decays], list[tuple[Tensor, Any]]()
         numbers = [group["weight_decay"] for group in groups]
 
         def decay_weights() -> None:
-            for group, number, (weights, decays) in zip(groups, numbers, self._decays.values(), strict=True):
-                kept.extend(_decay_in_place(group, float(number), weights, decays))
+            for group, number, decays in zip(groups, numbers, self._decays.values(), strict=True):
+                kept.extend(_decay_in_place(group, float(number), decays))
 
         def decay_after_closure() -> Any:
             assert closure is not None
@@ -84,65 +125,124 @@ class RealDecay:
                 decay_weights()
             for group in groups:
                 group["weight_decay"] = 0.0
-            return inner.step() if closure is None else inner.step(decay_after_closure)
+            result = inner.step() if closure is None else inner.step(decay_after_closure)
         finally:
             for group, number in zip(groups, numbers, strict=True):
                 group["weight_decay"] = number
             for p, gradient in kept:
                 p.grad = gradient
+        for group, decays in zip(groups, self._decays.values(), strict=True):
+            _shrink_in_place(group, decays)
+        return result
 
     def _look(self, inner: optim.Optimizer, learned: Sequence[LearnedOption], problem: Problem) -> None:
         """Compute the decays again if a leaf or a group's number has changed."""
         if learned is not self._learned:
             live = dict(problem.named_parameters())
-            decays = [option for option in learned if option.is_decay]
-            self._places = [(o, problem.hparams.get_parameter(o.name), live[str(o.member)]) for o in decays]
+            self._places = [
+                _Place(option, problem.hparams.get_parameter(option.name), p, _pull_on_shard(option.pull, p))
+                for option in learned
+                if option.is_decay and (p := live[str(option.member)]) is not None
+            ]
             self._learned, self._seen, self._decays = learned, [], {}
         groups = inner.param_groups
-        seen = [(leaf.data_ptr(), leaf._version, groups[o.group]["weight_decay"]) for o, leaf, _ in self._places]
+        seen = [(at.leaf.data_ptr(), at.leaf._version, groups[at.option.group]["weight_decay"]) for at in self._places]
         if seen == self._seen:
             return
         self._seen, self._decays = seen, {}
-        for option, leaf, p in self._places:
+        for option, leaf, p, pull in self._places:
             decay = option.bound(groups[option.group]).value({option.name: leaf.detach()})
-            weights, values = self._decays.setdefault(option.group, ([], []))
-            weights.append(p)
-            values.append(spread(decay, p).to(p))
+            self._decays.setdefault(option.group, []).append((p, _on_shard(spread(decay, p).to(local(p)), p), pull))
+
+
+def _on_shard(t: Tensor, p: Any) -> Tensor:
+    """A whole tensor like p, or that broadcasts to it, on the part of p that this rank holds."""
+    if not hasattr(p, "device_mesh") or not t.ndim:
+        return t
+    return local(t) if hasattr(t, "device_mesh") else ShardedWeight.of(p, None).shard(t.expand(p.shape))
+
+
+def _pull_on_shard(pull: Pull, p: Any) -> Pull:
+    return pull if pull.centre is None else pull._replace(centre=_on_shard(pull.centre, p))
+
+
+def _with_gradient(decays: Sequence[tuple[Any, Tensor, Pull]]) -> tuple[list[Any], list[Tensor], list[Tensor]]:
+    """The weights with a gradient, on this rank, their decays, and w − c."""
+    found = [(p, local(p.detach()), decay, pull) for p, decay, pull in decays if p.grad is not None]
+    return [p for p, *_ in found], [decay for _, _, decay, _ in found], [from_centre(w, pull) for _, w, _, pull in found]
 
 
 @torch.no_grad()
 def _decay_in_place(
-    group: Mapping[str, Any], number: float, weights: list[Tensor], decays: list[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+    group: Mapping[str, Any], number: float, decays: Sequence[tuple[Any, Tensor, Pull]]
+) -> list[tuple[Tensor, Any]]:
     """Decay the weights of a group that have a gradient; returns those whose ``grad`` is another one now, with the old."""
-    own = [(p, decay) for p, decay in zip(weights, decays, strict=True) if p.grad is not None]
-    known = {id(p) for p in weights} if number else set()
+    squared = [one for one in decays if one[2].norm == 2]
+    beside = [one for one in squared if one[2].is_decoupled(group)]
+    params, values, far = _with_gradient(beside)
+    if params:
+        torch._foreach_addcmul_([local(p) for p in params], far, values, value=-_lr_of(group))
+    params, values, far = _with_gradient([one for one in squared if not one[2].is_decoupled(group)])
+    known = {id(p) for p, *_ in decays} if number else set()
     others = [p for p in group["params"] if number and p.grad is not None and id(p) not in known]
-    weights, decays = [p for p, _ in own], [decay for _, decay in own]
-    if _is_decoupled(group):
-        lr = group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"]
-        if weights:
-            torch._foreach_addcmul_(weights, weights, decays, value=-lr)
-        if others:
-            torch._foreach_mul_(others, 1 - lr * number)
-        return []
-    sign = -1 if group.get("maximize") else 1
-    kept = [(p, p.grad) for p in (*weights, *others) if p.grad is not None]
-    found: list[Tensor] = []
-    if weights:
-        found += torch._foreach_addcmul([g for _, g in kept[: len(weights)]], weights, decays, value=sign)
-    if others:
-        found += torch._foreach_add([g for _, g in kept[len(weights) :]], others, alpha=sign * number)
-    for (p, _), gradient in zip(kept, found, strict=True):
-        p.grad = gradient
+    if others and group.get("decoupled_weight_decay"):
+        torch._foreach_mul_([local(p) for p in others], 1 - _lr_of(group) * number)
+        others = []
+    kept, sign = [(p, p.grad) for p in (*params, *others)], -1 if group.get("maximize") else 1
+    if params:
+        found = torch._foreach_addcmul([_gradient_on_shard(p) for p in params], far, values, value=sign)
+        for p, gradient in zip(params, found, strict=True):
+            p.grad = ShardedWeight.of(p, None).tensor(gradient) if hasattr(p, "device_mesh") else gradient
+    for p in others:
+        p.grad = torch.add(p.grad, p, alpha=sign * number)
     return kept
 
 
-def decay_in_condition(loop: TrainingContext, at: At, gradient: Tensors) -> Tensors:
-    """c by weight name, of the weight's shape or one that broadcasts to it, where training ends at ∇_w L_T + c ⊙ w = 0.
+@torch.no_grad()
+def _shrink_in_place(group: Mapping[str, Any], decays: Sequence[tuple[Any, Tensor, Pull]]) -> None:
+    """Move weights towards their centres after the step, where the decay is of norm 1."""
+    for p, decay, pull in decays:
+        if pull.norm == 1 and p.grad is not None:
+            w = local(p)
+            w.copy_(shrunk(w, _lr_of(group) * decay, pull))
 
-    Coupled decay is added to the gradient, so that c is the group's ``weight_decay``. Decoupled decay, as AdamW's, is added
-    to the step ∇L_T / D, so that c = ``weight_decay`` · D. For AdamW D = √v̂ + ε, with the second moments v̂ held fixed.
+
+def _gradient_on_shard(p: Any) -> Tensor:
+    return local(p.grad.redistribute(placements=p.placements)) if hasattr(p, "device_mesh") else p.grad
+
+
+def _lr_of(group: Mapping[str, Any]) -> float:
+    lr = group["lr"]
+    return lr.item() if isinstance(lr, Tensor) else lr
+
+
+# In F
+
+
+class Term(NamedTuple):
+    """The part s·λ⊙(w − c) of F for one weight, or s·λ⊙sign(w − c), on the part that this rank holds.
+
+    Attributes:
+        decay: λ, of a shape that begins the whole weight's, with a graph to the leaves if it is learned.
+        scale: s = ±D, a number or of the weight's shape.
+        factor: s·λ, of a shape that broadcasts to the weight's.
+        direction: w − c or its sign.
+        norm: 2 or 1. Where the sign is 0, a weight of norm 1 stays at its centre, and is not free.
+    """
+
+    decay: Tensor
+    scale: Tensor | float
+    factor: Tensor
+    direction: Tensor
+    norm: int
+
+
+def decay_in_condition(loop: TrainingContext, at: At, gradient: Tensors) -> dict[str, Term]:
+    """By weight name, the decay's part in F: training ends at ∇_w L_T + s·λ⊙(w − c) = 0.
+
+    Coupled decay is added to the gradient, so that s is 1, or −1 if the optimizer maximizes. Decoupled decay, as AdamW's, is
+    added to the step ∇L_T / D, so that s = D. For AdamW D = √v̂ + ε, with the second moments v̂ held fixed, for SGD with
+    momentum μ it is (1 − μ)/(1 − dampening).
 
     Args:
         loop: the inner optimizer, and which of its options are learned.
@@ -152,8 +252,9 @@ def decay_in_condition(loop: TrainingContext, at: At, gradient: Tensors) -> Tens
     inner, fixed = loop.inner, {name: leaf.detach() for name, leaf in at.leaves.items()}
     if inner is None or not is_differentiable(inner):
         return {}
-    kind, name_of = kind_of(inner), {id(p): name for name, p in at.problem.weights().items()}
-    found: Tensors = {}
+    kind, live = kind_of(inner), at.problem.weights()
+    name_of, weights = {id(p): name for name, p in live.items()}, at.shards
+    found: dict[str, Term] = {}
     for number, group in enumerate(inner.param_groups):
         check_differentiable(kind, number, group, loop.learned, DECAYS)
         options = bound_options(number, group, loop.learned)
@@ -162,15 +263,17 @@ def decay_in_condition(loop: TrainingContext, at: At, gradient: Tensors) -> Tens
         learned = bound_decays(number, group, loop.learned)
         held = {name_of[id(p)]: p for p in group["params"] if id(p) in name_of}
         for name, p in held.items():
-            own = [spread(learned[name].value(at.leaves), p), *values[1:]] if name in learned else values
+            own, pull = values, PLAIN
+            if name in learned:
+                own, pull = [learned[name].value(at.leaves), *values[1:]], _pull_on_shard(learned[name].pull, p)
             if name in gradient and any(isinstance(value, Tensor) or value for value in own):
-                decay = sum(own) * (-1 if group.get("maximize") else 1)
                 state = {key: local(value) for key, value in inner.state.get(p, {}).items()}
-                scale = _scale(kind, present, state, gradient[name]) if _is_decoupled(group) else 1.0
-                product = decay * scale
-                found[name] = (
-                    product if isinstance(product, Tensor) else torch.full((), product, dtype=p.dtype, device=p.device)
-                )
+                scale = _scale(kind, present, state, gradient[name]) if pull.is_decoupled(group) else 1.0
+                scale = -scale if group.get("maximize") else scale
+                far = from_centre(weights[name].detach(), pull)
+                decay = torch.as_tensor(sum(own), dtype=None if name in learned else far.dtype, device=far.device)
+                factor = _on_shard(spread(decay.detach(), p), p) * scale
+                found[name] = Term(decay, scale, factor, far.sign() if pull.norm == 1 else far, pull.norm)
     return found
 
 
@@ -189,8 +292,13 @@ def doubt_of_decay(loop: TrainingContext, weights: Tensors) -> str | None:
             "condition Gradient() leaves it out, and the hypergradient is that of a training without it. Set it to 0 and "
             "put the decay into train_loss, as hoptim.recipes.WeightDecay does"
         )
-    decoupled = [p for group in groups if _is_decoupled(group) for p in group["params"]]
-    fresh = [p for p in decoupled if not inner.state.get(p) and any(p is w for w in weights.values())]
+    pulls = {str(option.member): option.pull for option in loop.learned if option.is_decay}
+    group_of = {id(p): group for group in groups if "betas" in group for p in group["params"]}
+    fresh = [
+        name
+        for name, p in weights.items()
+        if id(p) in group_of and not inner.state.get(p) and pulls.get(name, PLAIN).is_decoupled(group_of[id(p)])
+    ]
     if not fresh:
         return None
     return (
@@ -205,7 +313,8 @@ def doubt_of_momentum(loop: TrainingContext) -> str | None:
     ``None`` if options are learned, which ``Gradient`` does not see.
     """
     groups = [] if loop.inner is None else [group for group in loop.inner.param_groups if _has_decay(group)]
-    if loop.learned or not any(_is_decoupled(group) and float(group["betas"][0]) > 0 for group in groups):
+    decoupled = [group for group in groups if group.get("decoupled_weight_decay")]
+    if loop.learned or not any(float(group["betas"][0]) > 0 for group in decoupled):
         return None
     return (
         f"the condition Update() holds the first moment of {type(loop.inner).__name__} fixed, so that its decoupled "
@@ -219,12 +328,13 @@ def _has_decay(group: Mapping[str, Any]) -> bool:
     return isinstance(decay, (int, float, Tensor)) and bool(torch.as_tensor(decay).any())
 
 
-def _is_decoupled(group: Mapping[str, Any]) -> bool:
-    return bool(group.get("decoupled_weight_decay"))
-
-
-def _scale(kind: type[optim.Optimizer], group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor) -> Tensor:
-    """D of Adam, AdamW, NAdam or RAdam, whose step is lr · ∇L_T / D if the gradient was always the same."""
+def _scale(
+    kind: type[optim.Optimizer], group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor
+) -> Tensor | float:
+    """D of SGD, Adam, AdamW, NAdam or RAdam, whose step is lr · ∇L_T / D if the gradient was always the same."""
+    if kind is optim.SGD:
+        momentum = float(group["momentum"])
+        return (1 - momentum) / (1 - float(group["dampening"])) if momentum else 1.0
     beta1, beta2 = (float(beta) for beta in group["betas"])
     t = float(state["step"]) if state else 1.0
     v = state.get("max_exp_avg_sq", state["exp_avg_sq"]) if state else (1 - beta2) * gradient.square()

@@ -98,11 +98,11 @@ class Implicit(Method):
                 f"the condition {self.condition} takes a step of the inner optimizer, whose state is sharded as the weights "
                 "are: take hoptim.Gradient(), or DistributedDataParallel"
             )
-        if loop.learned:
+        if others := [option for option in loop.learned if not option.is_decay]:
             raise TypeError(
-                f"hyperparameter {loop.learned[0].name!r} is the inner optimizer's {loop.learned[0].key}, which can't be "
-                "learned where weights are sharded over ranks: put a decay into train_loss, as hoptim.recipes.WeightDecay "
-                "does, or train with DistributedDataParallel"
+                f"hyperparameter {others[0].name!r} is the inner optimizer's {others[0].key}, which can't be learned where "
+                "weights are sharded over ranks: give a decay by weight, as hoptim.recipes.WeightDecay, or train with "
+                "DistributedDataParallel"
             )
 
     def completed(self, problem: Problem) -> Implicit:
@@ -149,7 +149,7 @@ class Implicit(Method):
         assert self.solver is not None
         A, solver = F.A + self.damping, problem.solver_of(self.solver, F.layout)
         if self.preconditioner is None:
-            return partial(solver.solve, A)
+            return _on_free(partial(solver.solve, A), F.free)
         live = problem.weights()
         D = self.preconditioner(A, {name: live[name] for name in F.layout.names}, loop.inner)
         scale = D.rsqrt() if isinstance(D, Tensor) else D
@@ -158,7 +158,12 @@ class Implicit(Method):
             problem.ranks.check_same(
                 {"": scale @ A.gaussian()}, f"preconditioners {type(self.preconditioner).__name__}", remedy
             )
-        return lambda g, state=None: solve_scaled(solver, A, g, scale, state)
+        return _on_free(lambda g, state=None: solve_scaled(solver, A, g, scale, state), F.free)
+
+
+def _on_free(solve: Solve, free: Tensor | None) -> Solve:
+    """The solve for g of the weights that may move: x is zero for the others."""
+    return solve if free is None else lambda g, state=None: solve(g * free, state)
 
 
 def doubts(method: Method, loop: TrainingContext, weights: Tensors, solution: Solution) -> dict[str, str]:

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from hoptim.checks import describe_type
 from hoptim.linalg.vectors import Tensors
-from hoptim.methods.decay import decayed
+from hoptim.methods.decay import decayed, shrunk, spread
 from hoptim.methods.kinds import Kind, check_differentiable, check_has_derivative, kind_of
-from hoptim.methods.learned_options import Bound, LearnedOption, bound_decays, bound_options, value_of
+from hoptim.methods.learned_options import Bound, LearnedOption, Pull, bound_decays, bound_options, value_of
 
 InnerState = dict[str, dict[str, Tensor]]
 
@@ -186,7 +186,7 @@ class InnerStep:
     def _step(self, weights: Tensors, gradients: Tensors, leaves: Tensors, state: InnerState) -> tuple[Tensors, InnerState]:
         gradients = {name: g for name in weights if (g := gradients.get(name)) is not None}
         new = {name: value.clone() for name, value in weights.items()}
-        optimizer, rates = self._optimizer(new, gradients, leaves, state)
+        optimizer, rates, lasso = self._optimizer(new, gradients, leaves, state)
         with nullcontext() if self.kind is optim.SGD else _SquareRoots():  # SGD computes none
             inspect.unwrap(self.kind.step)(optimizer)  # without the hooks, which are the user's
         after = dict(state)
@@ -200,12 +200,16 @@ class InnerStep:
             new[name] = (
                 w + rate * (new[name] - w) if isinstance(rate, Tensor) and (rate.ndim or rate.requires_grad) else w.clone()
             )
+        for name, (size, pull) in lasso.items():
+            new[name] = shrunk(new[name], size, pull)
         return new, after
 
     def _optimizer(
         self, new: Tensors, gradients: Tensors, leaves: Tensors, state: InnerState
-    ) -> tuple[optim.Optimizer, dict[str, Any]]:
-        """A new optimizer on the clones ``new`` that have a gradient, with its state; and rates that it does not have.
+    ) -> tuple[optim.Optimizer, dict[str, Any], dict[str, tuple[Tensor, Pull]]]:
+        """A new optimizer on the clones ``new`` that have a gradient, with its state; and what it does not have.
+
+        These are rates by weight, and by how much weights are to shrink after the step.
 
         A step is linear in the lr, but Adam divides by it, and torch takes one number for a group. If lr is 0, or there is
         one for each entry of a weight, the step is taken with lr = 1 and then scaled: w⁺ = w + lr·(its change of w) has the
@@ -213,18 +217,22 @@ class InnerStep:
         """
         groups: list[dict[str, Any]] = []
         rates: dict[str, Any] = {}
+        lasso: dict[str, tuple[Tensor, Pull]] = {}
         states: InnerState = {}
         for group in self.groups:
             names = [name for name in group.names if name in gradients]
             states |= {name: _cloned(state.get(name, {}), new[name]) for name in names}
             options = {key: self._value(key, option, leaves) for key, option in group.options.items()} | _PLAIN
+            lr = options["lr"]
             is_for_each_entry = isinstance(options["lr"], Tensor) and options["lr"].ndim > 0
             if is_for_each_entry or (issubclass(self.kind, (optim.Adam, optim.AdamW)) and options["lr"] == 0):
                 rates |= dict.fromkeys(names, options["lr"])
                 options["lr"] = 1.0
             for name in names if group.decays else ():
-                decay = self._value("weight_decay", group.decays[name], leaves)
-                w, gradients[name] = decayed(new[name], gradients[name], decay, options)
+                decay, pull = self._value("weight_decay", group.decays[name], leaves), group.decays[name].pull
+                if pull.norm == 1:
+                    lasso[name] = (lr * spread(decay, new[name]), pull)
+                w, gradients[name] = decayed(new[name], gradients[name], decay, options, pull)
                 new[name] = w.clone()  # torch writes to it, and the decay's derivative needs it as it was
             undamped: list[str] = []  # SGD does not dampen a weight's first gradient, nor any if momentum is 0
             if self.kind is optim.SGD and options["momentum"] != 0:
@@ -242,7 +250,7 @@ class InnerStep:
             new[name].grad = gradients[name].clone()  # torch may add weight decay to it in place
             if entries:  # else the first state may be there already
                 optimizer.state[new[name]] = entries
-        return optimizer, rates
+        return optimizer, rates, lasso
 
     def _first_state(self, empty: Tensors, leaves: Tensors) -> InnerState:
         """The state that torch starts with, for weights without one."""
@@ -250,7 +258,7 @@ class InnerStep:
             return {}
         with torch.no_grad():
             new = {name: p.clone() for name, p in empty.items()}
-            optimizer, _ = self._optimizer(new, new, leaves, {})
+            optimizer, *_ = self._optimizer(new, new, leaves, {})
             fill: Any = optimizer._init_group  # type: ignore[attr-defined]
             for filled in optimizer.param_groups:
                 fill(filled, *([] for _ in [*inspect.signature(fill).parameters][1:]))

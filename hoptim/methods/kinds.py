@@ -29,6 +29,7 @@ DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
 }
 
 KINDS = tuple(DIFFERENTIABLE)
+DECOUPLED = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam)  # a decay beside whose steps is in F
 
 
 def is_differentiable(inner: optim.Optimizer) -> bool:

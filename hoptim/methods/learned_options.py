@@ -27,24 +27,46 @@ from torch.distributions.transforms import Transform, identity_transform
 
 from hoptim.checks import describe_type, listed
 from hoptim.linalg.vectors import Tensors
-from hoptim.methods.kinds import kind_of
+from hoptim.methods.kinds import DECOUPLED, kind_of
 from hoptim.problem.hyperparameters import transforms_of
 
 # What torch's schedulers add to a group whose option they set; of a pair it is the first member.
 SCHEDULED_BY = {"lr": "initial_lr", "momentum": "max_momentum", "betas": "max_momentum"}
 
 
+class Pull(NamedTuple):
+    """How a learned decay λ pulls its weight w.
+
+    Attributes:
+        norm: 2 for λ⊙(w − c), 1 for λ⊙sign(w − c), which the step takes as a soft threshold after the optimizer's own.
+        decoupled: whether it acts on the weight, beside the optimizer's step; ``None``: as the optimizer's own decay does.
+        centre: c; ``None`` for zero.
+    """
+
+    norm: int = 2
+    decoupled: bool | None = None
+    centre: Tensor | None = None
+
+    def is_decoupled(self, group: Mapping[str, Any]) -> bool:
+        """Whether it acts on the weight in a parameter group with these options."""
+        return bool(self.norm == 1 or (group.get("decoupled_weight_decay") if self.decoupled is None else self.decoupled))
+
+
+PLAIN = Pull()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bound:
     """Stands for an option of a step that is number · transform(leaf) / start, of the leaf of this name.
 
-    The leaf has one number, or one for each entry of a weight.
+    The leaf has one number, or one for each entry of a weight. ``pull`` is for decays of single weights alone.
     """
 
     name: str
     transform: Transform
     number: float
     start: float
+    pull: Pull = PLAIN
 
     def value(self, leaves: Tensors) -> Tensor:
         """The option as a tensor of one number, or of the leaf's shape."""
@@ -77,6 +99,7 @@ class LearnedOption(NamedTuple):
         transform: t.
         start: t(θ₀).
         is_default: whether groups that are added without this option have it too.
+        pull: how the decay of one weight pulls it.
     """
 
     name: str
@@ -86,6 +109,7 @@ class LearnedOption(NamedTuple):
     transform: Transform
     start: float
     is_default: bool
+    pull: Pull = PLAIN
 
     @property
     def place(self) -> tuple[str, int, str, int | str | None]:
@@ -114,7 +138,7 @@ class LearnedOption(NamedTuple):
                 f"hyperparameter {self.name!r} is the {self.key} and started at 0, of which a schedule makes no share: "
                 "start elsewhere, or do without the schedule"
             )
-        return Bound(name=self.name, transform=self.transform, number=number, start=self.start)
+        return Bound(name=self.name, transform=self.transform, number=number, start=self.start, pull=self.pull)
 
 
 def check_options(options: object) -> None:
@@ -212,8 +236,8 @@ def _learn_decays(
     before: Mapping[tuple[Any, ...], float],
 ) -> list[LearnedOption]:
     """The learned decays of single weights; the optimizer does not change."""
-    kind_of(inner)  # else it is not known whether its decay is coupled
-    leaves, transforms = _leaves(hparams), transforms_of(hparams)
+    kind = kind_of(inner)  # else it is not known whether its decay is coupled
+    leaves, transforms, pull_of = _leaves(hparams), transforms_of(hparams), getattr(names, "pull_of", lambda _: PLAIN)
     by_weight = names if isinstance(names, Mapping) else names_by_weight(names, hparams)
     group_of = {id(p): number for number, group in enumerate(inner.param_groups) for p in group["params"]}
     found = []
@@ -228,16 +252,15 @@ def _learn_decays(
                 f"options gives {weight!r}, of shape {tuple(w.shape)}, the weight_decay {leaf!r}, which {wrong}: give a "
                 "hyperparameter of one number, of one for each row, or of the weight's shape"
             )
-        if hasattr(w, "device_mesh"):
-            raise TypeError(
-                f"options gives a weight_decay to {weight!r}, which is sharded over ranks, where none can be learned in the "
-                "step: put it into train_loss, as penalty(model) of a WeightDecay does, or train with "
-                "DistributedDataParallel"
-            )
         number = group_of[id(w)]
-        place = (leaf, number, "weight_decay", weight)
-        start = before.get(place, float(inner.param_groups[number]["weight_decay"]))
-        found.append(LearnedOption(*place, transforms.get(leaf, identity_transform), start, is_default=False))
+        place, group, pull = (leaf, number, "weight_decay", weight), inner.param_groups[number], pull_of(weight)
+        if pull.is_decoupled(group) and kind not in DECOUPLED:
+            raise TypeError(
+                f"options gives {weight!r} a decay that acts beside the step of {kind.__name__}, whose size hoptim knows "
+                f"for {', '.join(one.__name__ for one in DECOUPLED)} alone: take one of these, or norm=2 without decoupled"
+            )
+        start, transform = before.get(place, float(group["weight_decay"])), transforms.get(leaf, identity_transform)
+        found.append(LearnedOption(*place, transform, start, is_default=False, pull=pull))
     return found
 
 

@@ -107,10 +107,10 @@ class Ranks:
         return mean, averaged
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Copy these tensors from the first rank to all others, as ``DistributedDataParallel`` does with the weights."""
+        """Copy these tensors, but for sharded ones, from the first rank to all others, as DDP does with the weights."""
         if self.size > 1:
             with torch.no_grad():
-                for tensor in tensors:
+                for tensor in (tensor for tensor in tensors if not hasattr(tensor, "device_mesh")):
                     dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
 
     def check_same(self, x: Tensors, what: str, remedy: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from hoptim.methods.learned_options import Pull
 from hoptim.problem.hyperparameters import HyperParameters
 from hoptim.problem.loss_checks import check_real
 from hoptim.recipes.arguments import cast, check_between, check_count
@@ -41,15 +42,23 @@ class WeightDecay(HyperParameters):
         start: λ at the start, positive; default: the optimizer's own ``weight_decay`` if these decays are its option, and
             it has one, else 1e-4. In the loss, Adam divides the penalty's gradient by its own size, so that even a small λ
             pulls weights in: in a short fine-tuning 1e-4 kept a model from fitting, and 1e-6 did not.
-        norm: 2 for ½ Σ λ_k ‖w_k‖²; 1 for Σ λ_k |w_k|, which has no curvature of its own.
+        norm: 2 for ½ Σ λ_k ‖w_k‖²; 1 for Σ λ_k |w_k|, the lasso, which has no curvature of its own. As an option of the
+            optimizer it is a soft threshold after each step, and its weights become exactly zero; in the loss weights only
+            come near zero, where its hypergradient is wrong.
+        towards: what weights are pulled towards: ``"zero"``, or ``"start"``, the weights that the model has now, such as
+            pretrained ones: then w_k − w_k⁰ stands in place of w_k. These are saved with the decays.
+        decoupled: as an option of the optimizer, whether a decay acts on the weight beside the step, as in AdamW, or is
+            added to its gradient; default: as the optimizer's own. Of norm 1 it always acts beside it.
         include: ``include(name, weight) -> bool`` says which of the weights that require a gradient are decayed, instead of
             the rule above.
 
     Raises:
         TypeError: ``model`` is no module, or a weight is complex.
-        ValueError: ``per``, ``start`` or ``norm`` is none of these, there is no weight to decay, or one has no values yet.
+        ValueError: ``per``, ``start``, ``norm``, ``towards`` or ``decoupled`` is none of these, there is no weight to decay,
+            or one has no values yet.
 
-    Source: Krogh and Hertz 1991, A simple weight decay can improve generalization.
+    Sources: Krogh and Hertz 1991, A simple weight decay can improve generalization; Li, Grandvalet and Davoine 2018,
+    Explicit inductive bias for transfer learning with convolutional networks (``towards="start"``).
 
     >>> from hoptim import BilevelOptimizer, Problem
     >>> _ = torch.manual_seed(0)
@@ -88,6 +97,8 @@ class WeightDecay(HyperParameters):
         per: Per = "tensor",
         start: float | None = None,
         norm: Literal[1, 2] = 2,
+        towards: Literal["zero", "start"] = "zero",
+        decoupled: bool | None = None,
         include: Callable[[str, nn.Parameter], bool] | None = None,
     ) -> None:
         module = unwrapped(model)
@@ -95,6 +106,10 @@ class WeightDecay(HyperParameters):
             raise ValueError(f"per is {per!r}: give one of {', '.join(map(repr, get_args(Per)))}")
         if norm not in (1, 2):
             raise ValueError(f"norm is {norm!r}: give 2 for ½ Σ λ‖w‖², or 1 for Σ λ|w|")
+        if towards not in ("zero", "start"):
+            raise ValueError(f'towards is {towards!r}: give "zero", or "start" for the weights that the model has now')
+        if decoupled not in (None, True, False) or (norm == 1 and decoupled is False):
+            raise ValueError(f"decoupled is {decoupled!r}: give True, False or None, and not False with norm=1")
         if start is not None:
             check_between("start", start, 0)
         check_real("weight", module.named_parameters())
@@ -111,19 +126,23 @@ class WeightDecay(HyperParameters):
             axes = {"tensor": 0, "channel": 1, "weight": None}[per]
             values = {f"decay.{name}": full(p.shape[:axes], first, p) for name, p in weights.items()}
         super().__init__(values, dict.fromkeys(values, constraints.positive), levels_of(values))
-        self.per, self.norm, self._first = per, norm, first if start is None else None
+        self.per, self.norm, self.towards, self.decoupled = per, norm, towards, decoupled
+        self._first = first if start is None else None
         self._shapes = {name: p.shape for name, p in weights.items()}
         self._frozen = [name for name in usable if name not in weights]  # emptied after the warning
+        for name, p in weights.items() if towards == "start" else ():
+            self.register_buffer(_buffer(name), p.detach().clone())
 
     def names_by_weight(self) -> dict[str, str]:
-        """The name of its decay for each decayed weight, for ``options={"weight_decay": decays}``.
-
-        Raises:
-            ValueError: ``norm`` is 1, whose decay is no share of the weight.
-        """
-        if self.norm != 2:
-            raise ValueError("norm is 1: as an option of the optimizer give norm=2, or add penalty(model) to train_loss")
+        """The name of its decay for each decayed weight, for ``options={"weight_decay": decays}``."""
         return {name: "decay" if self.per == "global" else f"decay.{name}" for name in self._shapes}
+
+    def pull_of(self, weight: str) -> Pull:
+        """How the decay of this weight pulls it, for ``options={"weight_decay": decays}``."""
+        return Pull(self.norm, self.decoupled, self._centre(weight))
+
+    def _centre(self, weight: str) -> Tensor | None:
+        return None if self.towards == "zero" else self.get_buffer(_buffer(weight))
 
     def start_from(self, numbers: Mapping[str, float]) -> None:
         """Start with these numbers by weight, where they are positive, if no start was given and no decay has moved.
@@ -168,7 +187,7 @@ class WeightDecay(HyperParameters):
                 )
             seen.add(id(found))
             decay = self[f"decay.{name}"] if together is None else together
-            w = cast(found, decay)
+            w = cast(found if (centre := self._centre(name)) is None else found - beside(centre, found), decay)
             size = w * w if self.norm == 2 else w.abs()
             if decay.ndim < w.ndim:  # a norm is no faster, and has no second derivative at zero weights
                 size = size.sum(dim=tuple(range(decay.ndim, w.ndim)))
@@ -195,6 +214,11 @@ class WeightDecay(HyperParameters):
             f"{type(self).__name__}(per={self.per!r}, norm={self.norm}): {self.degrees_of_freedom} decays of "
             f"{count} weights in {len(self._shapes)} tensors, from {values.min():.3g} to {values.max():.3g}"
         )
+
+
+def _buffer(weight: str) -> str:
+    """The name of the buffer with a weight's centre; names of buffers have no dots."""
+    return "start:" + weight.replace(".", "/")
 
 
 def _is_matrix_of(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:

@@ -37,7 +37,7 @@ def full(shape: tuple[int, ...], value: float, like: Tensor) -> Tensor:
 
 def beside(value: Tensor, sharded: Any) -> Tensor:
     """A value that all ranks have, as a ``DTensor`` where ``sharded`` is one, so that they can be multiplied."""
-    if not hasattr(sharded, "device_mesh"):
+    if not hasattr(sharded, "device_mesh") or hasattr(value, "device_mesh"):
         return value
     from torch.distributed.tensor import DTensor, Replicate
 

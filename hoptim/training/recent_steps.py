@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from hoptim.linalg import dicts
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.inner_step import Group, InnerStep
-from hoptim.methods.learned_options import Bound, LearnedOption, each
+from hoptim.methods.learned_options import Bound, LearnedOption, Pull, each
 from hoptim.methods.trajectory import RecordedLoss, Snapshot, Step, Trajectory
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.held_batch import HeldBatch, hold, hold_copy
@@ -280,10 +280,10 @@ def _moved(entries: Tensors, device: torch.device) -> Tensors:
 
 
 def _plain(option: Any) -> Any:
-    """An option as plain values; a bound one is a dict of the name of its leaf, its number and its start."""
+    """An option as plain values; a bound one is a dict of the name of its leaf, its number, its start and its pull."""
     if not isinstance(option, Bound):
         return option
-    return {"leaf": option.name, "number": option.number, "start": option.start}
+    return {"leaf": option.name, "number": option.number, "start": option.start, "pull": tuple(option.pull)}
 
 
 def _whole(transforms: Mapping[str, Transform], option: Any) -> Any:
@@ -291,4 +291,5 @@ def _whole(transforms: Mapping[str, Transform], option: Any) -> Any:
     if not isinstance(option, dict):
         return option
     transform = transforms.get(option["leaf"], identity_transform)
-    return Bound(name=option["leaf"], transform=transform, number=option["number"], start=option["start"])
+    pull = Pull(*option.get("pull", ()))  # earlier versions had none
+    return Bound(name=option["leaf"], transform=transform, number=option["number"], start=option["start"], pull=pull)

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 import hoptim
+from hoptim import recipes
 from hoptim.methods.method import TrainingContext
 from hoptim.problem import sharding
 from hoptim.problem.sharding import whole
@@ -464,6 +465,38 @@ def long_training(rank: int, size: int) -> Answer:
     return training(rank, size, 200)
 
 
+DECAYS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "coupled": (sgd, {"per": "channel"}),
+    "decoupled": (adam, {"per": "weight"}),
+    "all alike": (adam, {"per": "global"}),
+    "from the start": (sgd, {"towards": "start", "decoupled": True}),
+    "lasso": (sgd, {"norm": 1, "per": "weight", "start": 1.0}),
+}
+
+
+def with_decays(model: nn.Module, kind: str, train: Sequence[Any], val: Any) -> Answer:
+    """A training whose inner optimizer has learned decays of single weights."""
+    inner, options = DECAYS[kind]
+    decays = recipes.WeightDecay(model, **options).double()
+
+    def plain(m: Any, h: Any, b: Batch) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1])
+
+    problem = hoptim.Problem(model, decays, plain, plain)
+    optimizer = bilevel(problem, val, inner, every=2, warmup=4, options={"weight_decay": decays})
+    return train_on(optimizer, train)
+
+
+def decays_in_steps(rank: int, size: int) -> Answer:
+    found = {}
+    for layout in ("hybrid", "both") if size == 4 else ("nested", "tensor parallel"):
+        own = LAYOUTS[layout].own(rank, size)
+        for kind in DECAYS:
+            train = [shard(own, step) for step in range(10)]
+            found[f"{layout}, {kind}"] = with_decays(sharded(layout, size), kind, train, val_shard(own))
+    return found
+
+
 def evaluated(rank: int, size: int) -> Answer:
     """A look at the model between the training step and the hyperstep, which leaves the root's weights whole."""
     problem = problem_of(sharded("nested", size))
@@ -770,6 +803,7 @@ CASES = [
     routed,
     training,
     short_training,
+    decays_in_steps,
     evaluated,
     accumulated,
     no_trace,

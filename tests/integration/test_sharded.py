@@ -180,6 +180,16 @@ def test_training_is_that_of_one_process_and_all_ranks_hold_the_same_bits(world:
     check_training(world, "short_training", "hybrid" if len(world) == 4 else "tensor parallel", 3, 1e-11)
 
 
+@pytest.mark.parametrize("kind", job.DECAYS)
+def test_decays_in_the_step_are_those_of_one_process(world: list[dict[str, Any]], kind: str) -> None:
+    found, size = equal_on_all_ranks(world, "decays_in_steps"), len(world)
+    for layout in ("hybrid", "both") if size == 4 else ("nested", "tensor parallel"):
+        train = [batches(layout, size, step) for step in range(10)]
+        expected = job.with_decays(job.build(), kind, train, val_batches(layout, size))
+        assert_answer(found[f"{layout}, {kind}"], expected, 1e-10)
+        assert kind != "lasso" or bool((expected["tensors"]["weight head.weight"] == 0).any())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_and_after_200_hypersteps(size: int, tmp_path: Path) -> None:

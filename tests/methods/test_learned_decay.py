@@ -41,6 +41,15 @@ OPTIMIZERS: dict[str, Make] = {
     "Adadelta": lambda ps: optim.Adadelta(ps, lr=0.5, weight_decay=0.3),
     "ASGD": lambda ps: optim.ASGD(ps, lr=0.01, weight_decay=0.3),
 }
+KINDS: dict[str, dict[str, Any]] = {
+    "": {},
+    "from the start": {"towards": "start"},
+    "decoupled": {"decoupled": True},
+    "coupled": {"decoupled": False},
+    "decoupled from the start": {"towards": "start", "decoupled": True},
+    "norm 1": {"norm": 1},
+    "norm 1 from the start": {"norm": 1, "towards": "start"},
+}
 with_each = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 with_each_per = pytest.mark.parametrize("per", ["global", "tensor", "channel", "weight"])
 
@@ -101,11 +110,19 @@ def test_from_the_optimizers_own_number_a_training_is_the_one_without_hoptim(mak
     assert largest_difference(without, model) > 1e-4
 
 
-@with_each_per
-@with_each
-def test_a_step_as_a_pure_function_is_the_real_step(make: Make, per: Any) -> None:
+PURE = [(name, "", per) for name in OPTIMIZERS for per in ("global", "tensor", "channel", "weight")]
+PURE += [
+    (name, kind, per)
+    for name in ("SGD", "SGD nesterov", "SGD maximize", "Adam", "AdamW fused", "AdamW with a tensor", "RAdam decoupled")
+    for kind in list(KINDS)[1:]
+    for per in ("tensor", "weight")
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "per"), PURE)
+def test_a_step_as_a_pure_function_is_the_real_step(name: str, kind: str, per: Any) -> None:
     model = a_net()
-    decays = WeightDecay(model, per=per)
+    make, decays = OPTIMIZERS[name], WeightDecay(model, per=per, **KINDS[kind])
     optimizer = wrapped(model, make(model.parameters()), decays)
     with torch.no_grad():
         for number, leaf in enumerate(decays.parameters()):
@@ -123,15 +140,19 @@ def test_a_step_as_a_pure_function_is_the_real_step(make: Make, per: Any) -> Non
         assert torch.equal(raw[name], p.grad)  # type: ignore[arg-type]
 
 
+UNROLLED = [(name, "") for name in ("SGD", "SGD nesterov", "Adam", "AdamW", "NAdam", "RMSprop")]
+UNROLLED += [(name, kind) for name in ("SGD nesterov", "AdamW") for kind in list(KINDS)[1:]]
+
+
 @pytest.mark.parametrize("per", ["tensor", "weight"])
-@pytest.mark.parametrize("name", ["SGD", "SGD nesterov", "Adam", "AdamW", "NAdam", "RMSprop"])
-def test_unrolled_is_what_differences_of_the_real_steps_say(name: str, per: Any) -> None:
+@pytest.mark.parametrize(("name", "kind"), UNROLLED)
+def test_unrolled_is_what_differences_of_the_real_steps_say(name: str, kind: str, per: Any) -> None:
     line = {n: torch.linspace(-1, 1, p.numel()).view(p.shape) for n, p in WeightDecay(a_net(), per=per).named_parameters()}
     line = {n: t if t.numel() > 1 else torch.full_like(t, 0.5) for n, t in line.items()}
 
     def trained(shift: float) -> tuple[float, BilevelOptimizer]:
         model = a_net()
-        decays = WeightDecay(model, per=per).double()
+        decays = WeightDecay(model, per=per, **KINDS[kind]).double()
         optimizer = wrapped(model, OPTIMIZERS[name](model.parameters()), decays, hypergradient=Unrolled(5), every=5)
         with torch.no_grad():
             for n, leaf in decays.named_parameters():
@@ -154,30 +175,84 @@ def test_unrolled_is_what_differences_of_the_real_steps_say(name: str, per: Any)
     assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-5)
 
 
-def linear_end(decay: Tensor) -> Tensor:
-    """The weights of least squares with a decay for each, in closed form: (2XᵀX/nk + diag λ) w = 2Xᵀy/nk, by output."""
-    H = 2 * X.T @ X / Y.numel()
-    rows = [torch.linalg.solve(H + torch.diag(decay[k]), 2 * X.T @ Y[:, k] / Y.numel()) for k in range(2)]
-    return torch.stack(rows)
+H = torch.block_diag(*[2 * X.T @ X / Y.numel()] * 2)  # the Hessian of the least squares of a layer of 4 → 2
+TO = (2 * Y.T @ X / Y.numel()).flatten()
+START = torch.linspace(-0.4, 0.6, 8).double().view(2, 4)
 
 
-@pytest.mark.parametrize("per", ["global", "tensor", "channel", "weight"])
-@pytest.mark.parametrize("name", ["SGD", "SGD nesterov", "Adam"])
-def test_implicit_is_the_closed_form_where_the_decay_is_coupled(name: str, per: Any) -> None:
+def linear_end(decay: Tensor, centre: Tensor | None) -> Tensor:
+    """Least squares with a decay for each weight, in closed form: (H + diag λ) w = Xᵀy + λ⊙c."""
+    c = torch.zeros(8).double() if centre is None else centre.flatten()
+    return torch.linalg.solve(H + torch.diag(decay.flatten()), TO + decay.flatten() * c).view(2, 4)
+
+
+def lasso_end(decay: Tensor, centre: Tensor | None) -> Tensor:
+    """The lasso in closed form, given the signs of w − c that proximal steps find: H w = Xᵀy − λ⊙sign on the free ones."""
+    c = torch.zeros(2, 4).double() if centre is None else centre
+    w, rate = c.clone(), 0.5 / torch.linalg.eigvalsh(H).max()
+    for _ in range(3000):
+        far = w - c - rate * ((H @ w.flatten()).view(2, 4) - TO.view(2, 4))
+        w = c + far.sign() * (far.abs() - rate * decay.detach()).clamp(min=0)
+    sign = (w - c).sign().flatten()
+    free = sign != 0
+    rest = TO - H[:, ~free] @ c.flatten()[~free] - decay.flatten() * sign
+    return c.flatten().masked_scatter(free, torch.linalg.solve(H[free][:, free], rest[free])).view(2, 4)
+
+
+# Not decoupled decays of Adam, whose second moments depend on the way; they have dense algebra below.
+ENDS = [("Adam", kind) for kind in ("", "from the start")]
+ENDS += [(name, kind) for name in ("SGD", "SGD nesterov", "SGD dampened") for kind in KINDS if kind != "coupled"]
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel", "weight"])
+@pytest.mark.parametrize(("name", "kind"), ENDS)
+def test_implicit_is_the_closed_form(name: str, kind: str, per: Any) -> None:
     model = nn.Linear(4, 2, bias=False).double()
-    decays = WeightDecay(model, per=per).double()
-    optimizer = wrapped(model, OPTIMIZERS[name](model.parameters()), decays, hypergradient=TO_THE_END)
+    with torch.no_grad():
+        model.weight.copy_(START)
+    decays = WeightDecay(model, per=per, **KINDS[kind]).double()
+    dampened = optim.SGD(model.parameters(), lr=0.1, momentum=0.8, dampening=0.5, weight_decay=0.3)
+    inner = dampened if name == "SGD dampened" else OPTIMIZERS[name](model.parameters())
+    optimizer = wrapped(model, inner, decays, hypergradient=TO_THE_END)
     leaf = next(decays.parameters())
     with torch.no_grad():
         leaf += torch.linspace(-1, 1, leaf.numel()).view(leaf.shape) if leaf.numel() > 1 else 0.4
-    steps(optimizer, lambda: optimizer.loss(None), 3000)
+    is_beside = "decoupled" in kind or "norm" in kind
+    scale = {"SGD nesterov": 0.1, "SGD dampened": 0.4}.get(name, 1.0) if is_beside else 1.0
+    with torch.no_grad():
+        leaf -= torch.tensor(scale).log()  # so that all of them end alike
+    optimizer.param_groups[0]["lr"] *= 1 if name == "Adam" else 2
+    steps(optimizer, lambda: optimizer.loss(None), 1500)
     at = leaf.detach().clone().requires_grad_()
-    decay = at.exp().reshape(*at.shape, *[1] * (2 - at.ndim)).expand(2, 4)
-    end = linear_end(decay)
+    decay = scale * at.exp().reshape(*at.shape, *[1] * (2 - at.ndim)).expand(2, 4)
+    end = (lasso_end if "norm" in kind else linear_end)(decay, START if "start" in kind else None)
     torch.testing.assert_close(model.weight.detach(), end.detach(), rtol=1e-4, atol=1e-5)
     (truth,) = torch.autograd.grad((X_VAL @ end.T - Y_VAL).square().mean(), at)
     found = hypergradient(optimizer.problem, None, None, TO_THE_END, inner=optimizer)
     torch.testing.assert_close(next(iter(found.grads.values())), truth, rtol=1e-3, atol=1e-6)
+    if "norm" in kind:
+        rests = model.weight == (START if "start" in kind else 0.0)
+        assert 0 < rests.sum() < 8
+        assert per != "weight" or not truth[rests].any()
+
+
+def test_the_penalty_pulls_to_the_start_as_the_step_does() -> None:
+    def penalised(model: Any, hparams: Any, batch: Any) -> Tensor:
+        return fit(model, hparams, batch) + hparams.penalty(model)
+
+    one, other = a_net(), a_net()
+    in_step, in_loss = (WeightDecay(net, per="channel", start=0.05, towards="start") for net in (one, other))
+    first = wrapped(one, optim.SGD(one.parameters(), lr=0.1), in_step, every=10)
+    problem = Problem(other, in_loss, penalised, val)
+    inner = optim.SGD(other.parameters(), lr=0.1)
+    second = BilevelOptimizer(inner, in_loss.optimizer(), problem, val_batches=[None], every=10)
+    for optimizer in (first, second):
+        steps(optimizer, lambda optimizer=optimizer: optimizer.loss(None), 100)  # type: ignore[misc]
+    assert largest_difference(one, other) < 1e-6
+    assert largest_difference(in_step, in_loss) < 1e-4
+    again = WeightDecay(one, per="channel", towards="start")  # made on trained weights, and loaded with the first ones
+    again.load_state_dict(in_step.state_dict())
+    torch.testing.assert_close(again.penalty(one), in_step.penalty(one), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("per", ["tensor", "weight"])
@@ -222,7 +297,6 @@ def test_a_decoupled_decay_is_what_dense_algebra_says_and_near_what_retraining_s
     (w,), decay = optimizer.problem.model.parameters(), 0.3
     state = optimizer.state[w]
     D = (state["exp_avg_sq"] / (1 - 0.9999 ** state["step"].item())).sqrt() + 1e-8
-    H = torch.block_diag(*[2 * X.T @ X / Y.numel()] * 2)
     (g,) = torch.autograd.grad(val(optimizer.problem.model, None, None), w)
     x = torch.linalg.solve(H + torch.diag(decay * D.flatten()), g.flatten()).view(2, 4)
     torch.testing.assert_close(found.grads["decay.weight"], -decay * D * w.detach() * x, rtol=1e-6, atol=1e-9)
@@ -335,8 +409,12 @@ def test_what_can_not_be_applied_is_refused() -> None:
         wrapped(model, Halving(model.parameters()), decays)
     with pytest.raises(ValueError, match=r"a weight_decay to '0.weight', which the optimizer does not hold"):
         wrapped(model, optim.SGD(model[2].parameters(), lr=0.1), decays)  # type: ignore[index]
-    with pytest.raises(ValueError, match="norm is 1"):
-        wrapped(model, optim.SGD(model.parameters(), lr=0.1), WeightDecay(model, norm=1))
+    with pytest.raises(TypeError, match="beside the step of RMSprop, whose size hoptim knows for SGD, Adam,"):
+        wrapped(model, optim.RMSprop(model.parameters()), WeightDecay(model, norm=1))
+    with pytest.raises(ValueError, match="decoupled is False: give True, False or None, and not False with norm=1"):
+        WeightDecay(model, norm=1, decoupled=False)
+    with pytest.raises(ValueError, match="towards is 'end'"):
+        WeightDecay(model, towards="end")  # type: ignore[arg-type]
     options = {"weight_decay": WeightDecay(model)}
     with pytest.raises(ValueError, match="no part of the problem's hparams"):
         wrapped(model, optim.SGD(model.parameters(), lr=0.1), decays, options=options)
