@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, optim
 
+from hoptim.curvature.linearization import check_dense
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.kinds import check_differentiable, is_differentiable, kind_of
 from hoptim.methods.learned_options import PLAIN, LearnedOption, Pull, bound_decays, bound_options, value_of
@@ -150,6 +151,7 @@ class RealDecay:
         if seen == self._seen:
             return
         self._seen, self._decays = seen, {}
+        check_dense({str(at.option.member): at.p.grad for at in self._places})
         for option, leaf, p, pull in self._places:
             decay = option.bound(groups[option.group]).value({option.name: leaf.detach()})
             self._decays.setdefault(option.group, []).append((p, _on_shard(spread(decay, p).to(local(p)), p), pull))

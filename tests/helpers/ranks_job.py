@@ -288,6 +288,19 @@ def unrolled(rank: int, size: int) -> Answer:
     return end(optimizer)
 
 
+OWN_DECAY: dict[str, Any] = {"every": 2, "options": {"weight_decay": {"0.weight": "own", "3.weight": "own"}}}
+
+
+def decays_in_steps(rank: int, size: int) -> Answer:
+    """A learned decay of two weights, which the inner optimizer's step applies."""
+    optimizer = bilevel(wrapped(tiny(own=0.1)), val_shard(rank), **OWN_DECAY)
+    for step in range(12):
+        optimizer.zero_grad()
+        optimizer.loss(shard(rank, step)).backward()
+        optimizer.step()
+    return end(optimizer)
+
+
 def accumulated(rank: int, size: int) -> Answer:
     """Two micro-batches a step, the ranks speaking at the second alone; the model is wrapped after the problem is made."""
     problem = tiny()
@@ -447,6 +460,7 @@ CASES = [
     nan_on_one,
     training,
     unrolled,
+    decays_in_steps,
     accumulated,
     outputs,
     communication,

@@ -204,6 +204,17 @@ def test_steps_that_were_taken_together_are_unrolled_together(world: list[dict[s
     assert_answer(found, job.end(optimizer), rtol=1e-6, atol=1e-9)
 
 
+def test_a_decay_in_the_step_is_that_of_one_process(world: list[dict[str, Any]]) -> None:
+    found, size = equal_on_all_ranks(world, "decays_in_steps"), len(world)
+    optimizer = job.bilevel(tiny(own=0.1), val_of(size), **job.OWN_DECAY)
+    for step in range(12):
+        optimizer.zero_grad()
+        optimizer.loss(train_of(size, step)).backward()
+        optimizer.step()
+    assert_answer(found, job.end(optimizer))
+    assert abs(found["tensors"]["own"].item() - 0.1) > 0.05
+
+
 def test_accumulation_without_sync_sees_the_micro_batches_of_all_ranks(world: list[dict[str, Any]]) -> None:
     found, size = equal_on_all_ranks(world, "accumulated"), len(world)
     problem = tiny()

@@ -320,6 +320,36 @@ def test_groups_keep_their_numbers_and_a_frozen_weight_stays() -> None:
     assert largest_difference(plain, model) < 1e-7
 
 
+class Tied(nn.Module):
+    """Its first and its last weight are one tensor."""
+
+    def __init__(self, *, sparse: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.words, self.head = nn.Embedding(5, 3, sparse=sparse), nn.Linear(3, 5)
+        if not sparse:
+            self.head.weight = self.words.weight
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.words((x[:, 0] > 0).long()))[:, :2]
+
+
+def test_a_tied_weight_is_decayed_once_and_a_sparse_gradient_is_refused() -> None:
+    plain, model = Tied(), Tied()
+    inner = OPTIMIZERS["AdamW"](plain.parameters())
+    steps(inner, lambda: fit(plain, None, None), 20)
+    decays = WeightDecay(model, include=lambda name, weight: True)
+    optimizer = wrapped(model, OPTIMIZERS["AdamW"](model.parameters()), decays)
+    steps(optimizer, lambda: optimizer.loss(None), 20)
+    assert len(decays) == 2
+    assert largest_difference(plain, model) < 1e-7
+    sparse = Tied(sparse=True)
+    optimizer = wrapped(sparse, optim.SGD(sparse.parameters(), lr=0.1), WeightDecay(sparse), every=5)
+    with pytest.raises(TypeError, match=r"the weights \['words.weight'\] have sparse gradients"):
+        steps(optimizer, lambda: optimizer.loss(None), 1)
+
+
 def test_names_by_weight_leave_the_others_with_the_groups_number() -> None:
     plain, model = a_net(), a_net()
     hparams = nn.ParameterDict({"first": torch.tensor(0.3, dtype=torch.float64)})
