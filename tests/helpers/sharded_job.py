@@ -471,6 +471,7 @@ DECAYS: dict[str, tuple[Any, dict[str, Any]]] = {
     "all alike": (adam, {"per": "global"}),
     "from the start": (sgd, {"towards": "start", "decoupled": True}),
     "lasso": (sgd, {"norm": 1, "per": "weight", "start": 1.0}),
+    "by differences": (adam, {"per": "channel", "start": 0.5}),
 }
 
 
@@ -483,7 +484,9 @@ def with_decays(model: nn.Module, kind: str, train: Sequence[Any], val: Any) -> 
         return F.cross_entropy(m(b[0]), b[1])
 
     problem = hoptim.Problem(model, decays, plain, plain)
-    optimizer = bilevel(problem, val, inner, every=2, warmup=4, options={"weight_decay": decays})
+    method = METHODS["differences"].method if kind == "by differences" else hoptim.Implicit()
+    own = {"options": {"weight_decay": decays}, "hypergradient": method}
+    optimizer = bilevel(problem, val, inner, every=2, warmup=4, **own)
     return train_on(optimizer, train)
 
 

@@ -186,7 +186,7 @@ def test_decays_in_the_step_are_those_of_one_process(world: list[dict[str, Any]]
     for layout in ("hybrid", "both") if size == 4 else ("nested", "tensor parallel"):
         train = [batches(layout, size, step) for step in range(10)]
         expected = job.with_decays(job.build(), kind, train, val_batches(layout, size))
-        assert_answer(found[f"{layout}, {kind}"], expected, 1e-10)
+        assert_answer(found[f"{layout}, {kind}"], expected, 1e-5 if kind == "by differences" else 1e-10)
         assert kind != "lasso" or bool((expected["tensors"]["weight head.weight"] == 0).any())
 
 

@@ -67,8 +67,10 @@ def a_net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
 
 
-def wrapped(model: nn.Module, inner: optim.Optimizer, decays: WeightDecay, **more: Any) -> BilevelOptimizer:
-    problem = Problem(model, decays, fit, val)
+def wrapped(
+    model: nn.Module, inner: optim.Optimizer, decays: WeightDecay, loss: Any = fit, **more: Any
+) -> BilevelOptimizer:
+    problem = Problem(model, decays, loss, val)
     options = {"options": {"weight_decay": decays}, "every": None, "val_batches": [None], **more}
     return BilevelOptimizer(inner, decays.optimizer(), problem, **options)
 
@@ -202,6 +204,7 @@ def lasso_end(decay: Tensor, centre: Tensor | None) -> Tensor:
 # Not decoupled decays of Adam, whose second moments depend on the way; they have dense algebra below.
 ENDS = [("Adam", kind) for kind in ("", "from the start")]
 ENDS += [(name, kind) for name in ("SGD", "SGD nesterov", "SGD dampened") for kind in KINDS if kind != "coupled"]
+ENDS += [("SGD maximize", kind) for kind in ("", "decoupled", "norm 1")]
 
 
 @pytest.mark.parametrize("per", ["tensor", "channel", "weight"])
@@ -213,7 +216,8 @@ def test_implicit_is_the_closed_form(name: str, kind: str, per: Any) -> None:
     decays = WeightDecay(model, per=per, **KINDS[kind]).double()
     dampened = optim.SGD(model.parameters(), lr=0.1, momentum=0.8, dampening=0.5, weight_decay=0.3)
     inner = dampened if name == "SGD dampened" else OPTIMIZERS[name](model.parameters())
-    optimizer = wrapped(model, inner, decays, hypergradient=TO_THE_END)
+    loss = (lambda *given: -fit(*given)) if name == "SGD maximize" else fit
+    optimizer = wrapped(model, inner, decays, loss, hypergradient=TO_THE_END)
     leaf = next(decays.parameters())
     with torch.no_grad():
         leaf += torch.linspace(-1, 1, leaf.numel()).view(leaf.shape) if leaf.numel() > 1 else 0.4
