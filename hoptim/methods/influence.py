@@ -130,7 +130,7 @@ def self_influence(
     >>> model = nn.ParameterDict({"w": torch.tensor(3.0)})
     >>> def losses(model, hparams, batch):
     ...     return 0.5 * (model["w"] - batch).square()
-    >>> problem = Problem(model, None, lambda *given: losses(*given).mean(), lambda *given: losses(*given).mean())
+    >>> problem = Problem(model, None, lambda *given: losses(*given).mean())
     >>> self_influence(problem, losses, x).scores.round(decimals=4)
     tensor([-4., -1., -9.])
     """

@@ -85,7 +85,7 @@ class PerTask(Method):
     >>> initial = hoptim.recipes.Initialization(model)
     >>> def loss(model, hparams, y):
     ...     return 0.5 * (model(torch.ones(1)) - y).square().sum()
-    >>> problem, inner = hoptim.Problem(model, initial, loss, loss), torch.optim.SGD(model.parameters(), lr=0.25)
+    >>> problem, inner = hoptim.Problem(model, initial, loss), torch.optim.SGD(model.parameters(), lr=0.25)
     >>> train, val = torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [1.0]])       # two tasks: w is 1.5 and 2.5
     >>> hoptim.hypergradient(problem, train, val, PerTask(steps=1), inner=inner).grads["initial.weight"].item()
     0.75

@@ -58,7 +58,7 @@ class Replay(Method):
     >>> def options(hparams, t):
     ...     return {"lr": hparams["lr"][t]}
     >>> inner = torch.optim.SGD(model.parameters())
-    >>> problem = Problem(model, hparams, loss, loss)
+    >>> problem = Problem(model, hparams, loss)
     >>> found = hypergradient(problem, None, None, Replay([None, None], options=options), inner=inner)
     >>> found.grads["lr"]                                                    # −(2·0.9·0.8)·2·(0.8, 0.9)
     tensor([-2.3040, -2.5920])

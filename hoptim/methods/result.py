@@ -64,9 +64,10 @@ class Hypergradient:
         if untouched:
             raise ValueError(
                 f"hyperparameters {untouched} are touched by neither loss: the training loss's gradient and the "
-                'validation loss do not depend on them. Use hparams["name"] in a loss, without detach(), or drop them. An '
-                "option of the inner optimizer, such as a learning rate, is seen by hoptim.Unrolled(20), or on a trained "
-                "model by hoptim.Implicit(condition=hoptim.Update()), given inner=optimizer"
+                'validation loss do not depend on them. Use hparams["name"] in a loss, without detach(), and a recipe in '
+                "training mode, or drop them. An option of the inner optimizer, such as a learning rate, is seen by "
+                "hoptim.Unrolled(20), or on a trained model by hoptim.Implicit(condition=hoptim.Update()), given "
+                "inner=optimizer"
             )
 
     def combined(self, weights: Sequence[float] | None = None) -> Tensors:

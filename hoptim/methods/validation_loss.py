@@ -15,8 +15,9 @@ from torch import Tensor
 from hoptim.curvature.linearization import check_dense
 from hoptim.linalg import dicts
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
+from hoptim.problem.composite_loss import evaluate_train_loss
 from hoptim.problem.live import LiveAt
-from hoptim.problem.problem import At
+from hoptim.problem.problem import At, Problem
 from hoptim.problem.sharded_passes import ShardedPasses
 
 
@@ -45,7 +46,7 @@ def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyTyp
         rows = [_gradients(at, one, inputs, passes) for one in losses]
     columns = iter([_stacked(column, loss.ndim) for column in zip(*rows, strict=True)])
     by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (at.weights, at.leaves, buffers))
-    _check_touched(by_weight, by_leaf)
+    _check_touched(at.problem, by_weight, by_leaf)
     g = dicts.filled(by_weight, dicts.expanded(at.weights if passes is None else at.shards, loss.shape))
     loss, g, direct = _over_ranks(at, loss.detach(), g, by_leaf, is_on_shards=passes is not None)
     return Validation(loss=loss, g=g, direct=direct, by_buffer=dicts.present(by_buffer))
@@ -54,7 +55,7 @@ def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyTyp
 def _validate_live(at: LiveAt, batch: Any) -> Validation:
     """The same for a sharded model that runs as it trains: a forward and a backward pass for each loss."""
     own, by_weight, by_leaf = at.gradients("val_loss", batch)
-    _check_touched(by_weight, by_leaf)
+    _check_touched(at.problem, by_weight, by_leaf)
     g = dicts.filled(by_weight, dicts.expanded(at.weights, own.shape))
     loss, g, direct = _over_ranks(at, own, g, by_leaf, is_on_shards=True)
     return Validation(loss=loss, g=g, direct=direct)
@@ -98,9 +99,10 @@ def _stacked(column: Sequence[Tensor | None], several: int) -> Tensor | None:
     return torch.stack([torch.zeros_like(like) if t is None else t for t in column]) if several else like
 
 
-def _check_touched(by_weight: OptionalTensors, by_leaf: OptionalTensors) -> None:
+def _check_touched(problem: Problem, by_weight: OptionalTensors, by_leaf: OptionalTensors) -> None:
     """Raise ``ValueError`` if L_V depends on no weight or hyperparameter, and warn if it depends on no weight."""
     check_dense(by_weight)
+    _warn_of_direct(problem, by_leaf)
     if dicts.present(by_weight):
         return
     if not dicts.present(by_leaf):
@@ -112,3 +114,19 @@ def _check_touched(by_weight: OptionalTensors, by_leaf: OptionalTensors) -> None
         "with the model it is given?",
         stacklevel=2,
     )
+
+
+def _warn_of_direct(problem: Problem, by_leaf: OptionalTensors) -> None:
+    """Warn once if train_loss, as the validation loss, depends on hyperparameters that are no part of the model."""
+    if getattr(problem.val_loss, "func", None) is not evaluate_train_loss or "direct" in problem.checked:
+        return
+    problem.checked.add("direct")
+    kept = [one for one in problem.hparams.named_modules() if getattr(one[1], "acts_in_evaluation", False)]
+    of_model = {name for prefix, part in kept for name, _ in part.named_parameters(prefix)}
+    if found := [name for name in dicts.present(by_leaf) if name not in of_model]:
+        warnings.warn(
+            f"no val_loss was given, and train_loss depends on {found[0]!r} in evaluation mode too: a hyperstep would lower "
+            "a penalty by itself. Add what is for training `if hparams.training`, or give a val_loss. If it is part of "
+            "the model, set acts_in_evaluation = True on its module",
+            stacklevel=2,
+        )

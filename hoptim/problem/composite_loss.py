@@ -1,4 +1,4 @@
-"""A training loss that shows its parts, L = criterion(z) + penalty, and the mean of several."""
+"""A training loss that shows its parts, L = criterion(z) + penalty, the mean of several, and one for validation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hoptim.checks import describe_type
-from hoptim.problem.loss_checks import check_takes, scalar
+from hoptim.problem.functional import switch_to_evaluation
+from hoptim.problem.loss_checks import annotate_errors, check_takes, scalar
 from hoptim.problem.mixed_precision import losses_precision, lowered
 
 
@@ -78,6 +79,15 @@ class CompositeLoss:
         if not isinstance(value, Tensor):
             raise TypeError(f"criterion returned {describe_type(value)}: return a scalar tensor")
         return value if parts.penalty is None else value + parts.penalty
+
+
+def evaluate_train_loss(train_loss: Callable[..., Any], model: Any, hparams: Any, batch: Any) -> Any:
+    """A training loss as the validation loss: in evaluation mode, and without the penalty of a ``CompositeLoss``."""
+    note = "no val_loss was given, so train_loss ran with model and hparams in evaluation mode: give a val_loss if it can't"
+    with annotate_errors(note), switch_to_evaluation(model, hparams):
+        if isinstance(train_loss, CompositeLoss):
+            return train_loss.criterion(train_loss.predict(model, hparams, batch), hparams, batch)
+        return train_loss(model, hparams, batch)
 
 
 def mean_loss(found: Sequence[tuple[Tensor, LossParts | None]], shares: Tensor) -> tuple[Tensor, LossParts | None]:

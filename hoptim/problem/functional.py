@@ -199,6 +199,19 @@ def restore_attributes(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def switch_to_evaluation(*modules: nn.Module) -> Iterator[None]:
+    """Inside, these modules are in evaluation mode; afterwards each of their parts has the mode that it had before."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@contextmanager
 def twice_differentiable(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, what these modules compute has a second derivative, and it is that of the loss alone.
 

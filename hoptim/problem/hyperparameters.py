@@ -31,6 +31,9 @@ class HyperParameters(nn.Module):
     hyperparameter may have the name of its weight, and works with all of torch that takes names of parameters, such as
     ``torch.func.functional_call``. An attribute is the leaf, as in every module: ``hparams.weight_decay`` is θ, not λ.
 
+    In a :class:`Problem` without a ``val_loss`` the loss runs in evaluation mode too, where only those should act that are
+    part of the model: if yours are, set the attribute ``acts_in_evaluation``, or a warning asks for it.
+
     Args:
         values: initial natural values by name, of any shapes, floating point. The tensors are copied.
         constraints: constraints of ``torch.distributions.constraints`` by name; ``real`` for a name without one.
@@ -57,6 +60,7 @@ class HyperParameters(nn.Module):
     """
 
     _levels: Sequence[Mapping[str, Tensor]] = ()
+    acts_in_evaluation = False
     outer_rate: float | None = None  # of a kind of hyperparameters whose leaves need another one than their constraints say
 
     def __init__(

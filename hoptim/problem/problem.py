@@ -15,7 +15,7 @@ from torch.func import functional_call
 from hoptim.checks import describe_type
 from hoptim.linalg import dicts, vectors
 from hoptim.linalg.vectors import Layout, Tensors
-from hoptim.problem.composite_loss import CompositeLoss, LossParts, mean_loss
+from hoptim.problem.composite_loss import CompositeLoss, LossParts, evaluate_train_loss, mean_loss
 from hoptim.problem.data import MicroBatches
 from hoptim.problem.detached_view import DetachedView
 from hoptim.problem.distributed import Ranks
@@ -201,7 +201,9 @@ class Problem:
         train_loss: L_T as ``train_loss(model, hparams, batch) -> scalar``: ordinary PyTorch, ``model(x)``,
             ``model.named_parameters()``, ``hparams["weight_decay"]``.
         val_loss: L_V, likewise. It may call ``model.eval()``: the mode is restored after each call. It may return a vector
-            of R losses (tasks, groups, folds): each then gets its own hypergradient.
+            of R losses (tasks, groups, folds): each then gets its own hypergradient. ``None``, the default: ``train_loss``
+            with ``model`` and ``hparams`` in evaluation mode, in which recipes do nothing, without the penalty of a
+            ``CompositeLoss``. Add a penalty or noise of your own only ``if hparams.training``.
         has_aux: whether ``train_loss`` returns ``(loss, aux)``, as in ``torch.func``; default ``False``. If so, ``loss``
             returns the pair: ``aux`` is an accuracy, a hidden state, or whatever else the loop needs. ``val_loss`` may
             return a pair too. The ``aux`` of a ``CompositeLoss`` is z, what ``predict`` returned.
@@ -219,11 +221,22 @@ class Problem:
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> hparams = nn.ParameterDict({"decay": torch.tensor(0.1)})
+    >>> def val_loss(model, hparams, batch):
+    ...     return (model(batch) ** 2).mean()
     >>> def train_loss(model, hparams, batch):
-    ...     return (model(batch) ** 2).mean() + hparams["decay"] * (model.weight**2).sum()
-    >>> problem = Problem(model, hparams, train_loss, lambda model, hparams, batch: (model(batch) ** 2).mean())
+    ...     return val_loss(model, hparams, batch) + hparams["decay"] * (model.weight**2).sum()
+    >>> problem = Problem(model, hparams, train_loss, val_loss)
     >>> list(problem.weights()), list(problem.leaves())
     (['weight'], ['decay'])
+
+    The same by one function, as recipes do it:
+
+    >>> def loss(model, hparams, batch):
+    ...     fit = (model(batch) ** 2).mean()
+    ...     return fit + hparams["decay"] * (model.weight**2).sum() if hparams.training else fit
+    >>> one, batch = Problem(model, hparams, loss), torch.ones(3, 2)
+    >>> bool(one.val_loss(model, hparams, batch) == val_loss(model, hparams, batch)), hparams.training
+    (True, True)
     """
 
     _live: _Live | None = None  # inside leave_no_trace and at, where other tensors may be in place of the live ones
@@ -233,7 +246,7 @@ class Problem:
         model: nn.Module,
         hparams: nn.Module | None,
         train_loss: Loss,
-        val_loss: Loss,
+        val_loss: Loss | None = None,
         *,
         has_aux: bool = False,
         process_group: Any = "auto",
@@ -245,6 +258,7 @@ class Problem:
                 raise TypeError(f"{name} is {describe_type(module)}: give an nn.Module")
         if isinstance(model, HyperParameters):
             raise TypeError("model is a HyperParameters: the order is Problem(model, hparams, train_loss, val_loss)")
+        val_loss = partial(evaluate_train_loss, train_loss) if val_loss is None else val_loss
         for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
             check_takes(name, loss, "model, hparams, batch")
         if not isinstance(has_aux, bool):

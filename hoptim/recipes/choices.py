@@ -24,7 +24,8 @@ class Categorical(HyperParameters):
     - ``"gumbel"``: a = onehot(k) with k drawn from p; its derivative, which would be 0, is replaced by that of
       softmax((log p + Gumbel noise)/τ). It tries one option at a time, as the final model does, so give many hypersteps.
 
-    Evaluation has no noise: ``training=False`` gives a = p for both. ``hparams["probability"]`` is p, of shape (K,).
+    Evaluation has no noise: in evaluation mode, or with ``training=False``, a = p for both. ``hparams["probability"]`` is
+    p, of shape (K,).
 
     Args:
         options: the names of the options, two or more; K − 1 degrees of freedom.
@@ -46,6 +47,8 @@ class Categorical(HyperParameters):
     ('tanh', 0.1...)
     """
 
+    acts_in_evaluation = True
+
     def __init__(self, options: Sequence[str], *, relaxation: Relaxation = "softmax", temperature: float = 1.0) -> None:
         self.options = checked_names("options", options)
         if relaxation not in ("softmax", "gumbel"):
@@ -55,14 +58,14 @@ class Categorical(HyperParameters):
         super().__init__({"probability": even}, {"probability": constraints.simplex})
         self.relaxation, self.temperature = relaxation, temperature
 
-    def weights(self, training: bool = True) -> Tensor:
-        """a, of shape (K,), in the order of the options."""
+    def weights(self, training: bool | None = None) -> Tensor:
+        """a, of shape (K,), in the order of the options; without ``training=`` this module's mode says whether to draw."""
         p = self["probability"]
-        if self.relaxation == "softmax" or not training:
+        if self.relaxation == "softmax" or not (self.training if training is None else training):
             return p
         return nn.functional.gumbel_softmax(p.log(), tau=self.temperature, hard=True)
 
-    def mix(self, found: Mapping[str, Tensor], training: bool = True) -> Tensor:
+    def mix(self, found: Mapping[str, Tensor], training: bool | None = None) -> Tensor:
         """Σ_k a_k·f_k of the options' results by name, all of the same shape."""
         return weighted_sum("found", found, self.options, self.weights(training))
 
@@ -102,15 +105,17 @@ class Gate(HyperParameters):
     (tensor([False, False,  True]), 0.5)
     """
 
+    acts_in_evaluation = True
+
     def __init__(self, n: int, *, start: float = 0.8) -> None:
         check_count("n", n, "the number of gates")
         check_between("start", start, 0, 1)
         super().__init__({"openness": torch.full((n,), float(start))}, {"openness": constraints.unit_interval})
 
-    def values(self, training: bool = True) -> Tensor:
-        """z, of shape (n,); while training it is drawn anew at each call."""
+    def values(self, training: bool | None = None) -> Tensor:
+        """z, of shape (n,), drawn anew at each call while training; without ``training=`` this module's mode says so."""
         s = self["openness"]
-        if training:
+        if self.training if training is None else training:
             u = torch.rand_like(s).clamp(min=torch.finfo(s.dtype).tiny)
             s = torch.sigmoid((torch.logit(u) + torch.logit(s)) / SHARPNESS)
         return (s * (HIGH - LOW) + LOW).clamp(0, 1)

@@ -57,7 +57,9 @@ class Augmentation(HyperParameters):
         super().__init__(values, dict.fromkeys(values, constraints.positive))
 
     def augment(self, x: Tensor) -> Tensor:
-        """The images, shape (B, C, H, W), each changed."""
+        """The images, shape (B, C, H, W), each changed; in evaluation mode as they are."""
+        if not self.training:
+            return x
         if x.ndim != 4:
             raise ValueError(f"the images have shape {tuple(x.shape)}: give (B, C, H, W)")
         if any(change in self for change in AFFINE):
@@ -92,7 +94,7 @@ class AugmentationNet(nn.Module):
     """A small convolutional network x ↦ x + f(x, ξ) from an image and noise to a changed image, whose weights are learned.
 
     Its last layer starts at 0, so that at first it leaves images as they are. The network itself is ``hparams``: the
-    training loss has ``model(hparams(x))``, the validation loss ``model(x)``. It has thousands of degrees of freedom, so
+    loss has ``model(hparams(x))``, which is ``model(x)`` in evaluation mode. It has thousands of degrees of freedom, so
     keep the validation set large.
 
     Args:
@@ -122,7 +124,9 @@ class AugmentationNet(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The changed images, of the same shape."""
+        """The changed images, of the same shape; in evaluation mode as they are."""
+        if not self.training:
+            return x
         return x + self.layers(torch.cat([x, torch.randn_like(x)], dim=1))
 
     def optimizer(self, lr: float = 0.01) -> torch.optim.Adam:
@@ -138,9 +142,9 @@ class AugmentationNet(nn.Module):
 class DistilledData(HyperParameters):
     """Learned inputs, a few for each class, such that a model trained on them alone does well on the real data.
 
-    The training loss is the model's loss on ``hparams.examples()``, with some decay, so that it has a minimum; the
-    validation loss is its loss on the real training data. An outer rate of 0.03, that of :meth:`optimizer`, worked for
-    digits.
+    The training loss is the model's loss on ``hparams.examples()``, with some decay, so that it has a minimum. The
+    validation loss is another function, the loss on the real training data: as one function it would be that of the learned
+    examples. An outer rate of 0.03, that of :meth:`optimizer`, worked for digits.
 
     Args:
         classes: the number of classes K.

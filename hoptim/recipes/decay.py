@@ -63,15 +63,13 @@ class WeightDecay(HyperParameters):
     >>> from hoptim import BilevelOptimizer, Problem
     >>> _ = torch.manual_seed(0)
     >>> x, y = torch.randn(40, 4), torch.arange(40) % 3
-    >>> def val_loss(model, hparams, batch):
-    ...     return nn.functional.cross_entropy(model(x[batch]), y[batch])
-    >>> def train_loss(model, hparams, batch):
-    ...     return val_loss(model, hparams, batch) + hparams.penalty(model)
+    >>> def loss(model, hparams, batch):
+    ...     return nn.functional.cross_entropy(model(x[batch]), y[batch]) + hparams.penalty(model)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
     >>> decay = WeightDecay(model, per="tensor", start=1e-2)
     >>> decay
     WeightDecay(per='tensor', norm=2): 2 decays of 56 weights in 2 tensors, from 0.01 to 0.01
-    >>> inner, problem = torch.optim.SGD(model.parameters(), lr=0.1), Problem(model, decay, train_loss, val_loss)
+    >>> inner, problem = torch.optim.SGD(model.parameters(), lr=0.1), Problem(model, decay, loss)
     >>> val = [torch.arange(20, 40)]
     >>> optimizer = BilevelOptimizer(inner, decay.optimizer(), problem, val_batches=val, every=10, warmup=100)
     >>> for _ in range(300):
@@ -83,8 +81,10 @@ class WeightDecay(HyperParameters):
 
     The same decay in the optimizer's step, from its own number on:
 
+    >>> def plain(model, hparams, batch):
+    ...     return nn.functional.cross_entropy(model(x[batch]), y[batch])
     >>> decay, inner = WeightDecay(model), torch.optim.AdamW(model.parameters(), weight_decay=0.1)
-    >>> problem, options = Problem(model, decay, val_loss, val_loss), {"weight_decay": decay}
+    >>> problem, options = Problem(model, decay, plain), {"weight_decay": decay}
     >>> optimizer = BilevelOptimizer(inner, decay.optimizer(), problem, val_batches=val, options=options)
     >>> decay
     WeightDecay(per='tensor', norm=2): 2 decays of 56 weights in 2 tensors, from 0.1 to 0.1
@@ -164,7 +164,7 @@ class WeightDecay(HyperParameters):
             self[name] = torch.full_like(self[name], number)
 
     def penalty(self, model: Any) -> Tensor:
-        """½ Σ_k λ_k ‖w_k‖², or Σ_k λ_k |w_k|, of the model's weights as they are now: a scalar for the training loss.
+        """½ Σ_k λ_k ‖w_k‖², or Σ_k λ_k |w_k|, of the model's weights as they are now: a scalar; 0 in evaluation mode.
 
         Args:
             model: the model that the training loss gets.
@@ -172,6 +172,8 @@ class WeightDecay(HyperParameters):
         Raises:
             ValueError: a decayed weight is missing in ``model``, has another shape, or is now tied to another one.
         """
+        if not self.training:
+            return next(self.parameters()).new_zeros(())
         module = unwrapped(model)
         self._warn_of_unfrozen(module)
         together = self["decay"] if self.per == "global" else None

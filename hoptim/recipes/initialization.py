@@ -42,7 +42,7 @@ class Initialization(HyperParameters):
     >>> def loss(model, hparams, task):
     ...     x, y = task
     ...     return (model(x) - y).square().mean()
-    >>> problem, outer = hoptim.Problem(model, initial, loss, loss), initial.optimizer(0.1)
+    >>> problem, outer = hoptim.Problem(model, initial, loss), initial.optimizer(0.1)
     >>> inner, maml = torch.optim.SGD(model.parameters(), lr=0.1), hoptim.PerTask(steps=1)
     >>> for _ in range(100):                                              # lines y = 2x + b, each with its own b
     ...     x, b = torch.randn(8, 10, 1), torch.randn(8, 1, 1)
@@ -70,7 +70,7 @@ class Initialization(HyperParameters):
         return {name: self[f"initial.{name}"] for name in self._names}
 
     def penalty(self, model: Any, strength: float | Tensor) -> Tensor:
-        """½ρ‖w − λ‖² for the training loss: how far the weights of this task have gone.
+        """½ρ‖w − λ‖² for the training loss: how far the weights of this task have gone. In evaluation mode it is 0.
 
         Args:
             model: the model that the training loss gets.
@@ -81,6 +81,8 @@ class Initialization(HyperParameters):
         """
         if not isinstance(strength, Tensor) and not (is_finite(strength) and strength >= 0):
             raise ValueError(f"strength is {strength!r}: give a finite number, 0 or more, or a hyperparameter")
+        if not self.training:
+            return next(self.parameters()).new_zeros(())
         module = unwrapped(model)
         found = {name: part_of(module, name) for name in self._names}
         if missing := [name for name, w in found.items() if w is None]:

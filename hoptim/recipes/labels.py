@@ -39,11 +39,15 @@ class LabelSmoothing(HyperParameters):
     def cross_entropy(self, z: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         """The loss of logits z, of shape (N, K, …) or (K,); all arguments are those of torch's function.
 
+        In evaluation mode it is torch's, without smoothing.
+
         Args:
             z: the logits.
             target: classes, of shape (N, …), or probabilities of them, of the shape of z.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         """
+        if not self.training:
+            return nn.functional.cross_entropy(z, target, reduction=reduction)
         smoothing, axis = self["smoothing"], min(1, z.ndim - 1)
         if target.is_floating_point():
             smooth = torch.lerp(target, torch.full_like(target, 1 / z.shape[axis]), cast(smoothing, target))
@@ -56,8 +60,10 @@ class LabelSmoothing(HyperParameters):
 class Temperature(HyperParameters):
     """A learned temperature T > 0, the logits z/T, and their cross-entropy.
 
-    In the training loss, T sets how far apart the classes are pushed. In the validation loss alone, it calibrates the
-    probabilities, and its hypergradient is only the direct one. It has one degree of freedom, on a log scale.
+    In the training loss alone, T sets how far apart the classes are pushed. In the validation loss alone, it calibrates the
+    probabilities, and its hypergradient is only the direct one. Either needs two functions: one for both has T in both, as a
+    part of the model, where it does little, since the model can scale its logits itself. It has one degree of freedom, on a
+    log scale.
 
     Args:
         start: T at the start, default 1.
@@ -73,6 +79,8 @@ class Temperature(HyperParameters):
     >>> round(hparams.cross_entropy(z, torch.tensor([0])).item(), 4)
     0.3133
     """
+
+    acts_in_evaluation = True
 
     def __init__(self, start: float = 1.0) -> None:
         check_between("start", start, 0)
@@ -95,7 +103,8 @@ class SoftLabels(HyperParameters):
     (n, K).
 
     Args:
-        labels: the given classes, shape (n,), whole numbers.
+        labels: the given classes, shape (n,), whole numbers. If one function is both losses, ``index`` numbers the
+            validation examples too: give their labels as well, or a ``val_loss``.
         classes: K, default: one more than the largest label.
         start: the probability of the given class at the start, default 0.9; the others share the rest.
 
@@ -114,6 +123,8 @@ class SoftLabels(HyperParameters):
     1.0986
     """
 
+    given: Tensor
+
     def __init__(self, labels: Tensor, classes: int | None = None, *, start: float = 0.9) -> None:
         fractions = not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex()
         if fractions or labels.ndim != 1 or not len(labels):
@@ -125,9 +136,10 @@ class SoftLabels(HyperParameters):
         q = torch.full((len(labels), count), (1 - start) / (count - 1), device=labels.device)
         q.scatter_(1, labels[:, None].long(), float(start))
         super().__init__({"label": q}, {"label": constraints.simplex})
+        self.register_buffer("given", labels.long().clone(), persistent=False)
 
     def cross_entropy(self, z: Tensor, index: Tensor, reduction: str = "mean") -> Tensor:
-        """−Σ_k q_ik log softmax(z_i)_k of a batch.
+        """−Σ_k q_ik log softmax(z_i)_k of a batch; in evaluation mode the cross-entropy with the labels that were given.
 
         Args:
             z: logits, shape (B, K).
@@ -139,9 +151,10 @@ class SoftLabels(HyperParameters):
             ValueError: there is no row of K logits for each index.
         """
         own = self["label"]
-        q = cast(own[checked_index("index", index, len(own))], z)
+        index = checked_index("index", index, len(own))
+        q = cast(own[index], z)
         if q.shape != z.shape:
             raise ValueError(
                 f"z has shape {tuple(z.shape)} and index {tuple(index.shape)}: give {own.shape[1]} logits for each index"
             )
-        return nn.functional.cross_entropy(z, q, reduction=reduction)
+        return nn.functional.cross_entropy(z, q if self.training else self.given[index], reduction=reduction)

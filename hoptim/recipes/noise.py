@@ -25,12 +25,12 @@ _OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, NonDynamicallyQuantizabl
 
 
 class LayerInputs(HyperParameters, ABC):
-    """Hyperparameters that each belong to a layer and change its input while the layer is in training mode."""
+    """Hyperparameters that each belong to a layer and change its input while both are in training mode."""
 
     layers: tuple[str, ...]
 
     def call(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """``model(*args, **kwargs)``, with changed inputs of the layers that are in training mode."""
+        """``model(*args, **kwargs)``, with changed inputs of the layers that are in training mode, as this module is."""
         module = unwrapped(model)
         parts = {part_of(module, name): name for name in reversed(self.layers)}  # a layer of two names is one
         parts.pop(None, None)
@@ -55,7 +55,7 @@ class LayerInputs(HyperParameters, ABC):
         """The input of the layer of this name, which replaces ``x``."""
 
     def _change(self, name: str, begun: tuple[bool, Any], layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        if not layer.training:
+        if not (self.training and layer.training):
             return None
         if _way_of_saving() != begun:
             raise ValueError(

@@ -56,12 +56,10 @@ class Rater(nn.Module):
     >>> x[:, 0] += 4 * label
     >>> broken = x[:, 2] > 0.5                                            # such examples have any label
     >>> label[:300][broken[:300]] = torch.randint(2, (int(broken[:300].sum()),))
-    >>> def val_loss(model, hparams, batch):
-    ...     return nn.functional.cross_entropy(model(x[batch, :2]), label[batch])
-    >>> def train_loss(model, hparams, batch):
+    >>> def loss(model, hparams, batch):
     ...     return hparams.mean(nn.functional.cross_entropy(model(x[batch, :2]), label[batch], reduction="none"), x[batch])
     >>> model, rater = nn.Linear(2, 2), Rater(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)))
-    >>> problem = hoptim.Problem(model, rater, train_loss, val_loss)
+    >>> problem = hoptim.Problem(model, rater, loss)
     >>> inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     >>> optimizer = hoptim.BilevelOptimizer(
     ...     inner, rater.optimizer(0.03), problem, val_batches=[torch.arange(300, 400)], every=5, warmup=100)
@@ -103,7 +101,7 @@ class Rater(nn.Module):
         return ratings.reshape(-1)
 
     def mean(self, losses: Tensor, features: Any) -> Tensor:
-        """(1/B) Σ_i 2σ(r_i) ℓ_i, for the training loss.
+        """(1/B) Σ_i 2σ(r_i) ℓ_i, for the training loss; in evaluation mode the plain mean.
 
         Args:
             losses: the loss ℓ_i of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
@@ -112,6 +110,8 @@ class Rater(nn.Module):
         Raises:
             ValueError: there are not as many ratings as losses.
         """
+        if not self.training:
+            return losses.mean()
         ratings = self(pytree.tree_map_only(Tensor, Tensor.detach, features))
         if losses.shape != ratings.shape:
             raise ValueError(

@@ -35,7 +35,7 @@ class Schedule(HyperParameters):
     ...     return (model(x[batch]) - y[batch]).square().mean()
     >>> inner, batches = torch.optim.SGD(model.parameters(), lr=1.0), [torch.arange(10)] * 50
     >>> replay = Replay(batches, options=lambda hparams, t: {"lr": hparams.at(t)})
-    >>> found = hypergradient(Problem(model, rate, loss, loss), None, torch.arange(10, 20), replay, inner=inner)
+    >>> found = hypergradient(Problem(model, rate, loss), None, torch.arange(10, 20), replay, inner=inner)
     >>> (found.grads["value"] < 0).tolist()                                      # a larger rate would be better throughout
     [True, True, True]
     >>> scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda t: rate.at(t).item())

@@ -65,13 +65,11 @@ class ExampleWeights(HyperParameters):
     >>> x, label = torch.randn(300, 2), torch.arange(300) % 2
     >>> x[:, 0] += 4 * label
     >>> label[:60] = 1 - label[:60]                                       # the first 60 labels are wrong
-    >>> def val_loss(model, hparams, batch):
-    ...     return nn.functional.cross_entropy(model(x[batch]), label[batch])
-    >>> def train_loss(model, hparams, batch):
+    >>> def loss(model, hparams, batch):
     ...     return hparams.mean(nn.functional.cross_entropy(model(x[batch]), label[batch], reduction="none"), batch)
     >>> noisy, clean = torch.arange(200), torch.arange(200, 300)
     >>> model, hparams = nn.Linear(2, 2), ExampleWeights(300, trusted=clean)
-    >>> problem = hoptim.Problem(model, hparams, train_loss, val_loss)
+    >>> problem = hoptim.Problem(model, hparams, loss)
     >>> inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     >>> optimizer = hoptim.BilevelOptimizer(
     ...     inner, hparams.optimizer(), problem, val_batches=[clean], every=5, warmup=100)
@@ -112,7 +110,7 @@ class ExampleWeights(HyperParameters):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def mean(self, losses: Tensor, index: Tensor) -> Tensor:
-        """(1/B) Σ_i (w_i/w⁰) ℓ_i, for the training loss.
+        """(1/B) Σ_i (w_i/w⁰) ℓ_i, for the training loss; in evaluation mode the plain mean, whatever the index.
 
         Args:
             losses: the loss ℓ_i of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
@@ -122,6 +120,8 @@ class ExampleWeights(HyperParameters):
             TypeError: ``index`` is no tensor of whole numbers.
             ValueError: the shapes are not the same (B,).
         """
+        if not self.training:
+            return losses.mean()
         return weighted_mean(losses, self[NAME] / self._transforms[NAME](self.start), "index", index)
 
     @property
@@ -208,7 +208,7 @@ class DomainWeights(HyperParameters):
         self.register_buffer("shares", self["mixture"].detach())
 
     def mean(self, losses: Tensor, source: Tensor, share: Tensor | None = None) -> Tensor:
-        """(1/B) Σ_i p_{d_i}/q_i · ℓ_i, for the training loss.
+        """(1/B) Σ_i p_{d_i}/q_i · ℓ_i, for the training loss; in evaluation mode the plain mean, whatever the sources.
 
         Args:
             losses: the loss of each of the B examples, shape (B,), as ``reduction="none"`` gives them.
@@ -216,6 +216,8 @@ class DomainWeights(HyperParameters):
             share: q_i, with which share of all examples that source was drawn then, shape (B,), as ``Mixture`` gives it;
                 default: its share in ``sizes``.
         """
+        if not self.training:
+            return losses.mean()
         if share is None:
             return weighted_mean(losses, self["mixture"] / self.shares, "source", source)
         if share.shape != losses.shape:
@@ -239,7 +241,8 @@ class LossWeights(HyperParameters):
 
     All weights are 1 at the start. Their sum is fixed, since the size of the whole loss is a matter of the learning rate.
     Their natural value is ``hparams["share"]`` = w/K, of shape (K,), in the order of the names. The validation loss should
-    be what counts in the end: the loss of the one task that matters, or a sum with fixed weights.
+    be what counts in the end: the loss of the one task that matters, by another function, or the plain sum, which
+    :meth:`sum` gives in evaluation mode.
 
     Args:
         names: the names of the tasks, two or more; there are K − 1 degrees of freedom.
@@ -262,5 +265,6 @@ class LossWeights(HyperParameters):
         super().__init__({"share": even}, {"share": constraints.simplex})
 
     def sum(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Σ_k w_k L_k of the losses by name, which all have the same shape."""
-        return weighted_sum("losses", losses, self.names, len(self.names) * self["share"])
+        """Σ_k w_k L_k of the losses by name, which all have the same shape; in evaluation mode all w_k are 1."""
+        weights = len(self.names) * self["share"] if self.training else torch.ones(len(self.names))
+        return weighted_sum("losses", losses, self.names, weights)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.method import Method
+from hoptim.problem.functional import switch_to_evaluation
 from hoptim.problem.loss_checks import annotate_errors, check_takes
 from hoptim.problem.outer_adam import outer_adam
 from hoptim.problem.problem import Loss, Problem
@@ -58,11 +59,9 @@ class CrossValidatedFit:
         """
         found = []
         for model in self.models:
-            modes = {part: part.training for part in model.modules()}
-            output = model.eval()(*args, **kwargs)
-            found.append(output if of is None else of(output))
-            for part, mode in modes.items():
-                part.training = mode
+            with switch_to_evaluation(model):
+                output = model(*args, **kwargs)
+                found.append(output if of is None else of(output))
         return torch.stack(found).mean(0)
 
 
@@ -136,10 +135,8 @@ class CrossValidated:
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(60, 20)
     >>> y = x[:, :1] + torch.randn(60, 1)
-    >>> def val_loss(model, hparams, batch):
-    ...     return (model(x[batch]) - y[batch]).square().mean()
-    >>> def train_loss(model, hparams, batch):
-    ...     return val_loss(model, hparams, batch) + hparams.penalty(model)
+    >>> def loss(model, hparams, batch):
+    ...     return (model(x[batch]) - y[batch]).square().mean() + hparams.penalty(model)
     >>> def train(model, optimizer, examples):
     ...     for _ in range(200):
     ...         optimizer.zero_grad()
@@ -150,7 +147,7 @@ class CrossValidated:
     >>> def inner(model):
     ...     return torch.optim.SGD(model.parameters(), lr=0.1)
     >>> decay = WeightDecay(make(), start=1e-2)
-    >>> found = CrossValidated(make, decay, train_loss, val_loss, inner=inner, examples=60, steps=200).fit(train)
+    >>> found = CrossValidated(make, decay, loss, inner=inner, examples=60, steps=200).fit(train)
     >>> len(found.models), len(found.history), bool(found.hyperparameters["decay.weight"] > 1e-2)
     (3, 25, True)
     """
@@ -160,7 +157,7 @@ class CrossValidated:
         make: Callable[[], nn.Module],
         hparams: nn.Module,
         train_loss: Loss,
-        val_loss: Loss,
+        val_loss: Loss | None = None,
         *,
         has_aux: bool = False,
         inner: Callable[[nn.Module], Optimizer],

@@ -61,10 +61,8 @@ def retrain(
     >>> from hoptim.recipes import WeightDecay
     >>> _ = torch.manual_seed(0)
     >>> x, y = torch.randn(40, 3), torch.randn(40, 1)
-    >>> def val_loss(model, hparams, batch):
-    ...     return (model(x[batch]) - y[batch]).square().mean()
-    >>> def train_loss(model, hparams, batch):
-    ...     return val_loss(model, hparams, batch) + hparams.penalty(model)
+    >>> def loss(model, hparams, batch):
+    ...     return (model(x[batch]) - y[batch]).square().mean() + hparams.penalty(model)
     >>> def train(model, optimizer, examples):
     ...     for _ in range(200):
     ...         optimizer.zero_grad()
@@ -76,11 +74,11 @@ def retrain(
     ...     return torch.optim.SGD(model.parameters(), lr=0.1)
     >>> model = make()
     >>> decay, val = WeightDecay(model, start=0.1), [torch.arange(20, 40)]
-    >>> problem = Problem(model, decay, train_loss, val_loss)
+    >>> problem = Problem(model, decay, loss)
     >>> optimizer = BilevelOptimizer(inner(model), decay.optimizer(), problem, val_batches=val, every=10, warmup=50)
     >>> train(model, optimizer, torch.arange(20))
     >>> final = retrain(problem, make, train, torch.arange(40), inner=inner)
-    >>> bool(train_loss(final, decay, torch.arange(40)) < train_loss(model, decay, torch.arange(40)))
+    >>> bool(loss(final, decay, torch.arange(40)) < loss(model, decay, torch.arange(40)))
     True
     """
     checked_problem(problem)

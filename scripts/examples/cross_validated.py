@@ -23,13 +23,9 @@ def inner(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def train_loss(model, hparams, batch):
+def compute_loss(model, hparams, batch):
     scores = hparams["noise"].call(model, x[batch])
     return hparams["smoothing"].cross_entropy(scores, y[batch]) + hparams["decay"].penalty(model)
-
-
-def val_loss(model, hparams, batch):
-    return F.cross_entropy(model(x[batch]), y[batch])
 
 
 def train(model, optimizer, examples):
@@ -47,10 +43,10 @@ def recipe(decay, rest):
 
 hparams = recipe(decay=0.01, rest=0.05)
 settings = {"inner": inner, "examples": 200, "steps": lambda n: 375 * -(-n // 50)}
-found = hoptim.CrossValidated(make, hparams, train_loss, val_loss, **settings).fit(train)
+found = hoptim.CrossValidated(make, hparams, compute_loss, **settings).fit(train)
 print(f"learned, in {found.cost:.1f} trainings: test cross-entropy {F.cross_entropy(found.model(x_test), y_test):.3f}")
 for decay in (0.001, 0.01, 0.1):  # the same training with a fixed decay alone
-    problem = hoptim.Problem(make(), recipe(decay, rest=1e-6), train_loss, val_loss)
+    problem = hoptim.Problem(make(), recipe(decay, rest=1e-6), compute_loss)
     unused = torch.optim.SGD(problem.hparams.parameters())
     plain = hoptim.BilevelOptimizer(inner(problem.model), unused, problem, val_batches=[order], every=None)
     train(problem.model, plain, torch.arange(200))

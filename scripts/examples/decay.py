@@ -24,16 +24,12 @@ def make():
 model = make()
 
 
-def train_loss(model, hparams, batch):
+def compute_loss(model, hparams, batch):
     return criterion(model(x[batch]), y[batch]) + hparams.penalty(model)
 
 
-def val_loss(model, hparams, batch):
-    return criterion(model(x[batch]), y[batch])
-
-
 hparams = hoptim.recipes.WeightDecay(model)
-problem = hoptim.Problem(model, hparams, train_loss, val_loss)
+problem = hoptim.Problem(model, hparams, compute_loss)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 optimizer = hoptim.BilevelOptimizer(optimizer, hparams.optimizer(), problem, val_batches=[val], every=80, warmup=375)
 for batch in batches:
@@ -43,7 +39,7 @@ for batch in batches:
     optimizer.step()
 print(optimizer.record.hyperparameters)
 
-print(f"test loss: learned {val_loss(model, hparams, test):.2f}", end="")
+print(f"test loss: learned {criterion(model(x[test]), y[test]):.2f}", end="")
 for decay in (1e-4, 1e-3, 3e-3, 1e-2):  # the same without hoptim
     model = make()
     groups = [
@@ -55,5 +51,5 @@ for decay in (1e-4, 1e-3, 3e-3, 1e-2):  # the same without hoptim
         optimizer.zero_grad()
         criterion(model(x[batch]), y[batch]).backward()
         optimizer.step()
-    print(f", fixed at {decay:g} {val_loss(model, hparams, test):.2f}", end="")
+    print(f", fixed at {decay:g} {criterion(model(x[test]), y[test]):.2f}", end="")
 print()

@@ -38,7 +38,7 @@ def loss(model, hparams, batch):
 
 def setting(model):
     """The problem of a model whose weights at the start are learned, and the optimizer of a task."""
-    problem = hoptim.Problem(model, hoptim.recipes.Initialization(model), loss, loss)
+    problem = hoptim.Problem(model, hoptim.recipes.Initialization(model), loss)
     return problem, torch.optim.SGD(model.parameters(), lr=RATE)
 
 

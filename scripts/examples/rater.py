@@ -71,14 +71,11 @@ def main():
     losses = F.cross_entropy(trained(clean)(x), y, reduction="none").detach()
     features = torch.cat([x, F.one_hot(y, 10), losses.clamp(max=6)[:, None]], dim=1)
 
-    def train_loss(model, rater, batch):
+    def compute_loss(model, rater, batch):
         return rater.mean(F.cross_entropy(model(x[batch]), y[batch], reduction="none"), features[batch])
 
-    def val_loss(model, rater, batch):
-        return F.cross_entropy(model(x[batch]), y[batch])
-
     model, rater = make(), Rater(nn.Sequential(nn.Linear(75, 32), nn.ReLU(), nn.Linear(32, 1)))
-    problem = hoptim.Problem(model, rater, train_loss, val_loss)
+    problem = hoptim.Problem(model, rater, compute_loss)
     inner = torch.optim.Adam(model.parameters(), lr=0.01)
     optimizer = hoptim.BilevelOptimizer(
         inner, rater.optimizer(), problem, val_batches=[clean], train_batches=[first], every=2, warmup=75

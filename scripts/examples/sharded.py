@@ -30,16 +30,12 @@ for layer in (model[0], model[2], model):
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def train_loss(model, hparams, batch):
+def compute_loss(model, hparams, batch):
     return criterion(model(x[batch]), y[batch]) + hparams.penalty(model)
 
 
-def val_loss(model, hparams, batch):
-    return criterion(model(x[batch]), y[batch])
-
-
 hparams = hoptim.recipes.WeightDecay(model)
-problem = hoptim.Problem(model, hparams, train_loss, val_loss)
+problem = hoptim.Problem(model, hparams, compute_loss)
 optimizer = hoptim.BilevelOptimizer(
     optimizer, hparams.optimizer(), problem, val_batches=[val[rank::ranks]], every=40, warmup=150
 )

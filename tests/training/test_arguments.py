@@ -268,7 +268,7 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "model is a function": (lambda: problem(model=lambda x: x), TypeError, ["model", "function", "nn.Module"]),
     "hparams is a dict": (lambda: problem(hparams={"a": T(1.0)}), TypeError, ["hparams", "dict", "nn.Module"]),
     "train loss is a number": (lambda: problem(train=1.0), TypeError, ["train_loss", "float", "(model, hparams, batch)"]),
-    "val loss is None": (lambda: Problem(nn.Linear(1, 1), hparams(T(1.0)), loss, None), TypeError, ["val_loss", "NoneType"]),
+    "val loss is a list": (lambda: Problem(nn.Linear(1, 1), hparams(T(1.0)), loss, []), TypeError, ["val_loss", "list"]),
     "nothing to train": (lambda: problem(model=frozen()), ValueError, ["no weight", "requires a gradient"]),
     "nothing to learn": (lambda: problem(hparams=nn.Identity()), ValueError, ["hparams", "nothing to learn"]),
     "one tensor in both": (shared, ValueError, ["'weight'", "'decay'", "same tensor"]),

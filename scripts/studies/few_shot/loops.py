@@ -102,7 +102,7 @@ def with_hoptim():
     inner = torch.optim.SGD(model.parameters(), lr=LR)
     initial = Initialization(model)
     outer = torch.optim.Adam(initial.parameters(), lr=1e-3)
-    problem, maml = hoptim.Problem(model, initial, loss, loss), hoptim.PerTask(STEPS)
+    problem, maml = hoptim.Problem(model, initial, loss), hoptim.PerTask(STEPS)
     for number in range(META_STEPS):
         x, y, x_val, y_val = sample(number)
         result = hoptim.hypergradient(problem, (x, y), (x_val, y_val), maml, inner=inner)

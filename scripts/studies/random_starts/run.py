@@ -47,7 +47,7 @@ def trained(start, seed, learn, steps):
         kinds = {"lr": constraints.positive, "momentum": constraints.unit_interval, "weight_decay": constraints.positive}
         hparams = hoptim.HyperParameters({name: torch.tensor(value) for name, value in start.items()}, kinds)
         names = {name: name for name in start}
-        problem, outer = hoptim.Problem(model, hparams, loss, loss), torch.optim.Adam(hparams.parameters(), lr=0.1)
+        problem, outer = hoptim.Problem(model, hparams, loss), torch.optim.Adam(hparams.parameters(), lr=0.1)
         settings = {"val_batches": [VAL], "options": names, "hypergradient": hoptim.Unrolled(10), "every": 10}
         optimizer = hoptim.BilevelOptimizer(inner, outer, problem, **settings)
     for step in range(steps):

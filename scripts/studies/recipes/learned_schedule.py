@@ -63,7 +63,7 @@ def rows(seed):
     found["cosine, best of six"] = min(cosine.values())[1], len(RATES)
     begun = time.process_time()
     model, schedule = copy.deepcopy(start), Schedule(STEPS, start=0.01)
-    problem, outer = hoptim.Problem(model, schedule, loss, loss), torch.optim.Adam(schedule.parameters(), lr=0.3)
+    problem, outer = hoptim.Problem(model, schedule, loss), torch.optim.Adam(schedule.parameters(), lr=0.3)
     inner = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
     replay = hoptim.Replay(batches, options=lambda hparams, t: {"lr": hparams.at(t)})
     for _ in range(MOVES):
