@@ -60,7 +60,7 @@ class Gradient(Condition):
         learned = {name: term for name, term in terms.items() if term.decay.requires_grad}
 
         def mixed(x: Tensor) -> OptionalTensors:
-            found = of_gradient(x if free is None else x * free)
+            found = of_gradient(x)
             if not learned:
                 return found
             named, lead = layout.unflatten(x), x.ndim - 1

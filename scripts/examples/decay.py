@@ -1,4 +1,4 @@
-"""The README's first example: learn a weight decay for each tensor while an MLP trains on 400 digits, some mislabelled."""
+"""The README's first example: learn a decay for each weight while an MLP trains on 400 digits, some mislabelled."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -25,19 +25,21 @@ model = make()
 
 
 def compute_loss(model, hparams, batch):
-    return criterion(model(x[batch]), y[batch]) + hparams.penalty(model)
+    return criterion(model(x[batch]), y[batch])
 
 
-hparams = hoptim.recipes.WeightDecay(model)
+hparams = hoptim.recipes.WeightDecay(model, per="weight")
 problem = hoptim.Problem(model, hparams, compute_loss)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-optimizer = hoptim.BilevelOptimizer(optimizer, hparams.optimizer(), problem, val_batches=[val], every=80, warmup=375)
+optimizer = hoptim.BilevelOptimizer(
+    optimizer, hparams.optimizer(), problem, options={"weight_decay": hparams}, val_batches=[val], every=80, warmup=375
+)
 for batch in batches:
     optimizer.zero_grad()
     loss = optimizer.loss(batch)
     loss.backward()
     optimizer.step()
-print(optimizer.record.hyperparameters)
+print(hparams)
 
 print(f"test loss: learned {criterion(model(x[test]), y[test]):.2f}", end="")
 for decay in (1e-4, 1e-3, 3e-3, 1e-2):  # the same without hoptim
