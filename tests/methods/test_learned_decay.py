@@ -67,9 +67,7 @@ def a_net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
 
 
-def wrapped(
-    model: nn.Module, inner: optim.Optimizer, decays: WeightDecay, loss: Any = fit, **more: Any
-) -> BilevelOptimizer:
+def wrapped(model: nn.Module, inner: optim.Optimizer, decays: WeightDecay, loss: Any = fit, **more: Any) -> BilevelOptimizer:
     problem = Problem(model, decays, loss, val)
     options = {"options": {"weight_decay": decays}, "every": None, "val_batches": [None], **more}
     return BilevelOptimizer(inner, decays.optimizer(), problem, **options)
