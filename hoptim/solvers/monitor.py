@@ -54,8 +54,8 @@ class Monitor:
         self.scale = torch.where(self.active, self.g_norm, 1.0)
         self.largest = self.drift = self._zero = torch.zeros_like(self.g_norm)
         self.flat = torch.zeros_like(self.active)
-        self.norms: list[Tensor] = []
-        self.curvatures: list[Tensor] = []
+        self.norms: list[Any] = []  # tensors, or plain numbers
+        self.curvatures: list[Any] = []
         self._goal = self.scale * (-torch.inf if self.tolerance is None else self.tolerance)
         self._ceiling = GROWTH_LIMIT * self.scale if stop_on_growth else None
         self._is_one_on_cpu = not self.g_norm.ndim and self.g_norm.device.type == "cpu"
@@ -71,26 +71,34 @@ class Monitor:
             ):
                 return
 
-    def where_active(self, a: Any) -> Any:
-        """The coefficient a; zero for right-hand sides that have stopped."""
+    def number(self, a: Tensor) -> Any:
+        """A plain number for one right-hand side on a CPU, which takes a tenth of a tensor's time; else the tensor."""
+        return a.item() if self._is_one_on_cpu else a
+
+    def where_active(self, a: Any, otherwise: Any = None) -> Any:
+        """The coefficient a; for right-hand sides that have stopped the other one, by default zero."""
+        otherwise = self._zero if otherwise is None else otherwise
         if self._is_one_on_cpu:
-            return a if self.active else self._zero
-        return torch.where(self.active, a, self._zero)
+            return a if self.active else otherwise
+        return torch.where(self.active, a, otherwise)
 
-    def stop(self, where: Tensor) -> None:
+    def stop(self, where: Any) -> None:
         """Stop these right-hand sides, whose rest lies where the curvature is flat within rounding."""
-        self.flat = self.flat | (self.active & where)
-        self.active = self.active & ~where
+        if not self._is_one_on_cpu:
+            self.flat = self.flat | (self.active & where)
+            self.active = self.active & ~where
+        elif where:
+            self.flat, self.active = self.flat | self.active, torch.zeros_like(self.active)
 
-    def record_curvature(self, curvature: Tensor) -> None:
+    def record_curvature(self, curvature: Any) -> None:
         """Note ⟨v, A v⟩ / ⟨v, v⟩ for some vector v of this term."""
         self.curvatures.append(self.where_active(curvature))
 
-    def record_residual(self, norm: Tensor) -> None:
+    def record_residual(self, norm: Any) -> None:
         """Note ‖g − Aᵀx‖ after this term, and stop right-hand sides that have converged, or all if one has grown too far."""
         self.norms.append(norm)
         if self._is_one_on_cpu:
-            if not self._low < norm.item() <= self._high:
+            if not self._low < float(norm) <= self._high:
                 self.active = torch.zeros_like(self.active)
             return
         self.active = self.active & (norm > self._goal)
@@ -100,12 +108,17 @@ class Monitor:
     @property
     def residuals(self) -> Tensor:
         """‖g − Aᵀx‖ / ‖g‖ after each term, on the device."""
+        if self._is_one_on_cpu:
+            return torch.tensor([float(norm) for norm in self.norms], dtype=self.scale.dtype) / self.scale
         return torch.stack(self.norms) / self.scale if self.norms else self.g_norm.new_empty((0, *self.g_norm.shape))
 
     def read(self) -> History:
         """What was recorded, on the host."""
-        rows = [self.g_norm, self.scale, self.largest, self.drift, self.flat.to(self.g_norm), *self.norms, *self.curvatures]
-        found = torch.stack(rows).double().cpu()
+        rows = [self.g_norm, self.scale, self.largest, self.drift, self.flat, *self.norms, *self.curvatures]
+        if self._is_one_on_cpu:
+            found = torch.tensor([float(row) for row in rows], dtype=torch.float64)
+        else:
+            found = torch.stack([row.to(self.g_norm) for row in rows]).double().cpu()
         g_norm, scale, largest, drift, flat = found[:5]
         norms, curvatures = found[5:].split([len(self.norms), len(self.curvatures)])
         if len(curvatures):
