@@ -26,7 +26,7 @@ from hoptim.training import arguments
 from hoptim.training.checkpoint import KEY, REQUIRED_OUTER
 from hoptim.training.first_steps import FirstSteps, dry_run, vanished_weights, warn_of_first_hyperstep, weight_norms
 from hoptim.training.recent_steps import SeenLoss
-from hoptim.training.record import Record, cosine_in_common, natural_values
+from hoptim.training.record import Record, natural_values
 from hoptim.training.training_optimizer import Progress, TrainingOptimizer
 
 
@@ -222,12 +222,13 @@ class BilevelOptimizer(TrainingOptimizer):
         if not progress.hyper_steps:
             self.problem.check_ranks()
         with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
-            loop = self._context(draw, progress.recent.trajectory(self.problem.weights()))
+            weights = self.problem.weights()
+            loop = self._context(draw, progress.recent.trajectory(weights))
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
         progress.solver_state, progress.solver_weights = result.solution.state, tuple(result.solution.value)
         if not progress.hyper_steps:
             result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
-        found = doubts(self.hypergradient, loop, self.problem.weights(), result.solution)
+        found = doubts(self.hypergradient, loop, weights, result.solution)
         for kind, doubt in {**found, **vanished_weights(self.problem, progress.norms)}.items():
             self._warn_once(kind, doubt)
         return result
@@ -236,9 +237,7 @@ class BilevelOptimizer(TrainingOptimizer):
         """The outer step and the record of a hyperstep that began at this time."""
         progress, gradient, moved = self._progress, result.combined(self.val_weights), result.solution.status.ok
         progress.hyper_steps, progress.first_hyperstep.left = progress.hyper_steps + 1, 0
-        cosine_to_last = None
-        if moved:
-            cosine_to_last, progress.last_gradient = cosine_in_common(gradient, progress.last_gradient), gradient
+        last_gradient, progress.last_gradient = progress.last_gradient, gradient if moved else progress.last_gradient
         before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
         if moved:
             outer_step(self.problem, self.outer, gradient)
@@ -252,8 +251,8 @@ class BilevelOptimizer(TrainingOptimizer):
             result=result,
             hyperparameters=after,
             seconds=time.perf_counter() - begun,
-            cosine_to_last=cosine_to_last,
             val_weights=self.val_weights,
+            last_gradient=last_gradient,
         )
         for hook in self.hooks:
             hook(record)
