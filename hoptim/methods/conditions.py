@@ -50,16 +50,20 @@ class Gradient(Condition):
         if not decay:
             return gradient
         w = {name: at.shards[name].detach() for name in layout.names}
-        c = layout.flatten({name: one.detach().expand(w[name].shape).to(layout.dtype) for name, one in decay.items()})
-        learned = {name: one * w[name] for name, one in decay.items() if one.requires_grad}
+        by_name = {name: one.expand(w[name].shape) for name, one in decay.items()}
+        c = layout.flatten({name: one.detach().to(layout.dtype) for name, one in by_name.items()})
+        learned = {name: one for name, one in by_name.items() if one.requires_grad}
 
         def mixed(x: Tensor) -> OptionalTensors:
             found = of_gradient(x)
             if not learned:
                 return found
-            return dicts.add(found, VJP(learned, at.leaves)(layout.unflatten(x), x.ndim > 1))
+            parts = layout.unflatten(x)
+            pulls = {name: (parts[name] * w[name]).to(one.dtype) for name, one in learned.items()}
+            return dicts.add(found, VJP(learned, at.leaves)(pulls, x.ndim > 1))
 
-        return replace(gradient, value=gradient.value + c * layout.flatten(w), A=gradient.A + c, mixed=mixed)
+        value = torch.addcmul(gradient.value, c, layout.flatten(w))
+        return replace(gradient, value=value, A=gradient.A + c, mixed=mixed)
 
 
 @dataclass(frozen=True, kw_only=True)

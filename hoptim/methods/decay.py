@@ -8,6 +8,8 @@ function of one weight, and :func:`decay_in_condition` is its part in F: trainin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -164,10 +166,10 @@ def decay_in_condition(loop: TrainingContext, at: At, gradient: Tensors) -> Tens
         for name, p in held.items():
             own = [spread(learned[name].value(at.leaves), p), *values[1:]] if name in learned else values
             if name in gradient and any(isinstance(value, Tensor) or value for value in own):
-                decay = sum(own) * (-1 if group.get("maximize") else 1)
+                decay = reduce(add, own)
                 state = {key: local(value) for key, value in inner.state.get(p, {}).items()}
                 scale = _scale(kind, present, state, gradient[name]) if _is_decoupled(group) else 1.0
-                product = decay * scale
+                product = (-decay if group.get("maximize") else decay) * scale
                 found[name] = (
                     product if isinstance(product, Tensor) else torch.full((), product, dtype=p.dtype, device=p.device)
                 )
@@ -242,7 +244,7 @@ def _scale(kind: type[optim.Optimizer], group: Mapping[str, Any], state: Mapping
             return torch.ones_like(root)
         rectified = ((length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)) ** 0.5
         return (root + epsilon) / (correction * rectified)
-    return root / correction + epsilon
+    return root.div_(correction).add_(epsilon)
 
 
 def _mu(beta1: float, t: float, group: Mapping[str, Any]) -> float:
