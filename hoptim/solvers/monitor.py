@@ -155,14 +155,15 @@ class Monitor:
         if negative is None and (negative := history.is_negative):
             detail = joined(f"{met} {history.lowest:.3g}", detail)
         last = history.residuals[-1] if len(history.residuals) else torch.zeros_like(history.g_norm)
+        worst, goal = float(last.amax()), self.tolerance or 0.0
         gravest_first = [
-            (Status.NON_FINITE_GRADIENT, not bool(history.g_norm.isfinite().all())),
-            (Status.NON_FINITE_PRODUCT, not bool(last.isfinite().all())),
+            (Status.NON_FINITE_GRADIENT, not math.isfinite(history.g_norm.amax())),
+            (Status.NON_FINITE_PRODUCT, not math.isfinite(worst)),
             (failed, failed),
             (Status.NO_CURVATURE, history.has_no_curvature),
             (Status.NEGATIVE_CURVATURE, negative),
             (remark, remark),
-            (Status.LARGE_RESIDUAL, bool((last > LARGE).any())),
+            (Status.LARGE_RESIDUAL, worst > LARGE),
             (Status.FLAT_DIRECTIONS, history.flat),
             (Status.FINISHED, True),
         ]
@@ -171,11 +172,11 @@ class Monitor:
         solution = Solution(value=x, status=status, residuals=self.residuals, detail=detail, **facts)
         if not (status.ok and len(self.norms)):
             return solution
-        spent, goal = spent or f"{len(self.norms)} of {self.terms} terms", self.tolerance or 0.0
-        is_solved = self.tolerance is not None and bool((last <= goal * (1 + 1e-6)).all())
+        spent = spent or f"{len(self.norms)} of {self.terms} terms"
+        is_solved = self.tolerance is not None and worst <= goal * (1 + 1e-6)
         if is_solved or bool((DOUBT * last < history.drift).any()):
             return self._check_true_residual(solution, last, goal, spent)
-        return replace(solution, detail=joined(f"{spent}, residual {float(last.amax()):.3g}", detail))
+        return replace(solution, detail=joined(f"{spent}, residual {worst:.3g}", detail))
 
     def _check_true_residual(self, solution: Solution, recorded: Tensor, goal: float, spent: str) -> Solution:
         """Check ‖g − Aᵀx‖ by a product with x, since rounding makes the recorded residuals drift away from it."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from hoptim.linalg import dicts
 from hoptim.linalg.vectors import Tensors
@@ -199,8 +200,8 @@ def standard_error(result: Hypergradient, weights: Sequence[float] | None = None
 def natural_values(problem: Problem) -> Tensors:
     """Copies of the natural values of every :class:`HyperParameters` in ``hparams``, and of the other parameters in it."""
     with torch.no_grad():
-        values = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
+        values = problem.leaves()
         for path, module in problem.hparams.named_modules():
             if isinstance(module, HyperParameters):
-                values |= {f"{path}.{name}".lstrip("."): module[name].detach().clone() for name in module}
-    return values
+                values |= {f"{path}.{name}".lstrip("."): module[name] for name in module}
+        return {name: t.detach().clone() if isinstance(t, nn.Parameter) else t for name, t in values.items()}
