@@ -41,7 +41,7 @@ def decayed(w: Tensor, gradient: Tensor, decay: Tensor, group: Mapping[str, Any]
 
 def spread(decay: Tensor, w: Tensor) -> Tensor:
     """A decay whose shape begins that of w, as a factor of w."""
-    return decay.reshape(*decay.shape, *[1] * (w.ndim - decay.ndim))
+    return decay if decay.ndim == w.ndim else decay.reshape(*decay.shape, *[1] * (w.ndim - decay.ndim))
 
 
 class RealDecay:
