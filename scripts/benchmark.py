@@ -36,6 +36,7 @@ import torch
 from common.tables import wide_console
 from rich.console import Console
 from rich.table import Table
+from studies.benchmark.loops import hypersteps, steps, trainings
 from studies.benchmark.measure import Row
 from studies.benchmark.peers import peers
 from studies.benchmark.sections import compiled, cost, growth, imports, memory, size, unrolling, wrapper
@@ -56,6 +57,9 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
     "growth": growth,
     "size": size,
     "wrapper": wrapper,
+    "hypersteps": hypersteps,
+    "steps": steps,
+    "trainings": trainings,
     "small": small,
     "folds": folds,
     "imports": imports,

@@ -46,7 +46,7 @@ def expanded(x: Tensors, lead: Sequence[int]) -> Tensors:
     >>> expanded({"w": torch.zeros(())}, (3,))
     {'w': tensor([0., 0., 0.])}
     """
-    return map_tensors(lambda value: value.expand((*lead, *value.shape)), x)
+    return map_tensors(lambda value: value.expand((*lead, *value.shape)), x) if lead else x
 
 
 def stack(rows: Sequence[OptionalTensors]) -> OptionalTensors:

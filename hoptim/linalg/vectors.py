@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,13 +170,27 @@ def gram(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([a.double() @ b.double().T for a, b in pieces]).sum(0)
 
 
-def inverse(a: Tensor) -> Tensor:
+def inverse(a: Tensor | float, tiny: float = 0.0) -> Any:
     """1 / a for a length a, finite even if a is zero, so that a zero vector divided by its length stays zero.
+
+    Of a plain number ``tiny`` is the smallest that it may be, which a tensor has in its type.
 
     >>> 0 * inverse(torch.tensor(0.0))
     tensor(0.)
     """
+    if not isinstance(a, Tensor):
+        return 1 / max(a, tiny)
     return a.clamp(min=torch.finfo(a.dtype).tiny).reciprocal()
+
+
+def hypot(a: Any, b: Any) -> Any:
+    """√(a² + b²) of tensors, or of plain numbers."""
+    return torch.hypot(a, b) if isinstance(a, Tensor) else math.hypot(a, b)
+
+
+def larger(a: Any, b: Any) -> Any:
+    """The larger one, for each entry of tensors, or of plain numbers."""
+    return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
 
 
 def unit(v: Tensor) -> Tensor:

@@ -51,12 +51,14 @@ class Gradient(Condition):
         terms = decay_in_condition(loop, at, layout.unflatten(gradient.value))
         if not terms:
             return gradient
-        parts = {name: (term.factor * term.direction).to(layout.dtype) for name, term in terms.items()}
-        own = {name: t.factor.to(layout.dtype).expand_as(parts[name]) for name, t in terms.items() if t.norm == 2}
-        A, free = gradient.A + layout.flatten(own), None
-        if lasso := {name: term.direction == 0 for name, term in terms.items() if term.norm == 1}:
-            free = layout.flatten({name: t.to(layout.dtype) for name, t in lasso.items()}) == 0
-            A = OnFree(A, free)
+        c = layout.flatten({name: t.factor.to(layout.dtype).expand_as(t.direction) for name, t in terms.items()})
+        direction = layout.flatten({name: t.direction for name, t in terms.items()})
+        value, diagonal, free = torch.addcmul(gradient.value, c, direction), c, None
+        if lasso := [name for name, t in terms.items() if t.norm == 1]:
+            kinked = layout.flatten({name: torch.ones_like(terms[name].direction) for name in lasso}) > 0
+            free = (direction != 0) | ~kinked
+            value, diagonal = value * free, c * ~kinked
+        A = gradient.A + diagonal
         learned = {name: term for name, term in terms.items() if term.decay.requires_grad}
 
         def mixed(x: Tensor) -> OptionalTensors:
@@ -71,8 +73,7 @@ class Gradient(Condition):
             decays = {name: term.decay for name, term in learned.items()}
             return dicts.add(found, VJP(decays, at.leaves)(by_decay, x.ndim > 1))
 
-        value = gradient.value + layout.flatten(parts)
-        return replace(gradient, value=value if free is None else value * free, A=A, mixed=mixed, free=free)
+        return replace(gradient, value=value, A=A if free is None else OnFree(A, free), mixed=mixed, free=free)
 
 
 def _sum_by_decay(t: Tensor, ndim: int, at: At, name: str) -> Tensor:

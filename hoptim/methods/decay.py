@@ -13,6 +13,8 @@ inductive bias for transfer learning (the centre); Parikh and Boyd 2014, Proxima
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +66,7 @@ def shrunk(w: Tensor, size: Tensor, pull: Pull) -> Tensor:
 
 def spread(decay: Tensor, w: Tensor) -> Tensor:
     """A decay whose shape begins that of w, as a factor of w."""
-    return decay.reshape(*decay.shape, *[1] * (w.ndim - decay.ndim))
+    return decay if decay.ndim == w.ndim else decay.reshape(*decay.shape, *[1] * (w.ndim - decay.ndim))
 
 
 def from_centre(w: Tensor, pull: Pull) -> Tensor:
@@ -273,7 +275,7 @@ def decay_in_condition(loop: TrainingContext, at: At, gradient: Tensors) -> dict
                 scale = _scale(kind, present, state, gradient[name]) if pull.is_decoupled(group) else 1.0
                 scale = -scale if group.get("maximize") else scale
                 far = from_centre(weights[name].detach(), pull)
-                decay = torch.as_tensor(sum(own), dtype=None if name in learned else far.dtype, device=far.device)
+                decay = torch.as_tensor(reduce(add, own), dtype=None if name in learned else far.dtype, device=far.device)
                 factor = _on_shard(spread(decay.detach(), p), p) * scale
                 found[name] = Term(decay, scale, factor, far.sign() if pull.norm == 1 else far, pull.norm)
     return found

@@ -70,13 +70,14 @@ class Bound:
 
     def value(self, leaves: Tensors) -> Tensor:
         """The option as a tensor of one number, or of the leaf's shape."""
-        leaf = leaves[self.name]
-        if leaf.numel() > 1:
-            return self.transform(leaf) * (self.number / self.start if self.number != self.start else 1)
+        leaf, natural = leaves[self.name], self.transform(leaves[self.name])
         wide = torch.float32 if leaf.device.type == "mps" else torch.float64  # as precise as in the real step
-        natural = self.transform(leaf).reshape(()).to(wide)
+        if leaf.numel() == 1:
+            natural = natural.reshape(()).to(wide)
         if self.number == self.start:
             return natural
+        if leaf.numel() > 1:
+            return natural * (self.number / self.start)
         # At the start it is the number itself, bit for bit, as in the real step.
         return torch.where(natural == self.start, self.number * (natural / self.start), self.number / self.start * natural)
 
@@ -364,12 +365,10 @@ def _replaced(whole: Any, member: int | str | None, value: Any) -> Any:
 
 @contextmanager
 def in_effect(inner: optim.Optimizer, options: Sequence[LearnedOption], hparams: nn.Module) -> Iterator[None]:
-    """Give the options their present values, number · t(θ) / t(θ₀), for one step."""
+    """Give the options, none of which is a decay by weight, their present values, number · t(θ) / t(θ₀), for one step."""
     before: dict[tuple[int, str], Any] = {}
     put: dict[tuple[int, str], Any] = {}
     for option in options:
-        if option.is_decay:
-            continue
         group, place = inner.param_groups[option.group], (option.group, option.key)
         before[place] = group[option.key]
         now = option.bound(group).in_real_step(hparams.get_parameter(option.name))

@@ -40,10 +40,10 @@ def validate(at: At, batch: Any, buffers: Mapping[str, Tensor] = MappingProxyTyp
     if isinstance(at, LiveAt):
         return _validate_live(at, batch)
     with at.loss("val_loss", batch) as (loss, *_):
-        losses = loss.reshape(-1)
+        losses = loss.unbind() if loss.ndim else (loss,)
         inputs = [*at.weights.values(), *at.leaves.values(), *buffers.values()]
         passes = at.passes(loss)
-        rows = [_gradients(at, one, inputs, passes) for one in losses]
+        rows = [_gradients(at, one, inputs, passes, retain_graph=loss.ndim > 0) for one in losses]
     columns = iter([_stacked(column, loss.ndim) for column in zip(*rows, strict=True)])
     by_weight, by_leaf, by_buffer = ({name: next(columns) for name in tree} for tree in (at.weights, at.leaves, buffers))
     _check_touched(at.problem, by_weight, by_leaf)
@@ -61,10 +61,10 @@ def _validate_live(at: LiveAt, batch: Any) -> Validation:
     return Validation(loss=loss, g=g, direct=direct)
 
 
-def _gradients(at: At, loss: Tensor, inputs: Sequence[Tensor], passes: ShardedPasses | None) -> Any:
+def _gradients(at: At, loss: Tensor, inputs: Sequence[Tensor], passes: ShardedPasses | None, *, retain_graph: bool) -> Any:
     """∂loss/∂inputs, of which the weights come first; shards of the mean for them if a pass gives these."""
     with nullcontext(Tensors()) if passes is None else passes.passing() as taken:
-        found = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+        found = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=retain_graph)
     if passes is None:
         return found
     shards = passes.shards(dict(zip(at.weights, found, strict=False)), taken)

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as global_hooks
@@ -23,8 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from hoptim.linalg import dicts
+from hoptim.linalg.vectors import Tensors
 
 R = TypeVar("R")
+Places = dict[str, list[tuple[dict[str, Any], str]]]  # by name: the dicts in which modules hold a tensor, with its keys
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 _OF_RNN = "_flat_weights"  # the list in which an RNN keeps its parameters
@@ -53,23 +54,36 @@ class Joint(nn.Module):
         return function()
 
 
+def places_in(parts: Sequence[nn.Module], joint: Joint) -> Places:
+    """Where modules hold each tensor of ``joint``, by its name: several places for one that they share.
+
+    >>> joint = Joint(nn.Linear(1, 1, bias=False), nn.ParameterDict({"decay": torch.tensor(1.0)}))
+    >>> [(name, len(places)) for name, places in places_in(list(joint.modules()), joint).items()]
+    [('model.weight', 1), ('hparams.decay', 1)]
+    """
+    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for held in _registered(parts):
+        for key, t in held.items():
+            found.setdefault(id(t), []).append((held, key))
+    return {name: found[id(t)] for name, t in (*joint.named_parameters(), *joint.named_buffers())}
+
+
 @contextmanager
-def swapped(joint: Joint, parts: Sequence[nn.Module], tensors: dict[str, Tensor]) -> Iterator[None]:
+def swapped(parts: Sequence[nn.Module], places: Places, tensors: Tensors) -> Iterator[None]:
     """``torch.func.functional_call`` for the time of a context: inside, ``tensors`` are in place of the module's own.
 
-    Torch's function finds where each belongs, also where modules share it. What its modules, ``parts``, hold meanwhile is
-    put there again for the context.
-
     >>> joint = Joint(nn.Linear(1, 1), nn.ParameterDict({"decay": torch.tensor(1.0)}))
-    >>> with swapped(joint, list(joint.modules()), {"hparams.decay": torch.tensor(2.0)}):
+    >>> parts = list(joint.modules())
+    >>> with swapped(parts, places_in(parts, joint), {"hparams.decay": torch.tensor(2.0)}):
     ...     joint.hparams["decay"].item()
     2.0
     >>> joint.hparams["decay"].item()
     1.0
     """
-    own = _registered(parts)
-    with _restored(own):  # also from functional_call, which leaves a module with two names with other tensors
-        _put(own, functional_call(joint, tensors, (lambda: [held.copy() for held in own],)))
+    with restore_tensors(parts):
+        for name, t in tensors.items():
+            for held, key in places[name]:
+                held[key] = t
         yield
 
 

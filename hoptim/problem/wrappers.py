@@ -112,9 +112,7 @@ class Facade:
 
 def uncompiled() -> AbstractContextManager[Any]:
     """Inside, compiled modules and functions run eagerly, because compiled graphs have no double backward."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and importing it takes seconds
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager") if was_compile_called() else contextlib.nullcontext()
 
 
 def check_whole(model: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from hoptim.checks import describe_type
 from hoptim.problem.hyperparameters import HyperParameters
-from hoptim.problem.wrappers import uncompiled, unwrap, was_compile_called
+from hoptim.problem.wrappers import uncompiled, unwrap
 from hoptim.recipes.arguments import cast, check_between
 from hoptim.recipes.model_parts import beside, full, levels_of, part_of, unwrapped, whole_like
 
@@ -44,7 +43,7 @@ class LayerInputs(HyperParameters, ABC):
         try:
             for of_part, hook in hooks:  # register_forward_pre_hook and its handle take twice as long
                 of_part[key] = hook
-            with uncompiled() if was_compile_called() else nullcontext():  # a graph that was compiled before has no hooks
+            with uncompiled():  # a graph that was compiled before has no hooks
                 return model(*args, **kwargs)
         finally:
             for of_part, _ in hooks:

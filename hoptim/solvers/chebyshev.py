@@ -94,7 +94,7 @@ class Chebyshev(Iterative):
         if (growth := history.growth) is not None:
             failed = Status.STEP_TOO_LARGE if growth.curvature > 0 else Status.CURVATURE_TOO_NEGATIVE
             carry = {"direction": r.reshape(-1, A.size)[growth.side]}  # the power iteration has missed this one
-        high = float(history.curvatures.amax().clamp(min=0.0))
+        high = max(float(history.curvatures.max()), 0.0)
         return monitor.finish(
             x,
             history,

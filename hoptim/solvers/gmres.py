@@ -81,5 +81,6 @@ class GMRES(Iterative):
         left, ritz = least * inverse(beta[0]), torch.linalg.eigvals(H[..., :-1, :]).movedim(-1, 0)  # 0 after the stop
         is_unsolved = (flat[0] > 0) & (left > SLACK * max(self.tolerance, rounding))
         largest = torch.linalg.matrix_norm(H, 2)
-        history = History(beta[0], largest, left[None], ritz.real, flat=bool(is_unsolved.any()))
+        records = beta[0].numpy(), largest.numpy(), left[None].numpy(), ritz.real.numpy()
+        history = History(*records, flat=bool(is_unsolved.any()))
         return monitor.finish(x, history, met="met a Ritz value with the real part")

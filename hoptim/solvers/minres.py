@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg.operators import Operator
-from hoptim.linalg.vectors import axpy_, aypx_, inverse, scale_
+from hoptim.linalg.vectors import axpy_, aypx_, hypot, inverse, larger, scale_
 from hoptim.solvers.base import Iterative, check_operator
 from hoptim.solvers.monitor import Monitor
 from hoptim.solvers.solution import Solution, State
@@ -51,40 +51,41 @@ class MINRES(Iterative):
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """Lanczos vectors v, their tridiagonal matrix in QR form by reflections (c, s), and directions d."""
         check_operator(self, A)
-        monitor = Monitor(A, g, self.terms, self.tolerance)
-        beta = phi = monitor.g_norm
-        v, v_before = g * inverse(beta)[..., None], torch.zeros_like(g)
+        monitor, limits = Monitor(A, g, self.terms, self.tolerance), torch.finfo(g.dtype)
+        number, rounding, tiny = monitor.number, limits.eps, limits.tiny
+        v, v_before = g * inverse(monitor.g_norm)[..., None], torch.zeros_like(g)
         x, d, d_before = torch.zeros_like(g), torch.zeros_like(g), torch.zeros_like(g)
-        s = delta_bar = epsilon_next = largest = torch.zeros_like(beta)
-        longest, c, rounding = torch.zeros_like(beta), s - 1, torch.finfo(beta.dtype).eps
-        least, flat, idle = max(10 * rounding, NOTHING), max(100 * rounding, NOTHING), beta < 0
+        beta = phi = number(monitor.g_norm)
+        s = delta_bar = epsilon_next = largest = longest = number(torch.zeros_like(monitor.g_norm))
+        least, flat, c, idle = max(10 * rounding, NOTHING), max(100 * rounding, NOTHING), s - 1, beta < 0
         for _ in monitor:
             p = A.product_onto_(v_before, -beta, v)
-            alpha = A.dot(v, p)
+            alpha = number(A.dot(v, p))
             axpy_(p, -alpha, v)
-            beta = A.norm(p)
-            v, v_before = scale_(p, inverse(beta)), v
+            beta = number(A.norm(p))
+            v, v_before = scale_(p, inverse(beta, tiny)), v
 
             delta, gamma_bar = c * delta_bar + s * alpha, s * delta_bar - c * alpha
             epsilon, epsilon_next, delta_bar = epsilon_next, s * beta, -c * beta
-            gamma = torch.hypot(gamma_bar, beta)
+            gamma = hypot(gamma_bar, beta)
             monitor.record_curvature(-c * gamma_bar)  # along the residual r before this term
-            largest = torch.maximum(largest, gamma)
-            left = torch.hypot(gamma_bar, delta_bar)  # ‖Ar‖ / ‖r‖, and (left / gamma)² bounds the fall of ‖r‖² / ‖r‖²
-            over_gamma = inverse(gamma)
+            largest = larger(largest, gamma)
+            left = hypot(gamma_bar, delta_bar)  # ‖Ar‖ / ‖r‖, and (left / gamma)² bounds the fall of ‖r‖² / ‖r‖²
+            over_gamma = inverse(gamma, tiny)
             c, s = gamma_bar * over_gamma, beta * over_gamma
 
             aypx_(d_before, -epsilon, v_before)
             axpy_(d_before, -delta, d)
             d, d_before = scale_(d_before, over_gamma), d
-            length = A.norm(d)  # ‖Ad‖ = 1, so that the curvature along d is 1 / length
+            length = number(A.norm(d))  # ‖Ad‖ = 1, so that the curvature along d is 1 / length
             idle, idle_before = left <= least**0.5 * gamma, idle
-            monitor.stop((idle & idle_before) | (torch.minimum(left, inverse(length)) <= flat * largest))
-            longest = torch.maximum(longest, monitor.where_active(length))
+            nothing = flat * largest
+            monitor.stop((idle & idle_before) | (left <= nothing) | (inverse(length, tiny) <= nothing))
+            longest = larger(longest, monitor.where_active(length))
             axpy_(x, monitor.where_active(c * phi), d)
-            phi = torch.where(monitor.active, s * phi, phi)
+            phi = monitor.where_active(s * phi, phi)
             monitor.record_residual(phi)
 
         del v, v_before, p, d, d_before  # a check of the residual needs their memory
-        monitor.largest, monitor.drift = largest, rounding * (largest * longest) ** 2
+        monitor.largest, monitor.drift = largest, rounding * (largest * longest) * (largest * longest)
         return monitor.finish(x, met="met a direction of curvature")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,11 +113,11 @@ class Neumann(Iterative):
 
 def _remark(A: Operator, alpha: float, history: History) -> dict[str, Any]:
     """The remark on a bounded series, if its vectors do not shrink steadily, as they do for eigenvalues of αA in [0, 1]."""
-    lengths = torch.cat([torch.ones_like(history.g_norm)[None], history.residuals])
+    lengths = np.concatenate([np.ones_like(history.g_norm)[None], history.residuals])
     if not bool((lengths[1:] > lengths[:-1] * (1 + 1e-5)).any()):
         return {}
     step, longer = f"step size {alpha:.3g}", "a term is longer than the one before it"
-    high = float(history.curvatures.amax())
+    high = float(history.curvatures.max())
     if high * alpha > 1:
         return {"remark": Status.GROWING, "detail": f"{step}, curvature along the last term {high:.3g}"}
     if A.is_symmetric:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,12 +72,12 @@ class Nystrom(Solver):
         left = g - A @ x
         monitor.record_residual(A.norm(left))
         damped = A.norm(axpy_(left, -self.rho, x)) / monitor.scale
-        g_norm, residual, damped = torch.stack([monitor.g_norm, *monitor.residuals, damped]).double().cpu()
+        g_norm, residual, damped = torch.stack([monitor.g_norm, *monitor.residuals, damped]).double().cpu().numpy()
         return monitor.finish(
             x,
-            History(g_norm, w.abs().amax().expand_as(g_norm), residual[None], curvatures=w[:, None]),
+            History(g_norm, np.full_like(g_norm, w.abs().max()), residual[None], curvatures=w[:, None].numpy()),
             spent=f"rank {k}",
-            detail=f"‖g − (A + {self.rho:g} I)x‖ / ‖g‖ = {float(damped.amax()):.3g}",
+            detail=f"‖g − (A + {self.rho:g} I)x‖ / ‖g‖ = {float(damped.max()):.3g}",
             products=k + 1,
         )
 

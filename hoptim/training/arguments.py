@@ -108,6 +108,8 @@ def warn_of_unheld(held_by: Mapping[str, Optimizer], problem: Problem, known: Se
     for name, live in (("inner", problem.weights()), ("outer", problem.leaves())):
         here = held(held_by[name])
         unheld = [(name, key) for key, p in live.items() if id(p) not in here]
+        if len(unheld) == len(live):
+            check_optimizer(name, held_by[name], problem)
         if new := [key for which, key in unheld if (which, key) not in known]:
             warnings.warn(
                 f"the {name} optimizer does not hold {listed(new)}, though they require a gradient: the hypergradient takes "

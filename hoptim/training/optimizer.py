@@ -26,7 +26,7 @@ from hoptim.training import arguments
 from hoptim.training.checkpoint import KEY, REQUIRED_OUTER
 from hoptim.training.first_steps import FirstSteps, dry_run, vanished_weights, warn_of_first_hyperstep, weight_norms
 from hoptim.training.recent_steps import SeenLoss
-from hoptim.training.record import Record, cosine_in_common, natural_values
+from hoptim.training.record import Record, natural_values
 from hoptim.training.training_optimizer import Progress, TrainingOptimizer
 
 
@@ -221,14 +221,17 @@ class BilevelOptimizer(TrainingOptimizer):
         val_batch = self.val_batches.draw() if val_batch is None else val_batch
         if not progress.hyper_steps:
             self.problem.check_ranks()
-        with annotate_errors(f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"):
-            loop = self._context(draw, progress.recent.trajectory(self.problem.weights()))
+        place = f"in hyperstep {progress.hyper_steps + 1}, after {progress.inner_steps} inner steps"
+        with annotate_errors(place), self.problem.looked_up():
+            weights = self.problem.weights()
+            loop = self._context(draw, progress.recent.trajectory(weights))
             result = self.hypergradient(self.problem, train_batch, val_batch, progress.solver_state, loop)
+            found = doubts(self.hypergradient, loop, weights, result.solution)
+            found |= vanished_weights(self.problem, progress.norms)
         progress.solver_state, progress.solver_weights = result.solution.state, tuple(result.solution.value)
         if not progress.hyper_steps:
             result.check_touched(progress.learned_options, sees_options=self.hypergradient.sees_options)
-        found = doubts(self.hypergradient, loop, self.problem.weights(), result.solution)
-        for kind, doubt in {**found, **vanished_weights(self.problem, progress.norms)}.items():
+        for kind, doubt in found.items():
             self._warn_once(kind, doubt)
         return result
 
@@ -236,12 +239,10 @@ class BilevelOptimizer(TrainingOptimizer):
         """The outer step and the record of a hyperstep that began at this time."""
         progress, gradient, moved = self._progress, result.combined(self.val_weights), result.solution.status.ok
         progress.hyper_steps, progress.first_hyperstep.left = progress.hyper_steps + 1, 0
-        cosine_to_last = None
-        if moved:
-            cosine_to_last, progress.last_gradient = cosine_in_common(gradient, progress.last_gradient), gradient
+        last_gradient, progress.last_gradient = progress.last_gradient, gradient if moved else progress.last_gradient
         before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
         if moved:
-            outer_step(self.problem, self.outer, gradient)
+            _outer_step(self.problem, self.outer, gradient)
             restart_lbfgs(self.inner)
         after = natural_values(self.problem)
         warn_of_first_hyperstep(before, after, gradient, self.every)
@@ -252,8 +253,8 @@ class BilevelOptimizer(TrainingOptimizer):
             result=result,
             hyperparameters=after,
             seconds=time.perf_counter() - begun,
-            cosine_to_last=cosine_to_last,
             val_weights=self.val_weights,
+            last_gradient=last_gradient,
         )
         for hook in self.hooks:
             hook(record)
@@ -276,11 +277,9 @@ class BilevelOptimizer(TrainingOptimizer):
         dry_run(self.problem, self.hypergradient, train_batch, val_batch, loop, self.val_weights)
 
     def _context(self, draw: Callable[[], Any] | None, trajectory: Any = None) -> TrainingContext:
-        """What a method may need of the loop. Repeats the checks of the construction, since layers may be replaced."""
+        """What a method may need of the loop. Layers may be replaced or frozen in it, so that this is looked at again."""
         progress, learned, held = self._progress, self.learned_options, {"inner": self.inner, "outer": self.outer}
         self.problem.check_learned()
-        for name, optimizer in held.items():
-            arguments.check_optimizer(name, optimizer, self.problem)
         progress.unheld = unheld = arguments.warn_of_unheld(held, self.problem, progress.unheld)
         return TrainingContext(inner=self.inner, learned=learned, draw=draw, trajectory=trajectory, unheld=unheld)
 
@@ -388,6 +387,12 @@ def outer_step(problem: Problem, outer: Optimizer, grads: Tensors) -> None:
                 f"the hypergradient of {name!r} is not finite, so that nothing was moved: look at result.solution.status, "
                 "whose message says what to do, and step where it is ok"
             )
+    _outer_step(problem, outer, grads)
+
+
+def _outer_step(problem: Problem, outer: Optimizer, grads: Tensors) -> None:
+    """The same for hypergradients that are known to be finite."""
+    leaves = problem.leaves()
     try:
         for name, leaf in leaves.items():
             leaf.grad = grads[name].clone()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from hoptim.linalg import dicts
 from hoptim.linalg.vectors import Tensors
@@ -32,10 +33,8 @@ class Record:
         result: the hypergradient, with the solution behind it.
         hyperparameters: their natural values after the step, detached, by name.
         seconds: wall-clock time of the hyperstep.
-        cosine_to_last: cosine between this hypergradient and the one before, over the entries that are zero in neither: near
-            1 if they agree, near 0 if noise dominates. ``None`` for the first one, and if there is no such entry, as for
-            example weights if two batches have no example in common.
         val_weights: the weights of several validation losses, also in the figures of ``row()``; ``None`` for the mean.
+        last_gradient: the hypergradient of the last hyperstep that moved; empty for the first one.
     """
 
     inner_step: int
@@ -44,13 +43,22 @@ class Record:
     result: Hypergradient
     hyperparameters: Tensors
     seconds: float
-    cosine_to_last: float | None = None
     val_weights: list[float] | None = None
+    last_gradient: Tensors = field(default_factory=dict)
 
     @property
     def status(self) -> Status:
         """How the solve ended."""
         return self.result.solution.status
+
+    @property
+    def cosine_to_last(self) -> float | None:
+        """The cosine between this hypergradient and the one before, over the entries that are zero in neither.
+
+        It is near 1 if they agree, near 0 if noise dominates, and ``None`` for the first one, for one that failed, and if
+        there is no such entry, as for example weights if two batches have no example in common.
+        """
+        return cosine_in_common(self.result.combined(self.val_weights), self.last_gradient) if self.moved else None
 
     @property
     def failure(self) -> str:
@@ -192,8 +200,8 @@ def standard_error(result: Hypergradient, weights: Sequence[float] | None = None
 def natural_values(problem: Problem) -> Tensors:
     """Copies of the natural values of every :class:`HyperParameters` in ``hparams``, and of the other parameters in it."""
     with torch.no_grad():
-        values = {name: leaf.detach().clone() for name, leaf in problem.leaves().items()}
+        values = problem.leaves()
         for path, module in problem.hparams.named_modules():
             if isinstance(module, HyperParameters):
-                values |= {f"{path}.{name}".lstrip("."): module[name].detach().clone() for name in module}
-    return values
+                values |= {f"{path}.{name}".lstrip("."): module[name] for name in module}
+        return {name: t.detach().clone() if isinstance(t, nn.Parameter) else t for name, t in values.items()}

@@ -175,7 +175,8 @@ class TrainingOptimizer(Optimizer):
         progress = self._progress
         self._before_step(has_closure=closure is not None)
         learned = progress.learned_options
-        with learned_options.in_effect(self.inner, learned, self.problem.hparams) if learned else nullcontext():
+        numbers = [option for option in learned if not option.is_decay]
+        with learned_options.in_effect(self.inner, numbers, self.problem.hparams) if numbers else nullcontext():
             result = progress.decay.step(self.inner, closure, learned, self.problem)
         progress.inner_steps += 1
         progress.recent.stepped()

@@ -696,6 +696,7 @@ def test_cosine_to_last_is_that_of_consecutive_hypergradients_also_over_a_checkp
     assert found[0][1].cosine_to_last is None
     for (before, _), (now, record) in pairwise(found):
         assert record.cosine_to_last == pytest.approx(float(torch.sign(before * now)))
+        assert record.last_gradient["decay"] is before  # so that a history of records holds each gradient once
     advance(other, 0, 2)
     resumed = noisy_run(every=1)
     resumed.model.load_state_dict(other.model.state_dict())
