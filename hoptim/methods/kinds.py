@@ -30,6 +30,7 @@ DIFFERENTIABLE: dict[Kind, frozenset[str]] = {
 
 KINDS = tuple(DIFFERENTIABLE)
 DECOUPLED = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam)  # a decay beside whose steps is in F
+WORKS = f"take one of torch.optim's {', '.join(kind.__name__ for kind in KINDS)}, or Implicit() on Gradient()"
 
 
 def is_differentiable(inner: optim.Optimizer) -> bool:
@@ -43,15 +44,14 @@ def is_differentiable(inner: optim.Optimizer) -> bool:
 
 def kind_of(inner: optim.Optimizer) -> Kind:
     """The class of ``torch.optim`` whose step ``inner`` takes; ``TypeError`` if torch can't differentiate it."""
-    works = f"take one of torch.optim's {', '.join(kind.__name__ for kind in KINDS)}, or Implicit() on Gradient()"
     own = type(inner).__name__
     kind = next((base for base in type(inner).__mro__ if base in KINDS), None)
     if kind is None:
-        raise TypeError(f"the inner optimizer is of class {own}, whose step has no differentiable form: {works}")
+        raise TypeError(f"the inner optimizer is of class {own}, whose step has no differentiable form: {WORKS}")
     for method in ("step", "_init_group"):
         found = inspect.unwrap(getattr(inner, method))
         if getattr(found, "__func__", found) is not inspect.unwrap(getattr(kind, method)):
-            raise TypeError(f"the inner optimizer, of class {own}, has a {method} that is not {kind.__name__}'s: {works}")
+            raise TypeError(f"the inner optimizer, of class {own}, has a {method} that is not {kind.__name__}'s: {WORKS}")
     return kind
 
 

@@ -6,7 +6,7 @@ import inspect
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import Context
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ R = TypeVar("R")
 Places = dict[str, list[tuple[dict[str, Any], str]]]  # by name: the dicts in which modules hold a tensor, with its keys
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+_PLAIN = frozenset((int, float, bool, str, type(None)))
 _OF_RNN = "_flat_weights"  # the list in which an RNN keeps its parameters
 MANY = 1000  # a longer list or dict is restored, but what is in its items is not looked at
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -54,18 +55,20 @@ class Joint(nn.Module):
         return function()
 
 
-def places_in(parts: Sequence[nn.Module], joint: Joint) -> Places:
-    """Where modules hold each tensor of ``joint``, by its name: several places for one that they share.
+def places_in(modules: Mapping[str, nn.Module]) -> Places:
+    """Where modules hold each parameter and buffer, by its name: several places for one that they share.
 
     >>> joint = Joint(nn.Linear(1, 1, bias=False), nn.ParameterDict({"decay": torch.tensor(1.0)}))
-    >>> [(name, len(places)) for name, places in places_in(list(joint.modules()), joint).items()]
+    >>> [(name, len(places)) for name, places in places_in(dict(joint.named_modules())).items()]
     [('model.weight', 1), ('hparams.decay', 1)]
     """
-    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for held in _registered(parts):
-        for key, t in held.items():
-            found.setdefault(id(t), []).append((held, key))
-    return {name: found[id(t)] for name, t in (*joint.named_parameters(), *joint.named_buffers())}
+    found: dict[int, tuple[str, list[tuple[dict[str, Any], str]]]] = {}
+    for name, part in modules.items():
+        for held in (part._parameters, part._buffers):
+            for key, t in held.items():
+                if t is not None:
+                    found.setdefault(id(t), (f"{name}.{key}", []))[1].append((held, key))
+    return dict(found.values())
 
 
 @contextmanager
@@ -73,8 +76,8 @@ def swapped(parts: Sequence[nn.Module], places: Places, tensors: Tensors) -> Ite
     """``torch.func.functional_call`` for the time of a context: inside, ``tensors`` are in place of the module's own.
 
     >>> joint = Joint(nn.Linear(1, 1), nn.ParameterDict({"decay": torch.tensor(1.0)}))
-    >>> parts = list(joint.modules())
-    >>> with swapped(parts, places_in(parts, joint), {"hparams.decay": torch.tensor(2.0)}):
+    >>> modules = dict(joint.named_modules())
+    >>> with swapped(list(modules.values()), places_in(modules), {"hparams.decay": torch.tensor(2.0)}):
     ...     joint.hparams["decay"].item()
     2.0
     >>> joint.hparams["decay"].item()
@@ -144,7 +147,8 @@ class Attributes:
         self._values: dict[int, tuple[Tensor, int, Tensor]] = {}  # such as the states of a metric
         for own, _ in self._owned:
             for key in own.keys() - _TORCH_ATTRIBUTES:
-                self._hold(own[key], deep=key != _OF_RNN)
+                if type(own[key]) not in _PLAIN:
+                    self._hold(own[key], deep=key != _OF_RNN)
 
     def _hold(self, value: Any, *, deep: bool = True) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():

@@ -69,8 +69,8 @@ class _Live:
 
     def look_inside(self, problem: Problem) -> None:
         """Look up the parts of the model and the hyperparameters, and their buffers, by their names in the joint module."""
-        self.parts = list(problem.joint.modules())
-        self.places = places_in(self.parts, problem.joint)
+        modules = dict(problem.joint.named_modules())
+        self.parts, self.places = list(modules.values()), places_in(modules)
         self.buffers = {name: whole(t) for name, t in problem.named_buffers()}
 
     @cached_property

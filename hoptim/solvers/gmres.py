@@ -60,7 +60,7 @@ class GMRES(Iterative):
             columns.append(torch.cat([h, below[None]]).double())
             uh = (u * columns[-1][:-1]).sum(0)
             u = torch.cat([u, torch.where(uh == 0, 0.0, -uh / below)[None]])
-            residual = torch.where(monitor.active, beta / torch.linalg.vector_norm(u, dim=0).to(beta), residual)
+            residual = monitor.where_active(beta / torch.linalg.vector_norm(u, dim=0).to(beta), residual)
             monitor.stop(below <= 10 * rounding * largest)  # the Krylov space has ended
             monitor.record_residual(residual)
             V.append(scale_(w, monitor.where_active(inverse(below))))  # zero for what has stopped

@@ -53,25 +53,23 @@ class Monitor:
         least = ROUNDING * torch.finfo(g.dtype).eps
         self.A, self.g, self.terms, self.tolerance = A, g, terms, None if tolerance is None else max(tolerance, least)
         self.g_norm = A.norm(g)
-        self.active = self.g_norm > 0
-        self.scale = torch.where(self.active, self.g_norm, 1.0)
-        self.largest = self.drift = self._zero = torch.zeros_like(self.g_norm)
-        self.flat = torch.zeros_like(self.active)
-        self.norms: list[Any] = []  # tensors, or plain numbers
-        self.curvatures: list[Any] = []
-        self._goal = self.scale * (-torch.inf if self.tolerance is None else self.tolerance)
-        self._ceiling = GROWTH_LIMIT * self.scale if stop_on_growth else None
         self._is_one_on_cpu = not self.g_norm.ndim and self.g_norm.device.type == "cpu"
-        if self._is_one_on_cpu:  # compared as plain numbers, in a fifth of the time
-            self._low, self._high = self._goal.item(), math.inf if self._ceiling is None else self._ceiling.item()
+        length = self.number(self.g_norm)
+        self.active = length > 0  # as all below a tensor, or a plain number
+        self.scale = (length if length > 0 else 1.0) if self._is_one_on_cpu else torch.where(self.active, length, 1.0)
+        self.largest = self.drift = self._zero = self.number(torch.zeros_like(self.g_norm))
+        self.flat = self.active & False
+        self.norms: list[Any] = []
+        self.curvatures: list[Any] = []
+        self._goal = self.scale * (-math.inf if self.tolerance is None else self.tolerance)
+        self._ceiling = self.scale * GROWTH_LIMIT if stop_on_growth else math.inf
 
     def __iter__(self) -> Iterator[int]:
         """The terms 1, 2, …, until the host sees that all right-hand sides have stopped."""
         for term in range(1, self.terms + 1):
             yield term
-            if should_check_convergence(term, self.terms, self.g_norm) and not (
-                self.active.any() if self.active.ndim else self.active
-            ):
+            is_looked_at = should_check_convergence(term, self.terms, self.g_norm)
+            if is_looked_at and not (self.active if self._is_one_on_cpu else self.active.any()):
                 return
 
     def number(self, a: Tensor) -> Any:
@@ -87,11 +85,8 @@ class Monitor:
 
     def stop(self, where: Any) -> None:
         """Stop these right-hand sides, whose rest lies where the curvature is flat within rounding."""
-        if not self._is_one_on_cpu:
-            self.flat = self.flat | (self.active & where)
-            self.active = self.active & ~where
-        elif where:
-            self.flat, self.active = self.flat | self.active, torch.zeros_like(self.active)
+        self.flat = self.flat | (self.active & where)
+        self.active = self.active & (where ^ True)
 
     def record_curvature(self, curvature: Any) -> None:
         """Note ⟨v, A v⟩ / ⟨v, v⟩ for some vector v of this term."""
@@ -100,19 +95,18 @@ class Monitor:
     def record_residual(self, norm: Any) -> None:
         """Note ‖g − Aᵀx‖ after this term, and stop right-hand sides that have converged, or all if one has grown too far."""
         self.norms.append(norm)
-        if self._is_one_on_cpu:
-            if not self._low < float(norm) <= self._high:
-                self.active = torch.zeros_like(self.active)
-            return
-        self.active = self.active & (norm > self._goal)
-        if self._ceiling is not None:
-            self.active = self.active & (norm <= self._ceiling).all()
+        if self._is_one_on_cpu:  # compared as plain numbers, in a fifth of the time
+            self.active = self.active and self._goal < float(norm) <= self._ceiling
+        else:
+            self.active = self.active & (norm > self._goal)
+            if self._ceiling is not math.inf:
+                self.active = self.active & (norm <= self._ceiling).all()
 
     @property
     def residuals(self) -> Tensor:
         """‖g − Aᵀx‖ / ‖g‖ after each term, on the device."""
         if self._is_one_on_cpu:
-            return torch.tensor([float(norm) for norm in self.norms], dtype=self.scale.dtype) / self.scale
+            return self.g_norm.new_tensor([float(norm) for norm in self.norms]) / self.scale
         return torch.stack(self.norms) / self.scale if self.norms else self.g_norm.new_empty((0, *self.g_norm.shape))
 
     def read(self) -> History:
@@ -123,7 +117,7 @@ class Monitor:
         else:
             found = torch.stack([row.to(self.g_norm) for row in rows]).double().cpu().numpy()
         g_norm, scale, largest, drift, flat = found[:5]
-        norms, curvatures = np.split(found[5:], [len(self.norms)])
+        norms, curvatures = found[5 : 5 + len(self.norms)], found[5 + len(self.norms) :]
         if len(curvatures):
             largest = np.maximum(largest, abs(curvatures).max(0))
         return History(g_norm, largest, norms / scale, curvatures, drift, bool(flat.any()))
