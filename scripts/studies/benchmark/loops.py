@@ -158,7 +158,7 @@ def offset_loss(model: Any, hparams: Any, batch: Any, loss: Loss) -> Tensor:
 
 
 def steps(rounds: int) -> list[Row]:
-    """A step without a hyperstep over that of the plain loop: one that reads no hyperparameter, one with a decay a weight."""
+    """A step without a hyperstep over that of the plain loop: one that reads no hyperparameter, and with decays."""
     rows = []
     for name, model, loss in step_cases():
         inner, batch = adamw(model), TRAIN[:BATCH]
