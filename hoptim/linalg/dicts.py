@@ -102,7 +102,4 @@ def norm(x: Tensors) -> Tensor:
     >>> norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
-    layout = Layout.of(x)
-    if x and layout.is_uniform:
-        return vectors.norm(torch.stack([vectors.norm(t.reshape(-1)) for t in x.values()]))
-    return vectors.norm(layout.flatten(x))
+    return vectors.norm(Layout.of(x).flatten(x))
