@@ -6,13 +6,14 @@ import inspect
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import Context
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as global_hooks
@@ -22,10 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from hoptim.linalg import dicts
-from hoptim.linalg.vectors import Tensors
 
 R = TypeVar("R")
-Places = dict[str, list[tuple[dict[str, Any], str]]]  # by name: the dicts in which modules hold a tensor, with its keys
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 _PLAIN = frozenset((int, float, bool, str, type(None)))
@@ -55,38 +54,23 @@ class Joint(nn.Module):
         return function()
 
 
-def places_in(modules: Mapping[str, nn.Module]) -> Places:
-    """Where modules hold each parameter and buffer, by its name: several places for one that they share.
-
-    >>> joint = Joint(nn.Linear(1, 1, bias=False), nn.ParameterDict({"decay": torch.tensor(1.0)}))
-    >>> [(name, len(places)) for name, places in places_in(dict(joint.named_modules())).items()]
-    [('model.weight', 1), ('hparams.decay', 1)]
-    """
-    found: dict[int, tuple[str, list[tuple[dict[str, Any], str]]]] = {}
-    for name, part in modules.items():
-        for held in (part._parameters, part._buffers):
-            for key, t in held.items():
-                if t is not None:
-                    found.setdefault(id(t), (f"{name}.{key}", []))[1].append((held, key))
-    return dict(found.values())
-
-
 @contextmanager
-def swapped(parts: Sequence[nn.Module], places: Places, tensors: Tensors) -> Iterator[None]:
+def swapped(joint: Joint, parts: Sequence[nn.Module], tensors: dict[str, Tensor]) -> Iterator[None]:
     """``torch.func.functional_call`` for the time of a context: inside, ``tensors`` are in place of the module's own.
 
+    Torch's function finds where each belongs, also where modules share it. What its modules, ``parts``, hold meanwhile is
+    put there again for the context.
+
     >>> joint = Joint(nn.Linear(1, 1), nn.ParameterDict({"decay": torch.tensor(1.0)}))
-    >>> modules = dict(joint.named_modules())
-    >>> with swapped(list(modules.values()), places_in(modules), {"hparams.decay": torch.tensor(2.0)}):
+    >>> with swapped(joint, list(joint.modules()), {"hparams.decay": torch.tensor(2.0)}):
     ...     joint.hparams["decay"].item()
     2.0
     >>> joint.hparams["decay"].item()
     1.0
     """
-    with restore_tensors(parts):
-        for name, t in tensors.items():
-            for held, key in places[name]:
-                held[key] = t
+    own = _registered(parts)
+    with _restored(own):  # also from functional_call, which leaves a module with two names with other tensors
+        _put(own, functional_call(joint, tensors, (lambda: [held.copy() for held in own],)))
         yield
 
 

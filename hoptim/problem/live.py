@@ -92,7 +92,7 @@ class LiveAt(At):
             problem.leave_no_trace(),
             _moved(self.weights, move),
             _own_gradients(problem.weights()) as weights,
-            swapped(live.parts, live.places, given),
+            swapped(problem.joint, live.parts, given),
             restore_attributes(live.parts),
         ):
             set_generators(states or {})

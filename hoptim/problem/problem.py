@@ -22,7 +22,6 @@ from hoptim.problem.distributed import Ranks
 from hoptim.problem.functional import (
     Attributes,
     Joint,
-    places_in,
     renormed_weights,
     restore_attributes,
     swapped,
@@ -69,8 +68,7 @@ class _Live:
 
     def look_inside(self, problem: Problem) -> None:
         """Look up the parts of the model and the hyperparameters, and their buffers, by their names in the joint module."""
-        modules = dict(problem.joint.named_modules())
-        self.parts, self.places = list(modules.values()), places_in(modules)
+        self.parts = list(problem.joint.modules())
         self.buffers = {name: whole(t) for name, t in problem.named_buffers()}
 
     @cached_property
@@ -379,7 +377,7 @@ class Problem:
             given |= {"hparams." + name: t for name, t in at.leaves.items()}
             restored = nullcontext() if attributes is None else restore_attributes(live.parts)
             parallel = nullcontext() if live.sharding is None else without_parallel_hooks(live.parts)
-            with parallel, swapped(live.parts, live.places, given | _clones(at.buffers)), restored:
+            with parallel, swapped(self.joint, live.parts, given | _clones(at.buffers)), restored:
                 if attributes is not None:
                     attributes.put()
                 yield at
