@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +17,6 @@ from hoptim.recipes.arguments import cast
 
 Batch = TypeVar("Batch")
 Ratings = Tensor | Iterable[Tensor]  # all of them, or piece by piece
-ROWS = 2**16  # ratings of a row group in a file, so that small batches do not make thousands of groups
 
 
 class Rater(nn.Module):
@@ -174,7 +171,7 @@ class Rater(nn.Module):
         than that of the ratings above 0 lacks variety. Choose it by the validation loss of a few trainings.
 
         Args:
-            ratings: those of n examples, in a tensor or in pieces, as :meth:`rate` and :meth:`read` give them.
+            ratings: those of n examples, in a tensor or in pieces, as :meth:`rate` gives them.
             share: how many to keep, above 0 and at most 1: n·share, rounded, but at least one.
 
         Raises:
@@ -194,47 +191,6 @@ class Rater(nn.Module):
         """
         found, count = _checked(ratings, share)
         return -torch.inf if share == 1 else found.topk(count).values[-1].item()
-
-    @staticmethod
-    def write(path: str | os.PathLike[str], ratings: Ratings) -> None:
-        """Write ratings to a Parquet file with one column, ``rating``, in their order, so that row i is example i.
-
-        They are written as they come, so that a stream of any length is never held. If one fails, an earlier file stays.
-
-        Args:
-            path: the file.
-            ratings: in a tensor or in pieces, such as ``rater.rate(batches)``.
-
-        Raises:
-            ImportError: pyarrow is missing.
-            ValueError: there is no rating.
-        """
-        pyarrow, parquet = _pyarrow()
-        part, rows = Path(f"{os.fspath(path)}.part"), 0
-        try:
-            with parquet.ParquetWriter(part, pyarrow.schema([("rating", pyarrow.float64())])) as writer:
-                for group in _groups(ratings):
-                    writer.write(pyarrow.record_batch([group.double().numpy(force=True)], schema=writer.schema))
-                    rows += len(group)
-            if not rows:
-                raise ValueError("ratings is empty: there is nothing to write")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-    @staticmethod
-    def read(path: str | os.PathLike[str]) -> Iterator[Tensor]:
-        """Yield the ratings in a file of :meth:`write` in pieces, as :meth:`keep` and :meth:`threshold` take them.
-
-        Raises:
-            ImportError: pyarrow is missing.
-            ValueError: the file has no column ``rating``.
-        """
-        with _pyarrow()[1].ParquetFile(path) as file:
-            if "rating" not in file.schema_arrow.names:
-                raise ValueError(f"{os.fspath(path)} has columns {file.schema_arrow.names}: there is none of name 'rating'")
-            for batch in file.iter_batches(ROWS, columns=["rating"]):
-                yield torch.tensor(batch.column(0).to_numpy(zero_copy_only=False))
 
     def optimizer(self, lr: float = 0.003) -> torch.optim.Adam:
         """The outer optimizer for it: Adam on its weights."""
@@ -274,20 +230,6 @@ def _pieces(ratings: Ratings) -> Iterator[Tensor]:
         yield piece
 
 
-def _groups(ratings: Ratings) -> Iterator[Tensor]:
-    """The pieces joined to groups of at least ``ROWS`` ratings, but for the last."""
-    held: list[Tensor] = []
-    count = 0
-    for piece in _pieces(ratings):
-        held.append(piece)
-        count += len(piece)
-        if count >= ROWS:
-            yield torch.cat(held)
-            held, count = [], 0
-    if held:
-        yield torch.cat(held)
-
-
 def _checked(ratings: Ratings, share: float) -> tuple[Tensor, int]:
     """All ratings, and how many of them are to be kept."""
     if not (is_finite(share) and 0 < share <= 1):
@@ -297,12 +239,3 @@ def _checked(ratings: Ratings, share: float) -> tuple[Tensor, int]:
         raise ValueError("ratings is empty: there is no example to choose from")
     found = torch.cat(pieces)
     return found, max(1, round(share * len(found)))
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("ratings in files need pyarrow: in a checkout of hoptim, pip install '.[parquet]'") from error
-    return pyarrow, parquet

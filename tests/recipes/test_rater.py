@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -218,64 +217,6 @@ def test_a_threshold_of_a_sample_keeps_about_the_share_of_a_stream_with_all_that
     assert whole.all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_file_has_the_ratings_that_were_written(tmp_path: Path, dtype: torch.dtype) -> None:
-    ratings = torch.randn(1000).to(dtype)
-    Rater.write(tmp_path / "ratings.parquet", ratings.split(7))
-    pieces = list(Rater.read(tmp_path / "ratings.parquet"))
-    assert torch.equal(torch.cat(pieces), ratings.double())
-    assert torch.equal(Rater.keep(Rater.read(tmp_path / "ratings.parquet"), 0.25), Rater.keep(ratings, 0.25))
-    assert [path.name for path in tmp_path.iterdir()] == ["ratings.parquet"]
-
-
-def test_a_file_is_written_in_groups_as_the_stream_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyarrow import parquet
-
-    sizes: list[int] = []
-    write = parquet.ParquetWriter.write
-    monkeypatch.setattr(parquet.ParquetWriter, "write", lambda own, rows: [sizes.append(len(rows)), write(own, rows)])
-    read, seen = [0], []
-
-    def pieces() -> Iterator[Tensor]:
-        for number in range(200):
-            seen.append(read[0] - sum(sizes))
-            read[0] += 1000
-            yield torch.full((1000,), float(number))
-
-    Rater.write(tmp_path / "ratings.parquet", pieces())
-    assert sizes == [66_000, 66_000, 66_000, 2000]
-    assert max(seen) == 65_000, "what is held at a time"
-    assert parquet.ParquetFile(tmp_path / "ratings.parquet").metadata.num_row_groups == 4
-    assert torch.equal(
-        torch.cat(list(Rater.read(tmp_path / "ratings.parquet"))), torch.arange(200.0).repeat_interleave(1000)
-    )
-
-
-def test_a_stream_that_fails_leaves_the_earlier_file(tmp_path: Path) -> None:
-    path = tmp_path / "ratings.parquet"
-    Rater.write(path, torch.ones(3))
-    bad = X.clone()
-    bad[12, 1] = torch.nan
-    with pytest.raises(ValueError, match=r"the rating of example 12, in batch 2, is NaN: look for NaN in its features"):
-        Rater.write(path, learned().rate(bad.split(5)))
-    assert torch.cat(list(Rater.read(path))).tolist() == [1.0, 1.0, 1.0]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"pip install '\.\[parquet\]'"):
-        Rater.write(tmp_path / "ratings.parquet", torch.ones(3))
-
-
-def foreign(folder: Path) -> Path:
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({"score": [1.0]}), folder / "other.parquet")
-    return folder / "other.parquet"
-
-
 VALUE_ERRORS: dict[str, Any] = {
     "net has no parameter that requires a gradient: give": lambda _: Rater(nn.ReLU()),
     "net has no parameter that requires a gradient": lambda _: Rater(nn.Linear(3, 1).requires_grad_(False)),
@@ -289,8 +230,6 @@ VALUE_ERRORS: dict[str, Any] = {
     "share is 50": lambda _: Rater.keep(RATINGS, 50),
     "ratings is empty: there is no example": lambda _: Rater.keep([], 0.5),
     "rating of example 3 is NaN": lambda _: Rater.keep([torch.ones(2), torch.tensor([0.0, torch.nan])], 0.5),
-    "ratings is empty: there is nothing to write": lambda folder: Rater.write(folder / "ratings.parquet", []),
-    "has columns ['score']: there is none of name 'rating'": lambda folder: list(Rater.read(foreign(folder))),
 }
 TYPE_ERRORS: dict[str, Any] = {
     "net is a builtin_function_or_method: give an nn.Module": lambda _: Rater(torch.sigmoid),  # type: ignore[arg-type]
