@@ -1,4 +1,7 @@
-"""Checkpoints by torch.distributed.checkpoint: each rank writes its shards, and any number of ranks reads them again."""
+"""Checkpoints by torch.distributed.checkpoint: each rank writes its shards, and any number of ranks reads them again.
+
+That package is imported by the functions that use it, since this takes as long as all of hoptim.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils import _pytree as pytree
 
 from hoptim.checks import describe_type, listed
@@ -51,6 +50,8 @@ def save_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
         FileExistsError: there is such a folder already.
         RuntimeError: the disk is full, or can't be written to.
     """
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     folder = _checked(folder, optimizer, stateful, "save_checkpoint")
     ranks, part = optimizer.problem.ranks, folder.with_name(f".{folder.name}.part")
     tree = _saved(optimizer, stateful)
@@ -348,6 +349,8 @@ def _make_room(folder: Path, part: Path) -> None:
 
 
 def _check_is_one(folder: Path) -> None:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
     if not (folder / ".metadata").exists():
         raise FileNotFoundError(f"there is no checkpoint in {folder}: give a folder that hoptim.save_checkpoint has made")
     try:
@@ -359,12 +362,16 @@ def _check_is_one(folder: Path) -> None:
 
 
 def _read(template: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     _call(load, template, folder, ranks, DAMAGED)
     return template
 
 
 def _call(action: Callable[..., Any], tree: dict[str, Any], folder: Path, ranks: Ranks, failure: str) -> None:
     """Save or load on these ranks, without a warning that a single process is alone; if it fails, raise ``RuntimeError``."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     where: dict[str, Any] = {"process_group": ranks.group} if ranks.size > 1 else {"no_dist": True}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
