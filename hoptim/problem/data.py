@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from hoptim.checks import describe_type
 from hoptim.problem.held_batch import hold_copy
 from hoptim.problem.loss_checks import check_takes
-from hoptim.problem.random_stream import RandomStream, from_tensors, to_tensors
+from hoptim.problem.random_stream import RandomStream
 
 NO_BATCHES = (torch.Tensor, Mapping, str, bytes)  # iterating over these gives rows, keys and letters, not batches
 _END = object()
@@ -121,12 +121,12 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the present pass, and the state of the random stream at its start."""
-        return {"position": self._position, "begun": to_tensors(self._begun)}
+        return {"position": self._position, "begun": dict(self._begun)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the saved pass again and skip to its position; with new random numbers if ``"begun"`` is ``None``."""
         self._iterator, self._position, self._begun = None, 0, {}
-        begun = from_tensors(state["begun"] or {})
+        begun = state["begun"] or {}
         if state["position"] and state["begun"] is not None and "" not in begun:
             raise ValueError(f"the state of {self.name} lacks that of torch's generator: it is damaged")
         self._stream.load(begun)

@@ -7,13 +7,10 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from hoptim.linalg.vectors import Tensors
 
 Generators = Mapping[str, torch.Generator]
 
@@ -47,7 +44,7 @@ class RandomStream:
         others = others or {}
         outside = _read(others)
         try:
-            if "python" not in self._states:  # new, or from a checkpoint that has torch's states only
+            if not self._states:
                 _seed(torch.initial_seed() + zlib.crc32(self._name.encode()))
             _put(self._states, others)
             yield partial(_read, others)
@@ -60,29 +57,24 @@ class RandomStream:
         return dict(self._states)
 
     def load(self, states: Mapping[str, Any]) -> None:
-        """Go to these states; to the beginning if they are empty."""
-        self._states = dict(states)
+        """Go to these states, on whatever device a checkpoint was read; to the beginning if they are empty."""
+        self._states = {name: state.cpu() if isinstance(state, torch.Tensor) else state for name, state in states.items()}
 
 
-def global_states() -> Tensors:
-    """The present states of the global generators, for a checkpoint."""
-    return to_tensors(_read({}))
-
-
-def set_global_states(tensors: Mapping[str, Tensor]) -> None:
-    """Set the global generators to these states.
-
-    >>> states = global_states()
-    >>> first = torch.rand(2)
-    >>> set_global_states(states)
-    >>> torch.equal(torch.rand(2), first)
-    True
-    """
-    _put(from_tensors(tensors), {})
+def global_states() -> dict[str, Any]:
+    """The present states of the global generators, as tensors and plain values for a checkpoint."""
+    return _read({})
 
 
 def set_generators(states: Mapping[str, Any]) -> None:
-    """Set those global generators to these states that are both in ``states`` and in this process."""
+    """Set those global generators to these states that are both in ``states`` and in this process.
+
+    >>> states = global_states()
+    >>> first = torch.rand(2)
+    >>> set_generators(states)
+    >>> torch.equal(torch.rand(2), first)
+    True
+    """
     _put(states, {})
 
 
@@ -94,51 +86,6 @@ def restore_generators() -> Iterator[None]:
         yield
     finally:
         _put(outside, {})
-
-
-def to_tensors(states: Mapping[str, Any]) -> Tensors:
-    """States as tensors of bytes, for a checkpoint.
-
-    >>> states = {"python": random.getstate(), "numpy": np.random.get_state()}
-    >>> from_tensors(to_tensors(states))["python"] == states["python"]
-    True
-    """
-    found: Tensors = {}
-    for name, state in states.items():
-        if name == "python":
-            version, words, gauss = state
-            found[name] = _packed([version, gauss is not None, gauss or 0.0], words)
-        elif name == "numpy":
-            _, key, pos, has_gauss, gauss = state
-            found[name] = _packed([pos, has_gauss, gauss], key)
-        else:
-            found[name] = state
-    return found
-
-
-def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The states from their tensors."""
-    found: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if name == "python":
-            (version, has_gauss, gauss), words = _unpacked(tensor)
-            found[name] = int(version), tuple(words.tolist()), gauss if has_gauss else None
-        elif name == "numpy":
-            (pos, has_gauss, gauss), key = _unpacked(tensor)
-            found[name] = "MT19937", key, int(pos), int(has_gauss), gauss
-        else:
-            found[name] = tensor.cpu()
-    return found
-
-
-def _packed(three: list[float], words: Any) -> Tensor:
-    parts = np.array(three, dtype=np.float64), np.array(words, dtype=np.uint32)
-    return torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts]))
-
-
-def _unpacked(tensor: Tensor) -> tuple[list[float], Any]:
-    raw = tensor.cpu().numpy()
-    return raw[:24].view(np.float64).tolist(), raw[24:].view(np.uint32).copy()
 
 
 def _seed(seed: int) -> None:
@@ -154,7 +101,8 @@ def _read(others: Generators) -> dict[str, Any]:
     """All states by name; that of torch on the CPU has the empty name."""
     states: dict[str, Any] = {"": torch.get_rng_state(), "python": random.getstate()}
     if _numpy_is_plain():
-        states["numpy"] = np.random.get_state()
+        kind, words, *rest = cast(Any, np.random.get_state())
+        states["numpy"] = (kind, words.tolist(), *rest)  # plain values, since a checkpoint takes no arrays
     if torch.cuda.is_initialized():
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return states | {name: generator.get_state() for name, generator in others.items()}

@@ -14,7 +14,7 @@ from hoptim.linalg.vectors import Tensors
 from hoptim.methods.result import Hypergradient
 from hoptim.problem.loss_checks import annotate_errors
 from hoptim.problem.problem import Problem
-from hoptim.problem.random_stream import from_tensors, global_states, set_global_states, to_tensors
+from hoptim.problem.random_stream import global_states, set_generators
 from hoptim.training.fit_file import FitFile
 from hoptim.training.fold_optimizer import FoldOptimizer, SavePoint, Train, joined
 from hoptim.training.optimizer import project_
@@ -61,7 +61,7 @@ class Fit:
         for optimizer in (*self.folds, self.last):
             self.shared.watch(optimizer)
         if saved is None:
-            self._random = {"folds": [to_tensors(one.stream.states()) for one in self.folds]}
+            self._random = {"folds": [one.stream.states() for one in self.folds]}
         else:
             self._load(saved)
         if saved is None or saved["phase"] == "folds":
@@ -195,12 +195,12 @@ class Fit:
             self.last.save_points.resume_from = saved["last"]
         self.history, self.seconds, self._random = saved["history"], saved["seconds"], {saved["phase"]: saved["begun"]}
         if saved["phase"] == "folds":
-            set_global_states(saved["process"])
+            set_generators(saved["process"])
             for one, begun, state in zip(self.folds, saved["begun"], saved["folds"], strict=True):
-                one.stream.load(from_tensors(begun))
+                one.stream.load(begun)
                 one.save_points.resume_from = state
         else:
-            set_global_states(saved["begun"])
+            set_generators(saved["begun"])
             for one, model in zip(self.folds, saved["models"], strict=True):
                 one.problem.model.load_state_dict(model)
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from hoptim.checks import describe_type, listed
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.problem.distributed import Ranks
-from hoptim.problem.random_stream import global_states, set_global_states
+from hoptim.problem.random_stream import global_states, set_generators
 from hoptim.problem.sharding import Sharding, local
 from hoptim.training.checkpoint import KEY, check_loadable, held_shards, held_weights
 from hoptim.training.optimizer import BilevelOptimizer
@@ -118,7 +118,7 @@ def load_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
     problem.model.load_state_dict({**found["model"], **own["buffers"]})
     load_stateful(own["stateful"], stateful, with_generators=is_same)
     if is_same:
-        set_global_states(own["random"])
+        set_generators(own["random"])
     else:
         warnings.warn(
             f"the checkpoint is of {shared['ranks']} ranks, and this training has {ranks.size}: random generators stay as "

@@ -19,7 +19,7 @@ from hoptim.methods import learned_options
 from hoptim.methods.decay import RealDecay
 from hoptim.methods.learned_options import Learned, LearnedOption
 from hoptim.problem.problem import Problem
-from hoptim.problem.random_stream import global_states, set_global_states
+from hoptim.problem.random_stream import global_states, set_generators
 from hoptim.training import arguments
 from hoptim.training.checkpoint import BARE, KEY, REQUIRED, VERSION, check_loadable, held_shards, held_weights
 from hoptim.training.recent_steps import RecentSteps, SeenLoss
@@ -407,7 +407,7 @@ def _restore(optimizer: TrainingOptimizer, saved: Saved, stateful: tuple[Any, ..
     check_kinds("resumable", [kind for kind, _ in saved["stateful"]], stateful)
     restore_model(optimizer, saved)
     load_stateful(saved["stateful"], stateful)
-    set_global_states(saved["random"])
+    set_generators(saved["random"])
 
 
 def restore_model(optimizer: TrainingOptimizer, saved: Saved) -> None:

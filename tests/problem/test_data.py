@@ -98,14 +98,6 @@ def test_nothing_is_drawn_before_it_is_asked_for() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_state_holds_tensors_and_plain_values_only() -> None:
-    batches = Batches(loader(True, True), "val_batches")
-    batches.draw()
-    state = batches.state_dict()
-    assert state["position"] == 1
-    assert all(isinstance(value, Tensor) for value in state["begun"].values())
-
-
 def test_iterable_that_is_empty_on_a_later_pass_is_an_error() -> None:
     source = [0.0]
     batches = Batches(source, "val_batches")
@@ -169,17 +161,6 @@ def test_transforms_draw_aside_and_are_resumed_to_the_bit(workers: int, position
     assert all(map(torch.equal, found, expected))
     jitter = torch.cat([*drawn, *expected])[:, 1:].flatten().tolist()
     assert len(set(jitter)) == len(jitter)  # no number is drawn twice, in this pass or in another
-
-
-def test_a_state_of_before_the_streams_begins_its_pass_again() -> None:
-    """Then a pass came from the global generator, whose state at its start was saved."""
-    torch.manual_seed(7)
-    source = loader(True, False)
-    begun = torch.get_rng_state()
-    expected = [values(batch) for batch in source]
-    batches = Batches(source, "val_batches")
-    batches.load_state_dict({"position": 2, "begun": {"": begun}, "now": {"": torch.get_rng_state()}})
-    assert [values(batches.draw()) for _ in range(2)] == expected[2:]
 
 
 @pytest.mark.skipif(not hasattr(np.random, "set_bit_generator"), reason="NumPy has set_bit_generator from 1.24 on")
