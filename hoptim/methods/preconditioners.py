@@ -67,27 +67,18 @@ class Jacobi(Preconditioner):
 
 @dataclass(frozen=True, kw_only=True)
 class SecondMoments(Preconditioner):
-    """D = √v̂ + ε, where v̂ are the second moments that an inner Adam holds already. It costs no product.
+    """D = √v̂ + ε, where v̂ are the second moments that an inner Adam holds already, and ε is its own. It costs no product.
 
     With ``Identity`` this is SAMA's hypergradient, x = g / (√v̂ + ε).
 
-    Args:
-        epsilon: ε > 0; ``None``, the default, takes the optimizer's own.
-
     Raises:
-        ValueError: ``epsilon`` is not positive; when called, no inner optimizer, or one without second moments yet.
+        ValueError: when called, no inner optimizer, or one without second moments yet.
 
     Source: Choe et al. 2023 (arXiv 2310.05674), section 3.2.
 
-    >>> SecondMoments(epsilon=1e-6)
-    SecondMoments(epsilon=1e-06)
+    >>> SecondMoments()
+    SecondMoments()
     """
-
-    epsilon: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.epsilon is not None and not (is_finite(self.epsilon) and self.epsilon > 0):
-            raise ValueError(f"epsilon={self.epsilon!r}: give a positive number, or None for the optimizer's own")
 
     def __call__(self, A: Operator, weights: Tensors, inner: Optimizer | None) -> Tensor:
         """The diagonal of D, of shape (n,), every entry positive."""
@@ -109,6 +100,6 @@ class SecondMoments(Preconditioner):
         for name, p in weights.items():
             group = groups[p]
             correction = 1 - group["betas"][1] ** float(inner.state[p]["step"]) if "betas" in group else 1.0
-            root = (local(moments[name]) / correction).sqrt() + (self.epsilon or group["eps"])
+            root = (local(moments[name]) / correction).sqrt() + group["eps"]
             roots.append(root.reshape(-1).to(A.device, A.dtype))
         return torch.cat(roots)

@@ -35,12 +35,11 @@ class Chebyshev(Iterative):
         terms: the largest number of products, ≥ 1, default 20; if it converges, one more checks the residual.
         tolerance: the relative residual at which to stop, ≥ 0, default 1e-5.
         interval: (a, b) with 0 < a ≤ b; ``None``, the default, takes b = 1.2·‖A‖₂, estimated by power iteration as for
-            Neumann's step size, and a = b / ratio.
-        ratio: b / a of a chosen interval, ≥ 1; ``None``, the default, takes coth²(2/terms), about (terms/2)²: the longest
-            interval on which that many terms still bring the residual down to 1/cosh 4 = 3.7 %.
+            Neumann's step size, and a = b / coth²(2/terms), about 4b / terms²: the longest interval on which that many
+            terms still bring the residual down to 1/cosh 4 = 3.7 %.
 
     Raises:
-        ValueError: an option is out of its range, or ``ratio`` is given with an ``interval``.
+        ValueError: an option is out of its range.
         TypeError: when solving, A is not known to be symmetric, or changes from product to product.
 
     Source: Golub and Varga 1961, "Chebyshev semi-iterative methods"; Saad, "Iterative Methods for Sparse Linear Systems",
@@ -54,7 +53,6 @@ class Chebyshev(Iterative):
     """
 
     interval: tuple[float, float] | None = None
-    ratio: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,18 +60,14 @@ class Chebyshev(Iterative):
             ends = tuple(self.interval) if isinstance(self.interval, Sequence) else ()
             if not (len(ends) == 2 and all(is_finite(end) for end in ends) and 0 < ends[0] <= ends[1]):
                 raise ValueError(f"interval={self.interval!r}: give (a, b) with 0 < a <= b, or None to choose it")
-            if self.ratio is not None:
-                raise ValueError(f"ratio={self.ratio!r}: leave it out where an interval is given, which has its own")
             object.__setattr__(self, "interval", ends)  # a list, as a config gives, would make the solver unhashable
-        if self.ratio is not None and not (is_finite(self.ratio) and self.ratio >= 1):
-            raise ValueError(f"ratio={self.ratio!r}: give a finite number, 1 or more, or None to choose it")
 
     def solve(self, A: Operator, g: Tensor, state: State | None = None) -> Solution:
         """Iterate from x = 0; again with a longer interval if the power iteration has chosen one that is too short."""
         check_operator(self, A)
         if self.interval is not None:
             return self._iterate(A, g, *self.interval)
-        ratio = self.ratio or 1 / math.tanh(2 / self.terms) ** 2
+        ratio = 1 / math.tanh(2 / self.terms) ** 2
         return with_bound(A, g, state, lambda bound: self._iterate(A, g, SAFETY * bound / ratio, SAFETY * bound))
 
     def _iterate(self, A: Operator, g: Tensor, a: float, b: float) -> Solution:

@@ -70,11 +70,11 @@ def dense(matrix: Tensor, g: Tensor) -> Tensor:
     return torch.linalg.solve(matrix.T, g.reshape(-1, SIZE).T).T.reshape(g.shape)
 
 
-def chosen_interval(M: Tensor, terms: int, ratio: float | None, g: Tensor) -> tuple[float, float]:
+def chosen_interval(M: Tensor, terms: int, g: Tensor) -> tuple[float, float]:
     """The interval that Chebyshev chooses, from the power iteration alone."""
     solution, _ = solve(M, g, Neumann(terms=0))
     b = SAFETY / float(solution.step_size or math.nan)
-    return b / (ratio or 1 / math.tanh(2 / terms) ** 2), b
+    return b * math.tanh(2 / terms) ** 2, b
 
 
 def spectrum(*eigenvalues: float | Tensor, seed: int = 0) -> Tensor:

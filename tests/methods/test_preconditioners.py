@@ -209,9 +209,8 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("epsilon", [None, 0.05])
 @pytest.mark.parametrize("name", INNERS)
-def test_identity_with_second_moments_is_gradient_over_their_root(name: str, epsilon: float | None) -> None:
+def test_identity_with_second_moments_is_gradient_over_their_root(name: str) -> None:
     kind, options, beta, eps = INNERS[name]
     problem = tiny()
     params = list(problem.model.parameters())
@@ -222,8 +221,8 @@ def test_identity_with_second_moments_is_gradient_over_their_root(name: str, eps
         problem.loss(b).backward()
         moment = beta * moment + (1 - beta) * torch.cat([p.grad.flatten() for p in params]) ** 2
         inner.step()
-    expected = g_of(problem) / ((moment / (1 - beta**3)).sqrt() + (epsilon or eps))
-    method = Implicit(Identity(), preconditioner=SecondMoments(epsilon=epsilon))
+    expected = g_of(problem) / ((moment / (1 - beta**3)).sqrt() + eps)
+    method = Implicit(Identity(), preconditioner=SecondMoments())
     result = hypergradient(problem, BATCHES[0], VAL, method, inner=inner)
     torch.testing.assert_close(flat(result.solution.value), expected, rtol=1e-11, atol=1e-13)
     indirect = -mixed(problem, BATCHES[0]).T @ expected

@@ -19,7 +19,7 @@ def test_the_default_ratio_is_the_longest_interval_that_keeps_its_promise(terms:
     """Over [b/ratio, b] the residual is at most 1/cosh 4 = 3.7 %, and reaches it at both ends."""
     case = System(torch.diag(torch.linspace(0.01, 1.0, SIZE)))
     solution, _ = solve(case, torch.ones(SIZE), Chebyshev(terms=terms))
-    a, b = chosen_interval(case.matrix, terms, None, torch.ones(SIZE))
+    a, b = chosen_interval(case.matrix, terms, torch.ones(SIZE))
     ends = System(torch.diag(torch.linspace(a, b, SIZE)))
     residual = solve(ends, torch.eye(SIZE), Chebyshev(terms=terms, interval=(a, b)))[0].residuals[-1]
     assert residual.max().item() == pytest.approx(1 / math.cosh(4), rel=1e-9)
