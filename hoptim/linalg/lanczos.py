@@ -53,12 +53,10 @@ class Ritz:
     Attributes:
         values: the Ritz values in ascending order, in float64: shape (steps,), or (R, steps) for R starts.
         weights: their weights, ≥ 0, which sum to 1 along the last axis.
-        steps: how many steps each start took before its Krylov space ended, at most the number asked for.
     """
 
     values: Tensor
     weights: Tensor
-    steps: Tensor
 
     @property
     def lowest(self) -> float:
@@ -93,7 +91,7 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
 
     Raises:
         TypeError: A is not known to be symmetric, or changes from product to product.
-        ValueError: ``steps`` is below 1, or a product is infinite or NaN.
+        ValueError: a product is infinite or NaN.
 
     Source: Golub and Meurant 2010, "Matrices, Moments and Quadrature"; Ubaru, Chen and Saad 2017, "Fast estimation of
     tr(f(A)) via stochastic Lanczos quadrature".
@@ -108,10 +106,8 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
         raise TypeError("Lanczos needs a symmetric operator, and this one is not known to be")
     if not A.is_fixed:
         raise TypeError("Lanczos needs the same operator in each product, and this one changes, as with a fresh batch each")
-    if steps < 1:
-        raise ValueError(f"steps={steps!r}: give a whole number of products, 1 or more")
     length = A.norm(start)
-    active, taken = torch.ones_like(length, dtype=torch.bool), torch.zeros_like(length)
+    active = torch.ones_like(length, dtype=torch.bool)
     basis = [start / length[..., None]]
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
@@ -120,7 +116,6 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
         size = A.norm(w)
         alpha = orthogonalise_(A, w, basis)[-1]
         alphas.append(torch.where(active, alpha, alphas[0] if alphas else alpha))  # after its end: a value in the spectrum
-        taken = taken + active
         beta = A.norm(w)
         active = active & ~(beta <= 10 * torch.finfo(beta.dtype).eps * size)
         betas.append(torch.where(active, beta, 0.0))
@@ -131,7 +126,7 @@ def lanczos(A: Operator, start: Tensor, steps: int) -> Ritz:
     upper = torch.diag_embed(off_diagonal[..., :-1], 1)
     T = torch.diag_embed(diagonal) + upper + upper.mT
     values, vectors = torch.linalg.eigh(T)
-    return Ritz(values=values, weights=vectors[..., 0, :] ** 2, steps=taken.cpu().long())
+    return Ritz(values=values, weights=vectors[..., 0, :] ** 2)
 
 
 def orthogonalise_(A: Operator, w: Tensor, basis: list[Tensor]) -> Tensor:

@@ -123,7 +123,6 @@ def test_a_krylov_space_that_ends_early_leaves_no_trace_beyond_its_end() -> None
     A = Counted(torch.diag(torch.tensor([3.0] * 4 + [-2.0] * 3 + [1.0] * 4)))
     starts = torch.stack([torch.eye(SIZE)[0], torch.eye(SIZE)[0] + torch.eye(SIZE)[5], torch.ones(SIZE)])
     found = lanczos(A, starts, steps=6)
-    assert found.steps.tolist() == [1, 2, 3]
     assert (found.lowest, found.highest) == pytest.approx((-2.0, 3.0))
     assert found.negative_share == pytest.approx((0 + 1 / 2 + 3 / 11) / 3)
     shifted = lanczos(A + 10.0, starts, steps=6)
@@ -139,8 +138,6 @@ def test_reorthogonalisation_finds_each_eigenvalue_once() -> None:
 
 def test_what_lanczos_cannot_do_is_an_error() -> None:
     A = Counted(OPERATORS["spd"]())
-    with pytest.raises(ValueError, match="steps=0: give a whole number"):
-        lanczos(A, A.gaussian(), 0)
     with pytest.raises(ValueError, match="a product with A is infinite or NaN"):
         lanczos(Counted(torch.full((SIZE, SIZE), torch.nan)), A.gaussian(), 3)
     for refused, reason in (
@@ -173,7 +170,6 @@ def test_orthogonalise_takes_away_what_rounding_left() -> None:
 def test_a_product_may_be_its_vector_itself() -> None:
     A = Symmetric(lambda v: v, like=torch.ones(SIZE))
     found = lanczos(A, A.gaussian(2), 3)
-    assert found.steps.tolist() == [1, 1]
     torch.testing.assert_close(found.values, torch.ones(2, 3))
     estimate, v = spectral_norm(A, torch.ones(SIZE), products=2)
     assert (estimate.item(), v.norm().item()) == pytest.approx((1.0, 1.0))
