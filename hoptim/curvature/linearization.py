@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hoptim.checks import describe_type
 from hoptim.linalg import dicts
 from hoptim.linalg.operators import Embedded, Operator, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors, aypx_, scale_
@@ -87,12 +86,6 @@ class Curvature(ABC):
             batch: the training batch.
             draw: draws another one; ``None`` if there is no source of more.
         """
-
-
-def check_curvature(curvature: object) -> None:
-    """Raise ``TypeError`` unless it is a curvature."""
-    if not isinstance(curvature, Curvature):
-        raise TypeError(f"curvature is {describe_type(curvature)}: give a curvature, such as hoptim.Exact()")
 
 
 class GradientGraph:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hoptim.checks import is_whole
 from hoptim.curvature.exact import Exact
-from hoptim.curvature.linearization import Curvature, Draw, Linearization, check_curvature, on_shards
+from hoptim.curvature.linearization import Curvature, Draw, Linearization, on_shards
 from hoptim.linalg import dicts
 from hoptim.linalg.operators import Mean, Symmetric
 from hoptim.linalg.vectors import Layout, OptionalTensors, Tensors
@@ -50,7 +50,6 @@ class Averaged(Curvature):
     def __post_init__(self) -> None:
         if not (is_whole(self.batches) and self.batches >= 1):
             raise ValueError(f"batches={self.batches!r}: give a whole number, 1 or more")
-        check_curvature(self.curvature)
 
     @contextmanager
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:
@@ -73,7 +72,6 @@ class Sampled(Curvature):
         curvature: the curvature of each batch, default ``Exact()``.
 
     Raises:
-        TypeError: ``curvature`` is no curvature.
         ValueError: when called, there is no source of more batches.
 
     Source: Ji, Yang and Liang 2021 (arXiv 2010.07962), algorithm 2.
@@ -88,9 +86,6 @@ class Sampled(Curvature):
     def is_first_order(self) -> bool:
         """Whether the curvature of each batch is."""
         return self.curvature.is_first_order
-
-    def __post_init__(self) -> None:
-        check_curvature(self.curvature)
 
     @contextmanager
     def linearize(self, at: At, batch: Any, draw: Draw | None = None) -> Iterator[Linearization]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hoptim.checks import is_whole
 from hoptim.curvature.exact import Exact
 from hoptim.diagnostics.evidence import Setup, compared, error_bound, look, seconds, standard_error
 from hoptim.diagnostics.report import Audit, Direction, brief
@@ -76,7 +75,7 @@ def audit(
 
     Raises:
         TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method; weights are sharded over ranks.
-        ValueError: a number out of its range, or what ``hypergradient`` raises.
+        ValueError: what ``hypergradient`` raises.
 
     Source: the bound of the solve: Ehrhardt and Roberts 2023 (arXiv 2301.04764), section 3.
 
@@ -104,14 +103,6 @@ def audit(
             f"an audit is for one process, and {problem.ranks.size} train together here: audit on one of them, on a problem "
             "of the model inside the wrapper, Problem(model.module, ..., process_group=None)"
         )
-    for name, value, least in (
-        ("longer", longer, 1),
-        ("steps", steps, 1),
-        ("directions", directions, 0),
-        ("chunks", chunks, 2),
-    ):
-        if not (is_whole(value) and value >= least):
-            raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
     method = default_method(loop.learned) if method is None else method
     if isinstance(method, Replay) and train_batch is None:
         train_batch = method.batches[0]  # for the unit of cost, and the curvature at the start

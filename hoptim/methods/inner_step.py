@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, optim
 from torch.overrides import TorchFunctionMode
 
-from hoptim.checks import describe_type
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.decay import decayed, shrunk, spread
 from hoptim.methods.kinds import Kind, check_differentiable, check_has_derivative, kind_of
@@ -151,8 +150,6 @@ class InnerStep:
             TypeError: one is a tensor, but torch's step has no derivative in it.
             ValueError: the optimizer has no such option.
         """
-        if not isinstance(options, Mapping):
-            raise TypeError(f'options gave {describe_type(options)}: return a dict, such as {{"lr": hparams["lr"][t]}}')
         for key, value in options.items():
             if key not in self.defaults:
                 raise ValueError(f"{self.kind.__name__} has no option {key!r}: its options are {', '.join(self.defaults)}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hoptim.checks import describe_type, is_finite
+from hoptim.checks import is_finite
 from hoptim.linalg.operators import Operator, Root
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.methods.preconditioners import Preconditioner
@@ -43,7 +43,7 @@ class EKFAC(Preconditioner):
 
     Raises:
         ImportError: curvlinops is missing.
-        TypeError: ``model`` is no module; when called, weights are sharded.
+        TypeError: when called, weights are sharded.
         ValueError: ``damping`` or ``samples`` is not positive; when called, no layer of the model holds weights of the
             problem, or the factors of several ranks differ: give the same batches to all.
 
@@ -61,8 +61,6 @@ class EKFAC(Preconditioner):
     samples: int = 10
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f"model is {describe_type(self.model)}: give the model of the problem, an nn.Module")
         if not (is_finite(self.damping) and self.damping > 0):
             raise ValueError(f"damping={self.damping!r}: give a positive number, relative to a layer's mean eigenvalue")
         if not (isinstance(self.samples, int) and self.samples > 0):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.distributions.transforms import Transform, identity_transform
 
-from hoptim.checks import describe_type, listed
+from hoptim.checks import listed
 from hoptim.linalg.vectors import Tensors
 from hoptim.methods.kinds import DECOUPLED, kind_of
 from hoptim.problem.hyperparameters import transforms_of
@@ -142,12 +142,6 @@ class LearnedOption(NamedTuple):
         return Bound(name=self.name, transform=self.transform, number=number, start=self.start, pull=self.pull)
 
 
-def check_options(options: object) -> None:
-    """Check that ``options`` is a dict."""
-    if options is not None and not isinstance(options, Mapping):
-        raise TypeError(f'options is {describe_type(options)}: give a dict, such as {{"lr": "rate"}}')
-
-
 def learn(
     inner: optim.Optimizer,
     options: Mapping[str, Any],
@@ -171,7 +165,7 @@ def learn(
             for each of its entries.
 
     Raises:
-        TypeError: a name is no ``str``; or it is not known how ``inner`` applies a weight decay.
+        TypeError: it is not known how ``inner`` applies a weight decay.
         ValueError: there is no such option or hyperparameter, it has several numbers, the list has the wrong length, a
             scheduler sets the option already, a weight with a decay is not in ``inner``, or ``inner`` was built with a
             tensor that requires a gradient.
@@ -269,12 +263,10 @@ def names_by_weight(decays: nn.Module, hparams: nn.Module) -> dict[str, str]:
     """The names in ``hparams`` of the decays by weight that one of its modules has.
 
     Raises:
-        TypeError: the module has none.
+        AttributeError: the module has none.
         ValueError: it is no part of ``hparams``.
     """
-    own: Any = getattr(decays, "names_by_weight", None)
-    if own is None:
-        raise TypeError(f"options gives weight_decay {describe_type(decays)}: give a WeightDecay, or names by weight")
+    own: Any = decays.names_by_weight
     prefix = next((name for name, module in hparams.named_modules() if module is decays), None)
     if prefix is None:
         raise ValueError(f"options gives weight_decay a {type(decays).__name__} that is no part of the problem's hparams")
@@ -314,8 +306,6 @@ def _shape_of_entries(group: Mapping[str, Any]) -> Sequence[int]:
 
 def _leaf(key: str, name: Any, leaves: Tensors, shape: Sequence[int]) -> Tensor:
     """The leaf of this name, of one number or of this shape."""
-    if not isinstance(name, str):
-        raise TypeError(f"options gives {key} {describe_type(name)}: give the name of a hyperparameter")
     if name not in leaves or (leaves[name].numel() != 1 and leaves[name].shape != shape):
         wrong = "is no hyperparameter that is learned" if name not in leaves else f"has {leaves[name].numel()} numbers"
         fitting = [name for name, leaf in leaves.items() if leaf.numel() == 1]

@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from hoptim.checks import describe_type
-from hoptim.methods.learned_options import LearnedOption, check_options, in_stand_in
+from hoptim.methods.learned_options import LearnedOption, in_stand_in
 from hoptim.methods.result import Hypergradient, Terms, assemble
 from hoptim.problem.problem import Problem
 from hoptim.solvers.solution import State
@@ -96,7 +96,6 @@ def checked(problem: object, method: object, inner: Any, options: Mapping[str, A
 
 def training_context(problem: Problem, inner: Any, options: Mapping[str, Any] | None = None) -> TrainingContext:
     """The checked inner optimizer, that of a :class:`BilevelOptimizer` if it is one, and its learned options."""
-    check_options(options)
     inside = getattr(inner, "inner", None)
     learned: Sequence[LearnedOption] | None = [] if inner is None else None
     if isinstance(inner, Optimizer) and isinstance(inside, Optimizer):

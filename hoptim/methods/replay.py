@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hoptim.checks import describe_type, is_whole
+from hoptim.checks import is_whole
 from hoptim.methods.inner_step import InnerStep
 from hoptim.methods.learned_options import LearnedOption
 from hoptim.methods.method import Method, TrainingContext
@@ -42,8 +42,7 @@ class Replay(Method):
             or tensors with a graph: a schedule, which may be learned. Default: the optimizer's own options in each step.
 
     Raises:
-        TypeError: ``batches`` has no ``batches[t]``, such as an iterator or a ``DataLoader``; ``options`` is no function;
-            when called, an inner optimizer that torch can't differentiate.
+        TypeError: ``batches`` has no length, as an iterator; when called, an inner optimizer that torch can't differentiate.
         ValueError: there are no batches, or ``segments`` is below 2; when called, no inner optimizer.
 
     Source: Engstrom et al. 2025, Optimizing ML training with metagradient descent (arXiv 2503.13751), section 3.
@@ -72,20 +71,10 @@ class Replay(Method):
     takes_train_batch, needs_inner = False, True
 
     def __post_init__(self) -> None:
-        has_places = hasattr(self.batches, "__getitem__") and hasattr(self.batches, "__len__")
-        if not has_places or isinstance(self.batches, Mapping):
-            raise TypeError(
-                f"batches is {describe_type(self.batches)}, whose batches can't be had again: give a sequence such as a "
-                "list, in which batches[t] is the batch of step t each time"
-            )
         if len(self.batches) < 1:
             raise ValueError("batches is empty: give the batch of each step, one at least")
         if not (is_whole(self.segments) and self.segments >= 2):
             raise ValueError(f"segments={self.segments!r}: give a whole number, 2 or more")
-        if self.options is not None and not callable(self.options):
-            raise TypeError(
-                f'options is {describe_type(self.options)}: give a function, options(hparams, t) -> {{"lr": ...}}'
-            )
 
     def cut_short(self) -> Replay:
         """The first step alone."""

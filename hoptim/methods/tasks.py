@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -36,17 +36,11 @@ def initial_weights(hparams: Any) -> Tensors:
     """The weights, by name, that modules of ``hparams`` with a method of this name have for the start of a training.
 
     Raises:
-        TypeError: one returns no dict of tensors.
         ValueError: two of them have the same weight.
     """
     found: Tensors = {}
     for module in hparams.modules():
         own = module.initial_weights() if callable(getattr(module, "initial_weights", None)) else {}
-        if not isinstance(own, Mapping) or not all(isinstance(t, Tensor) for t in own.values()):
-            raise TypeError(
-                f"initial_weights of {type(module).__name__} returned {describe_type(own)}: return a dict of tensors by the "
-                "names of the model's weights"
-            )
         if twice := found.keys() & own.keys():
             raise ValueError(f"two modules of hparams have initial weights for {listed(sorted(twice))}: keep one of them")
         found |= own

@@ -60,10 +60,6 @@ def described(found: Any) -> str:
 def bijection(name: str, constraint: Constraint | None) -> tuple[Constraint, Transform]:
     """The constraint of a hyperparameter, and the map onto it."""
     constraint = constraints.real if constraint is None else constraint
-    if not isinstance(constraint, Constraint):
-        raise TypeError(
-            f"constraint of {name!r} is {describe_type(constraint)}: give an instance from torch.distributions.constraints"
-        )
     if is_nonnegative(constraint):
         return constraint, identity_transform
     if _is_from_zero(constraint, constraints.positive):

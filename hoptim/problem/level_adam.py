@@ -221,13 +221,11 @@ def checked_levels(
     """The levels of hyperparameters by name, numbered without gaps.
 
     Raises:
-        TypeError: there is no list of dicts, or a level is no tensor of whole numbers.
+        TypeError: a level is no tensor of whole numbers.
         KeyError: a name is that of no leaf.
         ValueError: there are more than two dicts, a level has negative numbers, does not fit its leaf or is shared by
             several kinds, or those of the second dict are not within those of the first.
     """
-    if isinstance(levels, Mapping):
-        raise TypeError("levels is a dict: give a list of dicts, such as [{'decay': torch.tensor(0)}]")
     if len(levels) > 2:
         raise ValueError(f"levels has {len(levels)} dicts: give at most two, the coarser one first")
     for level in levels:

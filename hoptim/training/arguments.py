@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from hoptim.checks import describe_type, is_finite, is_whole, listed
-from hoptim.methods.learned_options import check_options
+from hoptim.checks import describe_type, is_whole, listed
 from hoptim.methods.method import Method, check_method, check_one_training, check_steps, checked_problem, held
 from hoptim.problem.level_adam import LevelAdam
-from hoptim.problem.loss_checks import check_takes
 from hoptim.problem.problem import Problem
 
 OnFailure = Literal["skip", "raise"]
@@ -33,22 +31,14 @@ def check_schedule(every: int | None, warmup: int, on_failure: object) -> None:
 
 
 def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
-    """``val_weights`` as a list of floats, after checking that they are finite numbers."""
-    if val_weights is None:
-        return None
-    if not isinstance(val_weights, (Sequence, Tensor)) or isinstance(val_weights, str):
-        raise TypeError(f"val_weights is {describe_type(val_weights)}: give a list of numbers, one for each validation loss")
-    found = val_weights.tolist() if isinstance(val_weights, Tensor) else list(val_weights)
-    if not isinstance(found, list) or not found or not all(is_finite(weight) for weight in found):
-        raise ValueError(f"val_weights={found!r}: give one finite number for each validation loss")
-    return [float(weight) for weight in found]
+    """``val_weights`` as a list of floats."""
+    return None if val_weights is None else [float(weight) for weight in val_weights]
 
 
 def check_method_fits(method: Method | None, every: int | None, options: Mapping[str, Any] | None) -> None:
     """Check that the method needs no steps before the last hyperstep, and sees the options that are learned."""
     check_method("hypergradient", method)
     check_one_training("hypergradient", method)
-    check_options(options)
     if method is None:
         return
     if every is not None and method.keeps_steps > every:
@@ -121,50 +111,14 @@ def warn_of_unheld(held_by: Mapping[str, Optimizer], problem: Problem, known: Se
     return found
 
 
-def checked_group(param_group: object, problem: Problem) -> dict[str, Any]:
-    """A group to be added to the inner optimizer, after checking that it is one for torch and holds no hyperparameter."""
-    if not isinstance(param_group, dict) or "params" not in param_group:
-        raise TypeError(f"param_group is {describe_type(param_group)}: give a dict such as {{'params': layer.parameters()}}")
+def checked_group(param_group: dict[str, Any], problem: Problem) -> dict[str, Any]:
+    """A group to be added to the inner optimizer, after checking that it holds no hyperparameter."""
     params, leaves = param_group["params"], {id(p): name for name, p in problem.hparams.named_parameters()}
     if isinstance(params, Iterator):
         params = list(params)
     if wrong := [leaves[id(p)] for p in ([params] if isinstance(params, Tensor) else params) if id(p) in leaves]:
         raise ValueError(f"the added group holds {wrong[0]!r}, a hyperparameter: add it to the outer optimizer")
     return {**param_group, "params": params}
-
-
-def checked_steps(steps: int | Callable[[int], int], examples: int) -> int:
-    """The number of inner steps of a training on this many examples, checked."""
-    found = steps(examples) if callable(steps) else steps
-    if not (is_whole(found) and found >= 1):
-        given = f"steps({examples})" if callable(steps) else "steps"
-        raise ValueError(f"{given} is {found!r}: give how many inner steps the training takes, a whole number")
-    return int(found)
-
-
-def check_fold_schedule(warmup: object, hypersteps: object) -> None:
-    """Check that ``warmup`` is a share of the training, and ``hypersteps`` a positive number."""
-    if not (is_finite(warmup) and 0 <= warmup < 1):  # type: ignore[operator]
-        raise ValueError(
-            f"warmup={warmup!r}: give the share of the training before the first hyperstep, at least 0, below 1"
-        )
-    if not (is_whole(hypersteps) and hypersteps >= 1):  # type: ignore[operator]
-        raise ValueError(f"hypersteps={hypersteps!r}: give a whole number, 1 or more")
-
-
-def check_functions(make: object, inner: object, val_batches: object) -> None:
-    """Check that these are functions, or ``None`` for ``val_batches``, with the right arguments."""
-    for name, given, arguments, example in (
-        ("make", make, None, "def make(): return nn.Linear(2, 1)"),
-        ("inner", inner, "model", "lambda model: torch.optim.SGD(model.parameters(), lr=0.1)"),
-        ("val_batches", val_batches, "held_out", "lambda held_out: held_out.split(256)"),
-    ):
-        if given is None and name == "val_batches":
-            continue
-        if isinstance(given, (nn.Module, Optimizer)) or not callable(given):
-            raise TypeError(f"{name} is {describe_type(given)}: give a function, such as {example}")
-        if arguments:
-            check_takes(name, given, arguments)
 
 
 @contextmanager

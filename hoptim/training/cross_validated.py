@@ -174,8 +174,6 @@ class CrossValidated:
         on_failure: arguments.OnFailure = "skip",
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
-        arguments.check_functions(make, inner, val_batches)
-        arguments.check_fold_schedule(warmup, hypersteps)
         self.hparams, self.average, self._hypersteps = hparams, average, hypersteps
 
         def problem() -> Problem:
@@ -198,7 +196,7 @@ class CrossValidated:
                             name=f"fold {number} of {len(self.folds)}",
                             fold=fold,
                             stream=stream,
-                            due=due_steps(arguments.checked_steps(steps, len(fold.train)), warmup, hypersteps),
+                            due=due_steps(steps(len(fold.train)) if callable(steps) else steps, warmup, hypersteps),
                             val_batches=[fold.held_out] if val_batches is None else val_batches(fold.held_out),
                             options=options,
                             hypergradient=hypergradient,

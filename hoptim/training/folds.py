@@ -40,14 +40,12 @@ def make_folds(folds: int | Iterable[Any], examples: int, ranks: Ranks | None = 
 
     Raises:
         TypeError: ``folds`` is neither of these.
-        ValueError: there are fewer than two examples or folds; a fold is empty, has an index out of range, or trains on
+        ValueError: there are fewer than two folds; a fold is empty, has an index out of range, or trains on
             examples that it holds out; ranks have different folds.
 
     >>> make_folds([([0, 1], [2]), ([0, 1, 2], [3])], 4)[1]
     Fold(train=tensor([0, 1, 2]), held_out=tensor([3]))
     """
-    if not (is_whole(examples) and examples >= 2):
-        raise ValueError(f"examples={examples!r}: give how many training examples there are, 2 or more")
     if isinstance(folds, Integral) and is_whole(folds):
         found = list(_random_folds(int(folds), examples, ranks or Ranks()))
     elif isinstance(folds, (str, bytes, Tensor)) or not isinstance(folds, Iterable):
@@ -75,10 +73,7 @@ def _random_folds(count: int, examples: int, ranks: Ranks) -> Iterator[Fold]:
 
 def _checked(number: int, pair: Any, examples: int) -> Fold:
     """A pair of indices as a fold."""
-    try:
-        train, held_out = pair
-    except (TypeError, ValueError):
-        raise TypeError(f"fold {number} is {describe_type(pair)}: give a pair of indices, (train, held out)") from None
+    train, held_out = pair
     parts = {}
     for name, given in (("train", train), ("held out", held_out)):
         part = torch.as_tensor(given, device="cpu")

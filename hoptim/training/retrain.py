@@ -82,7 +82,6 @@ def retrain(
     True
     """
     checked_problem(problem)
-    arguments.check_functions(make, inner, None)
     check_takes("train", train, "model, optimizer, examples")
     if problem.has_trained and not _have_moved(problem):
         warnings.warn(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hoptim.checks import describe_type, listed
+from hoptim.checks import listed
 from hoptim.linalg.vectors import Layout, Tensors
 from hoptim.problem.distributed import Ranks
 from hoptim.problem.random_stream import global_states, set_generators
@@ -46,13 +46,14 @@ def save_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
             ``load_state_dict``, or a ``torch.Generator``.
 
     Raises:
-        TypeError: an argument of the wrong kind, or a state of ``stateful`` that is sharded.
+        TypeError: an object of ``stateful`` without a state, or with one that is sharded.
         FileExistsError: there is such a folder already.
         RuntimeError: the disk is full, or can't be written to.
     """
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    folder = _checked(folder, optimizer, stateful, "save_checkpoint")
+    check_stateful("save_checkpoint", stateful)
+    folder = Path(folder)
     ranks, part = optimizer.problem.ranks, folder.with_name(f".{folder.name}.part")
     tree = _saved(optimizer, stateful)
     _on_first(ranks, lambda: _make_room(folder, part))
@@ -73,12 +74,13 @@ def load_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
         stateful: those that were saved, in the same order.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an object of ``stateful`` without a state.
         FileNotFoundError: there is no complete checkpoint in the folder.
         ValueError: it is of another model or of a newer version, or other ``stateful`` objects were saved.
         RuntimeError: a file is damaged.
     """
-    folder = _checked(folder, optimizer, stateful, "load_checkpoint")
+    check_stateful("load_checkpoint", stateful)
+    folder = Path(folder)
     problem, ranks = optimizer.problem, optimizer.problem.ranks
     _on_first(ranks, lambda: _check_is_one(folder))
     shared = _decoded(_read({SHARED: b""}, folder, ranks)[SHARED], "cpu")
@@ -317,15 +319,6 @@ def _begun_again(batches: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 # Files
-
-
-def _checked(folder: Any, optimizer: object, stateful: tuple[Any, ...], caller: str) -> Path:
-    if not isinstance(folder, (str, os.PathLike)):
-        raise TypeError(f"folder is {describe_type(folder)}: give a path, {caller}(folder, optimizer, scheduler)")
-    if not isinstance(optimizer, BilevelOptimizer):
-        raise TypeError(f"optimizer is {describe_type(optimizer)}: give the BilevelOptimizer, whose model is saved too")
-    check_stateful(caller, stateful)
-    return Path(folder)
 
 
 def _on_first(ranks: Ranks, action: Callable[[], None]) -> None:

@@ -125,7 +125,6 @@ class TrainingOptimizer(Optimizer):
         learned: Learned | None = None,
     ) -> None:
         arguments.check_optimizer("inner", inner, problem)
-        learned_options.check_options(options)
         super().__setstate__({})  # makes the dicts of hooks; Optimizer.__init__ would also set groups and state
         self.inner, self.problem = inner, problem
         self._progress, self.save_points = self._new_progress(), SavePoints()
@@ -170,8 +169,6 @@ class TrainingOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimizer."""
-        if closure is not None and not callable(closure):
-            raise TypeError(f"closure is {describe_type(closure)}: call step() alone; batches go to optimizer.loss(batch)")
         progress = self._progress
         self._before_step(has_closure=closure is not None)
         learned = progress.learned_options
@@ -202,7 +199,6 @@ class TrainingOptimizer(Optimizer):
         """Add weights to the inner optimizer.
 
         Raises:
-            TypeError: the group is no dict with ``"params"``.
             ValueError: a tensor of the group is a hyperparameter, or an option of it requires a gradient.
         """
         added, known = arguments.checked_group(param_group, self.problem), self.learned_options

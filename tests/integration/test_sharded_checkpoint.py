@@ -178,12 +178,8 @@ def test_a_damaged_file_and_another_model_are_refused_as_a_whole(tmp_path: Path)
 
 
 def test_arguments_of_the_wrong_kind() -> None:
-    optimizer, scheduler = job.build(job.CASES["neumann"], job.whole)
+    optimizer, _ = job.build(job.CASES["neumann"], job.whole)
     for call, name in ((hoptim.save_checkpoint, "save_checkpoint"), (hoptim.load_checkpoint, "load_checkpoint")):
-        with pytest.raises(TypeError, match="folder is a BilevelOptimizer: give a path, " + name):
-            call(optimizer, scheduler)
-        with pytest.raises(TypeError, match="optimizer is a SGD: give the BilevelOptimizer"):
-            call("folder", torch.optim.SGD([torch.ones(1)], lr=0.1))
         with pytest.raises(TypeError, match=name + " was given an int"):
             call("folder", optimizer, 3)
 

@@ -205,16 +205,9 @@ def test_it_leaves_no_trace_and_moves_the_hyperparameters_from_one_start() -> No
 
 
 FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "an iterator": (lambda: Replay(iter(BATCHES)), TypeError, "list_iterator, whose batches can't be had again"),
-    "a loader": (
-        lambda: Replay(torch.utils.data.DataLoader(range(4))), TypeError, "DataLoader, whose batches can't be had again"
-    ),
-    "a dict": (lambda: Replay({"a": 1}), TypeError, "batches is a dict, whose batches can't be had again"),  # type: ignore[arg-type]
-    "no options": (lambda: replayed(lambda h, t: None), TypeError, "options gave"),
     "several numbers": (lambda: replayed(lambda h, t: {"lr": h["decay"]}), ValueError, "an lr of shape (2,): give a number"),
     "no batch": (lambda: Replay([]), ValueError, "batches is empty"),
     "one segment": (lambda: Replay(BATCHES, segments=1), ValueError, "segments=1: give a whole number, 2 or more"),
-    "options as a dict": (lambda: Replay(BATCHES, options={"lr": 0.1}), TypeError, "options is a dict: give a function"),
     "no inner optimizer": (
         lambda: hypergradient(tiny(), None, VAL, Replay(BATCHES)), ValueError, "Replay needs the inner optimizer"
     ),

@@ -249,7 +249,6 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ([{"a": torch.tensor([-1])}], ValueError, "negative numbers"),
     ([{"a": torch.arange(4)}], ValueError, r"shape \(4,\).*broadcasts to \(4, 3\)"),
     ([{"a": torch.zeros(2, 3, dtype=torch.long)}], ValueError, r"shape \(2, 3\).*broadcasts to \(4, 3\)"),
-    ({"a": ALL}, TypeError, "levels is a dict: give a list of dicts"),
     ([{"a": torch.zeros(1, dtype=torch.complex64)}], TypeError, "whole numbers"),
     ([{"a": ALL, "c": ALL}], ValueError, "shared by a, c, of several kinds"),
     ([{"a": torch.zeros(1, 1, 1, dtype=torch.long)}], ValueError, r"broadcasts to \(4, 3\)"),

@@ -65,7 +65,6 @@ def test_the_splitters_of_scikit_learn(splitter):
         ),
         ([], ValueError, "there are 0, give two or more"),
         ([([0, 1], [2])], ValueError, "there are 1, give two or more"),
-        ([0, 1], TypeError, "fold 1 is an int: give a pair of indices"),
         ([([0, 1], [2]), ([], [3])], ValueError, "the part to train of fold 2 is empty"),
         ([([0, 1], [])], ValueError, "the part that fold 1 holds out is empty"),
         ([([0, 1], [1, 2])], ValueError, "fold 1 trains on 1 of the examples that it holds out, such as 1"),
@@ -79,9 +78,3 @@ def test_the_splitters_of_scikit_learn(splitter):
 def test_a_mistake_is_named(folds, error, words):
     with pytest.raises(error, match=words):
         make_folds(folds, 4)
-
-
-@pytest.mark.parametrize("examples", [0, 1, 2.0, None])
-def test_the_number_of_examples(examples):
-    with pytest.raises(ValueError, match="examples="):
-        make_folds(2, examples)
