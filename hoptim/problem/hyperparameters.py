@@ -126,7 +126,7 @@ class HyperParameters(nn.Module):
             metadata[prefix[:-1]]["constraints"] = {name: described(one) for name, one in self._constraints.items()}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
-        there = local_metadata.get("constraints", {})  # a state of an earlier version has none
+        there = local_metadata.get("constraints", {})  # safetensors does not keep them
         for name, constraint in self._constraints.items():
             if name in there and there[name] != (here := described(constraint)):
                 raise ValueError(

@@ -139,7 +139,6 @@ class LevelAdam(torch.optim.Adam):
     def _register(self) -> None:
         self.register_step_pre_hook(_before)
         self.register_step_post_hook(_after)
-        self.register_load_state_dict_pre_hook(_completed)
         self._old: dict[Tensor, Tensor] = {}  # the members before a step
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,15 +203,6 @@ def _steps(optimizer: Optimizer, leaf: Tensor) -> float:
 def _fallen(group: Mapping[str, Any], steps: float) -> float:
     """1/√(1 + t/h) in the step after t others, of a group with ``fall_after``; else 1."""
     return (1 + max(steps - 1, 0.0) / group["fall_after"]) ** -0.5 if "fall_after" in group else 1.0
-
-
-def _completed(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state that was saved by Adam, without levels, gets their groups; they begin at the rates of its leaves' steps."""
-    saved = state_dict["param_groups"]
-    if any("level" in group for group in saved):
-        return state_dict
-    own = [group for group in optimizer.state_dict()["param_groups"] if "level" in group]
-    return {**state_dict, "param_groups": [*saved, *own]}
 
 
 def checked_levels(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from contextlib import suppress
@@ -9,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def to_bytes(value: Any) -> bytes:
+    """What ``torch.save`` writes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def write_atomically(path: Path, data: bytes, remedy: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hoptim.problem.distributed import Ranks
-from hoptim.training.files import read_whole, write_atomically
+from hoptim.training.files import read_whole, to_bytes, write_atomically
 
 VERSION = 1
 PHASES = ("folds", "last")
@@ -38,7 +38,8 @@ class FitFile:
         self.path = Path(path)
         if self.path.is_dir() or not self.path.parent.is_dir():
             raise ValueError(f"checkpoint={os.fspath(path)!r}: give a file in a folder that is there")
-        self._every, self._settings, self._ranks = every_seconds, {**settings, "processes": ranks.size}, ranks
+        self._every, self._ranks = every_seconds, ranks
+        self._settings = {**settings, "processes": ranks.size, "version": VERSION}
         self._written = time.monotonic()
 
     def is_due(self) -> bool:
@@ -52,10 +53,10 @@ class FitFile:
             OSError: the disk is full or can't be written to.
             TypeError: the state holds other things than tensors and plain values.
         """
-        packed = self._ranks.gathered_by_first(_packed(dict(state)))
+        packed = self._ranks.gathered_by_first(to_bytes(dict(state)))
         if packed is not None:
             states = [_unpacked(one) for one in packed]  # also to fail now if it can't be read, and not at the resume
-            data = _packed({"version": VERSION, "settings": self._settings, "ranks": states})
+            data = to_bytes({"settings": self._settings, "ranks": states})
             write_atomically(self.path, data, "make room; fit with the same checkpoint goes on from the last one")
         self._written = time.monotonic()
 
@@ -72,26 +73,18 @@ class FitFile:
             return None
         try:
             saved = read_whole(self.path)
-            version, settings, states = saved["version"], saved.get("settings"), saved.get("ranks")
-            if version == VERSION and not (settings and states and all(state["phase"] in PHASES for state in states)):
+            settings, states = saved["settings"], saved["ranks"]
+            if not all(state["phase"] in PHASES for state in states):
                 raise KeyError("phase")
         except Exception as error:
             reason = str(error).partition(". ")[0]
             raise ValueError(
                 f"checkpoint {self.path} is damaged or no fit's ({type(error).__name__}: {reason}): delete it to begin anew"
             ) from error
-        if version != VERSION:
-            raise ValueError(f"checkpoint {self.path} is of version {version}, and {VERSION} is read: use that hoptim again")
         if differing := [name for name, here in self._settings.items() if not _same(settings.get(name), here)]:
             words = "; ".join(_difference(name, settings.get(name), self._settings[name]) for name in differing)
             raise ValueError(f"checkpoint {self.path} is of another fit: {words}. Make it as it was, or delete the file")
         return dict(states[self._ranks.rank])
-
-
-def _packed(value: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
 
 
 def _unpacked(data: bytes) -> Any:

@@ -268,9 +268,9 @@ class RecentSteps:
                 Group(
                     names=tuple(names),
                     options={key: each(whole, option) for key, option in options.items()},
-                    decays={name: whole(decay) for decays in more for name, decay in decays.items()},
+                    decays={name: whole(decay) for name, decay in decays.items()},
                 )
-                for names, options, *more in step["groups"]  # earlier versions had no decays
+                for names, options, decays in step["groups"]
             )
             self._steps.append(Step(losses=losses, dynamics=replace(dynamics, groups=groups)))
 
@@ -291,5 +291,5 @@ def _whole(transforms: Mapping[str, Transform], option: Any) -> Any:
     if not isinstance(option, dict):
         return option
     transform = transforms.get(option["leaf"], identity_transform)
-    pull = Pull(*option.get("pull", ()))  # earlier versions had none
+    pull = Pull(*option["pull"])
     return Bound(name=option["leaf"], transform=transform, number=option["number"], start=option["start"], pull=pull)

@@ -24,6 +24,7 @@ from hoptim.problem.distributed import Ranks
 from hoptim.problem.random_stream import global_states, set_generators
 from hoptim.problem.sharding import Sharding, local
 from hoptim.training.checkpoint import KEY, check_loadable, held_shards, held_weights
+from hoptim.training.files import to_bytes
 from hoptim.training.optimizer import BilevelOptimizer
 from hoptim.training.training_optimizer import check_kinds, check_stateful, load_stateful, stateful_states
 
@@ -381,9 +382,7 @@ def _encoded(value: Any, what: str) -> bytes:
             f"the state of {what} holds sharded tensors where they can't be saved: save a sharded model, such as an "
             "average, beside it by torch.distributed.checkpoint.save"
         )
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
+    return to_bytes(value)
 
 
 def _decoded(data: bytes, device: str | None) -> Any:

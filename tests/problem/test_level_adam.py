@@ -119,58 +119,6 @@ def _levels(outer: torch.optim.Optimizer) -> list[Level]:
     return outer.levels
 
 
-def test_a_state_of_adam_from_before_there_were_levels_loads() -> None:
-    """The leaves go on with their moments, and the levels begin: the next step is that of both."""
-    hparams, alone, begun = made(), made(), made()
-    old = torch.optim.Adam(hparams.parameters(), lr=0.05)
-    moved(hparams, old, 5)
-    for other in (alone, begun):
-        other.load_state_dict(hparams.state_dict())
-    outer = begun.optimizer()
-    outer.load_state_dict(through_a_file(old))
-    start = torch.cat([leaf.detach().flatten() for leaf in hparams.parameters()])
-    new_levels = LevelAdam([torch.zeros(1)], _levels(alone.optimizer()))
-    step = moved(begun, outer, 1) - start
-    of_leaves, of_levels = moved(hparams, old, 1) - start, moved(alone, new_levels, 1) - start
-    assert bool((of_levels.abs() > 0.05).all())
-    apart = torch.cat([of_leaves[:12].reshape(4, 3), of_leaves[12:].reshape(1, 3)])
-    apart = (apart - apart.mean(1, keepdim=True)).flatten()
-    fallen = (1 + 5 / 2) ** -0.5  # as after the five steps of the leaves
-    torch.testing.assert_close(step, apart + fallen * of_levels, rtol=1e-12, atol=1e-14)
-
-
-def test_a_run_that_was_saved_with_adam_resumes() -> None:
-    def run(outer: Callable[[WeightDecay], torch.optim.Optimizer]) -> tuple[WeightDecay, hoptim.BilevelOptimizer]:
-        torch.manual_seed(0)
-        x = torch.randn(20, 3)
-        model = nn.Linear(3, 1)
-        decay = WeightDecay(model, per="weight", start=1e-2)
-
-        def val_loss(model: Any, hparams: Any, batch: Tensor) -> Tensor:
-            return (model(x[batch]) - x[batch].sum(1, keepdim=True)).square().mean()
-
-        def train_loss(model: Any, hparams: Any, batch: Tensor) -> Tensor:
-            return val_loss(model, hparams, batch) + hparams.penalty(model)
-
-        problem = hoptim.Problem(model, decay, train_loss, val_loss)
-        inner = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = hoptim.BilevelOptimizer(inner, outer(decay), problem, val_batches=[torch.arange(10, 20)], every=5)
-        for _ in range(10):
-            optimizer.zero_grad()
-            optimizer.loss(torch.arange(10)).backward()
-            optimizer.step()
-        return decay, optimizer
-
-    saved, old = run(lambda decay: torch.optim.Adam(decay.parameters(), lr=0.05))
-    decay, optimizer = run(lambda decay: decay.optimizer())
-    optimizer.load_state_dict(old.state_dict())
-    assert torch.equal(decay["decay.weight"], saved["decay.weight"])
-    optimizer.hyperstep(torch.arange(10))
-    assert optimizer.record is not None
-    assert optimizer.record.moved
-    assert bool(((decay["decay.weight"] / saved["decay.weight"]).log().abs() > 0.2).all())
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: torch.load(_saved(both), weights_only=False)])
 def test_a_copy_goes_on_to_the_same_bits(copied: Callable[[Any], Any]) -> None:
     hparams = made()

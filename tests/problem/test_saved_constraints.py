@@ -108,9 +108,9 @@ def test_constraints_that_are_the_same_in_other_words_load(name: str) -> None:
     torch.testing.assert_close(second["x"].detach(), torch.tensor([0.25, 0.5]))
 
 
-def test_a_state_of_before_loads_as_it_did() -> None:
+def test_a_state_without_its_constraints_loads() -> None:
     saved = decay(POSITIVE).state_dict()
-    del saved._metadata[""]["constraints"]  # type: ignore[attr-defined]  # as an earlier version saved it
+    del saved._metadata[""]["constraints"]  # type: ignore[attr-defined]  # as by safetensors
     for state in (saved, from_file(saved), dict(decay(POSITIVE).state_dict())):
         loaded = decay(POSITIVE, 0.5)
         loaded.load_state_dict(state)

@@ -61,7 +61,7 @@ def test_an_optimizers_state_is_refused_under_another_constraint(way: Any) -> No
     assert other.problem.hparams["own"].decay.item() == 0.068
     again.load_state_dict(state)
     assert torch.equal(again.problem.hparams["own"]["decay"], saved.problem.hparams["own"]["decay"])
-    state["hoptim"]["hparams"] = dict(state["hoptim"]["hparams"])  # as an earlier version saved it
+    state["hoptim"]["hparams"] = dict(state["hoptim"]["hparams"])  # as safetensors gives it back
     again.load_state_dict(way(state))
     assert torch.equal(again.problem.hparams["own"]["decay"], saved.problem.hparams["own"]["decay"])
 
