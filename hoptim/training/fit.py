@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -90,12 +89,6 @@ class Fit:
                 self.history.append(record.row())
                 if self._average is not None:
                     self._average.add()
-                if file is not None and len(self.history) == 1 and not self.folds[0].save_points.are_used:
-                    warnings.warn(
-                        f"the loop has no marks, so that {file.path} is written only once, between the folds and the "
-                        "last training: write the loop as for epoch in optimizer.resumable(range(epochs))",
-                        stacklevel=4,
-                    )
             for one in self.folds:
                 one.due = ()
                 while not one.coroutine.is_done:
@@ -146,16 +139,13 @@ class Fit:
         return self.folds[0]._move(begun, joined(results))
 
     def _check_lengths(self) -> None:
-        """Warn if a fold took another number of steps than it said, and raise if that left no hyperstep."""
+        """Raise ``ValueError`` if a fold took fewer steps than it said, which left no hyperstep."""
         for number, one in enumerate(self.folds, 1):
-            taken, told = one.inner_steps, one.steps
-            words = f"the training of fold {number} took {taken} steps, where steps says {told}"
-            if taken < told and not self.history:
-                raise ValueError(f"{words}: it ended before the first hyperstep. Give steps as they are")
-            if abs(taken - told) > 0.02 * told:
-                words = f"{words}, so that {len(self.history)} hypersteps were not spread over all of it"
-                warnings.warn(words, stacklevel=5)
-                return
+            if one.inner_steps < one.steps and not self.history:
+                raise ValueError(
+                    f"the training of fold {number} took {one.inner_steps} steps, where steps says {one.steps}: it ended "
+                    "before the first hyperstep. Give steps as they are"
+                )
 
     # Checkpoints
 

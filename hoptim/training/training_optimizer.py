@@ -49,7 +49,7 @@ class SavePoints:
     """
 
     def __init__(self) -> None:
-        self.are_used = self._has_warned = False
+        self.are_used = False
         self.save: Callable[[int, Callable[[], Saved]], None] | None = None
         self.resume_from: Saved | None = None
 
@@ -65,13 +65,6 @@ class SavePoints:
                 _restore(optimizer, saved, stateful)
             elif self.save is not None and optimizer._progress.recent.is_between_steps:
                 self.save(number, functools.partial(optimizer.saved_at, number, stateful))
-            elif self.save is not None and not self._has_warned:
-                self._has_warned = True
-                warnings.warn(
-                    f"mark {number} of resumable is in the middle of a step, since a loss was computed after the last one: "
-                    "nothing is saved there. Compute losses that are only looked at under torch.no_grad()",
-                    stacklevel=2,
-                )
             yield item
         if first >= count:
             raise ValueError(f"the checkpoint is at mark {first} of a loop, which has {count} now: give the loop as it was")
@@ -218,7 +211,8 @@ class TrainingOptimizer(Optimizer):
         the best loss so far, has to be in a ``stateful`` object.
 
         Args:
-            iterable: epochs or steps, the same each time the loop starts.
+            iterable: epochs or steps, the same each time the loop starts. Where one begins in the middle of a step, after
+                a loss that was not used, nothing is saved.
             stateful: what else changes in the loop: objects with ``state_dict`` and ``load_state_dict``, such as a
                 scheduler, a ``GradScaler`` or an averaged model; or a ``torch.Generator``.
 
