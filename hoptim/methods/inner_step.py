@@ -97,7 +97,6 @@ class InnerStep:
         Raises:
             TypeError: ``inner`` is of a class, or has a ``step`` of its own, that torch can't differentiate; or an option is
                 learned in which the step of this class has no derivative.
-            ValueError: RMSprop took its first step with a learned momentum of 0.
         """
         kind = kind_of(inner)
         name_of = {id(p): name for name, p in weights.items()}
@@ -119,12 +118,6 @@ class InnerStep:
             name: {key: value.detach().clone() for key, value in inner.state.get(p, {}).items() if isinstance(value, Tensor)}
             for name, p in held.items()
         }
-        unbuffered = [name for name, entries in state.items() if entries and "momentum_buffer" not in entries]
-        if kind is optim.RMSprop and unbuffered and any(isinstance(g.options["momentum"], Bound) for g in groups):
-            raise ValueError(
-                "the learned momentum of RMSprop was 0 at the first step: torch then keeps no buffer, and its own step "
-                "fails as soon as the momentum rises. Start above 0"
-            )
         empty = {} if kind is optim.SGD else {name: p for name, p in held.items() if not state[name]}
         return replace(without_state, state=state | without_state._first_state(empty, leaves))
 

@@ -537,15 +537,6 @@ def test_momentum_that_begins_at_zero_builds_on_the_gradients_of_its_steps() -> 
     assert ours != 0
 
 
-def test_rmsprop_whose_momentum_begins_at_zero_is_named() -> None:
-    """Its state gets no buffer, and torch's own step raises a KeyError as soon as the momentum rises."""
-    leaf = nn.Parameter(torch.tensor(0.0))
-    inner, live = started(optim.RMSprop, {"momentum": 0.0})
-    real_step(inner, live)
-    with pytest.raises(ValueError, match=r"momentum of RMSprop was 0 at the first step.*Start above 0"):
-        learning(inner, live, {"mine": leaf}, momentum="mine")
-
-
 def test_derivatives_at_zero_in_closed_form() -> None:
     """SGD: w⁺ = w − lr·(μ·buffer + g), so that ∂w⁺/∂μ = −lr·buffer. Adam: ∂w⁺/∂lr is the whole of a step with lr = 1."""
     leaf = nn.Parameter(torch.tensor(0.0))
