@@ -66,7 +66,7 @@ def through_steps(
     validation = reverse.validate(end, val_batch)
     g = {name: validation.g[name] for name in end.weights}
     later = Derivatives(
-        weights=g, state={}, buffers=validation.by_buffer, leaves=dict.fromkeys(leaves), norms=(_norm(g, end.weights),)
+        weights=g, state={}, buffers=validation.by_buffer, leaves=dict.fromkeys(leaves), norms=(norm(g, end.weights),)
     )
     later = reverse.through(begins, end, steps, later)
     assert later.last is not None  # there is one step at least
@@ -253,10 +253,10 @@ class Reverse:
             if not gradient:
                 raise ValueError(f"the training loss touches none of the weights {list(w)}: compute it with the model")
             weights, after = step.present_dynamics().step(here.weights, gradient, leaves, _nested(counts | flat))
-            outputs = {**_keyed("w", weights), **_keyed("s", _flat(after)), **_keyed("b", here.buffers)}
-            cotangents = {**_keyed("w", later.weights), **_keyed("s", later.state), **_keyed("b", later.buffers)}
+            outputs = {**keyed("w", weights), **keyed("s", _flat(after)), **keyed("b", here.buffers)}
+            cotangents = {**keyed("w", later.weights), **keyed("s", later.state), **keyed("b", later.buffers)}
             outputs = {key: value for key, value in outputs.items() if value.requires_grad and key in cotangents}
-            inputs = {**_keyed("w", w), **_keyed("s", flat), **_keyed("b", buffers), **_keyed("l", leaves)}
+            inputs = {**keyed("w", w), **keyed("s", flat), **keyed("b", buffers), **keyed("l", leaves)}
             found = VJP(outputs, inputs)(cotangents, batched)
             written = {name for name, t in here.weights.items() if t is not w[name] and not dicts.is_same(t, w[name])}
             if here.statistics is not None and here.statistics.is_stale and self.moving:
@@ -268,7 +268,7 @@ class Reverse:
             state={name: part for name in flat if (part := found["s" + name]) is not None},
             buffers={name: part for name in buffers if (part := found["b" + name]) is not None},
             leaves=dicts.add(later.leaves, {name: found["l" + name] for name in leaves}),
-            norms=(*later.norms, _norm(before, w)),
+            norms=(*later.norms, norm(before, w)),
             missed=(*later.missed, dicts.norm(off)),
             went=(*later.went, dicts.norm(_difference(end.weights, at.weights))),
             off={name: later.off[name] + part for name, part in off.items()} if later.off else off,
@@ -288,23 +288,28 @@ def _solution_of(later: Derivatives, steps: int, end: Tensors, begin: Tensors, u
     worst = _ratio((missed - rounding).clamp(min=0), went).amax()
     share = _ratio(dicts.norm(later.off), dicts.norm(_difference(end, begin)))
     grown, worst, share = torch.stack([(norms[-1] / start).amax(), worst, share]).tolist()
-    status, detail = Status.FINISHED, ""
-    if not math.isfinite(grown):
-        status, detail = Status.NON_FINITE_PRODUCT, "in the derivative of an inner step"
-    elif not worst <= SAME:
+    status, detail = ended(grown, len(norms) - 1, unseen)
+    if status is not Status.NON_FINITE_PRODUCT and not worst <= SAME:
         status = Status.REPLAY_DIFFERS if share <= LOST else Status.REPLAY_LOST
         detail = f"the distance between their ends now and before is {share:.2g} of how far they went"
-    elif len(norms) - 1 < steps:
+    elif status is not Status.NON_FINITE_PRODUCT and len(norms) - 1 < steps:
         status, detail = Status.REPLAY_DIFFERS, f"of {steps} steps {len(norms) - 1} are known"
-    elif unseen:
-        rest = f" and {len(unseen) - SHOWN} more" if len(unseen) > SHOWN else ""
-        status, detail = Status.UNSEEN_WRITES, f"written: {', '.join(unseen[:SHOWN])}{rest}"
-    elif grown > GROWN:
-        status, detail = Status.SENSITIVE, f"∂L_V/∂w grew {grown:.3g} times over {len(norms) - 1} steps"
     residuals = norms[1:] / start
     return Solution(
         value=later.weights, status=status, detail=detail, residuals=residuals, products=len(residuals), state={}
     )
+
+
+def ended(grown: float, steps: int, unseen: Sequence[str]) -> tuple[Status, str]:
+    """How the way back through steps ended, on which ∂L_V/∂w grew so many times; ``unseen`` as above."""
+    if not math.isfinite(grown):
+        return Status.NON_FINITE_PRODUCT, "in the derivative of an inner step"
+    if unseen:
+        rest = f" and {len(unseen) - SHOWN} more" if len(unseen) > SHOWN else ""
+        return Status.UNSEEN_WRITES, f"written: {', '.join(unseen[:SHOWN])}{rest}"
+    if grown > GROWN:
+        return Status.SENSITIVE, f"∂L_V/∂w grew {grown:.3g} times over {steps} steps"
+    return Status.FINISHED, ""
 
 
 def _difference(a: Tensors, b: Tensors) -> Tensors:
@@ -315,13 +320,14 @@ def _ratio(missed: Tensor, went: Tensor) -> Tensor:
     return missed / torch.where(went > 0, went, 1.0)
 
 
-def _norm(x: Tensors, like: Tensors) -> Tensor:
+def norm(x: Tensors, like: Tensors) -> Tensor:
     """‖x‖, or R of them if x has a leading axis of R, unlike ``like``."""
     name, value = next(iter(x.items()))
     return vectors.norm(Layout.of(like).flatten(x, value.shape[: value.ndim - like[name].ndim]))
 
 
-def _keyed(kind: str, x: Tensors) -> Tensors:
+def keyed(kind: str, x: Tensors) -> Tensors:
+    """The tensors by names that begin with their kind."""
     return {kind + name: value for name, value in x.items()}
 
 

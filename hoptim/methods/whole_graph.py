@@ -5,7 +5,6 @@ Each step is taken once, where :mod:`hoptim.methods.reverse` repeats it. The mem
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hoptim.linalg import dicts
-from hoptim.linalg.vectors import Layout, Tensors, norm
+from hoptim.linalg.vectors import Tensors
 from hoptim.linalg.vjp import VJP
 from hoptim.methods.result import Terms
-from hoptim.methods.reverse import GROWN
+from hoptim.methods.reverse import ended, keyed, norm
 from hoptim.methods.trajectory import Trajectory, evaluated_losses
 from hoptim.methods.validation_loss import validate
 from hoptim.problem.problem import Problem, as_leaves
@@ -62,37 +61,21 @@ def through_whole_graph(
         ends = as_leaves(carried)
         with problem.at(as_leaves(w), leaves, {**buffers, **ends}) as at_end:
             validation = validate(at_end, val_batch, ends)
-        outputs = {**_keyed("w", w), **_keyed("b", {name: carried[name] for name in validation.by_buffer})}
-        cotangents = {**_keyed("w", validation.g), **_keyed("b", validation.by_buffer)}
-        found = VJP(outputs, {**_keyed("w", start), **_keyed("l", leaves)})(cotangents)
-    begin = dicts.filled({name: found["w", name] for name in start}, start)
+        outputs = {**keyed("w", w), **keyed("b", {name: carried[name] for name in validation.by_buffer})}
+        cotangents = {**keyed("w", validation.g), **keyed("b", validation.by_buffer)}
+        found = VJP(outputs, {**keyed("w", start), **keyed("l", leaves)})(cotangents)
+    begin = dicts.filled({name: found["w" + name] for name in start}, start)
     solution = _solution_of(begin, validation.g, count, unseen, len(trajectory.steps))
-    indirect = {name: found["l", name] for name in leaves}
+    indirect = {name: found["l" + name] for name in leaves}
     return Terms(validation, indirect, solution, here.loss, dicts.norm(dicts.map_tensors(Tensor.detach, here.gradient)))
-
-
-def _keyed(kind: str, x: Tensors) -> dict[tuple[str, str], Tensor]:
-    return {(kind, name): t for name, t in x.items()}
 
 
 def _solution_of(begin: Tensors, g: Tensors, count: int | None, unseen: Sequence[str], steps: int) -> Solution:
     """∂L_V/∂w at the start, of each of K models if there are several."""
-    start, end = (_norms(x, count) for x in (begin, g))
+    one = g if count is None else {name: t[0] for name, t in g.items()}
+    start, end = (norm(x, one) for x in (begin, g))
     growth = start / torch.where(end > 0, end, 1.0)
-    grown, status, detail = float(growth.amax()), Status.FINISHED, ""
-    if not math.isfinite(grown):
-        of_task = "" if count is None else f"task {int(growth.argmax()) + 1} of {count}: "
-        status, detail = Status.NON_FINITE_PRODUCT, f"{of_task}in the derivative of the inner steps"
-    elif unseen:
-        status, detail = Status.UNSEEN_WRITES, f"written: {', '.join(unseen)}"
-    elif grown > GROWN:
-        status, detail = Status.SENSITIVE, f"∂L_V/∂w grew {grown:.3g} times over {steps} steps"
+    status, detail = ended(float(growth.amax()), steps, unseen)
+    if status is Status.NON_FINITE_PRODUCT and count is not None:
+        detail = f"task {int(growth.argmax()) + 1} of {count}: {detail}"
     return Solution(value=begin, status=status, detail=detail, residuals=growth[None], products=steps)
-
-
-def _norms(x: Tensors, count: int | None) -> Tensor:
-    """‖x‖, or K of them."""
-    if count is None:
-        return dicts.norm(x)
-    one = Layout.of({name: t[0] for name, t in x.items()})
-    return norm(one.flatten(x, (count,)))
