@@ -83,12 +83,6 @@ def retrain(
     """
     checked_problem(problem)
     check_takes("train", train, "model, optimizer, examples")
-    if problem.has_trained and not _have_moved(problem):
-        warnings.warn(
-            "the model of the problem was trained, but no hyperparameter has moved since the problem was made: the new "
-            "model trains with their starts. If the run had no hyperstep, give it a smaller every or warmup, or more steps",
-            stacklevel=2,
-        )
     with arguments.gradients("retrain"):
         model = make()
         losses, group = (problem.train_loss, problem.val_loss), problem.process_group
@@ -114,14 +108,6 @@ def retrain(
             stacklevel=2,
         )
     return model
-
-
-def _have_moved(problem: Problem) -> bool:
-    """Whether any hyperparameter is another than when the problem was made, by a hyperstep, by hand or from a file."""
-    return any(
-        name not in problem.starts or not torch.equal(leaf, problem.starts[name].to(leaf))
-        for name, leaf in problem.leaves().items()
-    )
 
 
 def _check_new(model: nn.Module, problem: Problem) -> None:

@@ -126,7 +126,7 @@ class TrainingOptimizer(Optimizer):
         names, starts = (names, ()) if learned is None else (learned.named_again(inner, names), learned.starts)
         weights = dict(problem.named_parameters())
         if learned is None:
-            _start_decays_from(inner, names.get("weight_decay"), problem, weights)
+            _start_decays_from(inner, names.get("weight_decay"), weights)
         self._progress.learned_options = found = learned_options.learn(inner, names, problem.hparams, weights, starts)
         if found:
             problem.options = Learned.of(inner, names, found)
@@ -345,13 +345,12 @@ class TrainingOptimizer(Optimizer):
         return f"{type(self).__name__}(inner={self.inner})"
 
 
-def _start_decays_from(inner: Optimizer, decays: Any, problem: Problem, weights: Mapping[str, Tensor]) -> None:
+def _start_decays_from(inner: Optimizer, decays: Any, weights: Mapping[str, Tensor]) -> None:
     """Let a recipe of decays that was given no start begin with the optimizer's own ``weight_decay``."""
     if not hasattr(decays, "start_from"):
         return
     number_of = {id(p): float(group["weight_decay"]) for group in inner.param_groups for p in group["params"]}
     decays.start_from({name: number_of[id(w)] for name, w in weights.items() if id(w) in number_of})
-    problem.starts.update({name: leaf.detach().clone() for name, leaf in problem.leaves().items()})
 
 
 def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -295,26 +295,8 @@ def unmoved(**settings: Any) -> hoptim.Problem:
 
 
 @pytest.mark.parametrize("settings", [{"every": 100}, {"every": 2, "warmup": 2000}, {"every": None}])
-def test_a_run_without_a_hyperstep_is_told_and_its_retraining_has_the_starts(settings: Any) -> None:
+def test_the_retraining_of_a_run_without_a_hyperstep_has_the_starts(settings: Any) -> None:
     problem = unmoved(**settings)
-    (words,) = told(problem)
-    assert "no hyperparameter has moved since the problem was made: the new model trains with their starts" in words
     torch.manual_seed(2)
-    with pytest.warns(UserWarning, match="no hyperparameter has moved"):
-        model = hoptim.retrain(problem, make, train, torch.arange(N), inner=inner)
+    model = hoptim.retrain(problem, make, train, torch.arange(N), inner=inner)
     assert same(model, by_hand(ExampleWeights(N, trusted=CLEAN).double()["example_weight"].detach(), torch.arange(N)))
-
-
-def test_hyperparameters_that_moved_by_a_hyperstep_by_hand_or_from_a_file_are_not_told() -> None:
-    assert told(learned()) == []
-    assert told(copy.deepcopy(learned())) == []
-    by_hand = unmoved(every=None)
-    by_hand.hparams["example_weight"] = torch.full((N,), 0.3)
-    loaded = unmoved(every=None)
-    loaded.hparams.load_state_dict(by_hand.hparams.state_dict())
-    data = unmoved(every=None)
-    next(iter(data.leaves().values())).data.add_(0.1)
-    for problem in (by_hand, loaded, data):
-        assert told(problem) == []
-    untrained = hoptim.Problem(make(), ExampleWeights(N).double(), train_loss, val_loss)
-    assert told(untrained) == []
