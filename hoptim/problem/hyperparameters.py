@@ -14,7 +14,6 @@ from torch.distributions.transforms import Transform
 from hoptim.problem.constraint import bijection, described, is_nonnegative, to_leaf
 from hoptim.problem.level_adam import Level, checked_levels, renumbered
 from hoptim.problem.outer_adam import VALIDATION, Rates, check_validation, joined, rates_of, usual_options
-from hoptim.problem.wrappers import AS_SEEN, without_wrappers
 
 SHOWN = 5  # names that an error lists
 
@@ -222,9 +221,6 @@ class HyperParameters(nn.Module):
 
 def _unknown(name: object, names: list[str]) -> str:
     """The error message for an unknown name, in one line even if there are many names."""
-    bare = without_wrappers(str(name))
-    if meant := next((one for one in names if without_wrappers(one) == bare), None):
-        return f"no hyperparameter {name!r}, but {meant!r}: one is the name of a wrapped model, and {AS_SEEN}"
     rest = len(names) - SHOWN
     return f"no hyperparameter {name!r}: the names are {sorted(names)[:SHOWN]}{f' and {rest} more' if rest > 0 else ''}"
 

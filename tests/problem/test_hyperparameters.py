@@ -390,7 +390,7 @@ def squares(names: Callable[[str], str] = str) -> Any:
 
 
 @pytest.mark.parametrize("prefix", wrappers())
-def test_names_of_a_wrapped_model_are_told_in_one_line(prefix: str) -> None:
+def test_names_of_a_wrapped_model_have_a_note(prefix: str) -> None:
     wrapped = wrappers()[prefix](deep())
     hparams = HyperParameters({name: torch.ones_like(p) for name, p in wrapped.named_parameters()})
     problem = Problem(wrapped, hparams, squares(), squares())
@@ -398,18 +398,10 @@ def test_names_of_a_wrapped_model_are_told_in_one_line(prefix: str) -> None:
     for ask in (lambda: problem.loss(one), lambda: hypergradient(problem, one, one)):
         with pytest.raises(KeyError) as caught:
             ask()
-        words = f"no hyperparameter '0.weight', but '{prefix}.0.weight': one is the name of a wrapped model"
-        assert words in str(caught.value)
-        assert "name hyperparameters by that, as in ddp.module.named_parameters()" in str(caught.value)
-        assert len(str(caught.value)) < 300
+        (note,) = (said for said in caught.value.__notes__ if f"'{prefix}.0.weight' is named after a wrapped" in said)
+        assert "name hyperparameters by that, as in ddp.module.named_parameters()" in note
     inside = HyperParameters({name: torch.ones_like(p) for name, p in problem.model.named_parameters()})
     assert Problem(wrapped, inside, squares(), squares()).loss(one).isfinite()  # the remedy
-
-
-def test_the_other_way_round_too() -> None:
-    hparams = HyperParameters({name: torch.ones_like(p) for name, p in deep().named_parameters()})
-    with pytest.raises(KeyError, match=r"no hyperparameter 'module\.0\.weight', but '0\.weight': one is"):
-        hparams["module.0.weight"]
 
 
 def test_an_unknown_name_among_many_is_one_line() -> None:
