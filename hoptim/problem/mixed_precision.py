@@ -9,7 +9,7 @@ import torch
 
 Lowered = tuple[tuple[str, torch.dtype], ...]
 
-_DEVICES = ("cpu", "cuda", "mps", "xpu")
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def lowered() -> Lowered:
@@ -22,7 +22,7 @@ def lowered() -> Lowered:
     ...     lowered()
     (('cpu', torch.bfloat16),)
     """
-    enabled = [(device, torch.get_autocast_dtype(device)) for device in _DEVICES if torch.is_autocast_enabled(device)]
+    enabled = [(device, torch.get_autocast_dtype(device)) for device in DEVICES if torch.is_autocast_enabled(device)]
     return tuple((device, dtype) for device, dtype in enabled if dtype != torch.float16)
 
 
@@ -30,7 +30,7 @@ def lowered() -> Lowered:
 def full_precision() -> Iterator[None]:
     """Without autocast: for backward passes, products and solvers."""
     with ExitStack() as stack:
-        for device in _DEVICES:
+        for device in DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+from hoptim.problem.mixed_precision import DEVICES
 
 
 class Coroutine:
@@ -95,7 +95,7 @@ class CoroutineClosed(BaseException):
 
 def _settings_of_this_thread() -> list[AbstractContextManager[Any]]:
     """Contexts in which another thread has the settings of torch that this one has."""
-    lowered = [kind for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)]
+    lowered = [kind for kind in DEVICES if torch.is_autocast_enabled(kind)]
     found: list[Any] = [torch.autocast(kind, dtype=torch.get_autocast_dtype(kind)) for kind in lowered]
     if torch.get_default_device() != torch.device("cpu"):
         found.append(torch.device(torch.get_default_device()))
