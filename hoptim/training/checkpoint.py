@@ -87,12 +87,10 @@ def _check_shards(there: Any, here: Any) -> None:
     """Raise ``ValueError`` unless the shards are of the same rank of as many, and are cut alike."""
     if there == here:
         return
-    cut: list[Any] = [shards["weights"] if shards else {} for shards in (there, here)]
-    names = [name for name in {**cut[0], **cut[1]} if cut[0].get(name) != cut[1].get(name)]
-    example = f": {names[0]} is cut into {cut[0].get(names[0])} there and {cut[1].get(names[0])} here" if names else ""
     raise ValueError(
-        f"this state_dict is {_described(there)}, and here it is {_described(here)}{example}. A rank can load only what the "
-        "same rank of as many has saved: take hoptim.save_checkpoint and hoptim.load_checkpoint, for any number of ranks"
+        f"this state_dict is {_described(there)}, and here it is {_described(here)}. A rank can load only what the same "
+        "rank of as many has saved of weights that are cut alike: take hoptim.save_checkpoint and hoptim.load_checkpoint, "
+        "for any number of ranks"
     )
 
 
