@@ -225,7 +225,7 @@ class CrossValidated:
                 ``"raise"``.
             ValueError: a fold's training ended before the first hyperstep, or wrote into a buffer that the models share; the
                 checkpoint is damaged or of another fit.
-            TypeError: the state of an object given to ``resumable`` can't be saved.
+            UnpicklingError: the state of an object given to ``resumable`` has other things than tensors and plain values.
         """
         check_takes("train", train, "model, optimizer, examples")
         fit, problem = self._fit, self._fit.last.problem

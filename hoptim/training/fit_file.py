@@ -51,11 +51,12 @@ class FitFile:
 
         Raises:
             OSError: the disk is full or can't be written to.
-            TypeError: the state holds other things than tensors and plain values.
+            UnpicklingError: the state holds other things than tensors and plain values.
         """
         packed = self._ranks.gathered_by_first(to_bytes(dict(state)))
         if packed is not None:
-            states = [_unpacked(one) for one in packed]  # also to fail now if it can't be read, and not at the resume
+            # Read at once, so that a state that can't be read fails now, and not at the resume.
+            states = [torch.load(io.BytesIO(one), weights_only=True, map_location="cpu") for one in packed]
             data = to_bytes({"settings": self._settings, "ranks": states})
             write_atomically(self.path, data, "make room; fit with the same checkpoint goes on from the last one")
         self._written = time.monotonic()
@@ -85,17 +86,6 @@ class FitFile:
             words = "; ".join(_difference(name, settings.get(name), self._settings[name]) for name in differing)
             raise ValueError(f"checkpoint {self.path} is of another fit: {words}. Make it as it was, or delete the file")
         return dict(states[self._ranks.rank])
-
-
-def _unpacked(data: bytes) -> Any:
-    try:
-        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise TypeError(
-            "the state of an object that was given to resumable can't be saved: its state_dict() has to be made of tensors "
-            f"and plain values ({reason})"
-        ) from error
 
 
 def _same(a: Any, b: Any) -> bool:

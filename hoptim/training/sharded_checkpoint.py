@@ -26,7 +26,7 @@ from hoptim.problem.sharding import Sharding, local
 from hoptim.training.checkpoint import KEY, check_loadable, held_shards, held_weights
 from hoptim.training.files import to_bytes
 from hoptim.training.optimizer import BilevelOptimizer
-from hoptim.training.training_optimizer import check_kinds, check_stateful, load_stateful, stateful_states
+from hoptim.training.training_optimizer import check_kinds, load_stateful, stateful_states
 
 DAMAGED = "the checkpoint is damaged, so load an earlier one"
 SHARED = "shared"  # plain values that are the same on all ranks
@@ -47,13 +47,13 @@ def save_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
             ``load_state_dict``, or a ``torch.Generator``.
 
     Raises:
-        TypeError: an object of ``stateful`` without a state, or with one that is sharded.
+        AttributeError: an object of ``stateful`` has no state.
+        TypeError: its state is sharded.
         FileExistsError: there is such a folder already.
         RuntimeError: the disk is full, or can't be written to.
     """
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    check_stateful("save_checkpoint", stateful)
     folder = Path(folder)
     ranks, part = optimizer.problem.ranks, folder.with_name(f".{folder.name}.part")
     tree = _saved(optimizer, stateful)
@@ -75,12 +75,10 @@ def load_checkpoint(folder: str | os.PathLike[str], optimizer: BilevelOptimizer,
         stateful: those that were saved, in the same order.
 
     Raises:
-        TypeError: an object of ``stateful`` without a state.
         FileNotFoundError: there is no complete checkpoint in the folder.
         ValueError: it is of another model or of a newer version, or other ``stateful`` objects were saved.
         RuntimeError: a file is damaged.
     """
-    check_stateful("load_checkpoint", stateful)
     folder = Path(folder)
     problem, ranks = optimizer.problem, optimizer.problem.ranks
     _on_first(ranks, lambda: _check_is_one(folder))

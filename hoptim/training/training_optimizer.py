@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hoptim.checks import describe_type
 from hoptim.methods import learned_options
 from hoptim.methods.decay import RealDecay
 from hoptim.methods.learned_options import Learned, LearnedOption
@@ -217,10 +216,8 @@ class TrainingOptimizer(Optimizer):
                 scheduler, a ``GradScaler`` or an averaged model; or a ``torch.Generator``.
 
         Raises:
-            TypeError: an object has no state.
             ValueError: the training has started already; the checkpoint is of another loop.
         """
-        check_stateful("resumable", stateful)
         if self.save_points.are_used or self.inner_steps:
             raise ValueError(
                 "resumable is for the whole loop of a training: put it around one loop, and take no step before it"
@@ -356,16 +353,6 @@ def _start_decays_from(inner: Optimizer, decays: Any, weights: Mapping[str, Tens
 def _add_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     assert isinstance(optimizer, TrainingOptimizer)
     state_dict.update(optimizer._saved())
-
-
-def check_stateful(caller: str, stateful: tuple[Any, ...]) -> None:
-    """Raise ``TypeError`` unless each of these objects has a state that can be saved and loaded."""
-    for one in stateful:
-        if not isinstance(one, torch.Generator) and not hasattr(one, "load_state_dict"):
-            raise TypeError(
-                f"{caller} was given {describe_type(one)}: give objects with state_dict() and load_state_dict(), or a "
-                "torch.Generator"
-            )
 
 
 def stateful_states(stateful: tuple[Any, ...]) -> list[tuple[str, Any]]:

@@ -177,13 +177,6 @@ def test_a_damaged_file_and_another_model_are_refused_as_a_whole(tmp_path: Path)
     assert same(job.end(*other), before)
 
 
-def test_arguments_of_the_wrong_kind() -> None:
-    optimizer, _ = job.build(job.CASES["neumann"], job.whole)
-    for call, name in ((hoptim.save_checkpoint, "save_checkpoint"), (hoptim.load_checkpoint, "load_checkpoint")):
-        with pytest.raises(TypeError, match=name + " was given an int"):
-            call("folder", optimizer, 3)
-
-
 def test_a_training_that_is_killed_ends_in_the_same_bits(tmp_path: Path) -> None:
     whole, folder, draw = tmp_path / "whole", tmp_path / "killed", random.Random(time.time_ns())
     for each in (whole, folder):
