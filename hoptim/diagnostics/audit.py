@@ -74,8 +74,8 @@ def audit(
         The results: print them, or take ``.to_dict()``, ``.plot(path)``, ``.advice``.
 
     Raises:
-        TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method; weights are sharded over ranks.
-        ValueError: what ``hypergradient`` raises.
+        TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method.
+        ValueError: several processes train together, or what ``hypergradient`` raises.
 
     Source: the bound of the solve: Ehrhardt and Roberts 2023 (arXiv 2301.04764), section 3.
 
@@ -93,15 +93,10 @@ def audit(
     loop = checked(problem, method, inner, options)
     check_one_training("method", method)
     inner = loop.inner
-    if problem.is_sharded:
-        raise TypeError(
-            "an audit trains again in one process, and the weights are sharded over ranks: audit a model of fewer weights "
-            "that is not sharded, Problem(model, ..., process_group=None), or train with DistributedDataParallel"
-        )
-    if problem.ranks.size > 1:
+    if problem.is_sharded or problem.ranks.size > 1:
         raise ValueError(
             f"an audit is for one process, and {problem.ranks.size} train together here: audit on one of them, on a problem "
-            "of the model inside the wrapper, Problem(model.module, ..., process_group=None)"
+            "of a model that is neither wrapped nor sharded, Problem(model, ..., process_group=None)"
         )
     method = default_method(loop.learned) if method is None else method
     if isinstance(method, Replay) and train_batch is None:

@@ -250,7 +250,7 @@ def test_a_fit_of_folds_is_that_of_one_process(world: list[dict[str, Any]]) -> N
         ("unrolled", "TypeError: Unrolled repeats inner steps.*take hoptim.Implicit"),
         ("replay", "TypeError: Replay repeats inner steps.*take hoptim.Implicit"),
         ("learned", "TypeError: hyperparameter 'weight_decay'.*can't be learned where weights are sharded.*WeightDecay"),
-        ("audit", "TypeError: an audit trains again in one process.*that is not sharded"),
+        ("audit", "ValueError: an audit is for one process.*neither wrapped nor sharded"),
         ("alone", r"ValueError: the weight '\w+.*' is sharded over the ranks \[0, 1.*leave process_group as it is"),
     ],
 )
