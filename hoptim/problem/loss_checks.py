@@ -118,10 +118,6 @@ def split_aux(name: str, returned: Any) -> tuple[Any, Any]:
 
 def losses(name: str, value: Tensor) -> Tensor:
     """Return ``value`` if it is a real scalar or vector of losses with a gradient; otherwise raise and say what to do."""
-    if isinstance(value, (list, tuple)) and value and all(isinstance(one, Tensor) for one in value):
-        raise TypeError(
-            f"{name} returned {describe_type(value)} of tensors: return one loss, or torch.stack(...) of several"
-        )
     if not isinstance(value, Tensor) or not value.ndim:
         return scalar(name, value)
     if value.ndim > 1 or not len(value):

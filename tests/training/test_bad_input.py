@@ -257,7 +257,7 @@ ROWS: dict[str, Row] = {
     "a list of losses": (
         lambda: once(val=lambda m, h, b: [val(m, h, b)] * 2),
         TypeError,
-        ["list of tensors", "torch.stack"],
+        ["val_loss returned a list", "scalar tensor"],
     ),
     "an array": (
         lambda: once(lambda m, h, b: loss(m, h, b).detach().numpy()),
