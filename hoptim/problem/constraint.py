@@ -57,17 +57,14 @@ def described(found: Any) -> str:
     return str(float(found)) if isinstance(found, (int, float)) else str(found)
 
 
-def bijection(name: str, constraint: Constraint | None) -> tuple[Constraint, Transform]:
+def bijection(constraint: Constraint | None) -> tuple[Constraint, Transform]:
     """The constraint of a hyperparameter, and the map onto it."""
     constraint = constraints.real if constraint is None else constraint
     if is_nonnegative(constraint):
         return constraint, identity_transform
     if _is_from_zero(constraint, constraints.positive):
         return constraint, ExpTransform()  # torch's own also multiplies by 1 and adds 0, at four times the cost
-    try:
-        return constraint, biject_to(constraint)
-    except NotImplementedError:
-        raise ValueError(f"{name!r}: torch has no bijection onto {constraint}; take another constraint") from None
+    return constraint, biject_to(constraint)
 
 
 def to_leaf(name: str, value: Tensor, constraint: Constraint, transform: Transform) -> Tensor:

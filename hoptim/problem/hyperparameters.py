@@ -42,10 +42,12 @@ class HyperParameters(nn.Module):
             its nine rows has its own. Default: none.
 
     Raises:
-        TypeError: a value is no floating-point tensor, or a constraint no ``Constraint``.
-        ValueError: a constraint has no value, a value lies outside its constraint, on its edge or nearer
-            to it than its precision allows, or a module can't have a parameter of that name: ``"training"``, ``"keys"``,
-            ``"a..b"``, ``"a"`` beside ``"a.b"``; a state is loaded that was saved under another constraint.
+        TypeError: a value is no floating-point tensor.
+        ValueError: a constraint has no value, a value lies outside its constraint, on its edge or nearer to it than its
+            precision allows; a state is loaded that was saved under another constraint.
+        KeyError: a module can't have a parameter of that name: ``"training"``, ``"keys"``, ``"a..b"``, ``"a"`` beside
+            ``"a.b"``.
+        NotImplementedError: torch has no map onto a constraint.
 
     >>> from torch.distributions import constraints
     >>> hparams = HyperParameters({"weight_decay": torch.full((2,), 0.5)}, {"weight_decay": constraints.positive})
@@ -75,7 +77,7 @@ class HyperParameters(nn.Module):
         self._constraints: dict[str, Constraint] = {}
         self._transforms: dict[str, Transform] = {}
         for name, value in values.items():
-            constraint, transform = bijection(name, given.get(name))
+            constraint, transform = bijection(given.get(name))
             self._add(name, nn.Parameter(to_leaf(name, value, constraint, transform)))
             self._constraints[name], self._transforms[name] = constraint, transform
         self._levels = checked_levels(levels, {name: self._leaf(name) for name in self}, self._rates())
@@ -83,16 +85,11 @@ class HyperParameters(nn.Module):
     def _add(self, name: str, leaf: nn.Parameter) -> None:
         *groups, last = name.split(".")
         module: Any = self
-        try:
-            for group in groups:
-                if group not in module._modules:
-                    module.add_module(group, _Group())
-                module = module._modules[group]
-            module.register_parameter(last, leaf)
-        except KeyError as error:
-            raise ValueError(
-                f"no hyperparameter can be named {name!r}, because no parameter of a module can: {error.args[0]}. Rename it"
-            ) from None
+        for group in groups:
+            if group not in module._modules:
+                module.add_module(group, _Group())
+            module = module._modules[group]
+        module.register_parameter(last, leaf)
 
     def _leaf(self, name: str) -> nn.Parameter:
         if name not in self:
@@ -139,11 +136,6 @@ class HyperParameters(nn.Module):
                     "it was saved under another constraint. Give it that one, or set its value instead"
                 )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("_parameters", ()) and not isinstance(value, nn.Parameter):
-            raise AttributeError(f"{name!r} is a hyperparameter, not an attribute: write hparams[{name!r}] = value")
-        super().__setattr__(name, value)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._constraints)

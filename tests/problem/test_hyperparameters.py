@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -116,14 +115,13 @@ def test_names_that_differ_are_kept_apart() -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_name_that_no_parameter_of_a_module_can_have_is_refused(name: str) -> None:
-    words = rf"no hyperparameter can be named {re.escape(repr(name))}, .*(already exists|can't be empty).*Rename it"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(KeyError, match=r"already exists|be empty"):
         HyperParameters({"x": torch.ones(1), name: torch.ones(1)})
 
 
 @pytest.mark.parametrize("names", [["a", "a.b"], ["a.b", "a"], ["a.b.c", "a.b"]], ids=str)
 def test_a_name_that_is_also_the_prefix_of_another_is_refused(names: list[str]) -> None:
-    with pytest.raises(ValueError, match=rf"named {names[-1]!r}.*already exists. Rename it"):
+    with pytest.raises(KeyError, match="already exists"):
         HyperParameters({name: torch.ones(1) for name in names})
 
 
@@ -216,7 +214,7 @@ def test_an_attribute_is_the_leaf() -> None:
     hparams = positive_and_real()
     assert hparams.a is hparams.get_parameter("a")
     assert getattr(hparams, "0").weight.tolist() == [0.0, 0.0]
-    with pytest.raises(AttributeError, match=r"'a' is a hyperparameter, not an attribute: write hparams\['a'\] = value"):
+    with pytest.raises(TypeError, match="as parameter 'a'"):
         hparams.a = torch.tensor(1.0)
     hparams.note = "kept"
     assert hparams.eval().training is False
