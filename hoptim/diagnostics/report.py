@@ -147,11 +147,9 @@ class Audit:
         return text.getvalue().rstrip()
 
     def plot(self, path: str | Path) -> None:
-        """Write a picture: residual and cosine to the longer solve against products. It needs matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Audit.plot needs matplotlib: pip install '.[plots]' in a checkout of hoptim") from error
+        """Write a picture: residual and cosine to the longer solve against products. It needs the extra ``plots``."""
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.semilogy(range(1, len(self.residuals) + 1), self.residuals, marker=".")

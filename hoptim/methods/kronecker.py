@@ -68,10 +68,8 @@ class EKFAC(Preconditioner):
 
     def __call__(self, A: Operator, weights: Tensors, inner: Optimizer | None) -> Root:
         """D^(−1/2) and its inverse."""
-        try:
-            from curvlinops import EKFACLinearOperator  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise ImportError("EKFAC needs curvlinops: in a checkout of hoptim, pip install '.[kfac]'") from error
+        from curvlinops import EKFACLinearOperator  # type: ignore[import-untyped]
+
         if any(hasattr(weight, "device_mesh") for weight in weights.values()):
             raise TypeError("EKFAC needs whole weights, and these are sharded over ranks: take Jacobi() or SecondMoments()")
         names = {weight.data_ptr(): name for name, weight in weights.items()}  # the model's may be others on the same memory
