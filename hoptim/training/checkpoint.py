@@ -8,7 +8,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from hoptim.checks import describe_type, is_whole
 from hoptim.problem.problem import Problem
 from hoptim.problem.sharding import local
 
@@ -45,30 +44,22 @@ def held_shards(problem: Problem) -> dict[str, Any]:
 
 
 def check_loadable(
-    state_dict: object, weights: Shapes, required: Sequence[str], shards: Mapping[str, Any] | None = None
+    state_dict: Mapping[str, Any], weights: Shapes, required: Sequence[str], shards: Mapping[str, Any] | None = None
 ) -> None:
     """Check that a state is that of a BilevelOptimizer, of no newer version, complete, and of these weights; or a bare one.
 
     ``shards`` is what :func:`held_shards` returns here.
 
     Raises:
-        TypeError: it is no dict.
-        ValueError: it is no optimizer's, damaged, of a newer version, of another model, or of other shards.
+        ValueError: it is damaged, of a newer version, of another model, or of other shards.
     """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict is {describe_type(state_dict)}: give what optimizer.state_dict() returned")
     if KEY not in state_dict:
-        if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
-            raise ValueError(f"this state_dict has no {KEY!r} and no {missing[0]!r}: give optimizer.state_dict()")
         return
     saved = state_dict[KEY]
-    version: Any = saved.get("version") if isinstance(saved, Mapping) else None
-    if not is_whole(version):
-        raise ValueError(DAMAGED.format(missing=["version"]))
-    if version > VERSION:
-        raise ValueError(f"this state_dict is of version {version}, newer than {VERSION}: upgrade hoptim")
     if missing := [name for name in required if name not in saved]:
         raise ValueError(DAMAGED.format(missing=missing))
+    if saved["version"] > VERSION:
+        raise ValueError(f"this state_dict is of version {saved['version']}, newer than {VERSION}: upgrade hoptim")
     _check_shards(saved.get("shards"), (shards or {}).get("shards"))
     pairs = zip_longest(saved.get("weights", weights), weights)  # users drop the entry if weights were renamed
     if differing := [f"{_shown(there)} there is {_shown(here)} here" for there, here in pairs if there != here]:

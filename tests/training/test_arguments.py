@@ -247,11 +247,6 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["training batch", "optimizer.loss(batch)", "train_batches"],
     ),
-    "state of no optimizer": (
-        lambda: optimizer().load_state_dict(nn.Linear(1, 1).state_dict()),
-        ValueError,
-        ["'hoptim'", "'state'", "optimizer.state_dict()"],
-    ),
     "state of another model's bare optimizer": (
         lambda: optimizer().load_state_dict(torch.optim.SGD(nn.GRUCell(1, 1).parameters()).state_dict()),
         ValueError,
@@ -303,7 +298,6 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["'b'", "'a'"],
     ),
-    "constraint without a map": (lambda: hparams(T(1.0), constraints.boolean), (TypeError, ValueError), ["'a'", "Boolean"]),
 }  # fmt: skip
 
 
