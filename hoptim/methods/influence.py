@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -219,7 +218,6 @@ def _are_close(a: Tensor, b: Tensor) -> bool:
 def _along_by_forward_mode(at: At, batch: Any, layout: Layout, x: Tensor) -> Tensor | None:
     """xᵀ∇ℓ_i of the examples of a batch, as the derivative of ℓ(w + tx) in t; ``None`` where an operation has none."""
     try:
-        _load_forward_mode()
         with torch.no_grad(), forward_ad.dual_level():
             moved = layout.unflatten(x)
             duals = {name: forward_ad.make_dual(at.weights[name].detach(), moved[name]) for name in layout.names}
@@ -227,14 +225,6 @@ def _along_by_forward_mode(at: At, batch: Any, layout: Layout, x: Tensor) -> Ten
                 return forward_ad.unpack_dual(_vector(found)).tangent
     except RuntimeError:
         return None
-
-
-@cache
-def _load_forward_mode() -> None:
-    """What torch imports at the first use, with a warning about itself."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _along(at: At, batch: Any, layout: Layout, x: Tensor) -> Tensor:
