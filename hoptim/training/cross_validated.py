@@ -248,7 +248,7 @@ class CrossValidated:
         optimizers, first = self._fit.folds, self._fit.folds[0]
         return {
             "examples": len(self._fit.examples),
-            "folds": [(fold.train, fold.held_out) for fold in self.folds],
+            "folds": [(fold.train.tolist(), fold.held_out.tolist()) for fold in self.folds],
             "hypersteps": self._hypersteps,
             "average": self.average,
             "the steps of the hypersteps": [list(optimizer.due) for optimizer in optimizers],

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hoptim.problem.distributed import Ranks
 from hoptim.training.files import read_whole, to_bytes, write_atomically
@@ -25,7 +24,7 @@ class FitFile:
     Args:
         path: the file; its folder has to exist.
         every_seconds: the time after which it is written again, at the next mark.
-        settings: what a resumed fit has to share with the saved one, by name: tensors and plain values.
+        settings: what a resumed fit has to share with the saved one, by name: plain values.
         ranks: the processes that train together. The first one writes for all, and each reads.
 
     Raises:
@@ -82,18 +81,10 @@ class FitFile:
             raise ValueError(
                 f"checkpoint {self.path} is damaged or no fit's ({type(error).__name__}: {reason}): delete it to begin anew"
             ) from error
-        if differing := [name for name, here in self._settings.items() if not _same(settings.get(name), here)]:
+        if differing := [name for name, here in self._settings.items() if settings.get(name) != here]:
             words = "; ".join(_difference(name, settings.get(name), self._settings[name]) for name in differing)
             raise ValueError(f"checkpoint {self.path} is of another fit: {words}. Make it as it was, or delete the file")
         return dict(states[self._ranks.rank])
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
 
 
 def _difference(name: str, there: Any, here: Any) -> str:
