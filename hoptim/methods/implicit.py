@@ -32,7 +32,7 @@ from hoptim.solvers.base import Solver, solve_scaled
 from hoptim.solvers.gmres import GMRES
 from hoptim.solvers.minres import MINRES
 from hoptim.solvers.neumann import Neumann
-from hoptim.solvers.solution import Solution, State, Status
+from hoptim.solvers.solution import Solution, State
 
 Solve = Callable[..., Solution]  # of a right-hand side g, and of the state of the last solution
 TERMS = 5  # of the default solver: stopping early regularises, see scripts/studies/fidelity
@@ -129,8 +129,7 @@ class Implicit(Method):
                 validation = replace(validation, g={})  # its memory is needed
                 solution = whole.solver_of(F, problem, loop)(g, state)
                 indirect = F.mixed(-solution.value)
-                detail = _stuck(solution, loop, at.leaves) or solution.detail
-                named = replace(solution, value=at.named(F.layout, solution.value), detail=detail)
+                named = replace(solution, value=at.named(F.layout, solution.value))
                 return Terms(validation, indirect, named, F.loss, length)
 
     @contextmanager
@@ -188,14 +187,6 @@ def _doubt_of_sign(method: Method, learned: Sequence[LearnedOption], solution: S
         f"met negative curvature ({solution.detail}): the model is not trained, and the hypergradient may have the wrong "
         "sign. Take hoptim.Unrolled(20), which has the right one from the start, or a longer warmup"
     )
-
-
-def _stuck(solution: Solution, loop: TrainingContext, leaves: Tensors) -> str:
-    """What to say if there is no curvature because a learned option is 0, as after a projection; else empty."""
-    if solution.status is not Status.NO_CURVATURE:
-        return ""
-    zero = [option for option in loop.learned if not option.transform(leaves[option.name]).any()]
-    return f"hyperparameter {zero[0].name!r}, the {zero[0].key}, is 0; hoptim.Unrolled(20) finds a way up" if zero else ""
 
 
 def check_weights(F: Linearization, loop: TrainingContext) -> None:

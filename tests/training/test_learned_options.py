@@ -110,7 +110,7 @@ def test_update_at_a_rate_of_zero_has_no_curvature_unless_damped_and_the_run_goe
         take(optimizer, 3)
         assert optimizer.problem.hparams["option"] > 0
     else:
-        with pytest.warns(UserWarning, match=r"NO_CURVATURE.*Add damping.*'option', the lr, is 0; .*Unrolled"):
+        with pytest.warns(UserWarning, match="NO_CURVATURE.*Add damping"):
             take(optimizer, 3)
         assert not optimizer.record.moved
         take(optimizer, 3)
