@@ -16,10 +16,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import TreeSpec
 
 from hoptim.curvature.compiled import programs, splitting
+from hoptim.curvature.compiled.derivatives import Inputs, by_dual_numbers, by_second_pass
 from hoptim.curvature.compiled.programs import compiled_linearization
 from hoptim.curvature.exact import Exact
 from hoptim.curvature.gauss_newton import GaussNewton
 from hoptim.curvature.linearization import Linearization
+from hoptim.linalg.vectors import Layout
 from hoptim.problem.composite_loss import CompositeLoss
 from hoptim.problem.problem import Problem, as_leaves
 
@@ -270,6 +272,21 @@ def test_gauss_newton(counted: list[str]) -> None:
 # The graphs as they are -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_dual_numbers_and_a_second_backward_pass_agree(name: str) -> None:
+    problem, batch = make(CASES[name][0](), CASES[name][1])
+    layout, both = Layout.of(problem.weights()), []
+    v = torch.randn(layout.size)
+    with problem.leave_no_trace(), problem.at() as at:
+        inputs = Inputs.of(at, batch)
+        for way, how in ((by_dual_numbers, layout), (by_second_pass, Exact())):
+            with problem.leave_no_trace():  # the same masks
+                both.append(way(problem, inputs, how, inputs.tensors(), v))
+    (loss, F, Av, Bv), (loss2, F2, Av2, Bv2) = both
+    assert torch.equal(loss, loss2)
+    assert distance({"F": F, "A v": Av, **Bv}, {"F": F2, "A v": Av2, **Bv2}) < 1e-10
+
+
 def test_only_another_shape_or_mode_compiles_again(counted: list[str]) -> None:
     problem, batch = make(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), (4,))
     v = random_like(problem.weights())
@@ -499,7 +516,7 @@ def test_what_a_module_counts_makes_no_program(counted: list[str]) -> None:
 
 
 class Cube(torch.autograd.Function):
-    """x³ with a backward pass of its own."""
+    """x³ with a backward pass and no rule for dual numbers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -511,8 +528,8 @@ class Cube(torch.autograd.Function):
         return 3 * ctx.saved_tensors[0] ** 2 * gradient
 
 
-def test_a_function_with_a_backward_pass_of_its_own(counted: list[str]) -> None:
-    model = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 4), nn.Flatten())
+def test_where_there_are_no_dual_numbers_a_second_backward_pass_serves(counted: list[str]) -> None:
+    model = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 4), nn.Flatten())  # where dual numbers are tried first
     problem, batch = make(model, (4,), lambda m, h, b: LOSS(m, h, b) + Cube.apply(m[1].weight).sum())
     v = random_like(problem.weights())
     assert_same(take(problem, batch), plain(problem, batch, v), v, 1e-10)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from hoptim.curvature.compiled.derivatives import Inputs, derivatives
-from hoptim.curvature.compiled.program import Program
+from hoptim.curvature.compiled.derivatives import Inputs, by_dual_numbers, by_second_pass
+from hoptim.curvature.compiled.program import Function, Program
 from hoptim.curvature.compiled.splitting import UntraceableError
-from hoptim.curvature.exact import DoubleBackward
+from hoptim.curvature.exact import DoubleBackward, Exact
 from hoptim.curvature.linearization import GradientGraph, Linearization
 from hoptim.linalg import dicts, vectors
 from hoptim.linalg.random import gaussian_like
@@ -52,7 +53,6 @@ def compiled_linearization(at: At, batch: Any, curvature: DoubleBackward) -> Lin
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
 
-    >>> from hoptim import Exact
     >>> hparams = torch.nn.ParameterDict({"decay": torch.tensor(3.0)})
     >>> def loss(model, hparams, batch):
     ...     return 0.5 * hparams["decay"] * model.weight.square().sum() + model(batch).sum()
@@ -141,15 +141,20 @@ def _make(at: At, inputs: Inputs, curvature: DoubleBackward) -> Program:
     with problem.leave_no_trace(), at.loss("train_loss", inputs.batch) as (loss, parts, _):
         graph = GradientGraph(loss, at.weights, at.leaves, parts)
 
-    with problem.leave_no_trace():
-        function = partial(derivatives, problem, inputs, curvature)
-        program = Program(function, tensors, graph.layout, graph.untouched)
-    with problem.leave_no_trace():
-        found = program.at(tensors)
-    with problem.leave_no_trace():
-        if off := _what_is_off(found, at, inputs.batch, curvature, True):
-            raise UntraceableError(off)
-    return program
+    def attempt(function: Function) -> Program:
+        with problem.leave_no_trace():
+            program = Program(function, tensors, graph.layout, graph.untouched)
+        with problem.leave_no_trace():
+            found = program.at(tensors)
+        with problem.leave_no_trace():
+            if off := _what_is_off(found, at, inputs.batch, curvature, True):
+                raise UntraceableError(off)
+        return program
+
+    if isinstance(curvature, Exact) and any(isinstance(part, nn.modules.conv._ConvNd) for part in problem.model.modules()):
+        with suppress(Exception):
+            return attempt(partial(by_dual_numbers, problem, inputs, graph.layout))
+    return attempt(partial(by_second_pass, problem, inputs, curvature))
 
 
 def _what_is_off(found: Linearization, at: At, batch: Any, curvature: DoubleBackward, is_due: bool) -> str:
