@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from hoptim.problem.random_stream import restore_generators
 
 R = TypeVar("R")
 PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)  # parts of a batch that tasks may share
+REPEATS = "tasks draw the same random numbers"  # in Problem.checked, once it was told
 WIDE = 64  # channels: from here on it takes as long in turn, or less, in a sixth of the memory for four tasks
 
 
@@ -192,10 +194,13 @@ class Tasks:
         """What the function returns for each ``at_once`` of the tasks, inside a context in which their trainings can run."""
         lows, own = range(0, self.count, at_once), torch.Generator().set_state(torch.get_rng_state())
         seeds, found = torch.randint(2**62, (len(lows),), generator=own).tolist(), []
+        begun = self.problem.generators()
         for low, seed in zip(lows, seeds, strict=True):
             if low:  # so that tasks have random numbers of their own, whatever those before them have drawn
                 torch.manual_seed(seed)
             found.append(self._run(function, low, min(low + at_once, self.count)))
+            if low == 0:
+                _warn_of_repeated_draws(self.problem, begun)
         return found
 
     def first(self, function: Callable[[Part], R]) -> R:
@@ -228,6 +233,25 @@ class Tasks:
             loop = replace(loop, draw=None if draw is None else lambda: cut(draw()))
             val = cut(self.val_batch)
             return function(Part(of=self, problem=own, count=count, loop=loop, trajectory=trajectory, val_batch=val))
+
+
+def _warn_of_repeated_draws(problem: Problem, begun: Tensors) -> None:
+    """Warn if tasks have drawn random numbers from where the last ones did, since a hypergradient restores the generator."""
+    if _are_same(begun, problem.generators()):
+        return
+    if _are_same(begun, problem.drew_from) and REPEATS not in problem.checked:
+        problem.checked.add(REPEATS)
+        warnings.warn(
+            "the trainings of these tasks draw the same random numbers, such as dropout masks, as those of the last call, "
+            "since a hypergradient restores torch's generator and nothing else has drawn from it. Sample tasks by it, or "
+            "call torch.rand(1) in the loop",
+            stacklevel=8,
+        )
+    problem.drew_from = begun
+
+
+def _are_same(states: Tensors, others: Tensors) -> bool:
+    return states.keys() == others.keys() and all(torch.equal(state, others[key]) for key, state in states.items())
 
 
 @dataclass(frozen=True, kw_only=True)

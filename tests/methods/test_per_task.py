@@ -468,18 +468,21 @@ def test_tasks_draw_different_dropout_masks(chunk_size: int | None) -> None:
     assert not torch.equal(second, third)
 
 
-def test_masks_repeat_unless_something_else_draws() -> None:
+def test_a_loop_that_draws_nothing_else_is_told_that_masks_repeat() -> None:
     model, train, val = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1)), tasks(), tasks(7)
     problem = hoptim.Problem(model, Initialization(model), loss, lambda m, h, b: loss(m.eval(), h, b))
 
     def masked() -> Tensor:
         return hoptim.hypergradient(problem, train, val, hoptim.PerTask(1), inner=sgd(model)).grads["initial.1.weight"]
 
-    first = masked()
-    torch.rand(1)
-    second = masked()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = masked()
+        torch.rand(1)
+        second = masked()
     assert not torch.equal(first, second)
-    assert torch.equal(second, masked())
+    with pytest.warns(UserWarning, match="draw the same random numbers, such as dropout masks"):
+        assert torch.equal(second, masked())
 
 
 def test_models_that_vmap_cannot_train_train_in_turn_and_say_so_once() -> None:
