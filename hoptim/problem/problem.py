@@ -284,7 +284,6 @@ class Problem:
         self.drew_from: Tensors = {}  # the states of torch's generators at the last trainings of tasks
         self.replaced: Tensors = {}  # weights of the model, by name, which this problem does not have
         self.norms_by_batch = False  # whether batch norm by the statistics of a validation batch is as it should be
-        self.starts = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
 
     def solver_of(self, solver: Any, layout: Layout) -> Any:
         """The solver for systems of this problem, of vectors of this layout: the one that is given."""

@@ -47,6 +47,7 @@ def records(path: Path) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("name", "least"),
     [
+        ("decay_in_step", 10),
         ("defaults", 30),
         ("holdout", 5),
         ("example_influence", 12),
