@@ -20,6 +20,10 @@ class DoubleBackward(Curvature):
 
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile={self.compile!r}: give True or False")
+
     @abstractmethod
     def of(self, graph: GradientGraph) -> Operator:
         """The curvature at the point where ``graph`` was built."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from hoptim.checks import is_whole
 from hoptim.curvature.exact import Exact
 from hoptim.diagnostics.evidence import Setup, compared, error_bound, look, seconds, standard_error
 from hoptim.diagnostics.report import Audit, Direction, brief
@@ -75,7 +76,7 @@ def audit(
 
     Raises:
         TypeError: ``problem`` is no :class:`Problem`, or ``method`` no method.
-        ValueError: several processes train together, or what ``hypergradient`` raises.
+        ValueError: several processes train together, a number is out of its range, or what ``hypergradient`` raises.
 
     Source: the bound of the solve: Ehrhardt and Roberts 2023 (arXiv 2301.04764), section 3.
 
@@ -98,6 +99,14 @@ def audit(
             f"an audit is for one process, and {problem.ranks.size} train together here: audit on one of them, on a problem "
             "of a model that is neither wrapped nor sharded, Problem(model, ..., process_group=None)"
         )
+    for name, value, least in (
+        ("longer", longer, 1),
+        ("steps", steps, 1),
+        ("directions", directions, 0),
+        ("chunks", chunks, 2),
+    ):
+        if not (is_whole(value) and value >= least):
+            raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
     method = default_method(loop.learned) if method is None else method
     if isinstance(method, Replay) and train_batch is None:
         train_batch = method.batches[0]  # for the unit of cost, and the curvature at the start

@@ -53,13 +53,11 @@ def decayed(
 
 
 def shrunk(w: Tensor, size: Tensor, pull: Pull) -> Tensor:
-    """A weight after the step, moved towards its centre by ``size``, or to it, if ``pull`` is of norm 1.
+    """A weight after the step, moved towards its centre by ``size``, or to it: the soft threshold of a decay of norm 1.
 
     >>> shrunk(torch.tensor([2.0, -0.2]), torch.tensor(0.5), Pull(norm=1))
     tensor([1.5000, 0.0000])
     """
-    if pull.norm != 1:
-        return w
     far, size = from_centre(w, pull), spread(size, w).to(w.dtype)
     return torch.where(far.abs() > size, w - far.sign() * size, 0.0 if pull.centre is None else pull.centre)
 
@@ -77,13 +75,38 @@ def from_centre(w: Tensor, pull: Pull) -> Tensor:
 # In the optimizer's own steps
 
 
-class _Place(NamedTuple):
-    """A learned decay, its leaf, its weight, and how it pulls the part of the weight that this rank holds."""
+Own = tuple[Any, Tensor, Pull]  # a weight, its λ, and how it pulls, these two on the part that this rank holds
 
-    option: LearnedOption
-    leaf: Tensor
-    p: Tensor
-    pull: Pull
+
+class _GroupDecay(NamedTuple):
+    """The weights of a parameter group by what a step does with them.
+
+    Attributes:
+        number: the group's own ``weight_decay``.
+        beside: those whose decay is taken off them.
+        added: those whose decay is added to their gradients.
+        lasso: those that shrink after the step.
+        others: those that have the group's number.
+    """
+
+    number: Any
+    beside: list[Own]
+    added: list[Own]
+    lasso: list[Own]
+    others: list[Any]
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], own: Sequence[Own]) -> _GroupDecay:
+        """Those of a group in which these weights have learned decays."""
+        number, known = group["weight_decay"], {id(p) for p, *_ in own}
+        squared = [one for one in own if one[2].norm == 2]
+        return cls(
+            number=number,
+            beside=[one for one in squared if one[2].is_decoupled(group)],
+            added=[one for one in squared if not one[2].is_decoupled(group)],
+            lasso=[one for one in own if one[2].norm == 1],
+            others=[p for p in group["params"] if float(number) and id(p) not in known],
+        )
 
 
 class RealDecay:
@@ -95,9 +118,9 @@ class RealDecay:
 
     def __init__(self) -> None:
         self._learned: Sequence[LearnedOption] = ()
-        self._places: list[_Place] = []
+        self._places: list[tuple[LearnedOption, Tensor, Any, Pull]] = []  # with the leaf, the weight, and how it is pulled
         self._seen: list[tuple[Any, ...]] = []
-        self._decays: dict[int, list[tuple[Tensor, Tensor, Pull]]] = {}  # weights, their λ, and how it pulls, by group
+        self._decays: dict[int, _GroupDecay] = {}
 
     def step(
         self,
@@ -110,12 +133,12 @@ class RealDecay:
         self._look(inner, learned, problem)
         if not self._decays:
             return inner.step() if closure is None else inner.step(closure)
-        groups, kept = [inner.param_groups[number] for number in self._decays], list[tuple[Tensor, Any]]()
-        numbers = [group["weight_decay"] for group in groups]
+        groups = [(inner.param_groups[number], decay) for number, decay in self._decays.items()]
+        kept: list[tuple[Any, Any]] = []
 
         def decay_weights() -> None:
-            for group, number, decays in zip(groups, numbers, self._decays.values(), strict=True):
-                kept.extend(_decay_in_place(group, float(number), decays))
+            for group, decay in groups:
+                kept.extend(_decay_in_place(group, decay))
 
         def decay_after_closure() -> Any:
             assert closure is not None
@@ -126,37 +149,38 @@ class RealDecay:
         try:
             if closure is None:
                 decay_weights()
-            for group in groups:
+            for group, _ in groups:
                 group["weight_decay"] = 0.0
             result = inner.step() if closure is None else inner.step(decay_after_closure)
         finally:
-            for group, number in zip(groups, numbers, strict=True):
-                group["weight_decay"] = number
+            for group, decay in groups:
+                group["weight_decay"] = decay.number
             for p, gradient in kept:
                 p.grad = gradient
-        for group, decays in zip(groups, self._decays.values(), strict=True):
-            _shrink_in_place(group, decays)
+        for group, decay in groups:
+            _shrink_in_place(group, decay)
         return result
 
     def _look(self, inner: optim.Optimizer, learned: Sequence[LearnedOption], problem: Problem) -> None:
         """Compute the decays again if a leaf or a group's number has changed."""
         if learned is not self._learned:
-            live = dict(problem.named_parameters())
+            live: dict[str, Any] = dict(problem.named_parameters())
+            decays = [(option, live[str(option.member)]) for option in learned if option.is_decay]
             self._places = [
-                _Place(option, problem.hparams.get_parameter(option.name), p, _pull_on_shard(option.pull, p))
-                for option in learned
-                if option.is_decay and (p := live[str(option.member)]) is not None
+                (option, problem.hparams.get_parameter(option.name), p, _pull_on_shard(option.pull, p))
+                for option, p in decays
             ]
             self._learned, self._seen, self._decays = learned, [], {}
         groups = inner.param_groups
-        seen = [(at.leaf.data_ptr(), at.leaf._version, groups[at.option.group]["weight_decay"]) for at in self._places]
+        seen = [(leaf.data_ptr(), leaf._version, groups[option.group]["weight_decay"]) for option, leaf, *_ in self._places]
         if seen == self._seen:
             return
-        self._seen, self._decays = seen, {}
-        check_dense({str(at.option.member): at.p.grad for at in self._places})
+        check_dense({str(option.member): p.grad for option, _, p, _ in self._places})
+        own: dict[int, list[Own]] = {}
         for option, leaf, p, pull in self._places:
             decay = option.bound(groups[option.group]).value({option.name: leaf.detach()})
-            self._decays.setdefault(option.group, []).append((p, _on_shard(spread(decay, p).to(local(p)), p), pull))
+            own.setdefault(option.group, []).append((p, _on_shard(spread(decay, p).to(local(p)), p), pull))
+        self._seen, self._decays = seen, {number: _GroupDecay.of(groups[number], some) for number, some in own.items()}
 
 
 def _on_shard(t: Tensor, p: Any) -> Tensor:
@@ -170,45 +194,41 @@ def _pull_on_shard(pull: Pull, p: Any) -> Pull:
     return pull if pull.centre is None else pull._replace(centre=_on_shard(pull.centre, p))
 
 
-def _with_gradient(decays: Sequence[tuple[Any, Tensor, Pull]]) -> tuple[list[Any], list[Tensor], list[Tensor]]:
-    """The weights with a gradient, on this rank, their decays, and w − c."""
-    found = [(p, local(p.detach()), decay, pull) for p, decay, pull in decays if p.grad is not None]
-    return [p for p, *_ in found], [decay for _, _, decay, _ in found], [from_centre(w, pull) for _, w, _, pull in found]
+def _with_gradient(own: Sequence[Own]) -> tuple[list[Any], list[Tensor], list[Tensor]]:
+    """The weights that have a gradient, and on this rank their λ and w − c."""
+    found = [one for one in own if one[0].grad is not None]
+    far = [from_centre(local(p.detach()), pull) for p, _, pull in found]
+    return [p for p, *_ in found], [decay for _, decay, _ in found], far
 
 
 @torch.no_grad()
-def _decay_in_place(
-    group: Mapping[str, Any], number: float, decays: Sequence[tuple[Any, Tensor, Pull]]
-) -> list[tuple[Tensor, Any]]:
+def _decay_in_place(group: Mapping[str, Any], decay: _GroupDecay) -> list[tuple[Any, Any]]:
     """Decay the weights of a group that have a gradient; returns those whose ``grad`` is another one now, with the old."""
-    squared = [one for one in decays if one[2].norm == 2]
-    beside = [one for one in squared if one[2].is_decoupled(group)]
-    params, values, far = _with_gradient(beside)
+    params, values, far = _with_gradient(decay.beside)
     if params:
         torch._foreach_addcmul_([local(p) for p in params], far, values, value=-_lr_of(group))
-    params, values, far = _with_gradient([one for one in squared if not one[2].is_decoupled(group)])
-    known = {id(p) for p, *_ in decays} if number else set()
-    others = [p for p in group["params"] if number and p.grad is not None and id(p) not in known]
+    others = [p for p in decay.others if p.grad is not None]
     if others and group.get("decoupled_weight_decay"):
-        torch._foreach_mul_([local(p) for p in others], 1 - _lr_of(group) * number)
+        torch._foreach_mul_([local(p) for p in others], 1 - _lr_of(group) * float(decay.number))
         others = []
+    params, values, far = _with_gradient(decay.added)
     kept, sign = [(p, p.grad) for p in (*params, *others)], -1 if group.get("maximize") else 1
     if params:
         found = torch._foreach_addcmul([_gradient_on_shard(p) for p in params], far, values, value=sign)
         for p, gradient in zip(params, found, strict=True):
             p.grad = ShardedWeight.of(p, None).tensor(gradient) if hasattr(p, "device_mesh") else gradient
     for p in others:
-        p.grad = torch.add(p.grad, p, alpha=sign * number)
+        p.grad = torch.add(p.grad, p, alpha=sign * float(decay.number))
     return kept
 
 
 @torch.no_grad()
-def _shrink_in_place(group: Mapping[str, Any], decays: Sequence[tuple[Any, Tensor, Pull]]) -> None:
+def _shrink_in_place(group: Mapping[str, Any], decay: _GroupDecay) -> None:
     """Move weights towards their centres after the step, where the decay is of norm 1."""
-    for p, decay, pull in decays:
-        if pull.norm == 1 and p.grad is not None:
+    for p, size, pull in decay.lasso:
+        if p.grad is not None:
             w = local(p)
-            w.copy_(shrunk(w, _lr_of(group) * decay, pull))
+            w.copy_(shrunk(w, _lr_of(group) * size, pull))
 
 
 def _gradient_on_shard(p: Any) -> Tensor:

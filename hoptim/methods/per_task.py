@@ -106,6 +106,8 @@ class PerTask(Method):
             raise ValueError(f"steps={self.steps!r}: give a whole number of inner steps, 1 or more")
         if self.chunk_size is not None and not (is_whole(self.chunk_size) and self.chunk_size >= 1):
             raise ValueError(f"chunk_size={self.chunk_size!r}: give a whole number of tasks, 1 or more, or None for all")
+        if not isinstance(self.first_order, bool):
+            raise TypeError(f"first_order={self.first_order!r}: give True or False")
         if not isinstance(self.method, (Unrolled, Implicit, type(None))):
             raise TypeError(f"method is {describe_type(self.method)}: give hoptim.Implicit(...) or hoptim.Unrolled(steps)")
         if self.first_order and self.method is not None:

@@ -52,6 +52,8 @@ class Unrolled(Method):
     def __post_init__(self) -> None:
         if not (is_whole(self.steps) and self.steps >= 1):
             raise ValueError(f"steps={self.steps!r}: give a whole number of inner steps, 1 or more")
+        if not isinstance(self.checkpoint, bool):
+            raise TypeError(f"checkpoint={self.checkpoint!r}: give True or False")
 
     def cut_short(self) -> Unrolled:
         """A single step."""

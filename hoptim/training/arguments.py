@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from hoptim.checks import describe_type, is_whole, listed
+from hoptim.checks import describe_type, is_finite, is_whole, listed
 from hoptim.methods.method import Method, check_method, check_one_training, check_steps, checked_problem, held
 from hoptim.problem.level_adam import LevelAdam
 from hoptim.problem.problem import Problem
@@ -31,8 +31,15 @@ def check_schedule(every: int | None, warmup: int, on_failure: object) -> None:
 
 
 def checked_weights(val_weights: Sequence[float] | None) -> list[float] | None:
-    """``val_weights`` as a list of floats."""
-    return None if val_weights is None else [float(weight) for weight in val_weights]
+    """``val_weights`` as a list of floats, after checking that they are finite numbers."""
+    if val_weights is None:
+        return None
+    if not isinstance(val_weights, (Sequence, Tensor)) or isinstance(val_weights, str):
+        raise TypeError(f"val_weights is {describe_type(val_weights)}: give a list of numbers, one for each validation loss")
+    found = val_weights.tolist() if isinstance(val_weights, Tensor) else list(val_weights)
+    if not isinstance(found, list) or not found or not all(is_finite(weight) for weight in found):
+        raise ValueError(f"val_weights={found!r}: give one finite number for each validation loss")
+    return [float(weight) for weight in found]
 
 
 def check_method_fits(method: Method | None, every: int | None, options: Mapping[str, Any] | None) -> None:
@@ -119,6 +126,16 @@ def checked_group(param_group: dict[str, Any], problem: Problem) -> dict[str, An
     if wrong := [leaves[id(p)] for p in ([params] if isinstance(params, Tensor) else params) if id(p) in leaves]:
         raise ValueError(f"the added group holds {wrong[0]!r}, a hyperparameter: add it to the outer optimizer")
     return {**param_group, "params": params}
+
+
+def check_fold_schedule(warmup: object, hypersteps: object) -> None:
+    """Check that ``warmup`` is a share of the training, and ``hypersteps`` a positive number."""
+    if not (is_finite(warmup) and 0 <= warmup < 1):  # type: ignore[operator]
+        raise ValueError(
+            f"warmup={warmup!r}: give the share of the training before the first hyperstep, at least 0, below 1"
+        )
+    if not (is_whole(hypersteps) and hypersteps >= 1):  # type: ignore[operator]
+        raise ValueError(f"hypersteps={hypersteps!r}: give a whole number, 1 or more")
 
 
 @contextmanager

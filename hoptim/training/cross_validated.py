@@ -174,6 +174,7 @@ class CrossValidated:
         on_failure: arguments.OnFailure = "skip",
         hooks: Sequence[Callable[[Record], None]] = (),
     ) -> None:
+        arguments.check_fold_schedule(warmup, hypersteps)
         self.hparams, self.average, self._hypersteps = hparams, average, hypersteps
 
         def problem() -> Problem:

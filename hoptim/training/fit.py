@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -139,13 +140,16 @@ class Fit:
         return self.folds[0]._move(begun, joined(results))
 
     def _check_lengths(self) -> None:
-        """Raise ``ValueError`` if a fold took fewer steps than it said, which left no hyperstep."""
+        """Warn if a fold took another number of steps than it said, and raise if that left no hyperstep."""
         for number, one in enumerate(self.folds, 1):
-            if one.inner_steps < one.steps and not self.history:
-                raise ValueError(
-                    f"the training of fold {number} took {one.inner_steps} steps, where steps says {one.steps}: it ended "
-                    "before the first hyperstep. Give steps as they are"
-                )
+            taken, told = one.inner_steps, one.steps
+            words = f"the training of fold {number} took {taken} steps, where steps says {told}"
+            if taken < told and not self.history:
+                raise ValueError(f"{words}: it ended before the first hyperstep. Give steps as they are")
+            if abs(taken - told) > 0.02 * told:
+                words = f"{words}, so that {len(self.history)} hypersteps were not spread over all of it"
+                warnings.warn(words, stacklevel=5)
+                return
 
     # Checkpoints
 

@@ -242,7 +242,7 @@ class BilevelOptimizer(TrainingOptimizer):
         last_gradient, progress.last_gradient = progress.last_gradient, gradient if moved else progress.last_gradient
         before = natural_values(self.problem) if progress.hyper_steps == 1 else {}
         if moved:
-            _outer_step(self.problem, self.outer, gradient)
+            outer_step(self.problem, self.outer, gradient)
             restart_lbfgs(self.inner)
         after = natural_values(self.problem)
         warn_of_first_hyperstep(before, after, gradient, self.every)
@@ -387,12 +387,6 @@ def outer_step(problem: Problem, outer: Optimizer, grads: Tensors) -> None:
                 f"the hypergradient of {name!r} is not finite, so that nothing was moved: look at result.solution.status, "
                 "whose message says what to do, and step where it is ok"
             )
-    _outer_step(problem, outer, grads)
-
-
-def _outer_step(problem: Problem, outer: Optimizer, grads: Tensors) -> None:
-    """The same for hypergradients that are known to be finite."""
-    leaves = problem.leaves()
     try:
         for name, leaf in leaves.items():
             leaf.grad = grads[name].clone()

@@ -385,6 +385,12 @@ def test_standard_error_of_one_loss_is_not_known() -> None:
     assert standard_error(replace(result, val_loss=torch.zeros(1))) is None
 
 
+@pytest.mark.parametrize("options", [{"steps": 0}, {"longer": 0}, {"directions": -1}, {"chunks": 1}, {"steps": 1.5}])
+def test_wrong_numbers_name_the_value(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.*: give a whole number"):
+        audit(Mean.problem(), None, torch.zeros(3), **options)
+
+
 def test_wrong_kinds_are_named() -> None:
     with pytest.raises(TypeError, match="problem is a str"):
         audit("no", None, None)  # type: ignore[arg-type]

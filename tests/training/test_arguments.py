@@ -155,6 +155,9 @@ ROWS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ["Unrolled(steps=3", "every 2", "at most 2"],
     ),
     "unrolled without an optimizer": (lambda: once(method=Unrolled(1)), ValueError, ["Unrolled", "inner=optimizer"]),
+    "weight of a loss is NaN": (lambda: optimizer(val_weights=[1.0, NAN]), ValueError, ["val_weights", "nan", "finite"]),
+    "weights of losses are one number": (lambda: optimizer(val_weights=0.5), TypeError, ["val_weights", "float", "list"]),
+    "weights of losses are none": (lambda: optimizer(val_weights=[]), ValueError, ["val_weights", "one"]),
     # schedule
     "every 0": (lambda: optimizer(every=0), ValueError, ["every=0", "1 or more", "None"]),
     "every -1": (lambda: optimizer(every=-1), ValueError, ["every=-1", "1 or more"]),

@@ -554,6 +554,12 @@ ROWS: dict[str, Row] = {
     "tolerance is NaN": (lambda: CG(tolerance=math.nan), ValueError, ["tolerance=nan", "0 or more"]),
     "interval is a number": (lambda: Chebyshev(interval=T(3.0)), ValueError, ["interval=", "(a, b)"]),
     "interval is a word": (lambda: Chebyshev(interval="ab"), ValueError, ["interval='ab'", "(a, b)"]),
+    "compile is a word": (lambda: Exact(compile="no"), TypeError, ["compile='no'", "True or False"]),
+    "checkpoint is a word": (lambda: Unrolled(2, checkpoint="no"), TypeError, ["checkpoint='no'", "True or False"]),
+    "weights of losses in words": (lambda: optimizer(val_weights=["a"]), ValueError, ["val_weights=['a']", "finite number"]),
+    "weights of losses with a gap": (lambda: optimizer(val_weights=[1.0, None]), ValueError, ["None", "finite number"]),
+    "weights of losses nested": (lambda: optimizer(val_weights=torch.ones(2, 2)), ValueError, ["val_weights=[[", "finite"]),
+    "weights of losses as a number": (lambda: optimizer(val_weights=ONE), ValueError, ["val_weights=1.0", "finite number"]),
     "weights for one loss": (
         lambda: optimizer(of=once_problem(), val_weights=[1.0]).hyperstep(X, X),
         ValueError,
@@ -568,6 +574,10 @@ ROWS: dict[str, Row] = {
     "hooks of a generator": (lambda: optimizer(hooks=(h for h in [print])), TypeError, ["hooks is a generator", "list"]),
     "audit of a solver": (lambda: audit(problem(), X, X, CG()), TypeError, ["method is a CG", "hoptim.Implicit"]),
     "audit with a model": (lambda: audit(problem(), X, X, inner=nn.Linear(2, 1)), TypeError, ["inner is a Linear"]),
+    "audit of half a step": (lambda: audit(problem(), X, X, steps=1.5), ValueError, ["steps=1.5", "whole number"]),
+    "audit of True directions": (lambda: audit(problem(), X, X, directions=True), ValueError, ["directions=True"]),
+    "audit of one chunk": (lambda: audit(problem(), X, X, chunks=1), ValueError, ["chunks=1", "2 or more"]),
+    "audit of no product": (lambda: audit(problem(), X, X, longer=0), ValueError, ["longer=0", "1 or more"]),
     # checkpoints
     "a state with a part lost": (lambda: state(lambda s: s["hoptim"].pop("outer")), ValueError, ["'outer'"]),
     "a state of other hyperparameters": (

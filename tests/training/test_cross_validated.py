@@ -274,6 +274,10 @@ def test_trainings_of_unequal_length_meet_at_the_same_shares():
 def test_a_training_of_another_length_than_was_said():
     with pytest.raises(ValueError, match="the training of fold 1 took 10 steps, where steps says 40: it ended before"):
         cross_validated().fit(loop(10))
+    with pytest.warns(UserWarning, match="fold 1 took 30 steps, where steps says 40, so that 3 hypersteps were not spread"):
+        cross_validated().fit(loop(30))
+    with pytest.warns(UserWarning, match="took 50 steps, where steps says 40, so that 5 hypersteps"):
+        cross_validated().fit(loop(50))
 
 
 def test_a_training_that_ends_just_before_the_only_hyperstep():
@@ -287,7 +291,8 @@ def test_where_a_training_ends_early_hypersteps_end_and_the_others_go_on():
         taken.append((len(examples), optimizer.inner_steps, optimizer.hyper_steps))
 
     taken: list[Any] = []
-    found = cross_validated().fit(train)
+    with pytest.warns(UserWarning, match="fold 2 took 30 steps, where steps says 40, so that 3 hypersteps"):
+        found = cross_validated().fit(train)
     assert [row["inner_step"] for row in found.history] == [16, 22, 28]
     assert sorted(taken) == [(3, 40, 3), (5, 30, 3), (8, 40, 3), (11, 40, 0)]
 
@@ -518,7 +523,10 @@ def sharing() -> nn.Module:
         ({"folds": [([0, 1], [1])]}, ValueError, "fold 1 trains on 1 of the examples that it holds out"),
         ({"folds": 12}, ValueError, "folds=12 of 11 examples"),
         ({"examples": 5}, ValueError, "examples=5"),
+        ({"warmup": 1.0}, ValueError, "warmup=1.0: give the share of the training"),
+        ({"warmup": 100}, ValueError, "warmup=100: give the share"),
         ({"warmup": 0.95}, ValueError, "steps=40 with a warmup of 38 leaves 2 for hypersteps=5"),
+        ({"hypersteps": 0}, ValueError, "hypersteps=0"),
         ({"hypergradient": hoptim.Unrolled(20)}, ValueError, "goes back 20 inner steps, but hypersteps come every 6"),
         ({"val_batches": lambda held_out: []}, ValueError, "val_batches is empty"),
         ({"on_failure": "stop"}, ValueError, "on_failure='stop'"),
